@@ -1,0 +1,35 @@
+# make demo   set up, then train and run a small early-exit model on two CPU cores (some minutes, no GPU, no data needed)
+# make test   set up, then run all tests
+# make lint   formatting, imports, spelling
+# make bench  benchmarks (quick form); full ones: benchmarks/README.md
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+DEMO_FOLDER ?= runs/demo
+BIN = $(VENV)/bin
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh $(DEMO_FOLDER)
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+bench: setup
+	$(BIN)/python benchmarks/training_overhead.py --quick
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

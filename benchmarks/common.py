@@ -1,0 +1,160 @@
+"""What all benchmarks share: facts about the machine, tables of ratios, one JSON document per run.
+
+Knows nothing of what is measured. Unknown values are None, printed as `-` and written as `null`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+MIB = 2**20
+
+
+def machine_info() -> dict[str, Any]:
+    """Processor, usable cores, main memory (bytes), GPUs, operating system, load before the run (None if unknown)."""
+    return {
+        "cpu": _cpu_model(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _cpu_model() -> str | None:
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1].strip() if match else platform.processor() or None
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a result depends on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "megatron-core", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the measured code, with `+changes` if tracked or new files differ from it; None outside a checkout."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return f"{head}+changes" if _git("status", "--porcelain", "--", ".", ":!benchmarks/results") else head
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+def result_document(
+    benchmark: str,
+    machine: dict[str, Any],
+    settings: dict[str, Any],
+    seed: int,
+    results: dict[str, Any],
+    goals: dict[str, Any],
+) -> dict[str, Any]:
+    """The one JSON document of a run. machine: `machine_info()` from before the run; goals: name -> {"met": true, false
+    or null, and the numbers behind it}."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": machine,
+        "versions": versions(),
+        "settings": settings,
+        "seed": seed,
+        "results": results,
+        "goals": goals,
+    }
+
+
+def default_result_path(document: dict[str, Any]) -> Path:
+    """benchmarks/results/NAME_MACHINE_DATE.json"""
+    machine = document["machine"]
+    name = machine["gpus"][0] if document["settings"].get("device") == "cuda" else machine["cpu"] or "unknown"
+    name = re.sub(r"\((r|tm)\)|@.*|\bcpu\b|\bprocessor\b", " ", name.lower())
+    name = re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown"
+    return RESULTS / f"{document['benchmark']}_{name}_{machine['cpu_cores']}cores_{document['date'][:10]}.json"
+
+
+def write_document(document: dict[str, Any], path: Path) -> None:
+    """Write the document; also refuses NaN and infinity, which are not JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def finish(document: dict[str, Any], output: Path | None, is_written: bool = True) -> None:
+    """End of a benchmark: write the document to `output` or its default place, and print it on the last line."""
+    if is_written:
+        path = output or default_result_path(document)
+        write_document(document, path)
+        print(f"written to {path}")
+    print(json.dumps(document, allow_nan=False), flush=True)
+
+
+def ratio(value: float | None, baseline: float | None) -> float | None:
+    """value / baseline, or None where either is unknown or the baseline is 0."""
+    return None if value is None or not baseline else value / baseline
+
+
+def median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def median_ratio(values: Sequence[float], baselines: Sequence[float]) -> float | None:
+    """Median of the ratios of pairs: what both of a pair suffer together (a slow moment of the machine) cancels."""
+    return median([value / baseline for value, baseline in zip(values, baselines, strict=True)])
+
+
+def cell(value: Any) -> str:
+    """One cell of a table: `-` for None, yes/no for truths, three decimals for fractions."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    cells = [list(header), *([cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        others = (text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))
+        lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""The models of the decode benchmark: SmolLM2-135M as a `transformers` model and in our decoder, and a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import smollm2
+from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.optimization import OptimizerConfig, TrainingConfig
+from megatron.early_exit.config.parallel import ParallelConfig
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.conversion.llama import llama_model_config, llama_parameters
+from megatron.early_exit.inference.calibration import ExitCalibration
+from megatron.early_exit.inference.decoder import Decoder
+from megatron.early_exit.inference.engine import Engine
+from megatron.early_exit.inference.linear import Int8Linear
+from megatron.early_exit.inference.weights import Asking, decoder_weights
+from megatron.early_exit.model.build import build_model
+from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
+from megatron.early_exit.platform.device import device
+from megatron.early_exit.platform.distributed import initialize_distributed, initialize_model_parallel
+from megatron.early_exit.training.checkpointing import load_model_for_inference
+
+
+class SmolLM2:
+    """The same weights twice: `theirs` for transformers, `engine` for ours.
+
+    Exits after `exit_layers` have the final norm and the model's output weight: nothing is trained, which is what
+    transformers' `assistant_early_exit` uses as well."""
+
+    def __init__(self, folder: Path, exit_layers: tuple[int, ...]) -> None:
+        smollm2.fetch(folder)
+        self.theirs, self.tokenizer = smollm2.load(folder)
+        self.theirs.to(device())
+        # All generate equally many tokens. (min_new_tokens would do so by forbidding the end, which changes tokens.)
+        self.theirs.generation_config.eos_token_id = None
+        self.config = RunConfig(
+            model=llama_model_config(self.theirs.config),
+            exits=ExitConfig(exit_layer_nums=exit_layers, use_exit_norm=True),
+            parallel=ParallelConfig(),
+            training=TrainingConfig(seq_length=1024, micro_batch_size=1),
+            optimizer=OptimizerConfig(lr=1e-3),
+            data=DataConfig(mock_data=True, vocab_size=self.theirs.config.vocab_size),
+        )
+        initialize_distributed()
+        initialize_model_parallel(self.config.parallel, self.config.model.num_layers, seed=1)
+        self.vocab_size = self.theirs.config.vocab_size
+        chunk = build_model(self.config, self.vocab_size, wrap_with_ddp=False).chunks[0].eval()
+        parameters = llama_parameters(self.theirs.state_dict(), self.config.model, self.vocab_size)
+        for layer in exit_layers:
+            parameters[f"decoder.layers.{layer - 1}.exit_head.norm.weight"] = self.theirs.model.norm.weight
+        missing = set(dict(chunk.named_parameters())) ^ set(parameters)
+        assert not missing, missing
+        chunk.load_state_dict(parameters, strict=False)
+        self.chunk = chunk
+
+    def engine(
+        self, kind: str = "fp32", num_slots: int = 16, asking: Asking | None = None, length: int = 512
+    ) -> Engine:
+        return make_engine(self.chunk, self.config, self.vocab_size, kind, num_slots, asking, length)
+
+
+def make_engine(
+    chunk: EarlyExitGPTModel,
+    config: RunConfig,
+    vocab_size: int,
+    kind: str = "fp32",
+    num_slots: int = 16,
+    asking: Asking | None = None,
+    length: int | None = None,
+    calibration: ExitCalibration | None = None,
+) -> Engine:
+    """kind: fp32, bf16, or int8 (all linear layers)"""
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    weights = decoder_weights(chunk, config.model, dtype, Int8Linear if kind == "int8" else None, asking)
+    decoder = Decoder(weights, num_slots=num_slots, num_positions=length, vocab_size=vocab_size)
+    return Engine(decoder, config.exits, calibration=calibration)
+
+
+class Checkpoint:
+    """A training checkpoint with exits, and text of its kind to continue."""
+
+    def __init__(self, folder: str) -> None:
+        self.config, model, self.tokenizer = load_model_for_inference(folder)
+        self.chunk = model.chunks[0]
+        self.vocab_size = self.tokenizer.vocab_size
+
+    def engine(self, **settings: Any) -> Engine:
+        return make_engine(self.chunk, self.config, self.vocab_size, **settings)

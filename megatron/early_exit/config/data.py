@@ -1,0 +1,97 @@
+"""Where the tokens come from."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Datasets, their split and the tokenizer."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefix of `.bin/.idx` files, or a blend: WEIGHT PREFIX WEIGHT PREFIX ..., or PREFIX PREFIX ..."""
+
+    train_data_path: tuple[str, ...] = ()
+    """As --data-path, for training only; with --valid-data-path and --test-data-path."""
+
+    valid_data_path: tuple[str, ...] = ()
+    """As --data-path, for validation only."""
+
+    test_data_path: tuple[str, ...] = ()
+    """As --data-path, for the test after training only."""
+
+    split: str = "969,30,1"
+    """Shares of documents for training, validation and test, with --data-path."""
+
+    data_cache_path: str | None = None
+    """Folder for the index files that map samples to documents. Default: beside the data."""
+
+    mock_data: bool = False
+    """Train on made-up tokens (speed tests)."""
+
+    reset_position_ids: bool = False
+    """Count positions from 0 again after each end of document."""
+
+    reset_attention_mask: bool = False
+    """Do not attend across an end of document."""
+
+    eod_mask_loss: bool = False
+    """No loss on end-of-document tokens."""
+
+    num_workers: int = 2
+    """Processes that load data on each rank."""
+
+    tokenizer_type: Literal[
+        "HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer",
+        "ByteLevelTokenizer", "NullTokenizer",
+    ] = "HuggingFaceTokenizer"  # fmt: skip
+    """Library of the tokenizer."""
+
+    tokenizer_model: str | None = None
+    """Folder (Hugging Face) or `.model` file (SentencePiece) of the tokenizer."""
+
+    vocab_size: int | None = None
+    """Number of ids, for NullTokenizer and --mock-data."""
+
+
+def parse_blend(values: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """Prefixes and weights of `--data-path`: PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ...
+
+    Weights are None if none are given. Raises ValueError for a mixture of both forms, a weight that is not positive,
+    and a prefix that is named twice."""
+    values = [value.strip() for value in values]
+    numbers = [_number(value) for value in values]
+    if all(number is None for number in numbers):
+        prefixes, weights = values, None
+    else:
+        prefixes, weights = values[1::2], numbers[0::2]
+        if len(prefixes) != len(weights) or None in weights or any(number is not None for number in numbers[1::2]):
+            raise ValueError(f"a blend is PREFIX PREFIX ... or WEIGHT PREFIX WEIGHT PREFIX ..., not {' '.join(values)}")
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"blend weights must be positive numbers, not {' '.join(values[0::2])}")
+    if len(set(prefixes)) != len(prefixes) or "" in prefixes:
+        raise ValueError(f"a blend names each prefix once, not {' '.join(prefixes)}; add up the weights")
+    return prefixes, weights
+
+
+def split_shares(split: str) -> list[float]:
+    """Three shares (training, validation, test) of a `--split` text such as '969,30,1'. Raises ValueError."""
+    words = [word for word in re.split(r"[,/\s]+", split.strip()) if word]
+    shares = [_number(word) for word in words]
+    if None in shares or not 1 <= len(shares) <= 3 or min(shares) < 0 or not math.isfinite(sum(shares)):
+        raise ValueError(f"--split {split}: expected up to three shares that are not negative, such as 969,30,1")
+    if shares[0] == 0:
+        raise ValueError(f"--split {split} leaves nothing for training: its first share is 0")
+    return shares + [0.0] * (3 - len(shares))
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None

@@ -1,0 +1,127 @@
+"""Batch sizes, duration, precision, optimizer and learning rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, on how much, in which precision, and when to stop."""
+
+    seq_length: int
+    """Tokens of one sequence."""
+
+    micro_batch_size: int = 1
+    """Sequences of one microbatch."""
+
+    global_batch_size: int | None = None
+    """Sequences of one iteration over all ranks. Default: micro batch size x data-parallel size."""
+
+    rampup_batch_size: tuple[int, ...] = ()
+    """START INCREMENT SAMPLES: grow the global batch size from START by INCREMENT over SAMPLES samples."""
+
+    train_iters: int | None = None
+    """Iterations to train."""
+
+    train_samples: int | None = None
+    """Samples to train, instead of iterations."""
+
+    eval_interval: int = 1000
+    """Iterations between validations."""
+
+    eval_iters: int = 100
+    """Batches of one validation; 0 turns validation off."""
+
+    seed: int = 1234
+    """Seed of initial weights, dropout and data order."""
+
+    bf16: bool = False
+    """Train in bfloat16 with fp32 main weights."""
+
+    fp16: bool = False
+    """Train in float16 with loss scaling and fp32 main weights."""
+
+    loss_scale: float | None = None
+    """Fixed loss scale for fp16. Default: dynamic."""
+
+    initial_loss_scale: float = 2.0**32
+    """First dynamic loss scale."""
+
+    min_loss_scale: float = 1.0
+    """Smallest dynamic loss scale."""
+
+    loss_scale_window: float = 1000
+    """Good iterations before the dynamic loss scale doubles."""
+
+    hysteresis: int = 2
+    """Overflows before the dynamic loss scale halves."""
+
+    exit_interval: int | None = None
+    """Save and stop after an iteration that this divides."""
+
+    exit_duration_in_mins: float | None = None
+    """Save and stop after this many minutes."""
+
+    exit_signal_handler: bool = False
+    """Save and stop on SIGTERM."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam and the learning-rate schedule."""
+
+    lr: float
+    """Largest learning rate."""
+
+    min_lr: float = 0.0
+    """Learning rate after decay."""
+
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "linear"
+    """Shape of the decay."""
+
+    lr_decay_iters: int | None = None
+    """Iterations over which the rate decays. Default: --train-iters."""
+
+    lr_decay_samples: int | None = None
+    """The same in samples. Default: --train-samples."""
+
+    lr_warmup_iters: int = 0
+    """Iterations of linear learning-rate warmup."""
+
+    lr_warmup_samples: int = 0
+    """The same in samples."""
+
+    lr_warmup_fraction: float | None = None
+    """Warmup as a share of the decay length."""
+
+    lr_warmup_init: float = 0.0
+    """Learning rate at the start of warmup."""
+
+    override_opt_param_scheduler: bool = False
+    """On resume, take the learning-rate schedule from the flags, not from the checkpoint."""
+
+    use_checkpoint_opt_param_scheduler: bool = False
+    """On resume, take the learning-rate schedule from the checkpoint, ignoring the flags."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Optimizer."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay; biases and norms have none."""
+
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+
+    adam_eps: float = 1e-8
+    """Added to the denominator."""
+
+    sgd_momentum: float = 0.9
+    """Momentum of SGD."""
+
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""

@@ -1,0 +1,57 @@
+"""Layout: how ranks share the model, the batch and the memory for activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Tensor, sequence, pipeline and data parallelism, and activation recomputation."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer's weights."""
+
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages."""
+
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers of one model chunk: more than one chunk per rank gives the interleaved schedule."""
+
+    sequence_parallel: bool = False
+    """Share norms and dropout along the sequence among tensor-parallel ranks."""
+
+    use_distributed_optimizer: bool = False
+    """Share optimizer state among data-parallel ranks."""
+
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+
+    accumulate_allreduce_grads_in_fp32: bool = False
+    """Accumulate and reduce gradients in fp32. Always on with --bf16."""
+
+    calculate_per_token_loss: bool = False
+    """Divide gradients by the number of unmasked tokens of the global batch instead of averaging microbatches."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward pass: whole layers, or the attention core."""
+
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With --recompute-granularity full: checkpoint every group of layers, or only the first ones of a stage."""
+
+    recompute_num_layers: int | None = None
+    """Layers of one checkpointed group (uniform), or layers that are checkpointed (block)."""
+
+    distributed_timeout_minutes: float = 10.0
+    """A collective that takes longer ends the run on all ranks."""
+
+    def num_model_chunks(self, num_layers: int) -> int:
+        """Model chunks on each pipeline rank (1 without interleaving)."""
+        if self.num_layers_per_virtual_pipeline_stage is None:
+            return 1
+        return num_layers // self.pipeline_model_parallel_size // self.num_layers_per_virtual_pipeline_stage
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model in a world of `world_size` ranks."""
+        return world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)

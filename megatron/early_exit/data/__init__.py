@@ -1,0 +1,1 @@
+"""From text to batches: tokenizers, `.bin/.idx` files, datasets and iterators."""

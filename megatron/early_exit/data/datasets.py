@@ -1,0 +1,431 @@
+"""From `.bin/.idx` files to batches: core's GPT datasets, checked first, and the order in which ranks draw samples.
+
+Every rank builds its own iterator and draws the same samples as the other ranks of its data-parallel replica: any stage
+may own an exit and need the labels. Nothing is broadcast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+)
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import DType
+from megatron.core.datasets.utils import normalize
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron.early_exit.config.data import DataConfig, parse_blend, split_shares
+from megatron.early_exit.data.tokenizer import Tokenizer, check_ids_fit
+
+SPLITS = ("train", "valid", "test")
+
+# An .idx file: this header, length (int32) and then byte offset (int64) of every sequence, documents (int64).
+IDX_MAGIC = b"MMIDIDX\x00\x00"
+IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+
+CORE_SURPLUS = 0.005
+
+
+class Batch(NamedTuple):
+    """One microbatch."""
+
+    tokens: torch.Tensor
+    """[b, s] int64: what the model reads."""
+
+    labels: torch.Tensor
+    """[b, s] int64: the token after each token."""
+
+    loss_mask: torch.Tensor
+    """[b, s] float32: 0 where there is no loss."""
+
+    position_ids: torch.Tensor
+    """[b, s] int64."""
+
+    attention_mask: torch.Tensor | None
+    """[b, 1, s, s] bool, True where attention is forbidden (core's convention); None for plain causal attention."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`; from pinned memory the copy runs beside the CPU."""
+        return Batch(*(None if field is None else field.to(device, non_blocking=True) for field in self))
+
+
+class DataExhaustedError(RuntimeError):
+    """Training asked for more samples than its dataset has."""
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """What the header of an `.idx` file says about a pair of files."""
+
+    prefix: str
+    num_sequences: int
+    num_tokens: int
+    sequence_lengths: np.ndarray
+    """[num_sequences] int32, in tokens; read from disk only where it is looked at."""
+
+
+def check_token_file(prefix: str) -> TokenFile:
+    """Check that PREFIX.bin and PREFIX.idx are there, whole, and belong together. Reads the header and one entry.
+
+    Raises ValueError naming the file and, when a size is wrong, the expected and the actual bytes.
+    """
+    idx_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (idx_path, bin_path):
+        if not path.is_file():
+            hint = "; give the path without .bin or .idx" if prefix.endswith((".bin", ".idx")) else ""
+            raise ValueError(f"{path} does not exist; tools/preprocess_data.py writes it{hint}")
+    idx_bytes, bin_bytes = idx_path.stat().st_size, bin_path.stat().st_size
+    if idx_bytes < IDX_HEADER.size:
+        kind = "truncated" if idx_bytes else "empty"
+        raise ValueError(f"{idx_path} is {kind}: expected at least {IDX_HEADER.size} bytes, it has {idx_bytes}")
+    with idx_path.open("rb") as stream:
+        magic, version, code, num_sequences, num_documents = IDX_HEADER.unpack(stream.read(IDX_HEADER.size))
+    if magic != IDX_MAGIC or version != 1 or code not in {dtype.value for dtype in DType}:
+        header = f"header {magic!r}, version {version}, type {code}"
+        raise ValueError(f"{idx_path} is not an index that Megatron reads ({header})")
+    expected = IDX_HEADER.size + 12 * num_sequences + 8 * num_documents
+    if idx_bytes < expected:
+        raise ValueError(
+            f"{idx_path} is truncated: expected {expected} bytes for {num_sequences} sequences, it has {idx_bytes}"
+        )
+    if num_sequences == 0:
+        raise ValueError(f"{idx_path} holds no sequences; the data are empty")
+
+    lengths = np.memmap(idx_path, np.int32, "r", offset=IDX_HEADER.size, shape=(num_sequences,))
+    offsets = np.memmap(idx_path, np.int64, "r", offset=IDX_HEADER.size + 4 * num_sequences, shape=(num_sequences,))
+    token_bytes = DType.size(int(code))
+    expected = int(offsets[-1]) + int(lengths[-1]) * token_bytes
+    if bin_bytes != expected:
+        kind = "empty" if bin_bytes == 0 else "truncated" if bin_bytes < expected else "too long"
+        raise ValueError(
+            f"{bin_path} is {kind}: {idx_path} expects {expected} bytes, it has {bin_bytes}; preprocess the data again"
+        )
+    if bin_bytes == 0:
+        raise ValueError(f"{bin_path} holds no tokens")
+    return TokenFile(prefix, num_sequences, bin_bytes // token_bytes, lengths)
+
+
+def _check_documents(file: TokenFile, bounds: tuple[float, float], split: str, hint: str) -> None:
+    """Raise ValueError if the split gets no token of `file`: core would count epochs of nothing for ever."""
+    first, last = (round(bound * file.num_sequences) for bound in bounds)
+    if not np.any(file.sequence_lengths[first:last]):
+        raise ValueError(
+            f"no tokens for {split}: {file.prefix} has {file.num_sequences} documents, "
+            f"of which it gets {last - first}; {hint}"
+        )
+
+
+class TokenDataset(Dataset):
+    """A core dataset whose samples are checked against the vocabulary.
+
+    A sample is a `Batch` without the batch dimension.
+    """
+
+    def __init__(self, dataset: Any, vocab_size: int) -> None:
+        self.dataset = dataset
+        self.vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Batch:
+        """[s] tensors and a mask [1, s, s] or None. Raises ValueError for an id that has no row in the embedding."""
+        sample = self.dataset[index]
+        largest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"sample {index} has token id {largest}, but the padded vocabulary ends at {self.vocab_size - 1}; "
+                f"the data were made with another tokenizer"
+            )
+        return Batch(**{field: sample.get(field) for field in Batch._fields})
+
+
+@dataclass
+class StampedDatasetConfig(GPTDatasetConfig):
+    """Core's configuration, and what tells one content of the files from another."""
+
+    data_stamp: str = ""
+
+
+class StampedGPTDataset(GPTDataset):
+    """Core's dataset, whose cached index files are found again only for the same data.
+
+    Core knows data by their path: after preprocessing again to the same prefix it would use the sample index of the old
+    files, silently.
+    """
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return [*GPTDataset._key_config_attributes(), "data_stamp"]
+
+
+def build_datasets(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    seq_length: int,
+    seed: int,
+    num_samples: tuple[int, int, int],
+    vocab_size: int,
+) -> tuple[TokenDataset | None, TokenDataset | None, TokenDataset | None]:
+    """Datasets for training, validation and test with at least `num_samples` sequences of `seq_length` tokens each.
+
+    A split is None if 0 samples are asked of it or it has no data of its own. vocab_size: rows of the embedding. Every
+    rank calls this: rank 0 builds core's index files, the others wait at a barrier and read them. Files are checked on
+    every rank before any barrier. Raises ValueError for missing, empty or damaged files, bad blends and splits, and a
+    vocabulary that is too small.
+    """
+    check_ids_fit(tokenizer.vocab_size, vocab_size)
+    common = {
+        "random_seed": seed,
+        "sequence_length": seq_length,
+        "tokenizer": tokenizer,
+        "reset_position_ids": data.reset_position_ids,
+        "reset_attention_mask": data.reset_attention_mask,
+        "eod_mask_loss": data.eod_mask_loss,
+        # Without resets the mask is the causal one, which attention kernels make themselves.
+        "create_attention_mask": data.reset_attention_mask,
+    }
+    config = _dataset_config(data, num_samples, common)
+    dataset_class = MockGPTDataset if data.mock_data else StampedGPTDataset
+    datasets = BlendedMegatronDatasetBuilder(dataset_class, list(num_samples), lambda: True, config).build()
+    train, valid, test = (None if dataset is None else TokenDataset(dataset, vocab_size) for dataset in datasets)
+    return train, valid, test
+
+
+def _dataset_config(data: DataConfig, num_samples: tuple[int, int, int], common: dict[str, Any]) -> GPTDatasetConfig:
+    """Core's configuration for the way in which the data are given, after checking the files."""
+    has_per_split = bool(data.train_data_path or data.valid_data_path or data.test_data_path)
+    if bool(data.data_path) + has_per_split + data.mock_data != 1:
+        raise ValueError(
+            "give exactly one of --data-path, --train-data-path (with --valid-data-path, --test-data-path), --mock-data"
+        )
+    if data.data_path:
+        return _config_of_one_source(data, num_samples, common)
+    if has_per_split:
+        return _config_per_split(data, num_samples, common)
+    config = GPTDatasetConfig(**common)
+    config.split_matrix = _only_wanted(config.split_matrix, num_samples)
+    return config
+
+
+def _config_of_one_source(
+    data: DataConfig, num_samples: tuple[int, int, int], common: dict[str, Any]
+) -> StampedDatasetConfig:
+    """For --data-path, of which every split takes a share."""
+    blend, files = _load_blend(data.data_path)
+    bounds = _drop_empty_test(_only_wanted(_split_bounds(data.split), num_samples), files)
+    for split, bound in zip(SPLITS, bounds, strict=True):
+        for file in files if bound else ():
+            _check_documents(file, bound, split, f"give it a larger share in --split {data.split}, or more data")
+    config = StampedDatasetConfig(
+        blend=blend,
+        split=data.split,
+        path_to_cache=_cache_path(data, [blend]),
+        mid_level_dataset_surplus=_surplus([blend], num_samples),
+        data_stamp=_stamp(files),
+        **common,
+    )
+    # Core would build, and want data for, splits that nobody asked for.
+    config.split_matrix = bounds
+    return config
+
+
+def _config_per_split(
+    data: DataConfig, num_samples: tuple[int, int, int], common: dict[str, Any]
+) -> StampedDatasetConfig:
+    """For --train-data-path and its companions."""
+    if num_samples[0] and not data.train_data_path:
+        raise ValueError("--valid-data-path and --test-data-path need --train-data-path")
+    paths = (data.train_data_path, data.valid_data_path, data.test_data_path)
+    loaded = {
+        split: _load_blend(values)
+        for split, values, count in zip(SPLITS, paths, num_samples, strict=True)
+        if values and count
+    }
+    if not loaded:
+        raise ValueError(f"no split has both data and samples to draw; samples asked for: {num_samples}")
+    for split, (_, files) in loaded.items():
+        for file in files:
+            _check_documents(file, (0.0, 1.0), split, "all of them are empty")
+    blends = [blend for blend, _ in loaded.values()]
+    return StampedDatasetConfig(
+        blend_per_split=[loaded[split][0] if split in loaded else None for split in SPLITS],
+        path_to_cache=_cache_path(data, blends),
+        mid_level_dataset_surplus=_surplus(blends, num_samples),
+        data_stamp=_stamp([file for _, files in loaded.values() for file in files]),
+        **common,
+    )
+
+
+def _load_blend(values: Sequence[str]) -> tuple[tuple[list[str], list[float] | None], list[TokenFile]]:
+    """A blend in core's form, and its files, checked.
+
+    Without weights, several prefixes are weighted by their tokens. Core's own way then stops after one epoch.
+    """
+    prefixes, weights = parse_blend(values)
+    files = [check_token_file(prefix) for prefix in prefixes]
+    if len(prefixes) == 1:
+        return (prefixes, None), files
+    return (prefixes, weights or [float(file.num_tokens) for file in files]), files
+
+
+def _stamp(files: list[TokenFile]) -> str:
+    """Sizes, and the lengths of the first documents: core's index depends on lengths alone."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.num_sequences} {file.num_tokens} ".encode() + file.sequence_lengths[:65536].tobytes())
+    return digest.hexdigest()
+
+
+def _split_bounds(split: str) -> list[tuple[float, float] | None]:
+    """Where each split begins and ends, as shares of the documents; None for a share of 0."""
+    return convert_split_vector_to_split_matrix(normalize(split_shares(split)))
+
+
+def _only_wanted(bounds: list, num_samples: tuple[int, int, int]) -> list:
+    return [bound if count else None for bound, count in zip(bounds, num_samples, strict=True)]
+
+
+def _drop_empty_test(bounds: list, files: list[TokenFile]) -> list:
+    """The default split gives one document in a thousand to the test: a small corpus goes without, with a warning."""
+    test = bounds[2]
+    if test and any(round(test[0] * file.num_sequences) == round(test[1] * file.num_sequences) for file in files):
+        warnings.warn("no documents for the test after training; give it a larger share in --split", stacklevel=2)
+        return [*bounds[:2], None]
+    return bounds
+
+
+def _cache_path(data: DataConfig, blends: list) -> str | None:
+    """Where core keeps its index files; None puts them beside the data."""
+    has_blend = any(len(prefixes) > 1 for prefixes, _ in blends)
+    # With a cache, core's BlendedDataset asks for its rank (0.16.1), which fails without a process group.
+    if has_blend and not torch.distributed.is_initialized():
+        return None
+    return data.data_cache_path
+
+
+def _surplus(blends: list, num_samples: tuple[int, int, int]) -> float:
+    """How many more samples than its share each member of a blend must hold, as a fraction.
+
+    Core rounds every member's share up and then draws as many samples as the sum. With few samples and many members a
+    heavy one is asked for more than its share, and core stops with 'oversamples'.
+    """
+    surplus = CORE_SURPLUS
+    for _, weights in blends:
+        shares = normalize(weights) if weights else []
+        for count in num_samples:
+            targets = [math.ceil(count * share) for share in shares]
+            for target, share in zip(targets, shares, strict=True):
+                drawn = math.floor(sum(targets) * share) + 1  # greedy blending is off by less than 1
+                if target > 0 and math.ceil(target * (1 + CORE_SURPLUS)) < drawn:
+                    surplus = max(surplus, drawn / target - 1)
+    return surplus
+
+
+class ReplicaSampler(Sampler[list[int]]):
+    """Sample numbers of each microbatch of one data-parallel replica, in Megatron's order.
+
+    Step k takes the samples from consumed_samples + k * micro_batch_size * dp_size on, `micro_batch_size` of them for
+    each replica in turn. So a global batch holds the same samples whatever the micro batch size and the number of
+    replicas. The last samples, too few for a microbatch on every replica, are left out; with `is_cyclic` it then starts
+    again at sample 0.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        consumed_samples: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        is_cyclic: bool,
+    ) -> None:
+        stride = micro_batch_size * dp_size
+        if micro_batch_size < 1 or not 0 <= dp_rank < dp_size or consumed_samples < 0:
+            raise ValueError(
+                f"micro_batch_size {micro_batch_size} must be at least 1, dp_rank {dp_rank} below dp_size {dp_size}, "
+                f"consumed_samples {consumed_samples} at least 0"
+            )
+        if num_samples < stride:
+            raise ValueError(
+                f"the dataset has {num_samples} samples, fewer than one microbatch on every replica: "
+                f"micro_batch_size({micro_batch_size}) * dp_size({dp_size}) = {stride}"
+            )
+        self.num_samples, self.consumed_samples, self.micro_batch_size = num_samples, consumed_samples, micro_batch_size
+        self.dp_rank, self.stride, self.is_cyclic = dp_rank, stride, is_cyclic
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self.consumed_samples
+        if self.is_cyclic:
+            start %= self.num_samples // self.stride * self.stride
+        while True:
+            for first in range(start, self.num_samples - self.stride + 1, self.stride):
+                mine = first + self.dp_rank * self.micro_batch_size
+                yield list(range(mine, mine + self.micro_batch_size))
+            if not self.is_cyclic:
+                return
+            start = 0
+
+
+def collate(samples: list[Batch]) -> Batch:
+    """Stack samples along a new first dimension."""
+    return Batch(*(None if fields[0] is None else torch.stack(fields) for fields in zip(*samples, strict=True)))
+
+
+def build_iterator(
+    dataset: Dataset,
+    *,
+    consumed_samples: int = 0,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    is_cyclic: bool = False,
+) -> Iterator[Batch]:
+    """Microbatches of replica `dp_rank` on `device`, from sample `consumed_samples` (of all replicas together) on.
+
+    Without `is_cyclic` it raises DataExhaustedError when no whole microbatch is left; with it (validation) it starts
+    again. num_workers: processes that load ahead; 0 loads in this one. Raises ValueError if the dataset is too small
+    for one microbatch.
+    """
+    sampler = ReplicaSampler(len(dataset), consumed_samples, micro_batch_size, dp_rank, dp_size, is_cyclic)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=torch.device(device).type == "cuda",
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_sigterm_to_the_trainer,
+        generator=torch.Generator(),  # else it draws from the generator of dropout, and a resumed run would differ
+    )
+    return _draw(loader, sampler, device)
+
+
+def _leave_sigterm_to_the_trainer(worker: int) -> None:
+    """torchrun sends SIGTERM to whole process groups. Loaders must outlive it: the trainer saves and stops."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _draw(loader: DataLoader, sampler: ReplicaSampler, device: torch.device | str) -> Iterator[Batch]:
+    for batch in loader:
+        yield batch.to(device)
+    raise DataExhaustedError(
+        f"training has used all {sampler.num_samples} samples of its dataset (from {sampler.consumed_samples} on, "
+        f"{sampler.stride} at a time); ask for fewer iterations or build the dataset for more samples"
+    )

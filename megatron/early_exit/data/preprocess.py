@@ -1,0 +1,410 @@
+"""Text to token files: JSONL or plain text becomes core's `.bin` (token ids) and `.idx` (where each document lies).
+
+Run as `tools/preprocess_data.py`. Files appear under their final names only when they are complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import numpy as np
+
+from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.data.documents import (
+    Document,
+    InputFormat,
+    SplitBy,
+    document_texts,
+    find_input_files,
+    is_jsonl,
+    read_documents,
+)
+from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
+
+# A chunk is what a worker gets at once: enough to hide the cost of sending it, little enough to keep progress smooth.
+CHUNK_DOCUMENTS = 256
+CHUNK_BYTES = 1 << 17
+
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """What to read, what to write and how."""
+
+    input: tuple[str, ...]
+    """Files, glob patterns or folders."""
+
+    output_prefix: str
+    """Output is PREFIX_KEY_document.bin and .idx for each key."""
+
+    data: DataConfig
+    """Which tokenizer (the other settings play no part)."""
+
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys of the JSON objects to tokenize; each has its own pair of files."""
+
+    append_eod: bool = False
+    """End every document with the tokenizer's end-of-document id."""
+
+    input_format: InputFormat = "auto"
+    """How to read the files; `auto` takes .jsonl and .json as JSON lines and all others as text."""
+
+    split_by: SplitBy = "file"
+    """What one document is in a text file."""
+
+    workers: int = 1
+    """Processes that tokenize."""
+
+    overwrite: bool = False
+    """Replace existing output."""
+
+    log_interval_sec: float = 5.0
+    """Seconds between two lines of progress."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.workers < 1:
+            problems.append(f"--workers {self.workers} must be at least 1")
+        if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
+            problems.append(f"--json-keys {' '.join(self.json_keys)} must be one or more different keys")
+        if Path(self.output_prefix).name in ("", ".", ".."):
+            problems.append(f"--output-prefix {self.output_prefix} must end in a name, not a folder")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+class PreprocessResult(NamedTuple):
+    """What was written under one prefix (for --data-path)."""
+
+    prefix: str
+    num_documents: int
+    num_tokens: int
+    num_skipped: int
+    """Documents without a single token."""
+
+
+class EncodedChunk(NamedTuple):
+    """Token ids of the documents of one chunk, for each key."""
+
+    tokens: dict[str, np.ndarray]
+    lengths: dict[str, list[int]]
+    num_documents: int
+    num_skipped: dict[str, int]
+    read_bytes: int
+
+
+def preprocess(config: PreprocessConfig) -> list[PreprocessResult]:
+    """Tokenize all documents in order and write one pair of files per key. The result does not depend on `workers`.
+
+    Raises ValueError for bad input, FileExistsError for existing output without `overwrite`, RuntimeError if a worker
+    died. In every failure, interruption included, nothing is left behind and existing files are as they were.
+    """
+    prefixes = {key: f"{config.output_prefix}_{key}_document" for key in config.json_keys}
+    _refuse_existing(prefixes.values(), config.overwrite)
+    files = find_input_files(config.input)
+    _check_keys_fit_format(config, files)
+    tokenizer = build_tokenizer(config.data)
+    Path(config.output_prefix).parent.mkdir(parents=True, exist_ok=True)
+
+    documents = (doc for path in files for doc in read_documents(path, config.input_format, config.split_by))
+    progress = Progress(sum(path.stat().st_size for path in files), config.log_interval_sec)
+    with _partial_outputs(prefixes, tokenizer.vocab_size) as writers:
+        for chunk in _encode_all(chunks_of(documents), config, tokenizer):
+            for key, writer in writers.items():
+                writer.add(chunk, key)
+            progress.update(chunk)
+        results = [writer.finish() for writer in writers.values()]
+    progress.finish()
+    return results
+
+
+def chunks_of(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents grouped by number and size, in order."""
+    chunk: list[Document] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.content)
+        if len(chunk) >= CHUNK_DOCUMENTS or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class Encoder:
+    """Tokenizes chunks; one lives in every worker."""
+
+    def __init__(self, tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool) -> None:
+        self.tokenizer = tokenizer
+        self.json_keys = tuple(json_keys)
+        self.append_eod = append_eod
+
+    def __call__(self, chunk: list[Document]) -> EncodedChunk:
+        tokens: dict[str, list[np.ndarray]] = {key: [] for key in self.json_keys}
+        num_skipped = dict.fromkeys(self.json_keys, 0)
+        for document in chunk:
+            for key, text in document_texts(document, self.json_keys).items():
+                ids = self.encode(text, document.location)
+                if len(ids):
+                    tokens[key].append(ids)
+                else:
+                    num_skipped[key] += 1
+        return EncodedChunk(
+            {key: np.concatenate(arrays) if arrays else np.zeros(0, np.int64) for key, arrays in tokens.items()},
+            {key: [len(array) for array in arrays] for key, arrays in tokens.items()},
+            len(chunk),
+            num_skipped,
+            sum(document.read_bytes for document in chunk),
+        )
+
+    def encode(self, text: str, location: str) -> np.ndarray:
+        """Ids of one document, int64; empty if the text has no token. Raises ValueError with the location."""
+        try:
+            ids = self.tokenizer.tokenize(text)
+        except ValueError as error:
+            raise ValueError(f"{location}: cannot be tokenized: {error}") from error
+        if ids and not 0 <= min(ids) <= max(ids) < self.tokenizer.vocab_size:
+            largest = self.tokenizer.vocab_size - 1
+            raise ValueError(f"{location}: token ids {min(ids)}..{max(ids)} are not in 0..{largest}")
+        if ids and self.append_eod:
+            ids = [*ids, self.tokenizer.eod]
+        return np.asarray(ids, dtype=np.int64)
+
+
+_encoder: Encoder | None = None
+
+
+def _start_worker(data: DataConfig, json_keys: tuple[str, ...], append_eod: bool) -> None:
+    global _encoder
+    # Ctrl-C reaches the whole process group; only the parent cleans up, so workers wait to be told.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    _encoder = Encoder(build_tokenizer(data), json_keys, append_eod)
+
+
+def _encode_in_worker(chunk: list[Document]) -> EncodedChunk:
+    assert _encoder is not None, "worker was not initialised"
+    return _encoder(chunk)
+
+
+def _encode_all(
+    chunks: Iterator[list[Document]], config: PreprocessConfig, tokenizer: Tokenizer
+) -> Iterator[EncodedChunk]:
+    """Encoded chunks in the order of `chunks`."""
+    # Parallel over documents, not inside one: threads of the Hugging Face library would compete with the workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if config.workers == 1:
+        yield from map(Encoder(tokenizer, config.json_keys, config.append_eod), chunks)
+        return
+    # Fork spares every worker the seconds that importing core takes.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    executor = ProcessPoolExecutor(
+        config.workers,
+        mp_context=multiprocessing.get_context(method),
+        initializer=_start_worker,
+        initargs=(config.data, config.json_keys, config.append_eod),
+    )
+    try:
+        _start_processes(executor)
+        # At most a few chunks per worker are in flight, so memory does not grow with the corpus.
+        pending: deque[Future[EncodedChunk]] = deque()
+        for chunk in chunks:
+            pending.append(executor.submit(_encode_in_worker, chunk))
+            if len(pending) >= 4 * config.workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise RuntimeError("a tokenizing process died (out of memory?); try fewer --workers") from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_processes(executor: ProcessPoolExecutor) -> None:
+    """Fork the workers with signals held back: Python drops an exception raised by one that arrives during a fork."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        executor.submit(int)  # the first task starts all processes
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class PairWriter:
+    """Writes one pair of files under temporary names; `publish` gives them their final names."""
+
+    def __init__(self, key: str, prefix: str, vocab_size: int) -> None:
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self.key = key
+        self.prefix = prefix
+        self.partial = f"{prefix}.partial-{os.getpid()}"
+        self.builder = IndexedDatasetBuilder(f"{self.partial}.bin", dtype=DType.optimal_dtype(vocab_size))
+        self.num_documents = self.num_tokens = self.num_skipped = 0
+
+    def add(self, chunk: EncodedChunk, key: str) -> None:
+        # One write for the whole chunk; every document is one sequence.
+        first = len(self.builder.sequence_lengths)
+        lengths = chunk.lengths[key]
+        if lengths:
+            self.builder.add_document(chunk.tokens[key], lengths)
+            self.builder.document_indices[-1:] = range(first + 1, first + len(lengths) + 1)
+        self.num_documents += len(lengths)
+        self.num_tokens += len(chunk.tokens[key])
+        self.num_skipped += chunk.num_skipped[key]
+
+    def finish(self) -> PreprocessResult:
+        """Complete both files, still under their temporary names."""
+        if not self.num_documents:
+            raise ValueError(
+                f"no documents with text for key {self.key!r} in the input ({self.num_skipped} were empty)"
+            )
+        self.builder.finalize(f"{self.partial}.idx")
+        return PreprocessResult(self.prefix, self.num_documents, self.num_tokens, self.num_skipped)
+
+    def publish(self) -> None:
+        # The index goes first and comes last: at no moment does an old one stand beside new tokens.
+        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+        for suffix in (".bin", ".idx"):
+            os.replace(f"{self.partial}{suffix}", f"{self.prefix}{suffix}")
+
+    def discard(self) -> None:
+        self.builder.data_file.close()
+        for suffix in (".bin", ".idx"):
+            Path(f"{self.partial}{suffix}").unlink(missing_ok=True)
+
+
+@contextmanager
+def _partial_outputs(prefixes: dict[str, str], vocab_size: int) -> Iterator[dict[str, PairWriter]]:
+    """Writers that are published together when the block succeeds, and leave nothing when it does not."""
+    writers: dict[str, PairWriter] = {}
+    try:
+        for key, prefix in prefixes.items():
+            writers[key] = PairWriter(key, prefix, vocab_size)
+        yield writers
+        for writer in writers.values():
+            writer.publish()
+    finally:
+        for writer in writers.values():
+            writer.discard()
+
+
+class Progress:
+    """Lines on standard error with documents, rates and the time left."""
+
+    def __init__(self, total_bytes: int, interval_sec: float) -> None:
+        self.total_bytes = total_bytes
+        self.interval_sec = interval_sec
+        self.start = self.last = time.monotonic()
+        self.num_documents = self.num_tokens = self.read_bytes = 0
+
+    def update(self, chunk: EncodedChunk) -> None:
+        self.num_documents += chunk.num_documents
+        self.num_tokens += sum(len(tokens) for tokens in chunk.tokens.values())
+        self.read_bytes += chunk.read_bytes
+        now = time.monotonic()
+        if now - self.last >= self.interval_sec:
+            self.last = now
+            print(self.line(now - self.start), file=sys.stderr, flush=True)
+
+    def line(self, seconds: float) -> str:
+        seconds = max(seconds, 1e-9)
+        rate = max(self.read_bytes, 1) / seconds
+        share = min(self.read_bytes / self.total_bytes, 1.0)
+        remaining = max(self.total_bytes - self.read_bytes, 0) / rate
+        return (
+            f"{share:4.0%}  {self.num_documents:,} documents  {self.num_documents / seconds:,.0f} docs/s  "
+            f"{rate / 1e6:.2f} MB/s  {self.num_tokens / seconds:,.0f} tokens/s  ETA {_clock(remaining)}"
+        )
+
+    def finish(self) -> None:
+        seconds = time.monotonic() - self.start
+        print(
+            f"done: {self.num_documents:,} documents, {self.num_tokens:,} tokens, {self.read_bytes / 1e6:.1f} MB "
+            f"in {_clock(seconds)} ({self.num_tokens / max(seconds, 1e-9):,.0f} tokens/s)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _refuse_existing(prefixes: Iterable[str], overwrite: bool) -> None:
+    paths = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]
+    existing = ", ".join(path for path in paths if os.path.exists(path))
+    if existing and not overwrite:
+        raise FileExistsError(f"output exists: {existing}; give another --output-prefix, or --overwrite to replace it")
+
+
+def _check_keys_fit_format(config: PreprocessConfig, files: list[Path]) -> None:
+    text_files = [path for path in files if not is_jsonl(path, config.input_format)]
+    if text_files and config.json_keys != ("text",):
+        raise ValueError(
+            f"--json-keys {' '.join(config.json_keys)} has no meaning for plain text such as {text_files[0]}; "
+            f"leave it out, or say --input-format jsonl"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="preprocess_data.py", description="Tokenize JSONL or plain text into .bin/.idx files for --data-path."
+    )
+    parser.add_argument("--input", nargs="+", required=True, help="files, quoted patterns or folders, also .gz")
+    parser.add_argument("--output-prefix", required=True, help="output is PREFIX_KEY_document.bin and .idx")
+    parser.add_argument("--tokenizer-type", default=DataConfig.tokenizer_type, choices=_tokenizer_types())
+    parser.add_argument("--tokenizer-model", help="folder (Hugging Face) or .model file (SentencePiece)")
+    parser.add_argument("--vocab-size", type=int, help="number of ids, for NullTokenizer")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys to tokenize, each into files of its own")
+    parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document id")
+    parser.add_argument("--input-format", choices=get_args(InputFormat), default="auto", help="default: by suffix")
+    parser.add_argument("--split-by", choices=get_args(SplitBy), default="file", help="documents in a text file")
+    parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument("--log-interval-sec", type=float, default=5.0, help="seconds between progress lines")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns its exit status."""
+    args = vars(build_parser().parse_args(argv))
+    # SIGTERM becomes an exception, so that temporary files are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed")  # of no use here
+    tokenizer_flags = {name: args.pop(name) for name in ("tokenizer_type", "tokenizer_model", "vocab_size")}
+    args |= {"input": tuple(args["input"]), "json_keys": tuple(args["json_keys"])}
+    try:
+        results = preprocess(PreprocessConfig(data=DataConfig(**tokenizer_flags), **args))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    for result in results:
+        skipped = f" ({result.num_skipped:,} empty ones skipped)" if result.num_skipped else ""
+        print(f"{result.prefix}: {result.num_documents:,} documents{skipped}, {result.num_tokens:,} tokens")
+    return 0
+
+
+def _tokenizer_types() -> tuple[Any, ...]:
+    return get_args(get_type_hints(DataConfig)["tokenizer_type"])

@@ -1,0 +1,75 @@
+"""Which exits are worth asking: asking costs a head, and pays only if tokens leave there often enough."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron.early_exit.inference.costs import StepCosts
+
+# A plan must promise this share of the full model's time, so that errors of its figures do not cost more than it wins.
+_MIN_GAIN = 0.03
+# Beyond this many exits not all subsets are tried.
+_MAX_EXITS = 10
+
+
+def choose_exits(
+    confidences: np.ndarray,
+    thresholds: Sequence[float],
+    depths: Sequence[int],
+    num_layers: int,
+    costs: StepCosts,
+    num_requests: int = 1,
+) -> tuple[int, ...]:
+    """Indices of the exits to ask, or none if the full model is as fast.
+
+    confidences: [tokens, exits], from a calibration; thresholds, depths: of each exit, in the order of layers;
+    num_requests: rows that decode together. All subsets are tried on the calibration's tokens: cheap, and right however
+    the confidences of different exits depend on each other."""
+    exits = range(len(depths))
+    if len(depths) > _MAX_EXITS:
+        raise ValueError(f"{len(depths)} exits are too many to plan; name up to {_MAX_EXITS} of them")
+    would_leave = confidences >= np.asarray(thresholds, dtype=confidences.dtype)  # [tokens, exits]
+    full = step_seconds((), would_leave, depths, num_layers, costs, num_requests)
+    subsets = itertools.chain.from_iterable(itertools.combinations(exits, size) for size in range(1, len(depths) + 1))
+    best = min(subsets, key=lambda asked: step_seconds(asked, would_leave, depths, num_layers, costs, num_requests))
+    gain = 1.0 - step_seconds(best, would_leave, depths, num_layers, costs, num_requests) / full
+    return best if gain >= _MIN_GAIN else ()
+
+
+def step_seconds(
+    asked: Sequence[int],
+    would_leave: np.ndarray,
+    depths: Sequence[int],
+    num_layers: int,
+    costs: StepCosts,
+    num_requests: int = 1,
+) -> float:
+    """Expected time of one step in which `num_requests` rows decode and may leave at the exits `asked`.
+
+    Rows that left run later, together with the next row of their request that goes on: over time every layer sees as
+    many rows as without exits, but in fewer runs. With a share q of tokens going past an exit, a step runs the layers
+    behind it with probability 1 - (1 - q)^n, and then with n / that many rows."""
+    seconds, depth, goes_on = costs.batch_seconds, 0, 1.0
+    staying = np.ones(len(would_leave), dtype=bool)
+    for index in (*asked, None):
+        runs = 1.0 - (1.0 - goes_on) ** num_requests
+        if runs <= 0.0:
+            return seconds
+        until = num_layers if index is None else depths[index]
+        seconds += (until - depth) * runs * costs.layer(num_requests / runs)
+        asking = num_requests * goes_on / runs  # rows that have not left, in a step in which there are some
+        if index is None:
+            return seconds + runs * costs.final_head(asking)
+        seconds += runs * costs.ask(asking)
+        leaves = staying & would_leave[:, index]
+        seconds += min(num_requests * leaves.mean(), 1.0) * costs.batch_seconds
+        if costs.is_asking_cheap:
+            # The exit's own head gives the token.
+            left = num_requests * leaves.mean()
+            seconds += min(left, 1.0) * costs.exit_head(max(left, 1.0))
+        staying &= ~leaves
+        depth, goes_on = until, staying.mean()
+    return seconds

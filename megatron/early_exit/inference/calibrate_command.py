@@ -1,0 +1,101 @@
+"""The programme behind `tools/calibrate_exits.py`: run a model over text and keep what its exits say."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+_MAX_COUNTED = 50_000_000
+"""Tokens of the corpus that are counted for the shortlist."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="calibrate_exits.py",
+        description="Count the frequent tokens of a corpus and measure how sure and how right a model's exits are on "
+        "it. The result lies in the checkpoint's folder: tools/generate.py then asks exits about frequent tokens "
+        "first, and can plan which exits to ask (--plan-exits).",
+    )
+    parser.add_argument("--load", required=True, metavar="DIR", help="folder of checkpoints (--save of the training)")
+    parser.add_argument("--load-iteration", type=int, help="checkpoint; default: the last one")
+    parser.add_argument("--data-path", required=True, metavar="PREFIX", help="PREFIX.bin and PREFIX.idx of the corpus")
+    parser.add_argument("--shortlist-size", type=int, metavar="N", help="default: a sixth of the vocabulary")
+    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="to run the exits over; default 8192")
+    parser.add_argument("--sequence-length", type=int, metavar="N", help="default: 256, or what the model takes")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 2 for bad settings."""
+    args = build_parser().parse_args(argv)
+    try:
+        calibrate(args)
+    except (ValueError, OSError) as error:
+        print(f"calibrate_exits.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """Raises ValueError for settings that do not fit, OSError for files that cannot be read."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from megatron.early_exit.data.datasets import check_token_file
+    from megatron.early_exit.inference.calibration import (
+        CALIBRATION_FILE,
+        ExitCalibration,
+        frequent_tokens,
+        observe_exits,
+    )
+    from megatron.early_exit.inference.llm import LLM
+    from megatron.early_exit.inference.report import aligned
+    from megatron.early_exit.training.checkpointing import find_checkpoint
+
+    check_token_file(args.data_path)
+    if args.tokens < 2:
+        raise ValueError(f"--tokens is {args.tokens}; it must be at least 2")
+    llm = LLM.load(args.load, iteration=args.load_iteration, max_requests=1, shortlist=False)
+    decoder = llm.engine.decoder
+    if not decoder.exits:
+        raise ValueError(f"the model in {args.load} has no exits to calibrate")
+    size = args.shortlist_size or max(decoder.vocab_size // 6, 1)
+    if not 1 <= size <= decoder.vocab_size:
+        raise ValueError(f"--shortlist-size is {size}; the vocabulary has {decoder.vocab_size} ids")
+    length = args.sequence_length or min(256, decoder.num_positions)
+    if not 2 <= length <= decoder.num_positions:
+        raise ValueError(f"--sequence-length is {length}; the model takes 2 to {decoder.num_positions}")
+
+    documents = IndexedDataset(args.data_path)
+    counts, sequences, num_tokens = np.zeros(decoder.vocab_size, dtype=np.int64), [], 0
+    stride = max(len(documents) * length // args.tokens, 1)  # sequences from all over the corpus
+    for index in range(len(documents)):
+        tokens = np.asarray(documents[index])
+        if tokens.size and tokens.max() >= decoder.vocab_size:
+            raise ValueError(
+                f"{args.data_path} holds id {tokens.max()}, beyond the model's vocabulary of {decoder.vocab_size}; it "
+                "was made with another tokenizer"
+            )
+        counts += np.bincount(tokens, minlength=decoder.vocab_size)
+        if index % stride == 0 and tokens.size >= 2 and num_tokens < args.tokens:
+            sequences.append(tokens[: min(length, args.tokens - num_tokens)].tolist())
+            num_tokens += len(sequences[-1])
+        if counts.sum() > _MAX_COUNTED and num_tokens >= args.tokens:
+            break
+    shortlist, coverage = frequent_tokens(counts, size)
+    confidences, agrees = observe_exits(decoder, sequences, _show_progress)
+    layers = tuple(one.layer_number for one in decoder.exits)
+    calibration = ExitCalibration(shortlist, coverage, layers, confidences, agrees)
+    folder: Path = find_checkpoint(args.load, args.load_iteration)
+    calibration.save(folder)
+    print(f"\n{len(shortlist)} frequent tokens cover {coverage:.2%} of {counts.sum():,} counted")
+    print(f"exits on {len(confidences):,} tokens:\n{aligned(calibration.table())}\nwrote {folder / CALIBRATION_FILE}")
+
+
+def _show_progress(done: int, total: int) -> None:
+    end = "\r" if sys.stderr.isatty() and done < total else "\n"
+    if end == "\r" or done == total or done % max(total // 10, 1) == 0:
+        print(f"{done}/{total} sequences", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,332 @@
+"""The programme behind `tools/generate.py`: prompts in, text and the exits that produced it out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# What needs core is imported in the functions: --help and wrong flags should not wait for it.
+if TYPE_CHECKING:
+    from megatron.early_exit.inference.llm import LLM, Answer, Update
+    from megatron.early_exit.inference.params import GenerationParams
+
+_INTERACTIVE_TIMEOUT_MINUTES = 7 * 24 * 60.0
+"""Other ranks wait in a collective for as long as the user thinks."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags; those of exits are EE-LLM's."""
+    parser = argparse.ArgumentParser(
+        prog="generate.py",
+        description="Continue prompts with a trained early-exit model, all at once. Without --prompt and --prompt-file "
+        "it reads one prompt a line from standard input; with --chat it keeps the conversation.",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--load", required=True, metavar="DIR", help="folder of checkpoints (--save of the training)")
+    model.add_argument("--load-iteration", type=int, help="checkpoint to load; default: the last one")
+    model.add_argument(
+        "--tensor-model-parallel-size", type=int, default=1, metavar="N",
+        help="ranks that share the weights; start the programme with torchrun --nproc-per-node N",
+    )  # fmt: skip
+    model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: that of the training")
+    model.add_argument("--quantize", choices=("exits", "all"), help="int8 weights: to ask exits, or for everything")
+    model.add_argument(
+        "--shortlist", action=argparse.BooleanOptionalAction,
+        help="ask exits about frequent tokens only; default: if the checkpoint is calibrated",
+    )  # fmt: skip
+    model.add_argument("--max-requests", type=int, default=8, metavar="N", help="prompts that run at once; default 8")
+    model.add_argument("--max-length", type=int, metavar="N", help="longest prompt and answer; default: the model's")
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; empty lines are skipped")
+    prompts.add_argument("--chat", action="store_true", help="talk: each answer sees the conversation before it")
+    sampling = parser.add_argument_group("sampling (the default is greedy)")
+    sampling.add_argument("--tokens-to-generate", type=int, default=64, metavar="N")
+    sampling.add_argument("--temperature", type=float, help="0: greedy; default: 1 with --top-k or --top-p, else 0")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K most probable; 0: all")
+    sampling.add_argument(
+        "--top-p", type=float, default=0.0, metavar="P", help="choose among the fewest with probability P; 0: all"
+    )
+    sampling.add_argument("--top-p-decay", type=float, default=0.0, metavar="F", help="multiply top-p by this a token")
+    sampling.add_argument("--top-p-bound", type=float, default=0.0, metavar="P", help="top-p decays no further")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="F", help="1: off")
+    sampling.add_argument("--seed", type=int, default=1234, help="the same seed for every prompt")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this; repeatable")
+    sampling.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt")
+    exits = parser.add_argument_group("early exit")
+    exits.add_argument(
+        "--mode", choices=("full", "early_exit", "self_speculative"), help="default: full, or what other flags imply"
+    )
+    exits.add_argument("--use-early-exit", action="store_true", help="the same as --mode early_exit")
+    exits.add_argument(
+        "--early-exit-thres", type=float, nargs="+", metavar="F",
+        help="probability of its best token from which on an exit is taken, one for all exits or one for each; 0: "
+        "always the first exit, 1: only where the probability rounds to 1; default 0.8",
+    )  # fmt: skip
+    exits.add_argument("--exit-layers", type=int, nargs="+", metavar="N", help="exits to ask; default: all")
+    exits.add_argument(
+        "--max-deferred", type=int, metavar="N",
+        help="rows that may wait for the deeper layers before one is sent through all layers; default 32",
+    )  # fmt: skip
+    exits.add_argument("--plan-exits", action="store_true", help="ask only exits that pay on this machine (calibrate)")
+    exits.add_argument("--draft-exit", type=int, metavar="N", help="self_speculative: exit that drafts; default: first")
+    exits.add_argument(
+        "--draft-length", type=int, metavar="N", help="self_speculative: tokens to draft at once; default: it adapts"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON document a line for each answer")
+    output.add_argument("--print-max-prob", action="store_true", help="what every asked exit said about each token")
+    output.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="colour text by exit")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the programme on this rank. Returns the exit status: 1 if a prompt was refused, 2 for bad settings."""
+    args = build_parser().parse_args(argv)
+    is_speaker = os.environ.get("RANK", "0") == "0"
+    try:
+        params, llm = _prepare(args)
+    except (ValueError, OSError) as error:
+        if is_speaker:
+            print(f"generate.py: {error}", file=sys.stderr, flush=True)
+        _leave()
+        return 2
+    prompts = [*args.prompt, *_lines(args.prompt_file)]
+    try:
+        if _is_interactive(args):
+            all_answered = _converse(args, params, llm, is_speaker)
+        elif len(prompts) == 1 and args.samples == 1 and not args.json:
+            all_answered = _show_live(args, prompts[0], prompts[0], params, llm, is_speaker) is not None
+        else:
+            all_answered = _answer_all(args, prompts, params, llm, is_speaker)
+    except KeyboardInterrupt:
+        all_answered = False
+    _leave()
+    return 0 if all_answered else 1
+
+
+def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
+    """What is cheap is checked first. Raises ValueError or OSError (no checkpoint, or a damaged one)."""
+    from megatron.early_exit.inference.params import GenerationParams
+    from megatron.early_exit.inference.sampling import SamplingSettings
+
+    mode = _checked_mode(args)
+    temperature = args.temperature
+    if temperature is None:
+        temperature = 1.0 if args.top_k > 1 or args.top_p > 0 else 0.0
+    params = GenerationParams(
+        max_tokens=args.tokens_to_generate,
+        mode=mode,
+        sampling=SamplingSettings(
+            temperature, args.top_k, args.top_p, args.top_p_decay, args.top_p_bound, args.repetition_penalty, args.seed
+        ),
+        exit_thresholds=(0.8,) if args.early_exit_thres is None else tuple(args.early_exit_thres),
+        exit_layers=tuple(args.exit_layers or ()),
+        max_deferred=32 if args.max_deferred is None else args.max_deferred,
+        plan_exits=args.plan_exits,
+        draft_exit=args.draft_exit,
+        draft_length=args.draft_length,
+        stop=tuple(args.stop),
+        n=args.samples,
+    )
+
+    from megatron.early_exit.inference.llm import LLM
+    from megatron.early_exit.platform.distributed import initialize_distributed
+
+    if _is_interactive(args):
+        initialize_distributed(timeout_minutes=_INTERACTIVE_TIMEOUT_MINUTES)
+    llm = LLM.load(
+        args.load,
+        iteration=args.load_iteration,
+        tensor_parallel_size=args.tensor_model_parallel_size,
+        dtype=args.dtype,
+        max_requests=args.max_requests,
+        max_length=args.max_length,
+        quantize=args.quantize,
+        shortlist=args.shortlist,
+    )
+    params.exit_policy(llm.exits)
+    params.drafting_exit(llm.exits)
+    return params, llm
+
+
+def _checked_mode(args: argparse.Namespace) -> str:
+    problems = []
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != args.tensor_model_parallel_size:
+        problems.append(
+            f"--tensor-model-parallel-size is {args.tensor_model_parallel_size} but {world_size} processes "
+            f"were started; use torchrun --nproc-per-node {args.tensor_model_parallel_size}"
+        )
+    mode = args.mode or ("early_exit" if args.use_early_exit else "full")
+    if args.use_early_exit and mode != "early_exit":
+        problems.append(f"--use-early-exit contradicts --mode {mode}")
+    needs = {
+        "early_exit": {
+            "--early-exit-thres": args.early_exit_thres,
+            "--exit-layers": args.exit_layers,
+            "--max-deferred": args.max_deferred,
+            "--plan-exits": args.plan_exits or None,
+        },
+        "self_speculative": {"--draft-exit": args.draft_exit, "--draft-length": args.draft_length},
+    }
+    for needed, flags in needs.items():
+        useless = [flag for flag, value in flags.items() if value is not None and mode != needed]
+        problems += [f"{flag} has no effect without --mode {needed}" for flag in useless]
+    if args.prompt_file is not None and not args.prompt_file.is_file():
+        problems.append(f"--prompt-file {args.prompt_file} is not a file")
+    if args.chat and (args.prompt or args.prompt_file):
+        problems.append("--chat reads from standard input; leave out --prompt and --prompt-file")
+    if args.samples > 1 and _is_interactive(args):
+        problems.append("--samples needs --prompt or --prompt-file")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return mode
+
+
+def _is_interactive(args: argparse.Namespace) -> bool:
+    return not args.prompt and args.prompt_file is None
+
+
+def _lines(path: Path | None) -> list[str]:
+    return [] if path is None else [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM, is_speaker: bool) -> bool:
+    """Answer one prompt a line until standard input ends. Returns whether all were answered."""
+    messages: list[dict[str, str]] = []
+    all_answered = True
+    for line in _typed_lines(is_speaker):
+        prompt: str | list[int] = line
+        if args.chat:
+            messages.append({"role": "user", "content": line})
+            prompt = llm.tokenizer.chat(messages)
+        answer = _show_live(args, "" if args.chat else line, prompt, params, llm, is_speaker)
+        if answer is None:
+            all_answered = False
+            if args.chat:
+                messages.pop()
+        elif args.chat:
+            messages.append({"role": "assistant", "content": answer.text})
+    return all_answered
+
+
+def _typed_lines(is_speaker: bool) -> Iterator[str]:
+    """The lines of rank 0's standard input, on all ranks; empty ones are skipped."""
+    import torch
+
+    while True:
+        line = None
+        if is_speaker:
+            try:
+                line = input("prompt> " if sys.stdin.isatty() else "")
+            except (EOFError, KeyboardInterrupt):
+                line = None
+        lines = [line]
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.broadcast_object_list(lines, src=0)
+        if lines[0] is None:
+            return
+        if lines[0]:
+            yield lines[0]
+
+
+def _show_live(
+    args: argparse.Namespace, shown: str, prompt: str | list[int], params: GenerationParams, llm: LLM, is_speaker: bool
+) -> Answer | None:
+    """Answer one prompt and show the text as it comes, on rank 0. None if the prompt was refused."""
+    from megatron.early_exit.inference import report
+
+    in_colour, num_layers = _in_colour(args.color), llm.engine.decoder.num_layers
+    quiet = args.json or not is_speaker
+    update: Update | None = None
+    for update in llm.stream(prompt, params):
+        if update.answer.result is None and update.answer.error is not None:
+            _refuse(shown or str(prompt), update.answer, is_speaker)
+            return None
+        if quiet:
+            continue
+        if shown is not None:
+            print(shown, end="", flush=True)
+            shown = None
+        if in_colour and update.tokens:
+            pieces = update.answer.pieces[len(update.answer.tokens) - len(update.tokens) :]
+            text = report.coloured_text(update.text, pieces, update.tokens, num_layers)
+        else:
+            text = update.text
+        print(text, end="", flush=True)
+    answer = update.answer
+    if answer.error is not None:
+        _refuse(str(prompt), answer, is_speaker)
+        return None
+    if args.json and is_speaker:
+        print(json.dumps(report.as_json(str(prompt), answer), ensure_ascii=False), flush=True)
+    elif is_speaker:
+        print("\n")
+        _print_tables(args, answer, llm, in_colour)
+    return answer
+
+
+def _print_tables(args: argparse.Namespace, answer: Answer, llm: LLM, in_colour: bool) -> None:
+    from megatron.early_exit.inference import report
+
+    if len(answer.result.usage) > 1 and not in_colour:
+        print(report.marked(answer.pieces, answer.tokens) + "\n")
+    if args.print_max_prob:
+        print(report.readings_table(answer.pieces, answer.tokens, llm.tokenizer) + "\n")
+    print(report.usage_table(answer) + "\n", flush=True)
+
+
+def _answer_all(
+    args: argparse.Namespace, prompts: list[str], params: GenerationParams, llm: LLM, is_speaker: bool
+) -> bool:
+    """Answer all prompts at once and show each when it and those before it are done. False if one was refused."""
+    from megatron.early_exit.inference import report
+
+    in_colour, num_layers = _in_colour(args.color), llm.engine.decoder.num_layers
+    expected = iter([(prompt, sample) for prompt in range(len(prompts)) for sample in range(params.n)])
+    done: dict[tuple[int, int], Answer] = {}
+    following, all_answered = next(expected), True
+    for update in llm.stream(prompts, params):
+        if update.is_finished:
+            done[update.answer.prompt_index, update.answer.sample_index] = update.answer
+        while following in done:
+            answer, prompt = done.pop(following), prompts[following[0]]
+            following = next(expected, None)
+            if answer.error is not None:
+                all_answered = False
+                _refuse(prompt, answer, is_speaker)
+            if not is_speaker:
+                continue
+            if args.json:
+                print(json.dumps(report.as_json(prompt, answer), ensure_ascii=False), flush=True)
+            elif answer.error is None:
+                text = answer.text
+                if in_colour:
+                    text = report.coloured_text(text, answer.pieces, answer.tokens, num_layers)
+                print(f"{prompt}{text}\n")
+                _print_tables(args, answer, llm, in_colour)
+    return all_answered
+
+
+def _refuse(prompt: str, answer: Answer, is_speaker: bool) -> None:
+    if is_speaker:
+        print(f"generate.py: prompt {prompt[:40]!r} was refused: {answer.error}", file=sys.stderr, flush=True)
+
+
+def _in_colour(choice: str) -> bool:
+    if choice == "auto":
+        return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return choice == "always"
+
+
+def _leave() -> None:
+    if "torch" in sys.modules:
+        from megatron.early_exit.platform.distributed import destroy_distributed
+
+        destroy_distributed()

@@ -1,0 +1,179 @@
+"""The model as decoding runs it: any range of layers on any rows, over fused weights and a preallocated KV cache.
+
+It knows rows and layers, not requests: who asks which exit, and which rows wait, is the engine's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron.early_exit.inference.kv_cache import KVCache
+from megatron.early_exit.inference.linear import Linear
+from megatron.early_exit.inference.output import HeadOutput
+from megatron.early_exit.inference.rows import Layout, RotaryTable, Segment, rotate
+from megatron.early_exit.inference.weights import DecoderWeights, LayerWeights, MlpWeights
+
+
+class Decoder:
+    """All tensor-parallel ranks make the same calls with the same arguments."""
+
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        *,
+        num_slots: int,
+        num_positions: int | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        """num_slots: requests that run at once. num_positions: longest sequence, default what the model takes.
+        vocab_size: ids of the tokenizer, default all rows of the embedding.
+
+        Raises ValueError if the model does not take sequences of `num_positions`."""
+        model, self.weights = weights.config, weights
+        self.num_layers, self.exits = len(weights.layers), weights.exits
+        self.num_positions = num_positions or weights.max_positions
+        if not 1 <= self.num_positions <= weights.max_positions:
+            raise ValueError(f"the model takes sequences of 1 to {weights.max_positions} tokens, not {num_positions}")
+        self.vocab_size = vocab_size or weights.embedding.size(0) * weights.tp_size
+        self._head_size = model.head_size
+        self._num_heads = model.num_attention_heads // weights.tp_size
+        self._num_kv_heads = model.num_kv_heads // weights.tp_size
+        self._swiglu = model.swiglu
+        # A block exit attends to what it has seen itself: its keys and values lie behind those of the layers.
+        self._block_cache = {
+            index: self.num_layers + number
+            for number, index in enumerate(i for i, one in enumerate(self.exits) if one.block is not None)
+        }
+        self.cache = KVCache(
+            self.num_layers + len(self._block_cache), num_slots, self.num_positions, self._num_kv_heads,
+            model.head_size, dtype=weights.dtype, device=weights.device,
+        )  # fmt: skip
+        self._rotary = None
+        if model.position_embedding_type == "rope":
+            rotated_size = int(model.head_size * model.rotary_percent)
+            self._rotary = RotaryTable(
+                self.num_positions, model.head_size, rotated_size, model.rotary_base, weights.device
+            )  # fmt: skip
+
+    def layout(self, segments: Sequence[Segment]) -> Layout:
+        """What `run_layers` needs to know of the rows of `segments`, in the order of slots."""
+        return Layout(
+            segments,
+            self.cache,
+            num_heads=self._num_heads,
+            num_kv_heads=self._num_kv_heads,
+            dtype=self.weights.dtype,
+            device=self.weights.device,
+            rotary=self._rotary,
+        )
+
+    def embed(self, tokens: Sequence[int], layout: Layout) -> Tensor:
+        """[rows, h]: what the first layer reads."""
+        ids = torch.tensor(tokens, device=self.weights.device)
+        table = self.weights.embedding
+        if self.weights.tp_size == 1:
+            hidden = F.embedding(ids, table)
+        else:
+            local = ids - self.weights.tp_group.rank() * table.size(0)
+            is_mine = (local >= 0) & (local < table.size(0))
+            hidden = F.embedding(local * is_mine, table) * is_mine[:, None]
+            self._sum_over_ranks(hidden)
+        if self.weights.positions is not None:
+            hidden = hidden + self.weights.positions[layout.positions]
+        return hidden
+
+    def run_layers(self, hidden: Tensor, layout: Layout, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Run rows that have run `first` layers until they have run `last`, writing keys and values.
+
+        hidden: [rows, h]. Returns the same after the last of these layers, and its residual after attention, which an
+        MLP branch reads (`hidden` itself if no layer runs)."""
+        residual = hidden
+        for index in range(first, last):
+            residual, hidden = self._run_layer(self.weights.layers[index], index, hidden, layout)
+        return hidden, residual
+
+    def run_exit_block(self, exit_index: int, hidden: Tensor, layout: Layout) -> Tensor:
+        """The transformer block of an exit over rows that it has not seen; as `run_layers`."""
+        block = self.exits[exit_index].block
+        return self._run_layer(block, self._block_cache[exit_index], hidden, layout)[1]
+
+    @property
+    def is_asking_cheap(self) -> bool:
+        """Whether `ask_exit` is cheaper, and says less, than `exit_output`."""
+        return any(one.cheap is not None for one in self.exits)
+
+    def ask_exit(self, exit_index: int, hidden: Tensor) -> HeadOutput:
+        """What decides whether an exit may be taken, or is drafted from: its cheap head, or its own if it has none.
+
+        A shortlist without the best token says less than the exit's own head; with it, it is at least as sure: only
+        some of the ids share the probability. Arguments as of `exit_output`."""
+        cheap = self.exits[exit_index].cheap
+        if cheap is None:
+            return self.exit_output(exit_index, hidden)
+        return self._exit_head(exit_index, hidden, cheap.linear, ids=cheap.ids, num_ids=cheap.num_ids)
+
+    def exit_output(self, exit_index: int, hidden: Tensor) -> HeadOutput:
+        """What the exit's own head says about rows.
+
+        hidden: [rows, h]; of a block exit, what the block made of them; of an MLP branch, the residual after attention
+        of the exit's layer."""
+        return self._exit_head(exit_index, hidden, self.exits[exit_index].output)
+
+    def _exit_head(self, exit_index: int, hidden: Tensor, linear: Linear, **columns: Any) -> HeadOutput:
+        head = self.exits[exit_index]
+        if head.mlp is not None:
+            hidden = self._add_mlp(head.mlp, head.mlp_norm(hidden), hidden)
+        if head.norm is not None:
+            hidden = head.norm(hidden)
+        logits = linear(hidden)
+        return self._output(logits if head.temperature == 1.0 else logits.float() / head.temperature, **columns)
+
+    def final_output(self, hidden: Tensor) -> HeadOutput:
+        """What the final head says about rows that have run all layers. hidden: [rows, h]"""
+        return self._output(self.weights.output(self.weights.final_norm(hidden)))
+
+    def _output(self, logits: Tensor, **columns: Any) -> HeadOutput:
+        return HeadOutput(logits, vocab_size=self.vocab_size, tp_group=self.weights.tp_group, **columns)
+
+    def _run_layer(
+        self, layer: LayerWeights, cache_index: int, hidden: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
+        """(residual after attention, output), each [rows, h]"""
+        heads = layer.qkv(layer.attention_norm(hidden))
+        if heads.dtype != self.weights.dtype:
+            heads = heads.to(self.weights.dtype)
+        heads = heads.view(layout.num_rows, -1, self._head_size)
+        if layout.rotation is not None:
+            heads = rotate(heads, layout.rotation)
+        queries, keys_and_values = heads.split((self._num_heads, 2 * self._num_kv_heads), 1)
+        layout.write(cache_index, keys_and_values)
+        context = layout.attend(cache_index, queries)
+        residual = self._add(layer.projection, context, layer.projection_bias, hidden)
+        return residual, self._add_mlp(layer.mlp, layer.mlp_norm(residual), residual)
+
+    def _add_mlp(self, mlp: MlpWeights, normed: Tensor, residual: Tensor) -> Tensor:
+        wide = mlp.fc1(normed)
+        if self._swiglu:
+            gate, up = wide.chunk(2, -1)
+            wide = F.silu(gate).mul_(up)
+        else:
+            wide = F.gelu(wide)
+        return self._add(mlp.fc2, wide, mlp.fc2_bias, residual)
+
+    def _add(self, linear: Linear, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+        """residual + linear(x) + bias, summed over the ranks, which hold a part of the inputs each."""
+        if self.weights.tp_size == 1:
+            out = linear.add_to(residual, x)
+        else:
+            part = linear(x).to(residual.dtype).contiguous()
+            self._sum_over_ranks(part)
+            out = part.add_(residual)
+        return out if bias is None else out.add_(bias)
+
+    def _sum_over_ranks(self, part: Tensor) -> None:
+        torch.distributed.all_reduce(part, group=self.weights.tp_group)

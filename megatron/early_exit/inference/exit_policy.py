@@ -1,0 +1,64 @@
+"""When to leave early: a pure function of an exit's confidence. It does not sample, print or send.
+
+The confidence is the largest probability of the exit's softmax, at the exit's own `--exit-layer-temperature`: the
+distribution that the exit was trained to predict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.early_exit.config.exits import ExitConfig
+
+
+@dataclass(frozen=True)
+class ExitPolicy:
+    """Which exits are asked, and from which confidence on each is taken. Build it with `for_model`."""
+
+    exit_layers: tuple[int, ...]
+    """Exits that are asked, by the layer number (from 1) that names them, ascending."""
+
+    thresholds: tuple[float, ...]
+    """One for each of `exit_layers`."""
+
+    @classmethod
+    def for_model(cls, exits: ExitConfig, thresholds: Sequence[float], exit_layers: Sequence[int] = ()) -> ExitPolicy:
+        """The policy for a model with `exits`.
+
+        exit_layers: exits to ask, by layer number; none given: all. thresholds: one for all asked exits, or one for
+        each in the order of `exit_layers`. Raises ValueError for a model without exits, an exit that the model does not
+        have, a repeated one, a number of thresholds that does not fit, and a threshold that is not a number."""
+        if not exits.exit_layer_nums:
+            raise ValueError("early exit was asked for, but the model has no exits (--exit-layer-nums is empty)")
+        asked = tuple(exit_layers) or exits.exit_layer_nums
+        unknown = sorted(set(asked) - set(exits.exit_layer_nums))
+        if unknown:
+            raise ValueError(
+                f"exit_layers {_text(asked)}: the model has no exit named {_text(unknown)}; its exits are "
+                f"{_text(exits.exit_layer_nums)}"
+            )
+        if len(set(asked)) < len(asked):
+            raise ValueError(f"exit_layers {_text(asked)} names an exit twice")
+        if len(thresholds) not in (1, len(asked)):
+            raise ValueError(
+                f"exit_thresholds {_text(thresholds)} has {len(thresholds)} values for {len(asked)} exits "
+                f"({_text(asked)}); give one for all or one for each"
+            )
+        if any(math.isnan(threshold) for threshold in thresholds):
+            raise ValueError(f"exit_thresholds {_text(thresholds)} holds a value that is not a number")
+        for_each = tuple(thresholds) * (len(asked) if len(thresholds) == 1 else 1)
+        layers, values = zip(*sorted(zip(asked, for_each, strict=True)), strict=True)
+        return cls(layers, values)
+
+    def should_exit(self, exit_layer: int, confidence: float) -> bool:
+        """Whether the token is taken from the exit named `exit_layer`, whose largest probability is `confidence`.
+
+        True from the threshold on: a threshold above 1 never exits, one of 0 or less always does, and 1.0 exits where
+        the probability rounds to 1. Raises ValueError if this exit is not asked."""
+        return confidence >= self.thresholds[self.exit_layers.index(exit_layer)]
+
+
+def _text(values: Sequence[float]) -> str:
+    return " ".join(str(value) for value in values)

@@ -1,0 +1,56 @@
+"""Keys and values of all requests: a preallocated slot for each request that runs, one cache for each layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """[layers, slots, positions, 2, kv heads / tp, d]: keys (rotated) at index 0 of the fourth dimension, values at 1.
+
+    Whoever writes a row says where; which rows of a slot are valid is known to the engine alone.
+
+    A view of one layer costs as much as a small computation, so rows of a step take theirs for all layers at once."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_positions: int,
+        num_kv_heads: int,
+        head_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, num_slots, num_positions, 2, num_kv_heads, head_size)
+        # Zeros: what lies behind a slot's last row is masked, and masked NaN would still spoil a sum. The memory of
+        # rows that no request reaches is never touched.
+        self._cache = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_slots, self.num_positions = num_slots, num_positions
+
+    def layers(self) -> tuple[Tensor, ...]:
+        """Of each layer [slots, positions, 2 * kv heads / tp, d]."""
+        return self._cache.flatten(3, 4).unbind(0)
+
+    def places(self, slot: int, first: int, stop: int) -> tuple[Tensor, ...]:
+        """Of each layer [stop - first, 2 * kv heads / tp, d]: where rows of one slot are written."""
+        return self._cache[:, slot, first:stop].flatten(2, 3).unbind(0)
+
+    def keys_and_values(
+        self, first_slot: int, num_slots: int, num_keys: int
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Of each layer the first `num_keys` keys, and values, of some slots: [slots, kv heads / tp, keys, d]."""
+        cached = self._cache[:, first_slot : first_slot + num_slots, :num_keys]
+        keys, values = cached.permute(3, 0, 1, 4, 2, 5)
+        return keys.unbind(0), values.unbind(0)
+
+    def copy_slot(self, source: int, target: int, count: int) -> None:
+        """Give `target` the first `count` positions of `source`, in all layers."""
+        self._cache[:, target, :count] = self._cache[:, source, :count]
+
+    def gather_slots(self, first: int, sources: Tensor, count: int) -> None:
+        """Slot `first` + i gets the first `count` positions of slot `sources[i]`, all at once (beam search)."""
+        stop = first + sources.numel()
+        self._cache[:, first:stop, :count] = self._cache[:, sources, :count]

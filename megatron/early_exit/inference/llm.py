@@ -1,0 +1,273 @@
+"""Text in, text out: a loaded model, its tokenizer and an engine.
+
+llm = LLM.load("checkpoints")
+for answer in llm.generate(["import os", "def main"], GenerationParams(mode="early_exit", exit_thresholds=(0.6,))):
+    print(answer.text, answer.result.statistics.runs_saved)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.data.tokenizer import Tokenizer
+from megatron.early_exit.inference.calibration import ExitCalibration
+from megatron.early_exit.inference.decoder import Decoder
+from megatron.early_exit.inference.engine import Engine, Event
+from megatron.early_exit.inference.linear import Int8Linear
+from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.results import GeneratedToken, RequestResult
+from megatron.early_exit.inference.text import StopStrings, TextStream
+from megatron.early_exit.inference.weights import Asking, decoder_weights
+from megatron.early_exit.platform.device import use_cuda
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+DEFAULT_PARAMS = GenerationParams()
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+
+@dataclass
+class Answer:
+    """One answer to one prompt, as it grows."""
+
+    prompt_index: int
+    sample_index: int
+    """0 to n - 1"""
+    prompt_ids: list[int]
+    text: str = ""
+    """Without what a stop string cut off."""
+    pieces: list[str] = field(default_factory=list)
+    """The text that each token added."""
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    result: RequestResult | None = None
+    """Set when the answer is finished; None also for a prompt that was refused."""
+    error: str | None = None
+    """Why the prompt was refused or the request failed."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None while it grows."""
+        if self.result is not None:
+            return self.result.finish_reason
+        return None if self.error is None else "error"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step added to one answer."""
+
+    answer: Answer
+    text: str
+    """New text that no stop string can take back."""
+    tokens: tuple[GeneratedToken, ...]
+    """New tokens."""
+    is_finished: bool
+
+
+class _Growing:
+    """An answer with what turns its ids into text."""
+
+    def __init__(self, answer: Answer, tokenizer: Tokenizer, params: GenerationParams) -> None:
+        self.answer = answer
+        self._stream = TextStream(tokenizer, answer.prompt_ids)
+        self._stops = StopStrings(params.stop)
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stops.is_found
+
+    def add(self, tokens: Sequence[GeneratedToken], is_last: bool) -> tuple[str, list[GeneratedToken]]:
+        """(text that may be shown, tokens up to the one that completed a stop string)"""
+        text, used = "", []
+        for token in tokens:
+            if self.is_stopped:
+                break
+            used.append(token)
+            piece = self._stream.add(token.token)
+            self.answer.pieces.append(piece)
+            text += self._stops.add(piece)
+        if is_last and not self.is_stopped:
+            rest = self._stream.finish()
+            if rest and self.answer.pieces:
+                self.answer.pieces[-1] += rest
+            text += self._stops.add(rest) + self._stops.finish()
+        self.answer.text += text
+        self.answer.tokens += used
+        return text, used
+
+
+class LLM:
+    """A model that answers prompts. Under tensor parallelism all ranks make the same calls and get the same answers."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, exits: ExitConfig) -> None:
+        self.engine, self.tokenizer, self.exits = engine, tokenizer, exits
+        # Several streams may be open: a step of one brings events of the others.
+        self._owned: set[int] = set()
+        self._unclaimed: list[Event] = []
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        iteration: int | None = None,
+        tensor_parallel_size: int = 1,
+        dtype: str | None = None,
+        max_requests: int = 16,
+        max_length: int | None = None,
+        max_waiting: int | None = None,
+        prefill_chunk: int = 256,
+        quantize: str | None = None,
+        shortlist: bool | None = None,
+    ) -> LLM:
+        """Load a training checkpoint of any layout.
+
+        path: the --save folder. iteration: default the last one. tensor_parallel_size: ranks that share the weights
+        (start them with torchrun). dtype: "fp32" or "bf16", default that of the training, fp32 for one in fp16.
+        max_requests: slots, each with a KV cache. max_length: longest prompt and answer together, default what the
+        model takes. max_waiting, prefill_chunk: see `Engine`. quantize: "exits" asks exits with weights in int8
+        (tokens are still the exit's own), "all" keeps all linear layers in int8; on the CPU. shortlist: ask exits about
+        frequent tokens only, as the checkpoint's calibration lists them; default if there is one that covers at most
+        half of the vocabulary.
+
+        Raises FileNotFoundError if there is no checkpoint, ValueError for settings that cannot work."""
+        from megatron.early_exit.training.checkpointing import find_checkpoint, load_model_for_inference
+
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+        if max_requests < 1:
+            raise ValueError(f"max_requests is {max_requests}; it must be at least 1")
+        if quantize not in (None, "exits", "all"):
+            raise ValueError(f"quantize is {quantize!r}; choose 'exits' or 'all', or leave it out")
+        if quantize is not None and use_cuda():
+            raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
+        folder = find_checkpoint(path, iteration)
+        calibration = None if folder is None else ExitCalibration.load(folder)
+        config, model, tokenizer = load_model_for_inference(path, iteration, tensor_parallel_size)
+        trained_in = "bf16" if config.training.bf16 else "fp32"
+        weights = decoder_weights(
+            model.chunks[0],
+            config.model,
+            DTYPES[dtype or trained_in],
+            Int8Linear if quantize == "all" else None,
+            _asking(calibration, shortlist, quantize, tokenizer.vocab_size),
+        )
+        decoder = Decoder(
+            weights, num_slots=max_requests, num_positions=max_length, vocab_size=tokenizer.vocab_size
+        )  # fmt: skip
+        engine = Engine(
+            decoder, config.exits, eod=tokenizer.eod, max_waiting=max_waiting, prefill_chunk=prefill_chunk,
+            calibration=calibration,
+        )  # fmt: skip
+        return cls(engine, tokenizer, config.exits)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: GenerationParams | Sequence[GenerationParams] = DEFAULT_PARAMS,
+    ) -> list[Answer]:
+        """Answer `prompts` (one, or several), all with the same settings or each with its own.
+
+        Returns n answers for each prompt, in order. A prompt that cannot be answered gives an answer with `error` set;
+        the others are untouched. Raises ValueError if the numbers of prompts and settings differ, or the model does not
+        have the exits that the settings name."""
+        answers = {}
+        for update in self.stream(prompts, params):
+            answers[update.answer.prompt_index, update.answer.sample_index] = update.answer
+        return [answers[key] for key in sorted(answers)]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: GenerationParams | Sequence[GenerationParams] = DEFAULT_PARAMS,
+    ) -> Iterator[Update]:
+        """As `generate`, step by step. Leaving the loop early cancels what is unfinished."""
+        growing: dict[int, _Growing] = {}
+        try:
+            yield from self._add(_as_list(prompts), params, growing)
+            while growing:
+                for event in self._events_of(growing):
+                    yield self._update(event, growing)
+        finally:
+            for request_id in growing:
+                self.engine.cancel(request_id)
+            self._owned -= set(growing)
+
+    def _events_of(self, growing: dict[int, _Growing]) -> list[Event]:
+        """What is new for these requests; runs a step of the engine if nothing is."""
+        if not any(event.request_id in growing for event in self._unclaimed):
+            try:
+                events = self.engine.step()
+            except BaseException:
+                self._keep(self.engine.fail_all("the engine failed"))
+                raise
+            self._keep(events)
+        mine = [event for event in self._unclaimed if event.request_id in growing]
+        self._unclaimed = [event for event in self._unclaimed if event.request_id not in growing]
+        return mine
+
+    def _keep(self, events: list[Event]) -> None:
+        self._unclaimed += [event for event in events if event.request_id in self._owned]
+
+    def _add(
+        self,
+        prompts: list[Prompt],
+        params: GenerationParams | Sequence[GenerationParams],
+        growing: dict[int, _Growing],
+    ) -> Iterator[Update]:
+        """Queue all prompts; yields those that are refused."""
+        each = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(each)} settings; give one for all, or one for each")
+        for settings in each:
+            settings.exit_policy(self.exits)
+            settings.drafting_exit(self.exits)
+        for prompt_index, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
+            for sample_index in range(settings.n):
+                prompt_ids = self.tokenizer.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+                answer = Answer(prompt_index, sample_index, prompt_ids)
+                try:
+                    request_id = self.engine.add(prompt_ids, settings, seed_offset=sample_index)
+                except (ValueError, RuntimeError) as error:
+                    answer.error = str(error)
+                    yield Update(answer, "", (), is_finished=True)
+                else:
+                    growing[request_id] = _Growing(answer, self.tokenizer, settings)
+                    self._owned.add(request_id)
+
+    def _update(self, event: Event, growing: dict[int, _Growing]) -> Update:
+        one, result = growing[event.request_id], event.result
+        text, tokens = one.add(event.tokens, is_last=result is not None)
+        if one.is_stopped and result is None:
+            self.engine.stop(event.request_id, len(one.answer.tokens))  # the result comes with the next step
+        if one.is_stopped and result is not None:
+            result = replace(result, finish_reason="stop", tokens=tuple(one.answer.tokens))
+        if result is not None:
+            one.answer.result, one.answer.error = result, result.error
+            del growing[event.request_id]
+            self._owned.discard(event.request_id)
+        return Update(one.answer, text, tuple(tokens), is_finished=result is not None)
+
+
+def _asking(
+    calibration: ExitCalibration | None, shortlist: bool | None, quantize: str | None, vocab_size: int
+) -> Asking | None:
+    if shortlist and calibration is None:
+        raise ValueError("shortlist needs a calibration of the exits; tools/calibrate_exits.py makes it")
+    if shortlist is None:
+        shortlist = calibration is not None and 2 * len(calibration.shortlist) <= vocab_size
+    ids = tuple(calibration.shortlist.tolist()) if shortlist else ()
+    return Asking(ids, quantize == "exits") if ids or quantize == "exits" else None
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt (a text, or a list of ids) or several, as a list."""
+    if isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(one, int) for one in prompts)):
+        return [prompts]
+    return list(prompts)

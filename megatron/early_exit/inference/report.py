@@ -1,0 +1,117 @@
+"""Shows a generation to people (coloured text, tables) and to programs (JSON). Returns strings; prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron.early_exit.data.tokenizer import Tokenizer
+from megatron.early_exit.inference.llm import Answer
+from megatron.early_exit.inference.results import GeneratedToken
+
+# Colours (of 256) from the first layer to the last; the final head's text keeps the terminal's own colour.
+_SHADES = (46, 118, 190, 226, 214, 208, 203)
+_RESET = "\033[0m"
+
+
+def coloured(piece: str, generated: GeneratedToken, num_layers: int) -> str:
+    """`piece` in the colour of the exit's depth, for a terminal."""
+    if generated.is_final or not piece:
+        return piece
+    shade = _SHADES[min((generated.exit_layer - 1) * len(_SHADES) // max(num_layers, 1), len(_SHADES) - 1)]
+    return f"\033[38;5;{shade}m{piece}{_RESET}"
+
+
+def coloured_text(text: str, pieces: Sequence[str], tokens: Sequence[GeneratedToken], num_layers: int) -> str:
+    """`text` with each token's piece in its colour. It may begin with text that was held back, and end before the last
+    piece does, where a stop string may begin."""
+    held_back = max(len(text) - sum(map(len, pieces)), 0)
+    out, at = text[:held_back], held_back
+    for piece, token in zip(pieces, tokens, strict=True):
+        out += coloured(text[at : at + len(piece)], token, num_layers)
+        at += len(piece)
+    return out
+
+
+def marked(texts: Sequence[str], tokens: Sequence[GeneratedToken]) -> str:
+    """Every token's text with the head that produced it, where colours cannot show it: `the@6 cat@final`."""
+    return " ".join(f"{text!r}@{_head(t.exit_layer, t.is_final)}" for text, t in zip(texts, tokens, strict=True))
+
+
+def usage_table(answer: Answer) -> str:
+    """Exit, tokens, share and mean confidence, and what was saved."""
+    result = answer.result
+    total, statistics = len(result.tokens), result.statistics
+    rows = [("exit", "tokens", "share", "mean confidence")]
+    for usage in result.usage:
+        confidence = "-" if usage.mean_confidence is None else f"{usage.mean_confidence:.3f}"
+        share = f"{usage.tokens / total:.1%}" if total else "-"
+        rows.append((_head(usage.exit_layer, usage.is_final), str(usage.tokens), share, confidence))
+    lines = [aligned(rows)]
+    if statistics.acceptance is not None:
+        lines.append(f"drafted {statistics.drafted} tokens, accepted {statistics.acceptance:.1%}")
+    forced = sum(token.is_forced for token in result.tokens)
+    notes = f" ({forced} tokens ran all layers because of the cap on deferred rows)" if forced else ""
+    lines.append(
+        f"layer runs saved: {statistics.runs_saved:.1%} of {statistics.full_layer_passes}, with all rows that wait run "
+        f"at once; row computations saved: {statistics.layers_saved:.1%}{notes}"
+    )
+    lines.append(f"{_speed(answer)}; stopped by {result.finish_reason}")
+    return "\n".join(lines)
+
+
+def _speed(answer: Answer) -> str:
+    statistics, total = answer.result.statistics, len(answer.result.tokens)
+    if statistics.first_token_seconds is None:
+        return "no tokens"
+    text = f"{total} tokens, the first after {statistics.first_token_seconds:.2f} s"
+    if total > 1:
+        rate = (total - 1) / max(statistics.decode_seconds, 1e-9)
+        text += f", the others in {statistics.decode_seconds:.2f} s ({rate:.1f} tokens/s)"
+    return text
+
+
+def readings_table(texts: Sequence[str], tokens: Sequence[GeneratedToken], tokenizer: Tokenizer) -> str:
+    """For every token what each asked head would have said, and how sure it was; the last one spoke."""
+    rows = [("token", "text", "exit", "log-prob", "most probable token and confidence of each head asked")]
+    for index, (text, token) in enumerate(zip(texts, tokens, strict=True)):
+        readings = "  ".join(
+            f"{_head(r.exit_layer, r.exit_layer is None)}: {tokenizer.detokenize([r.token])!r} {r.confidence:.3f}"
+            for r in token.readings
+        )
+        head = _head(token.exit_layer, token.is_final)
+        rows.append((str(index), repr(text), head, f"{token.log_prob:.3f}", readings))
+    return aligned(rows)
+
+
+def as_json(prompt: str, answer: Answer) -> dict[str, Any]:
+    """Everything about one answer, ready for `json.dumps`."""
+    document: dict[str, Any] = {"prompt": prompt, "finish_reason": answer.finish_reason}
+    if answer.result is None:
+        return document | {"error": answer.error}
+    result, statistics = answer.result, answer.result.statistics
+    total = max(len(result.tokens), 1)
+    pairs = zip(answer.pieces, result.tokens, strict=True)
+    return document | {
+        "error": answer.error,
+        "text": answer.text,
+        "tokens": [{"text": text, **asdict(token)} for text, token in pairs],
+        "prompt_tokens": [asdict(token) for token in result.prompt],
+        "exits": [{**asdict(usage), "share": usage.tokens / total} for usage in result.usage],
+        **asdict(statistics),
+        "layers_saved": statistics.layers_saved,
+        "runs_saved": statistics.runs_saved,
+        "acceptance": statistics.acceptance,
+    }
+
+
+def _head(exit_layer: int | None, is_final: bool) -> str:
+    return "final" if is_final else str(exit_layer)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,139 @@
+"""What a request gives back: tokens with where they came from, and what they cost. Plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["eod", "stop", "max_tokens", "max_positions", "cancelled", "error"]
+"""eod: the end of the document; stop: a stop token or string; max_positions: the model takes no longer sequence."""
+
+
+@dataclass(frozen=True)
+class HeadReading:
+    """What one head said about the next token."""
+
+    exit_layer: int | None
+    """Layer number that names the exit; None for the final head."""
+    token: int
+    """Its most probable token."""
+    confidence: float
+    """That token's probability."""
+    is_estimate: bool = False
+    """Whether a cheap head said so (a shortlist, low precision), and the exit's own head was not asked."""
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One token and where it came from."""
+
+    token: int
+    exit_layer: int
+    """Layer number that names the exit; the number of layers for the final head."""
+    is_final: bool
+    """Whether the final head produced or verified it (an exit may be named after the last layer as well)."""
+    confidence: float
+    """Largest probability of the head that produced it."""
+    log_prob: float
+    """Log-probability (nats) of the token in that head's distribution, before penalty, temperature, top-k and top-p."""
+    readings: tuple[HeadReading, ...] = ()
+    """All heads asked for this token in order; the last one produced it."""
+    is_forced: bool = False
+    """Whether the cap on deferred rows sent this row through all layers without asking exits."""
+    is_draft: bool = False
+    """Whether an exit drafted the token and all layers accepted it."""
+    top_log_probs: tuple[tuple[int, float], ...] = ()
+    """(id, log-probability) of that head's most probable tokens."""
+
+
+@dataclass(frozen=True)
+class PromptToken:
+    """A token of the prompt, in the final head's distribution."""
+
+    token: int
+    log_prob: float | None
+    """None for the first token."""
+    top_log_probs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one request cost."""
+
+    layer_passes: int
+    """(row, layer) pairs computed after the prefill: rows that were deferred and run later count, so do exit blocks and
+    drafts that were rejected."""
+    full_layer_passes: int
+    """The same of the full model: layers times generated tokens, but for one that came out of the prefill."""
+    layer_runs: int
+    """Times that a layer (or an exit block) ran rows of this request after the prefill. A run serves all rows that wait
+    for it and reads the weights once. The full model needs `full_layer_passes` of them."""
+    drafted: int
+    """Tokens that an exit drafted for verification."""
+    accepted: int
+    """Drafted tokens that all layers accepted."""
+    queue_seconds: float
+    """From the request's arrival until it got a slot."""
+    first_token_seconds: float | None
+    """From the request's arrival until its first token; None if it has none."""
+    decode_seconds: float
+    """From the first token until the last."""
+
+    @property
+    def layers_saved(self) -> float:
+        """Share of the full model's layer passes that was not run; negative if blocks or drafts cost more than that."""
+        return 1.0 - self.layer_passes / max(self.full_layer_passes, 1)
+
+    @property
+    def runs_saved(self) -> float:
+        """Share of the full model's layer runs that was not needed."""
+        return 1.0 - self.layer_runs / max(self.full_layer_passes, 1)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of drafted tokens that was accepted; None if none was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+
+@dataclass(frozen=True)
+class ExitUsage:
+    """How often a head produced the token."""
+
+    exit_layer: int
+    is_final: bool
+    tokens: int
+    mean_confidence: float | None
+    """None if it produced none."""
+
+
+@dataclass(frozen=True)
+class RequestResult:
+    """A finished request."""
+
+    request_id: int
+    tokens: tuple[GeneratedToken, ...]
+    finish_reason: FinishReason
+    statistics: Statistics
+    exit_layers: tuple[int, ...]
+    """Layer numbers of the exits that it may have asked, ascending."""
+    num_layers: int
+    prompt: tuple[PromptToken, ...] = ()
+    """With echo: the prompt's tokens."""
+    error: str | None = None
+    """With finish reason 'error': what went wrong."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Generated ids, the one that stopped included."""
+        return [generated.token for generated in self.tokens]
+
+    @property
+    def usage(self) -> tuple[ExitUsage, ...]:
+        """Asked exits in the order of layers, then the final head. Their tokens add up to the generated ones."""
+        usage = []
+        for layer, is_final in [*((layer, False) for layer in self.exit_layers), (self.num_layers, True)]:
+            confidences = [t.confidence for t in self.tokens if (t.exit_layer, t.is_final) == (layer, is_final)]
+            mean = math.fsum(confidences) / len(confidences) if confidences else None
+            usage.append(ExitUsage(layer, is_final, len(confidences), mean))
+        return tuple(usage)

@@ -1,0 +1,156 @@
+"""From logits to a token: repetition penalty, temperature, top-k, top-p, and a draw from the request's own seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Most distributions reach top-p within this many tokens; sorting the whole vocabulary costs more than a small model.
+_SORTED_FIRST = 512
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How one request's tokens are chosen. The default is greedy."""
+
+    temperature: float = 0.0
+    """Divide the logits by this; 0: take the most probable token."""
+
+    top_k: int = 0
+    """Choose among the k most probable tokens only; 0: among all."""
+
+    top_p: float = 0.0
+    """Choose among the fewest most probable tokens whose probabilities add up to this; 0: among all."""
+
+    top_p_decay: float = 0.0
+    """Multiply top_p by this after every token; 0: keep it."""
+
+    top_p_bound: float = 0.0
+    """With top_p_decay: top_p never falls below this."""
+
+    repetition_penalty: float = 1.0
+    """Divide positive logits of tokens that the prompt or the answer holds by this, multiply negative ones; 1: off."""
+
+    seed: int = 1234
+    """The same seed, prompt and settings give the same tokens."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or positive")
+        if not 0.0 <= self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; it must lie between 0 (off) and 1")
+        if not 0.0 <= self.top_p_decay <= 1.0:
+            raise ValueError(f"top_p_decay is {self.top_p_decay}; it must lie between 0 (off) and 1")
+        if not 0.0 <= self.top_p_bound <= self.top_p:
+            raise ValueError(f"top_p_bound is {self.top_p_bound}; it must lie between 0 and top_p ({self.top_p})")
+        if self.top_p_decay and not self.top_p:
+            raise ValueError(f"top_p_decay is {self.top_p_decay}, which has no effect without top_p")
+        if self.top_p_bound and not self.top_p_decay:
+            raise ValueError(f"top_p_bound is {self.top_p_bound}, which has no effect without top_p_decay")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be positive (1: off)")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2**63 - 1")
+        if self.temperature == 0.0 and (self.top_k > 1 or self.top_p > 0.0):
+            raise ValueError(
+                f"top_k {self.top_k} and top_p {self.top_p} have no effect at temperature 0 (greedy); "
+                "set a temperature, for instance 1.0"
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token (after the penalty) is always taken."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+    @property
+    def is_plain_argmax(self) -> bool:
+        """Whether the head's most probable token is taken as it is: no logits need to be looked at."""
+        return self.is_greedy and self.repetition_penalty == 1.0
+
+    def top_p_at(self, index: int) -> float:
+        """top_p for the answer's token number `index`, from 0, as Megatron's text generation lowers it."""
+        if not self.top_p_decay:
+            return self.top_p
+        return max(self.top_p * self.top_p_decay**index, self.top_p_bound, torch.finfo(torch.float32).tiny)
+
+
+class Sampler:
+    """Draws the tokens of one request. All tensor-parallel ranks draw the same ones from the same logits."""
+
+    def __init__(self, settings: SamplingSettings) -> None:
+        self.settings = settings
+        # On the CPU on every machine: a generator of the GPU would give other tokens for the same seed.
+        self.generator = torch.Generator().manual_seed(settings.seed)
+
+    def probabilities(self, logits: Tensor, history: Sequence[int], index: int) -> Tensor:
+        """[vocabulary]: the distribution that the answer's token number `index` is drawn from, one-hot when greedy.
+
+        logits: [vocabulary] fp32, -inf where a token must not be drawn; history: prompt and answer so far."""
+        settings = self.settings
+        logits = penalised(logits, history, settings.repetition_penalty)
+        if settings.is_greedy:
+            return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
+        return restrict(logits / settings.temperature, settings.top_k, settings.top_p_at(index)).softmax(-1)
+
+    def draw(self, probabilities: Tensor) -> int:
+        """A token from [vocabulary] weights, which need not add up to 1."""
+        if self.settings.is_greedy:
+            return int(probabilities.argmax())
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+    def sample(self, logits: Tensor, history: Sequence[int] = (), index: int = 0) -> int:
+        """Draw one token; arguments as in `probabilities`."""
+        return self.draw(self.probabilities(logits, history, index))
+
+    def uniform(self) -> float:
+        """A number between 0 and 1."""
+        return torch.rand((), generator=self.generator).item()
+
+
+def penalised(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
+    """`logits` with tokens in `history` made less probable (CTRL, arXiv:1909.05858, as in transformers)."""
+    if penalty == 1.0 or not history:
+        return logits
+    seen = torch.tensor(sorted(set(history)))
+    values = logits[seen]
+    return logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
+
+
+def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """`logits` with -inf outside of the `top_k` largest, and then outside of the fewest that reach `top_p`.
+
+    logits: [vocabulary]; 0 switches either off. At least one token stays."""
+    if not top_k and not 0.0 < top_p < 1.0:
+        return logits
+    if top_k:
+        values, ids = _largest(logits, min(top_k, logits.numel()))
+        log_sum_exp = values.logsumexp(-1)
+    else:
+        log_sum_exp = logits.logsumexp(-1)
+        values, ids = _largest(logits, min(_SORTED_FIRST, logits.numel()))
+        if (values - log_sum_exp).exp().sum() < top_p:
+            values, ids = _largest(logits, logits.numel())
+    if 0.0 < top_p < 1.0:
+        probs = (values - log_sum_exp).exp()
+        is_needed = probs.cumsum(-1) - probs < top_p  # what comes before it does not reach top_p
+        is_needed[0] = True
+        values, ids = values[is_needed], ids[is_needed]
+    return torch.full_like(logits, -torch.inf).scatter(0, ids, values)
+
+
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest and their ids, in order; of equals the one with the smaller id comes first."""
+    if count == logits.numel():
+        return logits.sort(descending=True, stable=True)
+    values, ids = logits.topk(count)
+    # topk breaks ties as it likes: take all that are larger than the last, and of its equals those that come first.
+    larger = ids[values > values[-1]]
+    equal = (logits == values[-1]).nonzero()[: count - larger.numel(), 0]
+    ids = torch.cat([larger, equal])
+    values, order = logits[ids].sort(descending=True, stable=True)
+    return values, ids[order]

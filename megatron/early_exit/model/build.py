@@ -1,0 +1,165 @@
+"""Builds this rank's model chunks from the settings: core's config, chunks, precision wrapper, DDP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.model.exit_losses import ExitLosses
+from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
+from megatron.early_exit.model.layer_specs import block_spec
+from megatron.early_exit.model.shared_weights import SharedOutputWeight
+from megatron.early_exit.platform.device import device, use_cuda
+
+
+@dataclass
+class Model:
+    """This rank's share of the model."""
+
+    config: TransformerConfig
+    chunks: list[EarlyExitGPTModel]
+    """Bare chunks, in the order of their layers."""
+    exit_losses: ExitLosses
+    shared_weight: SharedOutputWeight
+    wrapped: list[torch.nn.Module]
+    """The chunks in their precision and DDP wrappers, as schedules take them."""
+
+
+def params_dtype(config: RunConfig) -> torch.dtype:
+    if config.training.bf16:
+        return torch.bfloat16
+    return torch.float16 if config.training.fp16 else torch.float32
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Core's config for these settings on this machine."""
+    model, parallel, training = config.model, config.parallel, config.training
+    num_chunks = parallel.num_model_chunks(model.num_layers)
+    cuda = use_cuda()
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_size,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        init_method_std=model.init_method_std,
+        transformer_impl=model.transformer_impl,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
+        sequence_parallel=parallel.sequence_parallel,
+        calculate_per_token_loss=parallel.calculate_per_token_loss,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        bf16=training.bf16,
+        fp16=training.fp16,
+        params_dtype=params_dtype(config),
+        pipeline_dtype=params_dtype(config),
+        deallocate_pipeline_outputs=True,
+        use_cpu_initialization=not cuda,
+        # Interleaved schedules on NCCL overlap their messages. On gloo messages are sent one by one: batched, those of
+        # the previous and the next stage get mixed up when both are the same rank.
+        batch_p2p_comm=cuda and num_chunks == 1,
+        overlap_p2p_comm=cuda and num_chunks > 1,
+        gradient_accumulation_fusion=cuda and _has_fused_weight_gradient(),
+        bias_activation_fusion=cuda and model.swiglu,
+        bias_dropout_fusion=cuda,
+        masked_softmax_fusion=False,
+    )
+
+
+def _has_fused_weight_gradient() -> bool:
+    try:
+        import fused_weight_gradient_mlp_cuda  # noqa: F401  (from Apex)
+    except ImportError:
+        return False
+    return True
+
+
+def build_model(config: RunConfig, vocab_size: int, *, wrap_with_ddp: bool = True) -> Model:
+    """Build, tie and wrap this rank's chunks. vocab_size: rows of the embedding, padded.
+
+    Needs core's process groups and seeded generators (`platform.distributed`). All ranks must call it together."""
+    core_config = transformer_config(config)
+    exit_losses = ExitLosses(config.exits, config.parallel.calculate_per_token_loss, device())
+    num_chunks = config.parallel.num_model_chunks(config.model.num_layers)
+    chunks = [
+        _build_chunk(config, core_config, exit_losses, vocab_size, vp_stage if num_chunks > 1 else None)
+        for vp_stage in range(num_chunks)
+    ]
+    shared_weight = SharedOutputWeight(chunks, config.parallel.distributed_timeout_minutes)
+    wrapped: list[torch.nn.Module] = list(chunks)
+    if config.training.bf16 or config.training.fp16:
+        wrapped = [Float16Module(core_config, chunk) for chunk in wrapped]
+    if wrap_with_ddp:
+        wrapped = _wrap_with_ddp(config, core_config, wrapped)
+    return Model(core_config, chunks, exit_losses, shared_weight, wrapped)
+
+
+def _build_chunk(
+    config: RunConfig,
+    core_config: TransformerConfig,
+    exit_losses: ExitLosses,
+    vocab_size: int,
+    vp_stage: int | None,
+) -> EarlyExitGPTModel:
+    model = config.model
+    chunk = EarlyExitGPTModel(
+        exits=config.exits,
+        exit_losses=exit_losses,
+        config=core_config,
+        transformer_layer_spec=block_spec(
+            core_config, config.exits, exit_losses, vocab_size, model.transformer_impl, vp_stage
+        ),
+        vocab_size=vocab_size,
+        max_sequence_length=model.max_position_embeddings or config.training.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_base=model.rotary_base,
+        rotary_percent=model.rotary_percent,
+        vp_stage=vp_stage,
+    )
+    return chunk.to(device=device(), dtype=core_config.params_dtype)
+
+
+def _wrap_with_ddp(
+    config: RunConfig, core_config: TransformerConfig, chunks: list[torch.nn.Module]
+) -> list[torch.nn.Module]:
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32 or config.training.bf16,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    wrapped = [
+        # Buckets of later chunks would be reduced when the pipeline has no idle time left: one bucket for each.
+        DistributedDataParallel(core_config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    # Schedules take one function without interleaving, a list with one per chunk otherwise.
+    one_or_list = lambda functions: functions[0] if len(functions) == 1 else functions
+    core_config.no_sync_func = one_or_list([chunk.no_sync for chunk in wrapped])
+    if parallel.overlap_grad_reduce:
+        core_config.grad_sync_func = one_or_list([chunk.start_grad_sync for chunk in wrapped])
+    return wrapped

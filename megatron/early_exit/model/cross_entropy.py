@@ -1,0 +1,173 @@
+"""Cross-entropy of an output projection, computed over chunks of tokens against the TP-sharded weight.
+
+Loss and gradients come from the same pass over a chunk, so the logits of one chunk are all that ever exists of them:
+memory does not grow with the sequence. Used for every exit and for the final head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+# A chunk's fp32 logits take at most this much memory on each rank...
+_CHUNK_BYTES = 64 * 2**20
+# ...but a chunk has at least this many tokens: smaller matrix products waste the hardware.
+_MIN_CHUNK_TOKENS = 128
+
+
+class LossSums(NamedTuple):
+    """Sums over the unmasked tokens of one microbatch."""
+
+    objective: Tensor
+    """What to differentiate: sum of mask * token weight * loss (nats), a scalar."""
+
+    statistics: Tensor
+    """[3], fp64, without gradient: sum of loss (unweighted), number of tokens, number of correct top-1 predictions."""
+
+
+def cross_entropy_sums(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    tp_group: torch.distributed.ProcessGroup,
+    sequence_parallel: bool = False,
+    temperature: float = 1.0,
+    weigh_by_confidence: bool = False,
+    gradient_scale: Tensor | float = 1.0,
+    chunk_tokens: int | None = None,
+) -> LossSums:
+    """Cross-entropy of `softmax(hidden_states @ weight.T / temperature)` against `labels`, summed over tokens.
+
+    hidden_states: [s, b, h] ([s / tp, b, h] with sequence_parallel); weight: [vocabulary / tp, h]; labels, loss_mask:
+    [b, s]. With `weigh_by_confidence` each token's loss is multiplied by its largest probability over the full
+    vocabulary, without gradient (EE-Tuning's dynamic token weights, arXiv:2402.00518).
+    `gradient_scale`: about the factor that the objective will be multiplied with before backward. It changes no result
+    but where rounding happens: gradients are stored in the dtype of the hidden states, and fp16 needs them scaled.
+    """
+    if sequence_parallel:
+        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+    else:
+        hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+    sequence_length, batch_size, hidden_size = hidden_states.shape
+    # [b, s] -> [s * b]: the order of the hidden states. No copy of the hidden states is made.
+    labels = labels.t().reshape(-1)
+    loss_mask = loss_mask.t().reshape(-1).float()
+    objective, statistics = _ChunkedCrossEntropy.apply(
+        hidden_states.reshape(sequence_length * batch_size, hidden_size),
+        weight,
+        labels,
+        loss_mask,
+        tp_group,
+        temperature,
+        weigh_by_confidence,
+        gradient_scale,
+        chunk_tokens or chunk_size(weight.size(0)),
+        torch.is_grad_enabled(),  # inside the function it is always off
+    )
+    return LossSums(objective, statistics)
+
+
+def chunk_size(local_vocab_size: int) -> int:
+    """Tokens of one chunk for a rank that holds `local_vocab_size` rows of the output weight."""
+    return max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (4 * local_vocab_size) // _MIN_CHUNK_TOKENS * _MIN_CHUNK_TOKENS)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Computes the gradients in the forward pass, for an upstream gradient of `gradient_scale`; backward rescales."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden_states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        tp_group: torch.distributed.ProcessGroup,
+        temperature: float,
+        weigh_by_confidence: bool,
+        gradient_scale: Tensor | float,
+        chunk_tokens: int,
+        is_grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        num_tokens = hidden_states.size(0)
+        first_id = tp_group.rank() * weight.size(0)
+        needs_hidden_grad, needs_weight_grad = (needed and is_grad_enabled for needed in ctx.needs_input_grad[:2])
+        hidden_grad = torch.empty_like(hidden_states) if needs_hidden_grad else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight_grad else None
+        losses, token_weights, correct = [], [], []
+
+        for start in range(0, num_tokens, chunk_tokens):
+            rows = slice(start, min(start + chunk_tokens, num_tokens))
+            chunk = hidden_states[rows]
+            logits = (chunk @ weight.t()).float()
+            if temperature != 1.0:
+                logits /= temperature
+            chunk_labels = labels[rows] - first_id
+            is_local = (chunk_labels >= 0) & (chunk_labels < weight.size(0))
+            chunk_labels = chunk_labels.clamp(0, weight.size(0) - 1)
+
+            max_logit = logits.amax(dim=-1)
+            _all_reduce(max_logit, torch.distributed.ReduceOp.MAX, tp_group)
+            label_logit = logits.gather(1, chunk_labels[:, None]).squeeze(1)
+            label_logit = torch.where(is_local, label_logit - max_logit, 0.0)
+            exp = logits.sub_(max_logit[:, None]).exp_()
+            sums = torch.stack([exp.sum(dim=-1), label_logit])
+            _all_reduce(sums, torch.distributed.ReduceOp.SUM, tp_group)
+            sum_exp, label_logit = sums
+
+            losses.append(sum_exp.log() - label_logit)
+            # The largest logit is 0 now: the label is the prediction where its logit is 0, and the largest
+            # probability is exp(0) / sum_exp.
+            correct.append(label_logit >= 0)
+            token_weight = 1.0 / sum_exp if weigh_by_confidence else torch.ones_like(sum_exp)
+            token_weights.append(token_weight)
+
+            if needs_hidden_grad or needs_weight_grad:
+                # d loss / d logits = (softmax - onehot) / temperature, times the weight of the token.
+                row_scale = loss_mask[rows] * token_weight * gradient_scale / temperature
+                grad = exp.mul_((row_scale / sum_exp)[:, None])
+                grad.scatter_add_(1, chunk_labels[:, None], torch.where(is_local, -row_scale, 0.0)[:, None])
+                grad = grad.to(hidden_states.dtype)
+                if needs_hidden_grad:
+                    torch.mm(grad, weight, out=hidden_grad[rows])
+                if needs_weight_grad:
+                    if weight.dtype == torch.float32:
+                        weight_grad.addmm_(grad.t(), chunk)
+                    else:
+                        weight_grad += grad.t() @ chunk
+                del grad
+            del logits, exp
+
+        loss = torch.cat(losses)
+        objective = (loss_mask * torch.cat(token_weights) * loss).sum()
+        statistics = torch.stack([(loss_mask * loss).sum(), loss_mask.sum(), (loss_mask * torch.cat(correct)).sum()])
+        statistics = statistics.double()
+        ctx.mark_non_differentiable(statistics)
+        ctx.gradient_scale = gradient_scale
+        ctx.weight_dtype = weight.dtype
+        ctx.hidden_grad, ctx.weight_grad = hidden_grad, weight_grad
+        return objective, statistics
+
+    @staticmethod
+    def backward(ctx, grad_objective: Tensor, _: Tensor):
+        factor = grad_objective / ctx.gradient_scale
+        hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
+        ctx.hidden_grad = ctx.weight_grad = None
+        if hidden_grad is not None:
+            hidden_grad.mul_(factor)
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(factor).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, *(None,) * 8
+
+
+def _all_reduce(tensor: Tensor, op: torch.distributed.ReduceOp, group: torch.distributed.ProcessGroup) -> None:
+    if group.size() > 1:
+        torch.distributed.all_reduce(tensor, op=op, group=group)

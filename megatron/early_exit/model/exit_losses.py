@@ -1,0 +1,128 @@
+"""The losses of a model's exits: their scale in the objective, their deferral to the backward pass, their statistics.
+
+Source of the deferral: EE-LLM (arXiv:2312.04916), section 3. A stage back-propagates its own exit losses plus
+<stopgrad(g), x>, with g the gradient that it receives from the next stage, so no schedule and no message changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.tensor_parallel import random as tensor_parallel_random
+from torch import Tensor
+
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.model.cross_entropy import LossSums
+
+
+class ExitLosses:
+    """What is constant for all microbatches of an iteration, and the sums of what they report.
+
+    One object per rank, shared by its model chunks. Nothing of a single microbatch is kept here: under recomputation a
+    layer runs again when another microbatch is current.
+
+    statistics: [exits + 1, 3], fp64: for every exit in order, and last for the final head, the sum of losses, the
+    number of tokens and the number of correct predictions since `reset_statistics`.
+    """
+
+    def __init__(self, exits: ExitConfig, calculate_per_token_loss: bool, device: torch.device) -> None:
+        self.exits = exits
+        self.calculate_per_token_loss = calculate_per_token_loss
+        self.weights: tuple[float, ...] = exits.weights_at(0)
+        self.num_microbatches = 1
+        self.grad_scale_func: Callable[[Tensor], Tensor] | None = None
+        self.statistics = torch.zeros(exits.num_exits + 1, 3, dtype=torch.float64, device=device)
+
+    @property
+    def final_position(self) -> int:
+        """Row of the final head in `statistics`."""
+        return self.exits.num_exits
+
+    def begin_iteration(
+        self,
+        num_microbatches: int,
+        weights: tuple[float, ...] | None = None,
+        grad_scale_func: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Set what holds for the next call of the schedule. grad_scale_func: the optimizer's `scale_loss`, or None."""
+        self.num_microbatches = num_microbatches
+        self.weights = self.exits.weights_at(0) if weights is None else weights
+        self.grad_scale_func = grad_scale_func
+
+    def gradient_scale(self, loss_mask: Tensor) -> Tensor:
+        """Factor between a sum of token losses and the objective whose gradient is taken: loss scale, mean over the
+        microbatch's tokens, mean over microbatches. Core applies the same to the final loss. loss_mask: [b, s]."""
+        scale = torch.ones((), device=loss_mask.device)
+        if not self.calculate_per_token_loss:
+            scale = scale / (loss_mask.sum().clamp(min=1) * self.num_microbatches)
+        return self.grad_scale_func(scale) if self.grad_scale_func is not None else scale
+
+    def add_statistics(self, position: int, statistics: Tensor) -> None:
+        """Count one microbatch of the exit at `position`. Each microbatch is counted once: by the deferred loss in
+        training, by the forward pass in validation."""
+        self.statistics[position] += statistics
+
+    def reset_statistics(self) -> None:
+        self.statistics.zero_()
+
+    def defer(
+        self,
+        hidden_states: Tensor,
+        position: int,
+        loss_mask: Tensor,
+        compute: Callable[[Tensor, Tensor], LossSums],
+        is_sequence_parallel: bool = False,
+    ) -> Tensor:
+        """Return `hidden_states` unchanged; the exit's loss is computed, and its gradients added, in their backward.
+
+        compute: (hidden states, gradient scale) -> the exit's loss; runs on detached hidden states with gradients on.
+        """
+
+        def backpropagate(hidden_states: Tensor) -> None:
+            scale = self.gradient_scale(loss_mask)
+            sums = compute(hidden_states, scale)
+            self.add_statistics(position, sums.statistics)
+            # Also at weight 0: DDP launches its overlapped reduction when every parameter has fired as often as in
+            # the first iteration.
+            torch.autograd.backward(sums.objective * (scale * self.weights[position]))
+
+        if not is_sequence_parallel:
+            return _DeferredLoss.apply(hidden_states, backpropagate)
+
+        def backpropagate_in_own_stream(hidden_states: Tensor) -> None:
+            # Core runs layers inside this fork, so that each TP rank draws other dropout for its part of the sequence.
+            with tensor_parallel_random.get_cuda_rng_tracker().fork():
+                backpropagate(hidden_states)
+
+        return _DeferredLoss.apply(hidden_states, backpropagate_in_own_stream)
+
+    def evaluate(self, hidden_states: Tensor, position: int, compute: Callable[[Tensor, Tensor], LossSums]) -> None:
+        """Count the loss of one microbatch now: in validation there is no backward pass."""
+        with torch.no_grad():
+            one = torch.ones((), device=hidden_states.device)
+            self.add_statistics(position, compute(hidden_states, one).statistics)
+
+
+class _DeferredLoss(torch.autograd.Function):
+    """Identity in forward; in backward adds the gradient of a loss of the hidden states to the one from above."""
+
+    @staticmethod
+    def forward(ctx, hidden_states: Tensor, backpropagate: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(hidden_states)
+        ctx.backpropagate = backpropagate
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
+        (hidden_states,) = ctx.saved_tensors
+        hidden_states = hidden_states.detach().requires_grad_()
+        with torch.enable_grad():
+            ctx.backpropagate(hidden_states)
+        ctx.backpropagate = None
+        return grad_output + hidden_states.grad, None
+
+
+def is_checkpointed_forward() -> bool:
+    """Whether core is in the first, gradient-free pass of a checkpointed layer (the layer will run again)."""
+    return tensor_parallel_random.is_checkpointing() and not torch.is_grad_enabled()

@@ -1,0 +1,121 @@
+"""Core's `GPTModel` with early exits and a chunked final head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor
+
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.model.cross_entropy import cross_entropy_sums
+from megatron.early_exit.model.exit_head import ExitHead
+from megatron.early_exit.model.exit_losses import ExitLosses
+
+
+class EarlyExitGPTModel(GPTModel):
+    """One model chunk. With no exits it has the parameters and the function of core's `GPTModel`.
+
+    Its layers carry the exits (`layer_specs.block_spec`); this class owns the copy of the model's output weight that
+    tied exits use on a stage which would not hold one, and computes the final loss with the code of the exits.
+    """
+
+    def __init__(self, *, exits: ExitConfig, exit_losses: ExitLosses, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.exits = exits
+        self.exit_losses = exit_losses
+        self.exit_output_layer: ColumnParallelLinear | None = None
+        tied_heads = [head for head in self.exit_heads() if head.is_tied]
+        if tied_heads and self._own_output_weight() is None:
+            self.exit_output_layer = ColumnParallelLinear(
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=torch.nn.init.zeros_,  # shared_weights.py copies the model's output weight into it
+                bias=False,
+                tp_group=self.pg_collection.tp,
+            )
+            self.exit_output_layer.weight.is_embedding_or_output_parameter = True
+        for head in tied_heads:
+            head.use_model_output_weight(lambda: self.model_output_weight)
+
+    def exit_heads(self) -> list[ExitHead]:
+        """Heads of the exits that this chunk owns, in the order of layers."""
+        return [layer.exit_head for layer in self.decoder.layers if hasattr(layer, "exit_head")]
+
+    def _own_output_weight(self) -> Tensor | None:
+        """The model's output weight where plain GPT keeps it on this chunk, else None."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight if self.post_process else None
+
+    @property
+    def model_output_weight(self) -> Tensor | None:
+        """This chunk's copy of the model's output weight, [vocabulary / tp, h], or None if it needs none."""
+        if self.exit_output_layer is not None:
+            return self.exit_output_layer.weight
+        return self._own_output_weight()
+
+    @property
+    def owns_output_weight(self) -> bool:
+        """Whether the copy on this chunk is the one that the others follow."""
+        return self.pre_process if self.share_embeddings_and_output_weights else self.post_process
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """input_ids, position_ids, labels: [b, s]; loss_mask: [b, s]; attention_mask: [b, 1, s, s] or None.
+
+        Returns hidden states [s, b, h], or on the last stage the sum of the masked final losses (a scalar) with labels,
+        and logits [b, s, vocabulary] without. Exit losses enter through the backward pass (`ExitLosses`)."""
+        if labels is not None and self.exits.num_exits:
+            # Core hands `context` and `context_mask` to every layer and through activation checkpoints.
+            kwargs["extra_block_kwargs"] = {"context": labels, "context_mask": loss_mask}
+        return super().forward(input_ids, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, **kwargs)
+
+    def _postprocess(self, **kwargs: Any) -> Tensor:
+        labels, loss_mask = kwargs["labels"], kwargs["loss_mask"]
+        if labels is None or not self.post_process:
+            return super()._postprocess(**kwargs)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        sums = cross_entropy_sums(
+            kwargs["hidden_states"],
+            self.output_layer.weight if weight is None else weight,
+            labels,
+            loss_mask,
+            tp_group=self.tp_group,
+            sequence_parallel=self.config.sequence_parallel,
+            gradient_scale=self.exit_losses.gradient_scale(loss_mask),
+        )
+        self.exit_losses.add_statistics(self.exit_losses.final_position, sums.statistics)
+        return sums.objective
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.exit_output_layer is not None:
+            # A copy: it is saved and loaded under the key of the weight that it follows.
+            key = "embedding.word_embeddings" if self.share_embeddings_and_output_weights else "output_layer"
+            state.pop(f"{prefix}exit_output_layer._extra_state", None)
+            state[f"{prefix}exit_output_layer.weight"] = make_tp_sharded_tensor_for_checkpoint(
+                tensor=self.exit_output_layer.weight,
+                key=f"{prefix}{key}.weight",
+                replica_id=(1, 0, metadata["dp_cp_group"].rank()),
+                allow_shape_mismatch=True,
+                tp_group=self.tp_group,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+        return state

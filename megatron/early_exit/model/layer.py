@@ -1,0 +1,78 @@
+"""A transformer layer that owns an early exit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from megatron.early_exit.model.exit_head import ExitHead, ExitHeadSpec
+from megatron.early_exit.model.exit_losses import ExitLosses, is_checkpointed_forward
+
+# Arguments of a layer that an exit block needs as well.
+_BLOCK_ARGUMENTS = ("attention_mask", "rotary_pos_emb", "rotary_pos_cos", "rotary_pos_sin")
+
+
+class EarlyExitTransformerLayer(TransformerLayer):
+    """Core's layer plus an exit on its output, its input (pre-exit), or the residual after attention (MLP branch).
+
+    Labels arrive as `context` and the loss mask as `context_mask`: core hands both to every layer and through
+    activation checkpoints, and layers without cross-attention pass them on.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int = 1,
+        hidden_dropout: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+        *,
+        exit_head: ExitHeadSpec,
+        exit_losses: ExitLosses,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage, **kwargs)
+        self.exit_losses = exit_losses
+        self.exit_head = ExitHead(config, exit_head, layer_number, self.pg_collection, vp_stage)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: [s, b, h]; kwargs as core's. Returns (hidden states, context)."""
+        spec = self.exit_head.spec
+        if spec.pre_exit:
+            hidden_states = self._attach_exit(hidden_states, kwargs)
+        hidden_states, context = super().forward(hidden_states, *args, **kwargs)
+        if not spec.pre_exit and spec.mlp is None:
+            hidden_states = self._attach_exit(hidden_states, kwargs)
+        return hidden_states, context
+
+    def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        hidden_states, context = super()._forward_attention(*args, **kwargs)
+        if self.exit_head.spec.mlp is not None:
+            hidden_states = self._attach_exit(hidden_states, kwargs, pre_mlp_norm=self.pre_mlp_layernorm)
+        return hidden_states, context
+
+    def _attach_exit(self, hidden_states: Tensor, kwargs: dict[str, Any], **head_arguments: Any) -> Tensor:
+        labels, loss_mask = kwargs.get("context"), kwargs.get("context_mask")
+        if labels is None or is_checkpointed_forward():
+            return hidden_states
+        if self.exit_head.block is not None:
+            head_arguments |= {name: kwargs.get(name) for name in _BLOCK_ARGUMENTS}
+        position = self.exit_head.spec.position
+
+        def compute(hidden_states: Tensor, gradient_scale: Tensor):
+            return self.exit_head.loss(hidden_states, labels, loss_mask, gradient_scale, **head_arguments)
+
+        if not self.training:
+            self.exit_losses.evaluate(hidden_states, position, compute)
+            return hidden_states
+        hidden_states = self.exit_losses.defer(
+            hidden_states, position, loss_mask, compute, self.config.sequence_parallel
+        )
+        # The schedule frees the data of what a stage sends, which must not be a view of what the exit keeps.
+        return make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)

@@ -1,0 +1,115 @@
+"""Which modules the layers of one model chunk are made of. The seam towards core: a move from `GPTModel` to another
+decoder of core touches this file and `gpt_model.py`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.model.attention import SdpaAttention
+from megatron.early_exit.model.exit_head import ExitHeadSpec
+from megatron.early_exit.model.exit_losses import ExitLosses
+from megatron.early_exit.model.layer import EarlyExitTransformerLayer
+from megatron.early_exit.model.norms import TorchNorm
+
+
+def local_layer_spec() -> ModuleSpec:
+    """A layer of core's tensor-parallel linear layers, with PyTorch's SDPA and norms."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=TorchNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=SdpaAttention,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=TorchNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def layer_spec(transformer_impl: str) -> tuple[ModuleSpec, type]:
+    """(spec of a layer, norm class) for `--transformer-impl local` or `transformer_engine`.
+
+    Raises ImportError if Transformer Engine is asked for and not installed."""
+    if transformer_impl == "local":
+        return local_layer_spec(), TorchNorm
+    try:
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        if TENorm is None:
+            raise ImportError("TENorm is missing")
+        return get_gpt_layer_with_transformer_engine_spec(), TENorm
+    except ImportError as error:
+        raise ImportError(
+            "--transformer-impl is transformer_engine, but Transformer Engine is not installed "
+            f"({error}). Install the extra `te` on a CUDA machine, or use --transformer-impl local."
+        ) from error
+
+
+def block_spec(
+    config: TransformerConfig,
+    exits: ExitConfig,
+    exit_losses: ExitLosses,
+    vocab_size: int,
+    transformer_impl: str,
+    vp_stage: int | None = None,
+) -> TransformerBlockSubmodules:
+    """One spec per layer of this rank's chunk `vp_stage`; layers that own an exit get `EarlyExitTransformerLayer`.
+
+    vocab_size: rows of the output projections, padded. Needs core's process groups."""
+    plain, norm = layer_spec(transformer_impl)
+    first = get_transformer_layer_offset(config, vp_stage) + 1
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    layer_specs = [plain] * len(numbers)
+    for index, layer_number in enumerate(numbers):
+        position = exits.position_of(layer_number)
+        if position is not None:
+            head = exit_head_spec(exits, position, plain, norm, vocab_size)
+            layer_specs[index] = replace_module(plain, exit_head=head, exit_losses=exit_losses)
+    return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=norm)
+
+
+def exit_head_spec(exits: ExitConfig, position: int, plain: ModuleSpec, norm: type, vocab_size: int) -> ExitHeadSpec:
+    """The head of the exit at `position`, made of the same modules as a plain layer."""
+    return ExitHeadSpec(
+        position=position,
+        pre_exit=exits.pre_exit,
+        temperature=exits.temperature_of(position),
+        weigh_by_confidence=exits.use_dynamic_exit_layer_weight,
+        output_vocab_size=vocab_size if exits.untie_exit_output_weights else None,
+        norm=norm if exits.use_exit_norm else None,
+        mlp=plain.submodules.mlp if exits.use_exit_mlp else None,
+        mlp_bda=plain.submodules.mlp_bda if exits.use_exit_mlp else None,
+        block=plain if exits.use_exit_block else None,
+    )
+
+
+def replace_module(plain: ModuleSpec, **params: object) -> ModuleSpec:
+    """The same submodules in a layer that owns an exit."""
+    return replace(plain, module=EarlyExitTransformerLayer, params={**plain.params, **params})

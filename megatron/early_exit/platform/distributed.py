@@ -1,0 +1,80 @@
+"""Starts and ends the process groups of one run."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron.early_exit.config.parallel import ParallelConfig
+from megatron.early_exit.platform import device as device_module
+from megatron.early_exit.platform.cpu import adapt_core_to_cpu
+
+
+def initialize_distributed(timeout_minutes: float = 10.0) -> None:
+    """Join the world that torchrun describes in the environment, or make a world of this one process.
+
+    A collective that takes longer than `timeout_minutes` ends the process, so that a dead rank ends the run.
+    """
+    if device_module.use_cuda():
+        local_rank, visible = device_module.device().index, torch.cuda.device_count()
+        if local_rank >= visible:
+            raise ValueError(
+                f"local rank {local_rank} has no GPU of its own: {visible} visible. Start at most {visible} processes "
+                "on this node (--nproc_per_node)."
+            )
+        torch.cuda.set_device(device_module.device())
+    else:
+        adapt_core_to_cpu()
+    if torch.distributed.is_initialized():
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0" if "RANK" not in os.environ else "29500")
+    torch.distributed.init_process_group(
+        backend=device_module.backend(),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        rank=int(os.environ.get("RANK", "0")),
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+
+
+def initialize_model_parallel(parallel: ParallelConfig, num_layers: int, seed: int) -> None:
+    """Create core's process groups for this layout and seed the generators.
+
+    The word-embedding group of core is reduced to the first stage: weights that several stages use are kept equal by
+    `model/shared_weights.py`, which also covers stages in the middle (core would hang there).
+    """
+    num_chunks = parallel.num_model_chunks(num_layers)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
+        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+        get_embedding_ranks=lambda ranks, *_: ranks[:1],
+        # Beside NCCL groups core wants gloo groups for CPU tensors; where all groups are gloo they would only cost
+        # polling threads.
+        create_gloo_process_groups=device_module.use_cuda(),
+    )
+    seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python, NumPy and torch as Megatron does: another stream for each pipeline rank, the same over TP and DP."""
+    import random
+
+    import numpy
+
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def destroy_distributed() -> None:
+    """Leave all process groups."""
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

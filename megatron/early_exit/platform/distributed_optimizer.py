@@ -1,0 +1,97 @@
+"""Repairs of core's distributed optimizer when it saves and loads its state in the form that any layout can read.
+
+Found by running core 0.16.1 with PyTorch's Adam (no Apex, no Transformer Engine). Each repair names its condition for
+removal; `tests/distributed/test_resume.py` fails without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers of a chain, or the one that there is."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def repair_distributed_optimizer(optimizer: MegatronOptimizer) -> None:
+    """Repair this optimizer object if it is (or contains) a distributed one; others are left alone."""
+    for part in optimizer_parts(optimizer):
+        if isinstance(part, DistributedOptimizer) and not getattr(part, "_early_exit_repaired", False):
+            part._early_exit_repaired = True
+            _save_without_shifting(part)
+            _load_with_step(part)
+
+
+def _save_without_shifting(part: DistributedOptimizer) -> None:
+    """Core gathers buckets without the padding between them, but cuts parameters out of the result at positions that
+    count it: the state of all parameters after a padded bucket would be saved shifted. (A tied output weight has a
+    bucket of its own, so this happens with small or odd sizes.) Can go when core counts alike in both places."""
+    original = part.sharded_param_state_fully_reshardable
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        with _positions_without_bucket_padding(part):
+            return original(*args, **kwargs)
+
+    part.sharded_param_state_fully_reshardable = save
+
+
+@contextmanager
+def _positions_without_bucket_padding(part: DistributedOptimizer) -> Iterator[None]:
+    original = [buffer.param_index_map for buffer in part.buffers]
+    for buffer in part.buffers:
+        padding_before, total = [], 0
+        for bucket in buffer.buckets:
+            padding_before.append(total)
+            total += bucket.grad_data.numel() - bucket.numel_unpadded
+        buffer.param_index_map = {
+            parameter: (start - padding_before[bucket], end - padding_before[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, positions in zip(part.buffers, original, strict=True):
+            buffer.param_index_map = positions
+
+
+def _load_with_step(part: DistributedOptimizer) -> None:
+    """PyTorch's Adam keeps its step count beside the moments. Core restores it from the parameter groups, as one tensor
+    for all parameters, which Adam would then increment once for each of them; and misses it among the moments that it
+    restores afterwards. Can go when core gives each parameter its own step and skips it there."""
+    original = part._set_main_param_and_optimizer_states
+
+    def set_states(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = part.model_param_group_index_map[model_param]
+        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {"step": state["step"], **tensors}
+        original(model_param, tensors)
+
+    part._set_main_param_and_optimizer_states = set_states
+
+
+def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Give PyTorch's Adam its state before the first step, so that a checkpoint can be loaded into it.
+
+    Core's distributed optimizer reads the step count from that state and fails if there is none. Can go when it does
+    not."""
+    for part in optimizer_parts(optimizer):
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.Adam):  # AdamW is one
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }

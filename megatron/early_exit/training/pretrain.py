@@ -1,0 +1,328 @@
+"""Pre-training from settings to the last checkpoint: build the parts, then loop over iterations."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.timers import Timers
+
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config
+from megatron.early_exit.data.datasets import Batch, TokenDataset, build_datasets, build_iterator
+from megatron.early_exit.data.tokenizer import build_tokenizer, check_ids_fit
+from megatron.early_exit.model.build import Model, build_model
+from megatron.early_exit.model.exit_losses import ExitLosses
+from megatron.early_exit.platform.device import device
+from megatron.early_exit.platform.distributed import (
+    destroy_distributed,
+    initialize_distributed,
+    initialize_model_parallel,
+)
+from megatron.early_exit.training.checkpointing import (
+    CheckpointSaver,
+    find_checkpoint,
+    load_checkpoint,
+)
+from megatron.early_exit.training.metrics import LossMetrics, collect_losses
+from megatron.early_exit.training.microbatches import Microbatches
+from megatron.early_exit.training.optimizer import build_optimizer, build_scheduler
+from megatron.early_exit.training.reporting import Reporter, evaluation_line, training_line
+from megatron.early_exit.training.state import TrainingState
+from megatron.early_exit.training.step import StepResult, connect_gradient_reduction, run_schedule, train_step
+from megatron.early_exit.training.stopping import StopConditions
+from megatron.early_exit.training.summary import checkpoint_bytes, flops_per_token, start_up_summary
+
+_TIMERS = ("forward-backward", "forward-compute", "backward-compute", "all-grads-sync", "optimizer-inner-step")
+
+
+@dataclass
+class Run:
+    """The parts of one training run on this rank."""
+
+    config: RunConfig
+    model: Model
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    microbatches: Microbatches
+    datasets: tuple[TokenDataset | None, TokenDataset | None, TokenDataset | None]
+    state: TrainingState
+    saver: CheckpointSaver | None
+    reporter: Reporter
+    timers: Timers | None
+
+
+def pretrain(config: RunConfig) -> None:
+    """Train as `config` says. Every rank of the world calls it; process groups are started here.
+
+    Raises ValueError, OSError or FileNotFoundError for what the user can mend, on all ranks and before training."""
+    initialize_distributed(config.parallel.distributed_timeout_minutes)
+    run = build_run(config)
+    try:
+        is_complete = train(run)
+        if is_complete and run.config.training.eval_iters and run.datasets[2] is not None:
+            evaluate(run, "test", run.datasets[2])
+    finally:
+        run.reporter.close()
+    destroy_distributed()
+
+
+def build_run(config: RunConfig) -> Run:
+    """Data first, since it fails fastest; then the model, the optimizer, and what a checkpoint brings."""
+    initialize_model_parallel(config.parallel, config.model.num_layers, config.training.seed)
+    is_main = torch.distributed.get_rank() == 0
+    checkpoint_folder = find_checkpoint(config.checkpoint.load, config.checkpoint.load_iteration)
+    tokenizer = build_tokenizer(config.data)
+    config = _with_padded_vocab_size(config, tokenizer.vocab_size, checkpoint_folder)
+    vocab_size = config.model.padded_vocab_size
+    microbatches = Microbatches(config.training, parallel_state.get_data_parallel_world_size())
+    datasets = build_datasets(
+        config.data,
+        tokenizer,
+        seq_length=config.training.seq_length,
+        seed=config.training.seed,
+        num_samples=_num_samples(config, microbatches.target_global_batch_size),
+        vocab_size=vocab_size,
+    )
+    model = build_model(config, vocab_size)
+    connect_gradient_reduction(model)
+    optimizer = build_optimizer(config, model)
+    scheduler = build_scheduler(config, optimizer, microbatches.target_global_batch_size)
+    saver = CheckpointSaver(config) if config.checkpoint.save is not None else None
+    needed_bytes = checkpoint_bytes(config, model)
+    if saver is not None:
+        saver.check_folder(needed_bytes)
+    reporter = Reporter(config, is_main)
+    reporter.text(start_up_summary(config, model, microbatches))
+    state = TrainingState()
+    if checkpoint_folder is not None:
+        state = load_checkpoint(checkpoint_folder, config, model, optimizer, scheduler)
+        reporter.text(f" loaded {checkpoint_folder}, training goes on at iteration {state.iteration}")
+    timers = None
+    if config.logging.log_timers_to_tracker:
+        timers = model.config.timers = optimizer.config.timers = Timers(log_level=2, log_option="max")
+    return Run(config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers)
+
+
+def _with_padded_vocab_size(config: RunConfig, vocab_size: int, checkpoint_folder: object) -> RunConfig:
+    """The settings with `padded_vocab_size` filled in: given, or the checkpoint's, or padded for this layout."""
+    tp_size = config.parallel.tensor_model_parallel_size
+    padded = config.model.padded_vocab_size
+    if padded is None and checkpoint_folder is not None:
+        saved = load_run_config(checkpoint_folder / RUN_CONFIG_FILE).model.padded_vocab_size
+        if saved % tp_size:
+            raise ValueError(
+                f"the checkpoint's vocabulary has {saved} rows, which --tensor-model-parallel-size {tp_size} does not "
+                "divide. Choose another size."
+            )
+        padded = saved
+    if padded is None:
+        padded = config.model.padded_to(vocab_size, tp_size)
+    check_ids_fit(vocab_size, padded)
+    return replace(config, model=replace(config.model, padded_vocab_size=padded))
+
+
+def _num_samples(config: RunConfig, global_batch_size: int) -> tuple[int, int, int]:
+    """Samples that training, one validation and the test need. Every validation uses the same samples, so that its
+    losses can be compared."""
+    training = config.training
+    # The last batch of --train-samples may go beyond it.
+    train = (training.train_samples or 0) + global_batch_size * (training.train_iters or 1)
+    evaluation = training.eval_iters * global_batch_size
+    return train, evaluation, evaluation
+
+
+def train(run: Run) -> bool:
+    """Iterate until the end, or until a stop condition; save on the way and at the end. Returns whether it ended.
+
+    Raises FloatingPointError when the gradients are no numbers any more, before such weights are saved."""
+    config, state = run.config, run.state
+    stop = StopConditions(config.training)
+    iterators = _iterators(run, run.datasets[0], state.consumed_train_samples)
+    window = LogWindow(run.model.exit_losses)
+
+    while not _is_finished(run):
+        result = _one_iteration(run, iterators)
+        window.num_iterations += 1
+
+        # Once in a while: log, evaluate, save, stop.
+        if _is_due(config.logging.log_interval, state.iteration) or _is_finished(run):
+            _log(run, result, window)
+        stop_reason = stop.reason(state.iteration)
+        with window.paused():
+            if run.saver is not None:
+                run.saver.finalize()
+            if _is_due(config.training.eval_interval, state.iteration) and run.datasets[1] is not None:
+                evaluate(run, "validation", run.datasets[1])
+            if stop_reason or _is_finished(run) or _is_due(config.checkpoint.save_interval, state.iteration):
+                _save(run)
+        if stop_reason:
+            run.reporter.text(f" stopped after iteration {state.iteration}: {stop_reason}")
+            break
+    if run.saver is not None:
+        run.saver.close()
+    return _is_finished(run)
+
+
+class LogWindow:
+    """The iterations since the last log line: their time without evaluation and saving, and their losses."""
+
+    def __init__(self, exit_losses: ExitLosses) -> None:
+        self._exit_losses = exit_losses
+        self.restart()
+
+    def restart(self) -> None:
+        self._exit_losses.reset_statistics()
+        self._start = time.perf_counter()
+        self.num_iterations = 0
+
+    @property
+    def seconds_per_iteration(self) -> float:
+        return (time.perf_counter() - self._start) / self.num_iterations
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside counts neither as time nor as losses of the window."""
+        paused_at, statistics = time.perf_counter(), self._exit_losses.statistics.clone()
+        yield
+        self._exit_losses.statistics.copy_(statistics)
+        self._start += time.perf_counter() - paused_at
+
+
+def _is_due(interval: int | None, iteration: int) -> bool:
+    return bool(interval) and iteration % interval == 0
+
+
+def _is_finished(run: Run) -> bool:
+    training, state = run.config.training, run.state
+    if training.train_samples is not None:
+        return state.consumed_train_samples >= training.train_samples
+    return state.iteration >= training.train_iters
+
+
+def _one_iteration(run: Run, iterators: list[Iterator[Batch] | None]) -> StepResult:
+    config, state, microbatches = run.config, run.state, run.microbatches
+    microbatches.update(state.consumed_train_samples)
+    result = train_step(
+        run.model,
+        run.optimizer,
+        iterators,
+        exit_weights=config.exits.weights_at(state.iteration),
+        num_microbatches=microbatches.count,
+        micro_batch_size=config.training.micro_batch_size,
+        seq_length=config.training.seq_length,
+    )
+    if not config.training.fp16 and result.grad_norm is not None and not math.isfinite(result.grad_norm):
+        raise FloatingPointError(
+            f"the gradient norm of iteration {state.iteration + 1} is {result.grad_norm}: training has diverged. "
+            "Resume from the last checkpoint with a smaller --lr, more warmup or other data."
+        )
+    if result.is_skipped:
+        state.num_skipped_iterations += 1
+    else:
+        run.scheduler.step(increment=microbatches.global_batch_size)
+    state.iteration += 1
+    state.consumed_train_samples += microbatches.global_batch_size
+    return result
+
+
+def _iterators(
+    run: Run, dataset: TokenDataset, consumed_samples: int, is_cyclic: bool = False
+) -> list[Iterator | None]:
+    """One iterator per chunk; every chunk that embeds, computes a loss or needs a mask draws the same batches."""
+    return [
+        build_iterator(
+            dataset,
+            consumed_samples=consumed_samples,
+            micro_batch_size=run.config.training.micro_batch_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            num_workers=run.config.data.num_workers,
+            device=device(),
+            is_cyclic=is_cyclic,
+        )
+        if chunk.pre_process or chunk.post_process or chunk.exit_heads() or run.config.data.reset_attention_mask
+        else None
+        for chunk in run.model.chunks
+    ]
+
+
+def evaluate(run: Run, name: str, dataset: TokenDataset) -> LossMetrics:
+    """Losses and accuracies of all exits over `--eval-iters` global batches, always the same ones."""
+    config, model = run.config, run.model
+    run.microbatches.update(run.state.consumed_train_samples)
+    per_replica = run.microbatches.target_global_batch_size // parallel_state.get_data_parallel_world_size()
+    num_microbatches = per_replica // config.training.micro_batch_size
+    for chunk in model.wrapped:
+        chunk.eval()
+    iterators = _iterators(run, dataset, consumed_samples=0, is_cyclic=True)
+    model.exit_losses.reset_statistics()
+    with torch.no_grad():
+        for _ in range(config.training.eval_iters):
+            model.exit_losses.begin_iteration(num_microbatches)
+            run_schedule(
+                model,
+                iterators,
+                num_microbatches=num_microbatches,
+                micro_batch_size=config.training.micro_batch_size,
+                seq_length=config.training.seq_length,
+                forward_only=True,
+            )
+    for chunk in model.wrapped:
+        chunk.train()
+    losses = collect_losses(model.exit_losses, config.exits)
+    run.reporter.record("valid" if name == "validation" else name, run.state.iteration, losses.as_dict())
+    run.reporter.text(evaluation_line(name, run.state.iteration, losses.as_dict()))
+    return losses
+
+
+def _log(run: Run, result: StepResult, window: LogWindow) -> None:
+    """One line per log interval."""
+    config, state = run.config, run.state
+    losses = collect_losses(run.model.exit_losses, config.exits)
+    seconds_per_iteration = window.seconds_per_iteration
+    values: dict[str, float | int | None] = {
+        "consumed_samples": state.consumed_train_samples,
+        "consumed_tokens": state.consumed_train_samples * config.training.seq_length,
+        "iteration_ms": seconds_per_iteration * 1000,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "global_batch_size": run.microbatches.global_batch_size,
+        **losses.as_dict(),
+    }
+    weights = config.exits.weights_at(state.iteration - 1)  # those of the iteration that just ended
+    for layer, weight in zip(config.exits.exit_layer_nums, weights, strict=True):
+        values[f"exit_weight/layer_{layer}"] = weight
+    values["grad_norm"] = result.grad_norm
+    values["loss_scale"] = run.optimizer.get_loss_scale().item() if config.training.fp16 else None
+    values["skipped_iterations"] = state.num_skipped_iterations
+    tokens = run.microbatches.global_batch_size * config.training.seq_length
+    values["tokens_per_second"] = tokens / seconds_per_iteration
+    if config.logging.log_throughput:
+        flops = flops_per_token(config, config.model.padded_vocab_size) * tokens
+        values["tflops_per_rank"] = flops / seconds_per_iteration / torch.distributed.get_world_size() / 1e12
+    if run.timers is not None:
+        values |= _timer_values(run.timers)
+    run.reporter.record("train", state.iteration, values)
+    run.reporter.text(training_line(state.iteration, config.training.train_iters, values))
+    window.restart()
+
+
+def _timer_values(timers: Timers) -> dict[str, float]:
+    """Milliseconds since the last log line that the slowest rank spent in the parts that core times."""
+    # `Timers.write` takes TensorBoard's and W&B's own objects only.
+    times = timers._get_global_min_max_time(list(_TIMERS), True, False, 1.0)
+    return {f"timers/{name}_ms": 1000 * slowest for name, (_, slowest) in times.items()}
+
+
+def _save(run: Run) -> None:
+    if run.saver is None:
+        return
+    run.saver.save(run.model, run.optimizer, run.scheduler, run.state)
+    run.reporter.text(f" saved iteration {run.state.iteration} in {run.saver.folder}")

@@ -1,0 +1,102 @@
+"""One iteration: forward and backward over all microbatches with core's schedule, then the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron.early_exit.model.build import Model
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step reports."""
+
+    is_skipped: bool
+    """The gradients overflowed (fp16) and the weights did not change."""
+    grad_norm: float | None
+
+
+def forward_step(data_iterator: Iterator | None, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    """Core's forward-step function. data_iterator: batches (`data.datasets.Batch`), or None on a stage that neither
+    embeds, nor computes a loss, nor needs a mask.
+
+    The loss function returns (sum of losses, tokens, nothing): core divides the sum by the microbatch's tokens and by
+    the number of microbatches, or with --calculate-per-token-loss by the tokens of the global batch at the end."""
+    if data_iterator is None:
+        return chunk(None, None, None), None
+    batch = next(data_iterator)
+    output = chunk(
+        batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask
+    )
+    return output, partial(_loss_and_tokens, batch.loss_mask)
+
+
+def _loss_and_tokens(loss_mask: Tensor, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict]:
+    return loss_sum, loss_mask.sum().int(), {}
+
+
+def connect_gradient_reduction(model: Model) -> None:
+    """Let core's schedules end with core's reductions followed by that of the shared output weight."""
+
+    def finalize(chunks: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        finalize_model_grads(chunks, *args, **kwargs)
+        model.shared_weight.reduce_gradients()
+
+    model.config.finalize_model_grads_func = finalize
+
+
+def run_schedule(
+    model: Model,
+    iterators: list[Iterator | None],
+    *,
+    num_microbatches: int,
+    micro_batch_size: int,
+    seq_length: int,
+    forward_only: bool = False,
+) -> None:
+    """All microbatches of one iteration through core's schedule for this layout; losses are in `model.exit_losses`.
+
+    iterators: one per chunk."""
+    is_interleaved = len(model.wrapped) > 1
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if is_interleaved else iterators[0],
+        model=model.wrapped if is_interleaved else model.wrapped[0],
+        num_microbatches=num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def train_step(
+    model: Model,
+    optimizer: MegatronOptimizer,
+    iterators: list[Iterator | None],
+    *,
+    exit_weights: tuple[float, ...],
+    num_microbatches: int,
+    micro_batch_size: int,
+    seq_length: int,
+) -> StepResult:
+    """Gradients of one global batch and one optimizer step."""
+    for chunk in model.wrapped:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    model.exit_losses.begin_iteration(num_microbatches, exit_weights, model.config.grad_scale_func)
+    run_schedule(
+        model,
+        iterators,
+        num_microbatches=num_microbatches,
+        micro_batch_size=micro_batch_size,
+        seq_length=seq_length,
+    )
+    is_successful, grad_norm, _ = optimizer.step()
+    return StepResult(not is_successful, grad_norm)

@@ -1,0 +1,144 @@
+"""What a run is, in a few lines, before it starts."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.model.build import Model, params_dtype
+from megatron.early_exit.platform.device import backend, device, use_cuda
+from megatron.early_exit.training.microbatches import Microbatches
+
+
+def start_up_summary(config: RunConfig, model: Model, microbatches: Microbatches) -> str:
+    """Layout, batch, parameters and exits of every stage. All ranks must call it together; the text is for one."""
+    parallel, training = config.parallel, config.training
+    world_size = torch.distributed.get_world_size()
+    dtype = str(params_dtype(config)).removeprefix("torch.")
+    where = f"{torch.cuda.get_device_name() if use_cuda() else 'CPU'}, {backend()}, {dtype}"
+    tokens = microbatches.target_global_batch_size * training.seq_length
+    lines = [
+        f"layout      {world_size} ranks = TP {parallel.tensor_model_parallel_size}"
+        f"{' with sequence parallelism' if parallel.sequence_parallel else ''}"
+        f" x PP {parallel.pipeline_model_parallel_size}"
+        f"{_interleaving(config)} x DP {parallel.data_parallel_size(world_size)}"
+        f"{' with the distributed optimizer' if parallel.use_distributed_optimizer else ''}; {where}",
+        f"batch       {microbatches.target_global_batch_size} sequences of {training.seq_length} tokens = {tokens:,} "
+        f"tokens an iteration, {training.micro_batch_size} a microbatch",
+        f"length      {_length(config, tokens)}",
+        f"exits       {_exits(config)}",
+    ]
+    lines += [f"stage {stage:<5} {text}" for stage, text in enumerate(_stages(model))]
+    lines += _warnings(config, model)
+    width = max(map(len, lines))
+    return "\n".join(["-" * width, *lines, "-" * width])
+
+
+def _interleaving(config: RunConfig) -> str:
+    chunks = config.parallel.num_model_chunks(config.model.num_layers)
+    return f" ({chunks} interleaved chunks a rank)" if chunks > 1 else ""
+
+
+def _length(config: RunConfig, tokens: int) -> str:
+    if config.training.train_iters is None:
+        samples = config.training.train_samples
+        return f"{samples:,} samples = {samples * config.training.seq_length:,} tokens"
+    return f"{config.training.train_iters:,} iterations, {config.training.train_iters * tokens:,} tokens"
+
+
+def _exits(config: RunConfig) -> str:
+    exits = config.exits
+    if not exits.num_exits:
+        return "none (plain GPT)"
+    parts = [
+        part
+        for part, is_on in [
+            ("transformer block", exits.use_exit_block),
+            ("MLP branch", exits.use_exit_mlp),
+            ("norm", exits.use_exit_norm),
+            (f"{'own' if exits.untie_exit_output_weights else 'shared'} output projection", True),
+        ]
+        if is_on
+    ]
+    weights = ", ".join(f"{weight:g}" for weight in exits.weights_at(exits.exit_layer_weight_warmup_iters))
+    layers = ", ".join(map(str, exits.exit_layer_nums))
+    side = "before" if exits.pre_exit else "after"
+    return f"{side} layers {layers}; head = {' + '.join(parts)}; loss weights {weights}"
+
+
+def _stages(model: Model) -> list[str]:
+    """One line per pipeline rank: its layers, parameters and exits."""
+    layers = [layer.layer_number for chunk in model.chunks for layer in chunk.decoder.layers]
+    # Numbers of exits are those of the layers that own them.
+    exits = [
+        layer.layer_number for chunk in model.chunks for layer in chunk.decoder.layers if hasattr(layer, "exit_head")
+    ]
+    count = sum(parameter.numel() for chunk in model.chunks for parameter in chunk.parameters())
+    in_exits = sum(p.numel() for chunk in model.chunks for head in chunk.exit_heads() for p in head.parameters())
+    copies = sum(weight.numel() for weight in model.shared_weight.copies if getattr(weight, "shared", False))
+    mine = (layers, count, in_exits, copies, exits)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages: list = [None] * group.size()
+    torch.distributed.all_gather_object(stages, mine, group=group)
+    return [_stage_text(*stage) for stage in stages]
+
+
+def _stage_text(layers: list[int], count: int, in_exits: int, copies: int, exits: list[int]) -> str:
+    text = f"layers {_ranges(layers)}: {count:,} parameters on each TP rank"
+    if copies:
+        text += f", {copies:,} of them copies of the output weight"
+    if exits:
+        text += f"; exits {', '.join(map(str, exits))}" + (f" ({in_exits:,} parameters)" if in_exits else "")
+    return text
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[1, 2, 5, 6] -> "1-2, 5-6" """
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][1] + 1:
+            groups[-1][1] = number
+        else:
+            groups.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in groups) or "none"
+
+
+def _warnings(config: RunConfig, model: Model) -> list[str]:
+    exits, layers = config.exits, config.model.num_layers
+    stage_size = layers // config.parallel.pipeline_model_parallel_size // len(model.chunks)
+    if config.parallel.pipeline_model_parallel_size == 1 or exits.pre_exit or exits.use_exit_mlp:
+        return []
+    at_end = [layer for layer in exits.exit_layer_nums if layer % stage_size == 0 and layer != layers]
+    if not at_end:
+        return []
+    named = ", ".join(map(str, at_end))
+    return [
+        f"note        exit {named} ends its stage: the stage keeps the hidden states of every microbatch in flight for "
+        f"it. --pre-exit with layer {', '.join(str(layer + 1) for layer in at_end)} moves it to the next stage."
+    ]
+
+
+def checkpoint_bytes(config: RunConfig, model: Model) -> int:
+    """About what one checkpoint takes on disk: weights, and with the optimizer two fp32 moments and fp32 weights."""
+    per_parameter = params_dtype(config).itemsize
+    if not config.checkpoint.no_save_optim:
+        per_parameter += 8 + (4 if per_parameter < 4 else 0)
+    count = sum(parameter.numel() for chunk in model.chunks for parameter in chunk.parameters())
+    total = torch.tensor([float(count)], device=device())
+    torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total.item()) * per_parameter
+
+
+def flops_per_token(config: RunConfig, vocab_size: int) -> float:
+    """Floating-point operations of forward and backward for one token, exits included.
+
+    Six for every weight of a matrix product, and causal attention (two products over half the sequence)."""
+    model = config.model
+    attention_width = model.num_attention_heads * model.head_size
+    projections = model.hidden_size * (2 * attention_width + 2 * model.num_kv_heads * model.head_size)
+    mlp = (3 if model.swiglu else 2) * model.hidden_size * model.ffn_size
+    layer = 6 * (projections + mlp) + 6 * attention_width * config.training.seq_length
+    output = 6 * model.hidden_size * vocab_size
+    exit_head = output + (layer if config.exits.use_exit_block else 0) + (6 * mlp if config.exits.use_exit_mlp else 0)
+    return model.num_layers * layer + output + config.exits.num_exits * exit_head

@@ -1,0 +1,277 @@
+"""Runs on workers: an engine over the reference's parameters, and the reference's word on what it did."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.inference.costs import StepCosts
+from megatron.early_exit.inference.decoder import Decoder
+from megatron.early_exit.inference.engine import Engine
+from megatron.early_exit.inference.exit_policy import ExitPolicy
+from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.results import RequestResult
+from megatron.early_exit.inference.running import RunningRequest
+from megatron.early_exit.inference.weights import decoder_weights
+from tests.configs import VOCAB_SIZE, make_config
+from tests.distributed.parallel_model import build_with_reference_parameters, layout
+from tests.reference import ReferenceBatch, ReferenceModel
+
+MAX_POSITIONS = 40
+COSTS = StepCosts((1.0,) * 5, (1.0,) * 5, (1.0,) * 5, (1.0,) * 5)
+
+Request = tuple[list[int], GenerationParams]
+
+
+def decoding_config(**changes: Any) -> RunConfig:
+    return make_config(**{"max_position_embeddings": MAX_POSITIONS, "exit_layer_nums": (1, 2, 3), **changes})
+
+
+def make_engine(cfg: RunConfig, num_slots: int = 4, vocab_size: int = VOCAB_SIZE, **changes: Any) -> Engine:
+    chunk = build_with_reference_parameters(cfg, wrap_with_ddp=False).chunks[0].eval()
+    decoder = Decoder(decoder_weights(chunk, cfg.model), num_slots=num_slots, vocab_size=vocab_size)
+    return Engine(decoder, cfg.exits, **{"costs": COSTS, **changes})
+
+
+def run_all(engine: Engine) -> dict[int, RequestResult]:
+    results = {}
+    while engine.has_work:
+        for event in engine.step():
+            if event.result is not None:
+                results[event.request_id] = event.result
+    return results
+
+
+def answer(cfg: RunConfig, requests: list[Request], together: bool = True, **changes: Any) -> list[RequestResult]:
+    """The results of `requests`, in one batch or one after the other in the same engine."""
+    with layout(cfg):
+        engine = make_engine(cfg, **changes)
+        results = {}
+        for prompt, params in requests:
+            engine.add(prompt, params)
+            if not together:
+                results |= run_all(engine)
+        results |= run_all(engine)
+        check_invariants(engine)
+        return [results[key] for key in sorted(results)]
+
+
+def answer_and_check(cfg: RunConfig, requests: list[Request], **changes: Any) -> list[RequestResult]:
+    results = answer(cfg, requests, **changes)
+    with layout(cfg):
+        for (prompt, params), result in zip(requests, results, strict=True):
+            check_against_reference(cfg, prompt, params, result, changes.get("vocab_size", VOCAB_SIZE))
+            check_statistics(cfg, params, result)
+    return results
+
+
+class RecordingReference(ReferenceModel):
+    """Keeps the fused query-key-value projections, [1, s, all] by parameter name."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        super().__init__(cfg, VOCAB_SIZE)
+        self.qkv: dict[str, Tensor] = {}
+
+    def linear(self, name: str, x: Tensor, out_size: int, bias: bool | None = None) -> Tensor:
+        y = super().linear(name, x, out_size, bias)
+        if name.endswith("linear_qkv"):
+            self.qkv[name] = y.detach()
+        return y
+
+    def keys_and_values(self, name: str) -> tuple[Tensor, Tensor]:
+        """What the attention `name` caches: this TP rank's part, each [s, kv heads / tp, d], keys rotated."""
+        m = self.cfg.model
+        qkv = self.qkv[f"{name}.self_attention.linear_qkv"][0]
+        qkv = qkv.view(qkv.size(0), m.num_kv_heads, -1, m.head_size)
+        tp_size = self.cfg.parallel.tensor_model_parallel_size
+        qkv = qkv.chunk(tp_size, 1)[parallel_state.get_tensor_model_parallel_rank()]
+        keys, values = qkv[:, :, -2], qkv[:, :, -1]
+        if m.position_embedding_type == "rope":
+            keys = self.rotate(keys.transpose(0, 1)[None])[0].transpose(0, 1)
+        return keys, values
+
+
+def reference_over(cfg: RunConfig, tokens: list[int]) -> tuple[RecordingReference, dict[int | None, Tensor]]:
+    """(reference after a full forward, logits [s, vocabulary] by exit layer, None: final head)."""
+    reference = RecordingReference(cfg)
+    ids = torch.tensor([tokens])
+    batch = ReferenceBatch(ids, ids, torch.ones_like(ids), torch.arange(len(tokens))[None])
+    with torch.no_grad():
+        logits = [head[0] for head in reference.logits(batch)]
+    return reference, dict(zip((*cfg.exits.exit_layer_nums, None), logits, strict=True))
+
+
+def check_against_reference(
+    cfg: RunConfig, prompt: list[int], params: GenerationParams, result: RequestResult, vocab_size: int
+) -> None:
+    """Every token, its exit, its numbers and every asked head's reading follow from the reference's logits."""
+    tokens = prompt + result.token_ids
+    _, logits = reference_over(cfg, tokens[:-1])
+    log_probs = {head: value[:, :vocab_size].log_softmax(-1) for head, value in logits.items()}
+    policy = params.exit_policy(cfg.exits)
+    for row, token in enumerate(result.tokens, start=len(prompt) - 1):
+        asked = () if policy is None or token.is_forced else policy.exit_layers
+        readings = iter(token.readings)
+        for head in (*asked, None):
+            log_prob, best = log_probs[head][row].max(0)
+            reading = next(readings)
+            assert (reading.exit_layer, reading.token) == (head, best.item()), (row, token)
+            assert reading.confidence == pytest.approx(log_prob.exp().item(), rel=1e-5)
+            if head is not None and log_prob.exp().item() >= policy.thresholds[policy.exit_layers.index(head)]:
+                break
+        assert next(readings, None) is None
+        assert (token.exit_layer, token.is_final) == (head or cfg.model.num_layers, head is None)
+        assert token.confidence == reading.confidence
+        assert token.log_prob == pytest.approx(log_probs[head][row, token.token].item(), rel=1e-5, abs=1e-6)
+        if params.sampling.is_plain_argmax:
+            assert token.token == reading.token
+        for (_, ours), theirs in zip(token.top_log_probs, log_probs[head][row].topk(4).values.tolist(), strict=False):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    if params.echo:
+        assert [one.token for one in result.prompt] == prompt
+        assert result.prompt[0].log_prob is None
+        for row, one in enumerate(result.prompt[1:]):
+            assert one.log_prob == pytest.approx(log_probs[None][row, one.token].item(), rel=1e-5, abs=1e-6)
+
+
+def check_statistics(cfg: RunConfig, params: GenerationParams, result: RequestResult) -> None:
+    statistics, num_layers = result.statistics, cfg.model.num_layers
+    assert sum(usage.tokens for usage in result.usage) == len(result.tokens)
+    for usage in result.usage:
+        mine = [t.confidence for t in result.tokens if (t.exit_layer, t.is_final) == (usage.exit_layer, usage.is_final)]
+        assert usage.tokens == len(mine)
+        assert usage.mean_confidence == (pytest.approx(sum(mine) / len(mine)) if mine else None)
+    from_prefill = params.mode == "full" and len(result.tokens) > 0
+    assert statistics.full_layer_passes == (len(result.tokens) - from_prefill) * num_layers
+    assert statistics.queue_seconds >= 0
+    if result.tokens:
+        assert statistics.first_token_seconds >= statistics.queue_seconds
+    if params.mode == "full":
+        assert statistics.layer_passes == statistics.layer_runs == statistics.full_layer_passes
+    if params.mode == "early_exit" and not cfg.exits.use_exit_block:
+        # Rows that exited and were not run later saved the layers above the deepest later exit; nothing else does.
+        depths, deepest = [], 0
+        for token in reversed(result.tokens):
+            pre = cfg.exits.pre_exit and not token.is_final
+            deepest = max(deepest, token.exit_layer - pre)
+            depths.append(deepest)
+        assert statistics.layer_passes == sum(depths)
+        if not any(token.is_forced for token in result.tokens):
+            # A token runs the layers up to its exit once, with all rows that wait for them.
+            assert statistics.layer_runs == sum(
+                token.exit_layer - (cfg.exits.pre_exit and not token.is_final) for token in result.tokens
+            )
+
+
+def check_invariants(engine: Engine) -> None:
+    """Slots are free or taken once; the rows that wait are consecutive, shallow ones last, and end with the newest."""
+    running = engine._running
+    taken = sorted(request.slot for request in running)
+    assert sorted(taken + engine._free_slots) == list(range(engine.decoder.cache.num_slots))
+    assert all(request.slot is None for request in engine._queue)
+    for request in running:
+        length = len(request.tokens) + len(request.drafts)
+        assert 0 <= request.num_rows < length <= engine.decoder.num_positions + 1 + len(request.drafts)
+        assert request.is_prefilling or request.num_rows == length - 1
+        assert len(request.generated) < request.max_tokens or request.max_tokens == 0
+        waiting = [request.waiting[depth] for depth in sorted(request.waiting, reverse=True)]
+        stops = [rows.stop for rows in waiting]
+        assert [rows.first for rows in waiting[1:]] == stops[:-1]
+        assert not waiting or stops[-1] == request.num_rows
+        assert request.num_waiting <= max(request.params.max_deferred, len(request.drafts))
+        assert set(request.waiting) <= set(engine._walk.exit_at_depth)
+
+
+def cached_rows(request: RunningRequest, layer_number: int) -> int:
+    """Rows whose keys and values the layer (counted from 1) has cached: those that have run it."""
+    return request.num_rows - sum(
+        rows.hidden.size(0) for depth, rows in request.waiting.items() if depth < layer_number
+    )
+
+
+def check_caches(cfg: RunConfig, engine: Engine) -> None:
+    """Every layer, and the block of every exit that may be asked, has cached what the reference computes."""
+    for request in engine._running:
+        if request.num_rows == 0:
+            continue
+        tokens = (request.tokens + [draft.token for draft in request.drafts])[: request.num_rows]
+        reference, _ = reference_over(cfg, tokens)
+        caches = [
+            (layer - 1, f"decoder.layers.{layer - 1}", cached_rows(request, layer))
+            for layer in range(1, cfg.model.num_layers + 1)
+        ]
+        for index, cache_index in engine.decoder._block_cache.items():
+            if index in request.asked:
+                exit_ = engine.decoder.exits[index]
+                # Rows that wait at the exit have been through its block.
+                seen = cached_rows(request, exit_.depth)
+                caches.append((cache_index, f"decoder.layers.{exit_.layer_number - 1}.exit_head.block", seen))
+        for cache_index, name, count in (one for one in caches if one[2]):
+            ours = cached(cfg, engine, cache_index, request.slot, count)
+            for mine, theirs in zip(ours, reference.keys_and_values(name), strict=True):
+                assert mine.shape == theirs[:count].shape
+                assert (mine - theirs[:count]).abs().max() < 1e-5 * max(1.0, theirs.abs().max().item()), name
+
+
+def cached(cfg: RunConfig, engine: Engine, cache_index: int, slot: int, count: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, each [count, kv heads / tp, d], the channels of keys in the model's order."""
+    keys, values = (
+        of_layers[cache_index][0].transpose(0, 1) for of_layers in engine.decoder.cache.keys_and_values(slot, 1, count)
+    )
+    m = cfg.model
+    if m.position_embedding_type == "rope":
+        size = int(m.head_size * m.rotary_percent)
+        keys = torch.cat([keys[..., :size:2], keys[..., 1:size:2], keys[..., size:]], -1)
+    return keys, values
+
+
+class RandomPolicy(ExitPolicy):
+    """Exits by chance, to see rows wait at all depths."""
+
+    def should_exit(self, exit_layer: int, confidence: float) -> bool:
+        return random.random() < 0.4
+
+
+def walk_at_random(cfg: RunConfig, num_steps: int = 60, seed: int = 0) -> None:
+    """Requests of all modes come, go and are cancelled; after every step the caches are what the reference computes."""
+    random.seed(seed)
+    with layout(cfg):
+        engine = make_engine(cfg, num_slots=3, prefill_chunk=7, eod=5)
+        modes = ["full", "early_exit", "self_speculative"]
+        for step in range(num_steps):
+            if random.random() < 0.4:
+                add_random_request(engine, cfg, random.choice(modes))
+            if random.random() < 0.05 and engine._running:
+                engine.cancel(random.choice(engine._running).request_id)
+            engine.step()
+            check_invariants(engine)
+            if step % 4 == 0:
+                check_caches(cfg, engine)
+
+
+def add_random_request(engine: Engine, cfg: RunConfig, mode: str) -> int:
+    from megatron.early_exit.inference.sampling import SamplingSettings
+
+    prompt = [random.randrange(VOCAB_SIZE) for _ in range(random.choice([1, 2, 5, 12, 20]))]
+    layers = list(cfg.exits.exit_layer_nums)
+    params = GenerationParams(
+        mode=mode,
+        max_tokens=random.randrange(1, 25),
+        sampling=SamplingSettings(temperature=random.choice([0.0, 1.0]), seed=random.randrange(1000)),
+        exit_layers=tuple(random.sample(layers, random.randrange(1, len(layers) + 1))),
+        max_deferred=random.choice([0, 2, 6, 32]),
+        draft_exit=random.choice(layers),
+        draft_length=random.choice([None, 1, 3]),
+        echo=random.random() < 0.2,
+    )
+    request_id = engine.add(prompt, params)
+    request = engine._queue[-1]
+    if request.policy is not None:
+        request.policy = RandomPolicy(request.policy.exit_layers, request.policy.thresholds)
+    return request_id

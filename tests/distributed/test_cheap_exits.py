@@ -1,0 +1,231 @@
+"""Asking exits with a shortlist or in int8: what is decided, and what never changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.inference.calibration import ExitCalibration, frequent_tokens, observe_exits
+from megatron.early_exit.inference.costs import measure_costs
+from megatron.early_exit.inference.decoder import Decoder
+from megatron.early_exit.inference.engine import Engine
+from megatron.early_exit.inference.linear import Int8Linear
+from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.results import RequestResult
+from megatron.early_exit.inference.rows import Segment
+from megatron.early_exit.inference.sampling import SamplingSettings
+from megatron.early_exit.inference.weights import Asking, decoder_weights
+from tests.configs import VOCAB_SIZE
+from tests.distributed.engines import (
+    COSTS,
+    check_against_reference,
+    check_invariants,
+    decoding_config,
+    reference_over,
+    run_all,
+)
+from tests.distributed.parallel_model import build_with_reference_parameters, layout
+from tests.distributed.workers import run_distributed
+
+PROMPT = [5, 17, 80, 3, 41]
+SHORTLIST = tuple(range(0, 96, 3))
+CHEAP = {"shortlist": Asking(SHORTLIST), "one rank's": Asking((1, 2, 40)), "int8": Asking(int8=True),
+         "both": Asking(SHORTLIST, int8=True)}  # fmt: skip
+SAMPLED = SamplingSettings(temperature=1.0, seed=5)
+
+
+def make_decoder(cfg: RunConfig, asking: Asking | None = None, **changes: object) -> Decoder:
+    chunk = build_with_reference_parameters(cfg, wrap_with_ddp=False).chunks[0].eval()
+    return Decoder(decoder_weights(chunk, cfg.model, asking=asking, **changes), num_slots=3, vocab_size=VOCAB_SIZE)
+
+
+def answer(cfg: RunConfig, params: list[GenerationParams], asking: Asking | None) -> list[RequestResult]:
+    with layout(cfg):
+        engine = Engine(make_decoder(cfg, asking), cfg.exits, costs=COSTS)
+        for one in params:
+            engine.add(PROMPT, one)
+        results = run_all(engine)
+        check_invariants(engine)
+        return [results[i] for i in sorted(results)]
+
+
+def compare_questions(cfg: RunConfig, asking: Asking) -> None:
+    """The cheap head says of its ids what the exit's own head says, among themselves."""
+    with layout(cfg), torch.inference_mode():
+        decoder = make_decoder(cfg, asking)
+        rows = decoder.layout([Segment(0, 0, len(PROMPT))])
+        hidden = decoder.run_layers(decoder.embed(PROMPT, rows), rows, 0, 1)[0]
+        cheap, own = decoder.ask_exit(0, hidden), decoder.exit_output(0, hidden)
+        assert decoder.is_asking_cheap
+        ids = list(asking.shortlist) or list(range(VOCAB_SIZE))
+        others = sorted(set(range(VOCAB_SIZE)) - set(ids))
+        for row in range(len(PROMPT)):
+            logits = own.logits(row)[:VOCAB_SIZE]
+            tolerance = 0.05 * logits.abs().max().item() if asking.int8 else 1e-5
+            assert (cheap.logits(row)[ids] - logits[ids]).abs().max() < tolerance
+            assert torch.isneginf(cheap.logits(row)[others]).all()
+            among = cheap.logits(row)[ids].log_softmax(-1)
+            assert cheap.token(row) == ids[int(among.argmax())]
+            assert cheap.max_log_prob(row) == pytest.approx(among.max().item(), abs=1e-5)
+            assert torch.allclose(cheap.log_probs(row)[ids], among, atol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", CHEAP)
+def test_what_a_cheap_head_says(kind: str, world_size: int) -> None:
+    cfg = decoding_config(tensor_model_parallel_size=world_size, use_exit_norm=True)
+    run_distributed(world_size, compare_questions, cfg=cfg, asking=CHEAP[kind])
+
+
+def never_falsely_confident(cfg: RunConfig, asking: Asking) -> None:
+    thresholds = (0.0122, 0.0123, 0.0122)
+    params = [
+        GenerationParams(
+            max_tokens=20, mode="early_exit", exit_thresholds=thresholds, sampling=SamplingSettings(1.0, seed=seed)
+        )
+        for seed in range(6)
+    ]
+    taken = 0
+    for result in answer(cfg, params, asking):
+        # What it says of tokens that left is the exits' own word.
+        logits = reference_over(cfg, PROMPT + result.token_ids[:-1])[1]
+        for row, token in enumerate(result.tokens, start=len(PROMPT) - 1):
+            head = None if token.is_final else token.exit_layer
+            log_probs = logits[head][row].log_softmax(-1)
+            assert token.confidence == pytest.approx(log_probs.max().exp().item(), rel=1e-5)
+            assert token.log_prob == pytest.approx(log_probs[token.token].item(), rel=1e-5, abs=1e-6)
+            if head is not None:
+                taken += 1
+                assert token.confidence >= thresholds[cfg.exits.position_of(head)]
+            assert not token.readings[-1].is_estimate
+    assert taken > 5
+
+
+@pytest.mark.parametrize("kind", CHEAP)
+def test_exits_are_taken_only_where_their_own_heads_are_sure(kind: str) -> None:
+    cfg = decoding_config(use_exit_norm=True, untie_exit_output_weights=True)
+    run_distributed(1, never_falsely_confident, cfg=cfg, asking=CHEAP[kind])
+
+
+def test_a_shortlist_of_everything_changes_nothing() -> None:
+    cfg = decoding_config(use_exit_norm=True)
+    params = [GenerationParams(max_tokens=20, mode="early_exit", exit_thresholds=(0.016,), sampling=SAMPLED)]
+    (with_list,) = run_distributed(1, answer, cfg=cfg, params=params, asking=Asking(tuple(range(VOCAB_SIZE))))[0]
+    (without,) = run_distributed(1, answer, cfg=cfg, params=params, asking=None)[0]
+    assert with_list.token_ids == without.token_ids
+    assert [t.exit_layer for t in with_list.tokens] == [t.exit_layer for t in without.tokens]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", CHEAP)
+def test_cheap_drafts_give_the_full_model_s_tokens(kind: str, world_size: int) -> None:
+    cfg = decoding_config(tensor_model_parallel_size=world_size, use_exit_norm=True)
+    params = [
+        GenerationParams(max_tokens=20, mode=mode, draft_length=3, sampling=sampling)
+        for mode in ("full", "self_speculative")
+        for sampling in (SamplingSettings(), SamplingSettings(repetition_penalty=1.4))
+    ]
+    for rank in run_distributed(world_size, answer_and_check, cfg=cfg, params=params, asking=CHEAP[kind]):
+        full, penalised, drafted, penalised_drafted = (result.token_ids for result in rank)
+        assert (full, penalised) == (drafted, penalised_drafted)
+
+
+def answer_and_check(cfg: RunConfig, params: list[GenerationParams], asking: Asking) -> list[RequestResult]:
+    results = answer(cfg, params, asking)
+    with layout(cfg):
+        for one, result in zip(params, results, strict=True):
+            check_against_reference(cfg, PROMPT, one, result, VOCAB_SIZE)
+    return results
+
+
+def answer_in_int8(cfg: RunConfig) -> None:
+    """The whole decoder in int8: what it computes is what its rounded weights compute, within bf16."""
+    tokens = list(range(3, 23))
+    with layout(cfg), torch.inference_mode():
+        outputs = []
+        for make_linear in (None, Int8Linear):
+            decoder = make_decoder(cfg, make_linear=make_linear)
+            rows = decoder.layout([Segment(0, 0, 20)])
+            hidden = decoder.run_layers(decoder.embed(tokens, rows), rows, 0, decoder.num_layers)[0]
+            outputs.append(decoder.final_output(hidden).logits(19))
+        exact, rounded = outputs
+        assert 0 < (exact - rounded).abs().max() < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_whole_decoder_in_int8(world_size: int) -> None:
+    cfg = decoding_config(tensor_model_parallel_size=world_size)
+    run_distributed(world_size, answer_in_int8, cfg=cfg)
+
+
+def observe(cfg: RunConfig) -> None:
+    sequences = [PROMPT * 3, [1, 2], [90] * 30]
+    seen = []
+    with layout(cfg):
+        decoder = make_decoder(cfg)
+        confidences, agrees = observe_exits(decoder, sequences, lambda done, total: seen.append((done, total)))
+        assert seen == [(1, 3), (2, 3), (3, 3)]
+        row = 0
+        for tokens in sequences:
+            logits = reference_over(cfg, tokens)[1]
+            for position in range(len(tokens)):
+                for index, layer in enumerate(cfg.exits.exit_layer_nums):
+                    probabilities = logits[layer][position].softmax(-1)
+                    assert confidences[row, index] == pytest.approx(probabilities.max().item(), rel=1e-4)
+                    assert agrees[row, index] == (probabilities.argmax() == logits[None][position].argmax())
+                row += 1
+        assert confidences.shape == agrees.shape == (row, 3)
+
+
+@pytest.mark.parametrize("head", [{}, {"use_exit_mlp": True}, {"use_exit_block": True}, {"pre_exit": True}], ids=str)
+def test_calibration_sees_what_the_exits_say(head: dict) -> None:
+    run_distributed(1, observe, cfg=decoding_config(use_exit_norm=True, **head))
+
+
+def test_calibration_survives_a_round_trip(tmp_path: Path) -> None:
+    assert ExitCalibration.load(tmp_path) is None
+    shortlist, coverage = frequent_tokens(np.array([5, 0, 9, 1, 5]), 3)
+    assert shortlist.tolist() == [0, 2, 4] and coverage == 19 / 20
+    saved = ExitCalibration(
+        shortlist, coverage, (2, 4), np.array([[0.5, 0.9], [0.7, 0.95]], np.float32), np.array([[1, 1], [0, 1]], bool)
+    )
+    saved.save(tmp_path)
+    loaded = ExitCalibration.load(tmp_path)
+    assert loaded.exit_layers == (2, 4) and loaded.coverage == coverage
+    for name in ("shortlist", "confidences", "agrees"):
+        assert np.array_equal(getattr(loaded, name), getattr(saved, name))
+    assert loaded.table((0.6,))[1:] == [("2", "50.0%", "50.0%, 0.0%"), ("4", "100.0%", "100.0%, 100.0%")]
+    with pytest.raises(ValueError, match="the corpus is empty"):
+        frequent_tokens(np.zeros(5), 3)
+
+
+def plan(cfg: RunConfig) -> None:
+    with layout(cfg):
+        decoder = make_decoder(cfg, CHEAP["shortlist"])
+        measured = measure_costs(decoder, repetitions=1)
+        assert measured.is_asking_cheap and min(measured.layer_seconds + measured.ask_seconds) > 0
+        calibration = ExitCalibration(
+            np.arange(3), 1.0, (1, 2, 3), np.tile(np.float32([0.1, 0.9, 0.9]), (10, 1)), np.ones((10, 3), bool)
+        )
+        engine = Engine(decoder, cfg.exits, costs=COSTS, calibration=calibration)
+        engine.add(PROMPT, GenerationParams(max_tokens=4, mode="early_exit", exit_thresholds=(0.0,), plan_exits=True))
+        engine.add(
+            PROMPT,
+            GenerationParams(
+                max_tokens=4, mode="early_exit", exit_thresholds=(0.99,), exit_layers=(1, 3), plan_exits=True
+            ),
+        )
+        first, second = run_all(engine).values()
+        # At threshold 0 all tokens leave at the first exit; from 0.99 on none would, so none is asked.
+        assert first.exit_layers == (1,) and {t.exit_layer for t in first.tokens} == {1}
+        assert second.exit_layers == () and all(t.is_final and not t.is_forced for t in second.tokens)
+        with pytest.raises(ValueError, match="plan_exits needs a calibration"):
+            Engine(decoder, cfg.exits).add(PROMPT, GenerationParams(mode="early_exit", plan_exits=True))
+
+
+def test_planned_exits() -> None:
+    run_distributed(1, plan, cfg=decoding_config(use_exit_norm=True))

@@ -1,0 +1,185 @@
+"""Text in, text out, with a tokenizer of one character an id."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.inference.llm import LLM, Answer
+from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.sampling import SamplingSettings
+from tests.distributed.engines import check_invariants, decoding_config, make_engine
+from tests.distributed.parallel_model import layout
+from tests.distributed.workers import run_distributed
+
+SAMPLED = GenerationParams(max_tokens=20, sampling=SamplingSettings(temperature=1.0, seed=3))
+MODES = ("full", "early_exit", "self_speculative")
+
+
+class Characters:
+    """Ids 0 to 93 are printable characters."""
+
+    def tokenize(self, text: str) -> list[int]:
+        return [ord(character) - 33 for character in text]
+
+    def detokenize(self, ids: list[int]) -> str:
+        return "".join(chr(33 + token) for token in ids)
+
+
+def make_llm(cfg: RunConfig, **changes: object) -> LLM:
+    return LLM(make_engine(cfg, vocab_size=94, **changes), Characters(), cfg.exits)
+
+
+def on_one(function: object, **kwargs: object) -> object:
+    return run_distributed(1, function, cfg=decoding_config(), **kwargs)[0]
+
+
+def generate(cfg: RunConfig, prompts: object, params: object, **changes: object) -> list[Answer]:
+    with layout(cfg):
+        llm = make_llm(cfg, **changes)
+        answers = llm.generate(prompts, params)
+        assert not llm.engine.has_work and not llm._owned and not llm._unclaimed
+        check_invariants(llm.engine)
+        return answers
+
+
+def test_texts_and_ids() -> None:
+    texts = on_one(generate, prompts=["hello", "world!"], params=SAMPLED)
+    ids = on_one(generate, prompts=[Characters().tokenize("hello"), Characters().tokenize("world!")], params=SAMPLED)
+    single = on_one(generate, prompts="hello", params=SAMPLED)
+    assert [one.text for one in texts] == [one.text for one in ids]
+    assert [one.text for one in single] == [texts[0].text]
+    for one in texts:
+        assert one.text == Characters().detokenize(one.result.token_ids) == "".join(one.pieces)
+        assert [t.token for t in one.tokens] == one.result.token_ids
+        assert (one.finish_reason, len(one.tokens), one.error) == ("max_tokens", 20, None)
+
+
+def test_every_prompt_may_have_settings_of_its_own() -> None:
+    params = [replace(SAMPLED, max_tokens=5 + i, mode=mode) for i, mode in enumerate(MODES)]
+    answers = on_one(generate, prompts=["a", "b", "c"], params=params)
+    assert [len(one.tokens) for one in answers] == [5, 6, 7]
+
+
+def test_several_answers() -> None:
+    three = on_one(generate, prompts=["hello", "world"], params=replace(SAMPLED, n=3))
+    assert [(one.prompt_index, one.sample_index) for one in three] == [(p, s) for p in (0, 1) for s in (0, 1, 2)]
+    # (With random weights all tokens are about equally probable, so the two prompts' answers to one seed are alike.)
+    assert len({one.text for one in three[:3]}) == len({one.text for one in three[3:]}) == 3
+    settings = replace(SAMPLED.sampling, seed=SAMPLED.sampling.seed + 2)
+    (alone,) = on_one(generate, prompts="world", params=replace(SAMPLED, sampling=settings))
+    assert alone.text == three[5].text
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stop_strings(mode: str) -> None:
+    params = replace(SAMPLED, mode=mode, exit_thresholds=(0.011,), draft_length=4)
+    (whole,) = on_one(generate, prompts="hello", params=params)
+    stop = whole.text[7:9]
+    at = whole.text.index(stop)
+    (cut,) = on_one(generate, prompts="hello", params=replace(params, stop=("not there", stop)))
+    assert cut.text == whole.text[:at]
+    assert cut.finish_reason == "stop"
+    assert [t.token for t in cut.result.tokens] == whole.result.token_ids[: at + 2]
+    assert [t.token for t in cut.tokens] == whole.result.token_ids[: at + 2]
+    assert sum(usage.tokens for usage in cut.result.usage) == at + 2
+
+
+def test_a_stop_string_at_the_very_end() -> None:
+    (whole,) = on_one(generate, prompts="hello", params=SAMPLED)
+    (cut,) = on_one(generate, prompts="hello", params=replace(SAMPLED, stop=(whole.text[-2:],)))
+    assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(whole.text[-2:])], "stop")
+
+
+def test_what_cannot_be_answered_harms_no_other() -> None:
+    prompts = ["hello", "", "x" * 41, [1, 95], "hello"]
+    first, empty, long, unknown, last = on_one(generate, prompts=prompts, params=SAMPLED)
+    assert first.text == last.text and len(first.text) == 20
+    assert [one.finish_reason for one in (empty, long, unknown)] == ["error"] * 3
+    assert "empty" in empty.error and "41 tokens" in long.error and "[95]" in unknown.error
+    assert all(one.result is None for one in (empty, long, unknown))
+
+
+def test_a_full_queue_refuses() -> None:
+    answers = on_one(generate, prompts=["a"] * 9, params=SAMPLED, num_slots=2, max_waiting=3)
+    assert [one.error is None for one in answers] == [True] * 5 + [False] * 4
+    assert "all 2 slots are taken and 3 requests wait" in answers[5].error
+
+
+def refused(cfg: RunConfig) -> None:
+    with layout(cfg):
+        llm = make_llm(cfg)
+        with pytest.raises(ValueError, match="2 prompts but 1 settings"):
+            llm.generate(["a", "b"], [SAMPLED])
+        with pytest.raises(ValueError, match="no exit named 9"):
+            llm.generate(["a"], replace(SAMPLED, mode="early_exit", exit_layers=(9,)))
+        assert llm.generate([]) == []
+        assert not llm.engine.has_work
+
+
+def test_settings_that_do_not_fit_are_refused_before_anything_runs() -> None:
+    on_one(refused)
+
+
+def two_streams(cfg: RunConfig) -> None:
+    with layout(cfg):
+        llm = make_llm(cfg)
+        expected = [one.text for one in llm.generate(["hello", "world"], SAMPLED)]
+        texts = ["", ""]
+        streams = [llm.stream("hello", SAMPLED), llm.stream("world", SAMPLED)]
+        while streams:
+            for index, stream in reversed(list(enumerate(streams))):
+                update = next(stream, None)
+                if update is None:
+                    streams.pop(index)
+                else:
+                    texts["world".startswith(chr(33 + update.answer.prompt_ids[0]))] += update.text
+        assert texts == expected
+        assert not llm.engine.has_work and not llm._unclaimed and not llm._owned
+
+
+def test_two_streams_at_once() -> None:
+    on_one(two_streams)
+
+
+def leave_early(cfg: RunConfig) -> None:
+    with layout(cfg):
+        llm = make_llm(cfg)
+        expected = [one.text for one in llm.generate(["hello", "world"], SAMPLED)]
+        other = llm.stream("world", SAMPLED)
+        text = next(other).text
+        for update in llm.stream("hello", SAMPLED):
+            if len(update.answer.tokens) >= 5:
+                break
+        text += "".join(update.text for update in other)
+        assert text == expected[1]
+        assert not llm.engine.num_running and not llm.engine.num_waiting
+        check_invariants(llm.engine)
+        assert [one.text for one in llm.generate(["hello", "world"], SAMPLED)] == expected
+
+
+def test_leaving_a_stream_cancels_its_requests_alone() -> None:
+    on_one(leave_early)
+
+
+def fail(cfg: RunConfig) -> None:
+    with layout(cfg):
+        llm = make_llm(cfg)
+        expected = llm.generate("hello", SAMPLED)[0].text
+        other = llm.stream("world", SAMPLED)
+        next(other)
+        final_output = llm.engine.decoder.final_output
+        llm.engine.decoder.final_output = lambda hidden: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            llm.generate("hello", SAMPLED)
+        llm.engine.decoder.final_output = final_output
+        *_, last = other
+        assert (last.answer.finish_reason, last.answer.error) == ("error", "the engine failed")
+        check_invariants(llm.engine)
+        assert llm.generate("hello", SAMPLED)[0].text == expected
+
+
+def test_after_a_failure_all_requests_have_ended_and_the_next_ones_run() -> None:
+    on_one(fail)

@@ -1,0 +1,83 @@
+"""Greedy tokens and logits against `transformers`, over Llama-like models with random weights and odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron.early_exit.inference.params import GenerationParams
+from tests.distributed.engines import run_all
+from tests.distributed.parallel_model import layout
+from tests.distributed.workers import run_distributed
+
+SIZES = {
+    "vocab_size": 93, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 5,
+    "num_key_value_heads": 1, "head_dim": 12, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+    "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+PROMPTS = [[(7 * i + j * j) % 93 for j in range(1 + 3 * i % 50)] for i in range(20)]
+
+
+def compare(kind: str, **changes: object) -> None:
+    from dataclasses import replace
+
+    import transformers
+
+    from megatron.early_exit.config.exits import ExitConfig
+    from megatron.early_exit.conversion.llama import llama_model_config, llama_parameters
+    from megatron.early_exit.inference.decoder import Decoder
+    from megatron.early_exit.inference.engine import Engine
+    from megatron.early_exit.inference.weights import decoder_weights
+    from megatron.early_exit.model.build import build_model
+    from tests.configs import make_config
+
+    torch.manual_seed(0)
+    config_class = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[kind]
+    theirs = transformers.AutoModelForCausalLM.from_config(config_class(**{**SIZES, **changes})).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    cfg = replace(make_config(exit_layer_nums=(), exit_layer_weight=()), model=llama_model_config(theirs.config))
+    with layout(cfg):
+        chunk = build_model(cfg, 96, wrap_with_ddp=False).chunks[0].eval()
+        chunk.load_state_dict(llama_parameters(theirs.state_dict(), cfg.model, 96), strict=False)
+        unknown = set(llama_parameters(theirs.state_dict(), cfg.model, 96)) ^ set(dict(chunk.named_parameters()))
+        assert not unknown
+        decoder = Decoder(decoder_weights(chunk, cfg.model), num_slots=6, vocab_size=93)
+        engine = Engine(decoder, ExitConfig(), prefill_chunk=32)
+        for prompt in PROMPTS:
+            engine.add(prompt, GenerationParams(max_tokens=64, top_log_probs=93, echo=True))
+        results = run_all(engine)
+    for index, prompt in enumerate(PROMPTS):
+        tokens = results[index].token_ids
+        with torch.no_grad():
+            generated = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0, len(prompt) :]
+            logits = theirs(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+        assert tokens == generated.tolist(), index
+        for row, token in enumerate(results[index].tokens, start=len(prompt) - 1):
+            ours = torch.zeros(93).scatter(0, *_columns(token.top_log_probs))
+            assert torch.allclose(ours, logits[row], atol=1e-4)
+        for row, token in enumerate(results[index].prompt[1:]):
+            assert abs(token.log_prob - logits[row, token.token]) < 1e-4
+
+
+def _columns(top_log_probs: tuple[tuple[int, float], ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, values = zip(*top_log_probs, strict=True)
+    return torch.tensor(ids), torch.tensor(values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"tie_word_embeddings": False, "hidden_size": 42, "num_attention_heads": 6,
+                   "num_key_value_heads": 3}),
+        ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 5, "rope_parameters":
+                   {"rope_type": "default", "rope_theta": 500000.0}}),
+        ("qwen2", {"tie_word_embeddings": True, "head_dim": 8}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tokens_and_log_probs_equal_those_of_transformers(kind: str, changes: dict) -> None:
+    run_distributed(1, compare, kind=kind, **changes)

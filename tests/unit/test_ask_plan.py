@@ -1,0 +1,85 @@
+"""Which exits are asked, by costs worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron.early_exit.inference.ask_plan import choose_exits, step_seconds
+from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
+
+
+def costs(
+    layer: float = 1.0, ask: float = 0.0, head: float = 0.0, per_row: float = 0.0, cheap: bool = False
+) -> StepCosts:
+    rising = lambda cost: tuple(cost * (1 + per_row * (rows - 1)) for rows in ROW_COUNTS)
+    return StepCosts(rising(layer), rising(ask), rising(head), rising(head), is_asking_cheap=cheap)
+
+
+# Of ten tokens five are sure at the first exit, and three more at the second.
+SURE = np.array([[0.9, 0.9]] * 5 + [[0.1, 0.9]] * 3 + [[0.1, 0.1]] * 2)
+LEAVES = SURE >= 0.5
+
+
+def test_expected_time_of_one_request() -> None:
+    # Ten layers for all tokens; with the exit after layer 2, eight of them for half of the tokens.
+    assert step_seconds((), LEAVES, (2, 6), 10, costs(head=4.0)) == pytest.approx(14.0)
+    asked = step_seconds((0,), LEAVES, (2, 6), 10, costs(ask=3.0, head=4.0))
+    assert asked == pytest.approx(2 + 3 + 0.5 * (8 + 4))
+    both = step_seconds((0, 1), LEAVES, (2, 6), 10, costs(ask=3.0, head=4.0))
+    assert both == pytest.approx(2 + 3 + 0.5 * (4 + 3) + 0.2 * (4 + 4))
+
+
+def test_batches_are_set_up_anew_where_rows_leave() -> None:
+    some = replace(costs(), batch_seconds=2.0)
+    assert step_seconds((), LEAVES, (2, 6), 10, some) == pytest.approx(2 + 10)
+    assert step_seconds((0,), LEAVES, (2, 6), 10, some) == pytest.approx(2 + 2 + 0.5 * 2 + 0.5 * 8)
+
+
+def test_rows_that_waited_are_paid_for() -> None:
+    # Every run behind the exit serves two rows: the one that waited and the one that goes on.
+    asked = step_seconds((0,), LEAVES, (2, 6), 10, costs(per_row=1.0))
+    assert asked == pytest.approx(2 * 1 + 0.5 * 8 * 2)
+
+
+def test_a_cheap_question_is_followed_by_the_exits_own_head() -> None:
+    asked = step_seconds((0,), LEAVES, (2, 6), 10, costs(ask=1.0, head=4.0, cheap=True))
+    assert asked == pytest.approx(2 + 1 + 0.5 * 4 + 0.5 * (8 + 4))
+
+
+def test_many_requests_seldom_leave_together() -> None:
+    one, many = (step_seconds((0,), LEAVES, (2, 6), 10, costs(), n) for n in (1, 8))
+    assert one == pytest.approx(2 + 0.5 * 8)
+    assert many == pytest.approx(2 + (1 - 0.5**8) * 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_requests", "expected"),
+    [
+        ({}, 1, (0, 1)),  # asking is free
+        ({"ask": 3.0}, 1, (0,)),  # 2 + 3 + 0.5 * 8 = 9.0; the second alone 6 + 3 + 0.2 * 4; both 2 + 3 + 0.5 * 7 + 0.8
+        ({"ask": 4.5}, 1, ()),  # more than is won
+        ({"ask": 3.0}, 8, ()),  # somebody always goes on
+        ({"per_row": 1.0}, 1, ()),  # rows that wait cost as much later
+        ({"ask": 1.0, "head": 0.0}, 1, (0, 1)),
+    ],
+)
+def test_choice(settings: dict, num_requests: int, expected: tuple[int, ...]) -> None:
+    assert choose_exits(SURE, (0.5, 0.5), (2, 6), 10, costs(**settings), num_requests) == expected
+
+
+def test_thresholds_belong_to_their_exits() -> None:
+    assert choose_exits(SURE, (0.95, 0.5), (2, 6), 10, costs()) == (1,)
+    assert choose_exits(SURE, (1.0, 1.0), (2, 6), 10, costs(ask=0.1)) == ()
+
+
+def test_too_many_exits_are_refused() -> None:
+    with pytest.raises(ValueError, match="11 exits are too many"):
+        choose_exits(np.zeros((3, 11)), (0.5,) * 11, range(1, 12), 12, costs())
+
+
+def test_interpolated_costs() -> None:
+    some = StepCosts((1.0, 2.0, 4.0, 8.0, 16.0), (0.0,) * 5, (0.0,) * 5, (0.0,) * 5)
+    assert [some.layer(rows) for rows in (0.5, 1, 1.5, 3, 16, 32)] == [1.0, 1.0, 1.5, 3.0, 16.0, 32.0]

@@ -1,0 +1,205 @@
+"""What the benchmarks compute without a model: bytes of tensors, FLOPs, tables, ratios, verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common, flops, training_overhead
+from benchmarks.memory_tracker import TensorMemoryTracker
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.model import ModelConfig
+
+KIB = 1024
+
+
+def kib(size: float) -> torch.Tensor:
+    """A new tensor of `size` KiB."""
+    return torch.empty(int(size * KIB), dtype=torch.uint8)
+
+
+def test_live_bytes_follow_tensors_and_the_peak_stays() -> None:
+    with TensorMemoryTracker() as tracker:
+        first = kib(3)
+        second = kib(5)
+        assert tracker.live_bytes == 8 * KIB
+        del first
+        assert tracker.live_bytes == 5 * KIB
+        third = kib(1)
+        assert (tracker.live_bytes, tracker.peak_bytes) == (6 * KIB, 8 * KIB)
+    del second, third
+    assert (tracker.live_bytes, tracker.peak_bytes) == (0, 8 * KIB)
+
+
+def test_views_and_in_place_operators_create_nothing() -> None:
+    with TensorMemoryTracker() as tracker:
+        tensor = kib(4)
+        view = tensor[: 2 * KIB].view(2, KIB).t()
+        tensor.add_(1)
+        del tensor
+        assert tracker.live_bytes == 4 * KIB, "a view keeps the whole storage"
+        del view
+    assert (tracker.live_bytes, tracker.peak_bytes) == (0, 4 * KIB)
+
+
+def test_views_of_tensors_from_before_are_not_counted() -> None:
+    before = kib(4)
+    with TensorMemoryTracker() as tracker:
+        views = [before[1:], before.view(2, -1), before.detach(), before.mul_(2)]
+        assert tracker.peak_bytes == 0
+        copy = before.clone()
+        assert tracker.peak_bytes == 4 * KIB
+    del views, copy
+
+
+def test_out_arguments_and_resizes_are_counted_once() -> None:
+    ones = torch.ones(KIB)  # 4 KiB
+    with TensorMemoryTracker() as tracker:
+        out = torch.empty(0)
+        torch.add(ones, ones, out=out)
+        assert tracker.live_bytes == 4 * KIB
+        torch.add(ones, ones, out=out)
+        assert tracker.peak_bytes == 4 * KIB
+
+
+def test_freeing_by_assigning_data_as_the_pipeline_schedule_does() -> None:
+    with TensorMemoryTracker() as tracker:
+        tensor = kib(4)
+        tensor.data = kib(1)
+        assert (tracker.live_bytes, tracker.peak_bytes) == (KIB, 5 * KIB)
+
+
+def test_sees_inside_functions_and_backward() -> None:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor):
+            scratch = torch.empty(8 * KIB)  # 32 KiB, gone after forward
+            del scratch
+            return tensor * 2  # 4 KiB
+
+        @staticmethod
+        def backward(ctx, gradient):
+            scratch = torch.empty(16 * KIB)  # 64 KiB
+            with torch.enable_grad():  # a backward pass inside the backward pass
+                inner = torch.ones(KIB, requires_grad=True)
+                (inner * 2).sum().backward()
+            del scratch, inner
+            return gradient * 2
+
+    tensor = torch.ones(KIB, requires_grad=True)
+    with TensorMemoryTracker() as forward:
+        result = Function.apply(tensor)
+    assert (forward.live_bytes, forward.peak_bytes) == (4 * KIB, 32 * KIB)
+    with TensorMemoryTracker() as backward:
+        result.backward(torch.ones_like(result))
+    assert 64 * KIB + 12 * KIB <= backward.peak_bytes <= 64 * KIB + 32 * KIB
+    assert backward.live_bytes == 4 * KIB, "the gradient of `tensor`"
+
+
+def test_matrix_product_by_hand() -> None:
+    a, b = torch.ones(64, 32, requires_grad=True), torch.ones(32, 128, requires_grad=True)
+    with TensorMemoryTracker() as tracker:
+        torch.mm(a, b).backward(torch.ones(64, 128))
+    assert tracker.live_bytes == 4 * (64 * 32 + 32 * 128)
+    # The product, its gradient and the gradients of both factors.
+    assert tracker.peak_bytes == 4 * (2 * 64 * 128 + 64 * 32 + 32 * 128)
+
+
+def test_flops_by_hand() -> None:
+    model = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16, swiglu=True)
+    layer = 6 * (4 * 8 * 8 + 3 * 8 * 16) + 6 * 10 * 8
+    assert flops.layer_flops_per_token(model, 10) == layer
+    assert flops.model_flops_per_token(model, 100, 10) == 2 * layer + 6 * 8 * 100
+    exits = ExitConfig(exit_layer_nums=(1, 2))
+    assert flops.added_flops_share(model, exits, 100, 10) == pytest.approx(2 * 4800 / (2 * layer + 4800))
+    block = ExitConfig(exit_layer_nums=(1,), use_exit_block=True)
+    assert flops.exit_flops_per_token(model, block, 100, 10) == 4800 + layer
+    branch = ExitConfig(exit_layer_nums=(1,), use_exit_mlp=True)
+    assert flops.exit_flops_per_token(model, branch, 100, 10) == 4800 + 6 * 3 * 8 * 16
+
+
+def test_median_of_pairs_cancels_a_slow_moment() -> None:
+    assert common.median_ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.0]) == pytest.approx(2.0)
+    assert common.ratio(1.0, 0) is None
+    assert common.ratio(None, 2.0) is None
+
+
+def test_table_aligns_and_shows_unknown_values() -> None:
+    lines = common.format_table(["name", "x"], [["a", 0.5], ["long name", None], ["b", True]]).splitlines()
+    assert lines[0] == "name           x"
+    assert [line.split()[-1] for line in lines[2:]] == ["0.500", "-", "yes"]
+
+
+def test_document_has_a_place_and_is_json(tmp_path: Path) -> None:
+    document = common.result_document("some", common.machine_info(), {"device": "cpu"}, 1, {"unknown": None}, {})
+    path = common.default_result_path(document)
+    assert path.parent.name == "results" and path.name.startswith("some_") and path.name.endswith(".json")
+    assert " " not in path.name
+    common.write_document(document, tmp_path / "folder" / "x.json")
+    assert json.loads((tmp_path / "folder" / "x.json").read_text())["results"] == {"unknown": None}
+    with pytest.raises(ValueError):
+        common.write_document({"x": float("nan")}, tmp_path / "y.json")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--exits", "4"], "--exits"),
+    (["--num-layers", "6", "--pipeline-model-parallel-size", "4"], "--num-layers"),
+    (["--hidden-size", "100"], "--num-attention-heads"),
+    (["--use-exit-mlp", "--pre-exit"], "--use-exit-mlp"),
+    (["--iterations", "0"], "--iterations"),
+])  # fmt: skip
+def test_bad_settings_are_refused_by_name(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        training_overhead.parse_arguments(["--device", "auto", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_exits_sit_at_quarters_of_the_model() -> None:
+    settings = training_overhead.Settings(num_layers=8)
+    assert training_overhead.exit_layer_nums(settings, 3) == (2, 4, 6)
+    pre_exit = training_overhead.Settings(num_layers=8, pre_exit=True)
+    assert training_overhead.exit_layer_nums(pre_exit, 3) == (3, 5, 7)
+
+
+def make_case(num_stages: int, ee_wall: list[float], ee_peak: int, losses: list[float]) -> dict:
+    def variant(num_exits: int, wall: list[float], peak: int) -> dict:
+        stages = [
+            {"peak_bytes": peak, "parameter_bytes": 10, "gradient_bytes": 10, "num_exits": num_exits if i == 0 else 0}
+            for i in range(num_stages)
+        ]
+        return {"num_exits": num_exits, "losses": losses, "grad_norm": 1.0, "wall_sec": wall, "cpu_sec": wall,
+                "stages": stages}  # fmt: skip
+
+    plain = [1.0, 1.1, 0.9]
+    measured = {
+        "plain": variant(0, plain, 1000), "core": variant(0, plain, 1000),
+        "ee_1": variant(1, ee_wall, ee_peak), "naive_1": variant(1, [2.0] * 3, 10**9),
+    }  # fmt: skip
+    return {"vocab_size": 1000, "num_stages": num_stages, "seq_length": 16, "num_microbatches": 8, "chunk_tokens": 32,
+            "variants": measured}  # fmt: skip
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_verdicts(num_stages: int) -> None:
+    settings = training_overhead.Settings(hidden_size=64, exits=(1,))
+
+    def verdicts(ee_wall: list[float], ee_peak: int) -> dict:
+        case = make_case(num_stages, ee_wall, ee_peak, [2.0])
+        one = training_overhead.compare(settings, case, 1)
+        assert one["added_flops_share"] > 0
+        return training_overhead.goals(settings, [one], [], cpu_cores=2)
+
+    time_goal = {1: "time_added_at_pp1_within_added_flops", 2: "time_added_at_pp2_below_half_of_added_flops"}
+    good = verdicts([1.001, 1.101, 0.901], 1000)
+    assert good[time_goal[num_stages]]["met"] is True
+    assert good[time_goal[3 - num_stages]]["met"] is None, "not measured"
+    assert good["extra_memory_within_one_chunk_and_one_weight_gradient"]["met"] is True
+    assert verdicts([2.0] * 3, 1000)[time_goal[num_stages]]["met"] is False
+    vectors = training_overhead.TOKEN_BYTES * settings.micro_batch_size * 16 + training_overhead.SCALARS_BYTES
+    bound = 4 * 1000 * (32 + 64) + vectors
+    too_much = verdicts([1.0] * 3, 1000 + bound + 1)["extra_memory_within_one_chunk_and_one_weight_gradient"]
+    assert too_much["met"] is False
+    assert too_much["checks"][0]["limit_bytes"] == bound

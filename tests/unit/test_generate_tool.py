@@ -1,0 +1,135 @@
+"""What `tools/generate.py` shows, and the flags that it refuses before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.data.tokenizer import build_tokenizer
+from megatron.early_exit.inference import report
+from megatron.early_exit.inference.command_line import main
+from megatron.early_exit.inference.llm import Answer
+from megatron.early_exit.inference.results import GeneratedToken, HeadReading, PromptToken, RequestResult, Statistics
+from megatron.early_exit.inference.text import StopStrings, TextStream, pieces
+
+BYTES = build_tokenizer(DataConfig(tokenizer_type="ByteLevelTokenizer"))
+
+
+def token(token_id: int, exit_layer: int | None = None, confidence: float = 0.5) -> GeneratedToken:
+    readings = (HeadReading(exit_layer, token_id, confidence),)
+    return GeneratedToken(token_id, exit_layer or 4, exit_layer is None, confidence, -0.7, readings)
+
+
+TOKENS = (token(ord("a"), 2, 0.9), token(ord("b")), token(ord("c"), 2, 0.7), token(BYTES.eod))
+STATISTICS = Statistics(
+    layer_passes=14, full_layer_passes=16, layer_runs=12, drafted=8, accepted=2, queue_seconds=0.0,
+    first_token_seconds=0.1, decode_seconds=2.0,
+)  # fmt: skip
+RESULT = RequestResult(0, TOKENS, "eod", STATISTICS, (2,), 4, prompt=(PromptToken(112, None),))
+ANSWER = Answer(0, 0, [112], "abc", pieces(BYTES, [112], [t.token for t in TOKENS]), list(TOKENS), RESULT)
+
+
+def test_a_character_of_several_ids_appears_with_the_last():
+    stream = TextStream(BYTES, BYTES.tokenize("pre"))
+    assert [stream.add(byte) for byte in "xé€".encode()] == ["x", "", "é", "", "", "€"]
+    assert stream.finish() == ""
+
+
+def test_an_unfinished_character_is_shown_at_the_end():
+    assert pieces(BYTES, [], [ord("a"), 0xE2]) == ["a", "\ufffd"]
+
+
+def test_long_texts_lose_nothing():
+    text = "round and round: äöü € " * 20
+    stream = TextStream(BYTES)
+    assert "".join(stream.add(byte) for byte in text.encode()) == text
+
+
+@pytest.mark.parametrize(
+    ("stops", "typed", "shown", "is_found"),
+    [
+        ((), ["ab", "cd"], ["ab", "cd", ""], False),
+        (("xx",), ["ab", "cd"], ["ab", "cd", ""], False),
+        (("cd",), ["ab", "cd"], ["ab", "", ""], True),
+        (("bc",), ["ab", "cd"], ["a", "", ""], True),
+        (("bx",), ["ab", "cd", "b"], ["a", "bcd", "", "b"], False),
+        (("aab",), ["a", "a", "a", "b", "c"], ["", "", "a", "", "", ""], True),
+        (("cd", "b"), ["a", "bcd"], ["a", "", ""], True),
+        (("long stop",), ["a lo", "ng st", "op here"], ["a ", "", "", ""], True),
+    ],
+)
+def test_stop_strings(stops, typed, shown, is_found):
+    stop = StopStrings(stops)
+    assert [*(stop.add(piece) for piece in typed), stop.finish()] == shown
+    assert stop.is_found is is_found
+
+
+def test_table_has_the_numbers():
+    lines = report.usage_table(ANSWER).splitlines()
+    assert lines[1].split() == ["2", "2", "50.0%", "0.800"]
+    assert lines[2].split() == ["final", "2", "50.0%", "0.500"]
+    assert lines[3] == "drafted 8 tokens, accepted 25.0%"
+    assert lines[4].startswith("layer runs saved: 25.0% of 16,") and lines[4].endswith("saved: 12.5%")
+    assert lines[5] == "4 tokens, the first after 0.10 s, the others in 2.00 s (1.5 tokens/s); stopped by eod"
+
+
+def test_text_by_exit():
+    assert report.marked(ANSWER.pieces, TOKENS) == "'a'@2 'b'@final 'c'@2 ''@final"
+    assert report.coloured("b", TOKENS[1], 4) == "b"
+    shallow, deep = (report.coloured("x", token(1, layer), 4) for layer in (1, 4))
+    assert shallow != deep
+    assert shallow.startswith("\033[38;5;") and shallow.endswith("x\033[0m")
+
+
+def test_coloured_text_with_parts_held_back():
+    def plain(text: str) -> str:
+        return re.sub("\033[^m]*m", "", text)
+
+    assert plain(report.coloured_text("abc", ["a", "b", "c"], TOKENS[:3], 4)) == "abc"
+    assert plain(report.coloured_text("xabc", ["a", "b", "c"], TOKENS[:3], 4)) == "xabc"  # x was held back
+    assert plain(report.coloured_text("ab", ["a", "b", "c"], TOKENS[:3], 4)) == "ab"  # c is held back
+
+
+def test_json_survives_a_round_trip():
+    document = json.loads(json.dumps(report.as_json("p", ANSWER)))
+    assert document["text"] == "abc"
+    assert document["tokens"][0]["exit_layer"] == 2
+    assert document["exits"][0] == {
+        "exit_layer": 2, "is_final": False, "tokens": 2, "mean_confidence": 0.8, "share": 0.5,
+    }  # fmt: skip
+    assert (document["layers_saved"], document["acceptance"]) == (0.125, 0.25)
+    refused = report.as_json("p", Answer(0, 0, [], error="too long"))
+    assert (refused["error"], refused["finish_reason"]) == ("too long", "error")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--early-exit-thres", "0.5"], "--early-exit-thres has no effect without --mode early_exit"),
+        (["--exit-layers", "2"], "--exit-layers has no effect without --mode early_exit"),
+        (["--max-deferred", "2"], "--max-deferred has no effect without --mode early_exit"),
+        (["--draft-exit", "2", "--use-early-exit"], "--draft-exit has no effect without --mode self_speculative"),
+        (["--draft-length", "2"], "--draft-length has no effect without --mode self_speculative"),
+        (["--mode", "full", "--use-early-exit"], "--use-early-exit contradicts --mode full"),
+        (["--use-early-exit", "--early-exit-thres", "1.5"], "threshold is 1.5"),
+        (["--mode", "self_speculative", "--draft-length", "0"], "draft_length is 0"),
+        (["--tensor-model-parallel-size", "2"], "is 2 but 1 processes were started"),
+        (["--prompt-file", "missing.txt"], "--prompt-file missing.txt is not a file"),
+        (["--chat"], "--chat reads from standard input"),
+        (["--samples", "2"], "greedy answers are all equal"),
+        (["--stop", ""], "a stop string is empty"),
+        (["--top-p", "1.5"], "top_p is 1.5"),
+        (["--top-p", "0.9", "--top-p-decay", "2"], "top_p_decay is 2"),
+        (["--top-k", "5", "--temperature", "0"], "no effect at temperature 0"),
+        (["--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (["--tokens-to-generate", "0"], "max_tokens is 0"),
+        (["--max-requests", "0"], "max_requests is 0"),
+    ],
+)
+def test_flags_are_checked_before_loading(flags, message, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main(["--load", "nowhere", "--prompt", "x", *flags]) == 2
+    assert message in capsys.readouterr().err

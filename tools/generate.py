@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Continue prompts with a trained early-exit model: tools/generate.py --help."""
+
+import sys
+
+from megatron.early_exit.inference.command_line import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Write Python's standard library as a JSONL corpus: tools/stdlib_corpus.py --help."""
+
+import sys
+
+from megatron.early_exit.data.corpus import main
+
+if __name__ == "__main__":
+    sys.exit(main())
