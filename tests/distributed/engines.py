@@ -26,6 +26,24 @@ from tests.reference import ReferenceBatch, ReferenceModel
 MAX_POSITIONS = 40
 COSTS = StepCosts((1.0,) * 5, (1.0,) * 5, (1.0,) * 5, (1.0,) * 5)
 
+HEADS = {
+    "tied": {},
+    "untied_norm": {"untie_exit_output_weights": True, "use_exit_norm": True},
+    "mlp": {"use_exit_mlp": True, "use_exit_norm": True},
+    "block": {"use_exit_block": True, "use_exit_norm": True, "untie_exit_output_weights": True},
+    "pre_exit": {"pre_exit": True, "use_exit_norm": True},
+    "pre_exit_block": {"pre_exit": True, "use_exit_block": True},
+}
+STYLES = {
+    "llama": {},
+    "rotary_percent": {"rotary_percent": 0.5, "untie_embeddings_and_output_weights": True},
+    "gpt2": {
+        "swiglu": False, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute",
+        "add_bias_linear": True, "group_query_attention": False, "num_query_groups": 1,
+    },
+    "qkv_bias": {"add_qkv_bias": True},
+}  # fmt: skip
+
 Request = tuple[list[int], GenerationParams]
 
 
@@ -33,9 +51,12 @@ def decoding_config(**changes: Any) -> RunConfig:
     return make_config(**{"max_position_embeddings": MAX_POSITIONS, "exit_layer_nums": (1, 2, 3), **changes})
 
 
-def make_engine(cfg: RunConfig, num_slots: int = 4, vocab_size: int = VOCAB_SIZE, **changes: Any) -> Engine:
+def make_engine(
+    cfg: RunConfig, num_slots: int = 4, vocab_size: int = VOCAB_SIZE, use_graphs: bool = False, **changes: Any
+) -> Engine:
     chunk = build_with_reference_parameters(cfg, wrap_with_ddp=False).chunks[0].eval()
-    decoder = Decoder(decoder_weights(chunk, cfg.model), num_slots=num_slots, vocab_size=vocab_size)
+    weights = decoder_weights(chunk, cfg.model)
+    decoder = Decoder(weights, num_slots=num_slots, vocab_size=vocab_size, use_graphs=use_graphs)
     return Engine(decoder, cfg.exits, **{"costs": COSTS, **changes})
 
 
@@ -238,11 +259,11 @@ class RandomPolicy(ExitPolicy):
         return random.random() < 0.4
 
 
-def walk_at_random(cfg: RunConfig, num_steps: int = 60, seed: int = 0) -> None:
+def walk_at_random(cfg: RunConfig, num_steps: int = 60, seed: int = 0, **changes: Any) -> None:
     """Requests of all modes come, go and are cancelled; after every step the caches are what the reference computes."""
     random.seed(seed)
     with layout(cfg):
-        engine = make_engine(cfg, num_slots=3, prefill_chunk=7, eod=5)
+        engine = make_engine(cfg, **{"num_slots": 3, "prefill_chunk": 7, "eod": 5, **changes})
         modes = ["full", "early_exit", "self_speculative"]
         for step in range(num_steps):
             if random.random() < 0.4:

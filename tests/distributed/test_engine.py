@@ -21,7 +21,9 @@ from megatron.early_exit.inference.rows import Segment
 from megatron.early_exit.inference.sampling import SamplingSettings
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import (
+    HEADS,
     MAX_POSITIONS,
+    STYLES,
     Request,
     add_random_request,
     answer,
@@ -38,23 +40,6 @@ from tests.distributed.workers import run_distributed
 
 PROMPT = [5, 17, 80, 3, 41]
 TP2 = {"tensor_model_parallel_size": 2}
-HEADS = {
-    "tied": {},
-    "untied_norm": {"untie_exit_output_weights": True, "use_exit_norm": True},
-    "mlp": {"use_exit_mlp": True, "use_exit_norm": True},
-    "block": {"use_exit_block": True, "use_exit_norm": True, "untie_exit_output_weights": True},
-    "pre_exit": {"pre_exit": True, "use_exit_norm": True},
-    "pre_exit_block": {"pre_exit": True, "use_exit_block": True},
-}
-STYLES = {
-    "llama": {},
-    "rotary_percent": {"rotary_percent": 0.5, "untie_embeddings_and_output_weights": True},
-    "gpt2": {
-        "swiglu": False, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute",
-        "add_bias_linear": True, "group_query_attention": False, "num_query_groups": 1,
-    },
-    "qkv_bias": {"add_qkv_bias": True},
-}  # fmt: skip
 # Every head in one style, every style with two heads.
 PAIRS = [(head, "llama") for head in HEADS] + [
     (head, style) for head in ("tied", "block") for style in STYLES if style != "llama"
@@ -488,14 +473,15 @@ def spoil_one_request(cfg: RunConfig) -> list[tuple[str, int, str | None]]:
             engine.add(prompt, GenerationParams(max_tokens=6))
         engine.step()
         engine.decoder.cache.layers()[1][engine._running[1].slot, :2] = torch.nan
+        engine.add([1], GenerationParams(max_tokens=6))  # waits for the slot of the one that fails
         results = run_all(engine)
         check_invariants(engine)
-        return [(results[i].finish_reason, len(results[i].tokens), results[i].error) for i in range(3)]
+        return [(results[i].finish_reason, len(results[i].tokens), results[i].error) for i in range(4)]
 
 
 def test_a_request_that_fails_harms_no_other() -> None:
-    first, second, third = on_one(spoil_one_request, cfg=decoding_config())
-    assert first == third == ("max_tokens", 6, None)
+    first, second, third, next_one = on_one(spoil_one_request, cfg=decoding_config())
+    assert first == third == next_one == ("max_tokens", 6, None)
     assert second[:2] == ("error", 1)
     assert "not finite" in second[2]
 

@@ -12,7 +12,7 @@ pytestmark = [
 PROMPTS = [[5, 17, 80, 3, 41], [9] * 20, [1]]
 
 
-def answers(dtype: torch.dtype, modes: tuple[str, ...]) -> list[list[int]]:
+def answers(dtype: torch.dtype, modes: tuple[str, ...], use_graphs: bool = True) -> list[list[int]]:
     from megatron.early_exit.inference.decoder import Decoder
     from megatron.early_exit.inference.engine import Engine
     from megatron.early_exit.inference.params import GenerationParams
@@ -26,12 +26,14 @@ def answers(dtype: torch.dtype, modes: tuple[str, ...]) -> list[list[int]]:
         chunk = build_with_reference_parameters(cfg, wrap_with_ddp=False).chunks[0].eval()
         weights = decoder_weights(chunk, cfg.model, dtype)
         assert weights.device.type == "cuda"
-        engine = Engine(Decoder(weights, num_slots=2, vocab_size=VOCAB_SIZE), cfg.exits)
+        decoder = Decoder(weights, num_slots=2, vocab_size=VOCAB_SIZE, use_graphs=use_graphs)
+        engine = Engine(decoder, cfg.exits)
         for prompt in PROMPTS:
             for mode in modes:
                 engine.add(prompt, GenerationParams(max_tokens=15, mode=mode, exit_thresholds=(1.0,)))
         results = run_all(engine)
         check_invariants(engine)
+        assert not use_graphs or decoder._graphs.num_graphs > 2
         return [results[i].token_ids for i in sorted(results)]
 
 
@@ -47,10 +49,11 @@ def reference_tokens() -> list[list[int]]:
     return expected
 
 
-def test_all_modes_give_the_reference_s_tokens_in_fp32() -> None:
+@pytest.mark.parametrize("use_graphs", [False, True])
+def test_all_modes_give_the_reference_s_tokens_in_fp32(use_graphs: bool) -> None:
     modes = ("full", "early_exit", "self_speculative")
     expected = [tokens for tokens in reference_tokens() for _ in modes]
-    assert answers(torch.float32, modes) == expected
+    assert answers(torch.float32, modes, use_graphs) == expected
 
 
 def test_bf16_runs() -> None:

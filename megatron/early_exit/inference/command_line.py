@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     model.add_argument("--max-requests", type=int, default=8, metavar="N", help="prompts that run at once; default 8")
     model.add_argument("--max-length", type=int, metavar="N", help="longest prompt and answer; default: the model's")
+    model.add_argument("--no-cuda-graphs", action="store_true", help="start every kernel by itself (on one GPU)")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; empty lines are skipped")
@@ -149,6 +150,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
         max_length=args.max_length,
         quantize=args.quantize,
         shortlist=args.shortlist,
+        cuda_graphs=not args.no_cuda_graphs,
     )
     params.exit_policy(llm.exits)
     params.drafting_exit(llm.exits)

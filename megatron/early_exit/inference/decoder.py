@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron.early_exit.inference.graphs import FixedLayout, LayerGraphs
 from megatron.early_exit.inference.kv_cache import KVCache
 from megatron.early_exit.inference.linear import Linear
 from megatron.early_exit.inference.output import HeadOutput
@@ -29,9 +30,11 @@ class Decoder:
         num_slots: int,
         num_positions: int | None = None,
         vocab_size: int | None = None,
+        use_graphs: bool | None = None,
     ) -> None:
         """num_slots: requests that run at once. num_positions: longest sequence, default what the model takes.
-        vocab_size: ids of the tokenizer, default all rows of the embedding.
+        vocab_size: ids of the tokenizer, default all rows of the embedding. use_graphs: run layers as CUDA graphs,
+        default on a GPU that holds the whole model (see `graphs.py` for what it does on a CPU).
 
         Raises ValueError if the model does not take sequences of `num_positions`."""
         model, self.weights = weights.config, weights
@@ -49,15 +52,19 @@ class Decoder:
             index: self.num_layers + number
             for number, index in enumerate(i for i, one in enumerate(self.exits) if one.block is not None)
         }
+        if use_graphs is None:
+            use_graphs = weights.device.type == "cuda" and weights.tp_size == 1
+        num_places = self.num_positions + use_graphs  # graphs have rows that write nowhere
         self.cache = KVCache(
-            self.num_layers + len(self._block_cache), num_slots, self.num_positions, self._num_kv_heads,
+            self.num_layers + len(self._block_cache), num_slots, num_places, self._num_kv_heads,
             model.head_size, dtype=weights.dtype, device=weights.device,
         )  # fmt: skip
+        self._graphs = LayerGraphs(self, num_slots, self.num_positions) if use_graphs else None
         self._rotary = None
         if model.position_embedding_type == "rope":
             rotated_size = int(model.head_size * model.rotary_percent)
             self._rotary = RotaryTable(
-                self.num_positions, model.head_size, rotated_size, model.rotary_base, weights.device
+                num_places, model.head_size, rotated_size, model.rotary_base, weights.device
             )  # fmt: skip
 
     def layout(self, segments: Sequence[Segment]) -> Layout:
@@ -69,6 +76,18 @@ class Decoder:
             num_kv_heads=self._num_kv_heads,
             dtype=self.weights.dtype,
             device=self.weights.device,
+            rotary=self._rotary,
+        )
+
+    def fixed_layout(self, positions: Tensor, num_keys: int) -> FixedLayout:
+        """The layout of a graph's rows. positions: [slots, rows per slot]"""
+        return FixedLayout(
+            positions,
+            num_keys,
+            self.cache,
+            num_heads=self._num_heads,
+            num_kv_heads=self._num_kv_heads,
+            dtype=self.weights.dtype,
             rotary=self._rotary,
         )
 
@@ -92,6 +111,14 @@ class Decoder:
 
         hidden: [rows, h]. Returns the same after the last of these layers, and its residual after attention, which an
         MLP branch reads (`hidden` itself if no layer runs)."""
+        if self._graphs is not None and first < last and self._graphs.can_run(layout):
+            return self._graphs.run(hidden, layout, first, last)
+        return self.launch_layers(hidden, layout, first, last)
+
+    def launch_layers(
+        self, hidden: Tensor, layout: Layout | FixedLayout, first: int, last: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `run_layers`, kernel by kernel."""
         residual = hidden
         for index in range(first, last):
             residual, hidden = self._run_layer(self.weights.layers[index], index, hidden, layout)
@@ -141,7 +168,7 @@ class Decoder:
         return HeadOutput(logits, vocab_size=self.vocab_size, tp_group=self.weights.tp_group, **columns)
 
     def _run_layer(
-        self, layer: LayerWeights, cache_index: int, hidden: Tensor, layout: Layout
+        self, layer: LayerWeights, cache_index: int, hidden: Tensor, layout: Layout | FixedLayout
     ) -> tuple[Tensor, Tensor]:
         """(residual after attention, output), each [rows, h]"""
         heads = layer.qkv(layer.attention_norm(hidden))

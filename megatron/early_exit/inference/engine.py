@@ -316,6 +316,8 @@ class Engine:
     def _consume(self, feed: Feed, event: Event) -> None:
         request = feed.request
         if not feed.is_finite:
+            # What a later request does not see of its slot is masked, but a masked NaN still spoils a sum.
+            self.decoder.cache.clear_slot(request.slot)
             self._end(request, "error", _NOT_FINITE)
             return
         if request.params.echo and feed.is_prefill:

@@ -125,6 +125,7 @@ class LLM:
         prefill_chunk: int = 256,
         quantize: str | None = None,
         shortlist: bool | None = None,
+        cuda_graphs: bool = True,
     ) -> LLM:
         """Load a training checkpoint of any layout.
 
@@ -134,7 +135,8 @@ class LLM:
         model takes. max_waiting, prefill_chunk: see `Engine`. quantize: "exits" asks exits with weights in int8
         (tokens are still the exit's own), "all" keeps all linear layers in int8; on the CPU. shortlist: ask exits about
         frequent tokens only, as the checkpoint's calibration lists them; default if there is one that covers at most
-        half of the vocabulary.
+        half of the vocabulary. cuda_graphs: start the kernels of several layers at once where that can be done (one
+        GPU).
 
         Raises FileNotFoundError if there is no checkpoint, ValueError for settings that cannot work."""
         from megatron.early_exit.training.checkpointing import find_checkpoint, load_model_for_inference
@@ -159,7 +161,8 @@ class LLM:
             _asking(calibration, shortlist, quantize, tokenizer.vocab_size),
         )
         decoder = Decoder(
-            weights, num_slots=max_requests, num_positions=max_length, vocab_size=tokenizer.vocab_size
+            weights, num_slots=max_requests, num_positions=max_length, vocab_size=tokenizer.vocab_size,
+            use_graphs=None if cuda_graphs else False,
         )  # fmt: skip
         engine = Engine(
             decoder, config.exits, eod=tokenizer.eod, max_waiting=max_waiting, prefill_chunk=prefill_chunk,

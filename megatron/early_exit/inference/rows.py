@@ -68,7 +68,7 @@ class _Group:
     values: tuple[Tensor, ...]
     """Of each layer [slots, kv heads, keys, d]"""
     mask: Tensor | None
-    """[slots, 1, rows per slot * queries per kv head, keys], 0 or -inf; None: every row sees all keys"""
+    """As of `additive_mask`; None: every row sees all keys."""
     is_causal: bool
     """The rows are the first of their slot: plain causal attention."""
 
@@ -99,7 +99,7 @@ class Layout:
         self.segments = tuple(segments)
         self.num_rows = sum(segment.count for segment in self.segments)
         self._per_kv_head = num_heads // num_kv_heads
-        self._cache, self._dtype, self._device = cache, dtype, device
+        self._cache, self._dtype = cache, dtype
         positions = [position for s in self.segments for position in range(s.first, s.stop)]
         self.positions = torch.tensor(positions, device=device)
         self.rotation = None
@@ -132,11 +132,8 @@ class Layout:
         sees_all = count == 1 and all(member.stop == num_keys for member in members)
         mask = None
         if not (is_causal or sees_all):
-            firsts = torch.tensor([member.first for member in members], device=self._device)
-            last_seen = firsts[:, None] + torch.arange(count, device=self._device)  # [slots, rows]
-            allowed = torch.arange(num_keys, device=self._device) <= last_seen[..., None]  # [slots, rows, keys]
-            mask = torch.zeros(allowed.shape, dtype=self._dtype, device=self._device).masked_fill_(~allowed, -torch.inf)
-            mask = mask.repeat_interleave(self._per_kv_head, dim=1)[:, None]
+            positions = self.positions[first_row : first_row + len(members) * count].view(len(members), count)
+            mask = additive_mask(positions, num_keys, self._per_kv_head, self._dtype)
         keys, values = self._cache.keys_and_values(members[0].slot, len(members), num_keys)
         return _Group(first_row, len(members), count, keys, values, mask, is_causal)
 
@@ -160,19 +157,37 @@ class Layout:
         return torch.cat(parts)
 
     def _attend(self, group: _Group, layer: int, queries: Tensor) -> Tensor:
-        num_heads, d = queries.shape[1:]
         keys, values = group.keys[layer], group.values[layer]
         if group.is_causal:
             heads = queries.transpose(0, 1)[None]  # [1, heads, rows, d]
             out = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, enable_gqa=True)
-            return out[0].transpose(0, 1).reshape(group.num_rows, num_heads * d)
-        # The queries that share a key/value head stand in the place of query rows, so that no key is repeated.
-        slots, count, per_kv = group.num_slots, group.rows_per_slot, self._per_kv_head
-        if count == 1:
-            heads = queries.unflatten(1, (-1, per_kv))  # [slots, kv heads, queries, d]
-            out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=group.mask)
-            return out.reshape(slots, num_heads * d)
-        heads = queries.reshape(slots, count, -1, per_kv, d).transpose(1, 2).reshape(slots, -1, count * per_kv, d)
-        out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=group.mask)
-        out = out.view(slots, -1, count, per_kv, d).transpose(1, 2)
-        return out.reshape(group.num_rows, num_heads * d)
+            return out[0].transpose(0, 1).reshape(group.num_rows, -1)
+        return attend(queries, keys, values, group.mask)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of slots with equally many rows each.
+
+    queries: [slots * rows per slot, heads, d]; keys, values: [slots, kv heads, keys, d]; mask: as of `additive_mask`,
+    or None: every row sees all keys. Returns [slots * rows per slot, heads * d]."""
+    num_rows, num_heads, d = queries.shape
+    slots, num_kv_heads = keys.shape[:2]
+    count, per_kv = num_rows // slots, num_heads // num_kv_heads
+    # The queries that share a key/value head stand in the place of query rows, so that no key is repeated.
+    if count == 1:
+        heads = queries.unflatten(1, (-1, per_kv))  # [slots, kv heads, queries, d]
+        out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask)
+        return out.reshape(slots, num_heads * d)
+    heads = queries.reshape(slots, count, -1, per_kv, d).transpose(1, 2).reshape(slots, -1, count * per_kv, d)
+    out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask)
+    out = out.view(slots, -1, count, per_kv, d).transpose(1, 2)
+    return out.reshape(num_rows, num_heads * d)
+
+
+def additive_mask(positions: Tensor, num_keys: int, per_kv_head: int, dtype: torch.dtype) -> Tensor:
+    """[slots, 1, rows per slot * queries per kv head, keys]: 0 where a row sees a key, else -inf.
+
+    positions: [slots, rows per slot]"""
+    allowed = torch.arange(num_keys, device=positions.device) <= positions[..., None]  # [slots, rows, keys]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=positions.device).masked_fill_(~allowed, -torch.inf)
+    return mask.repeat_interleave(per_kv_head, dim=1)[:, None]
