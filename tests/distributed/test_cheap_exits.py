@@ -229,3 +229,33 @@ def plan(cfg: RunConfig) -> None:
 
 def test_planned_exits() -> None:
     run_distributed(1, plan, cfg=decoding_config(use_exit_norm=True))
+
+
+def plan_again(cfg: RunConfig) -> list[tuple[int, ...]]:
+    """The exits that one request asks, with 0 to 3 others that run with it, and alone again."""
+    with layout(cfg):
+        decoder = make_decoder(cfg)
+        # Half of the tokens leave at the first exit: one request then saves half of three layers and a head, which
+        # costs a head; two of them leave together a quarter of the time.
+        confidences = np.array([[0.9, 0.0, 0.0], [0.1, 0.0, 0.0]] * 5, np.float32)
+        calibration = ExitCalibration(np.arange(3), 1.0, (1, 2, 3), confidences, np.ones((10, 3), bool))
+        engine = Engine(decoder, cfg.exits, costs=COSTS, calibration=calibration)
+        planned = GenerationParams(max_tokens=30, mode="early_exit", exit_thresholds=(0.5,), plan_exits=True)
+        engine.add(PROMPT, planned)
+        asked = []
+        for _ in range(3):
+            engine.step()
+            asked.append(engine._running[0].asked)
+            engine.add(PROMPT[:2], GenerationParams(max_tokens=30))
+        for other in [*engine._running[1:], *engine._queue]:
+            engine.cancel(other.request_id)
+        engine.step()
+        asked.append(engine._running[0].asked)
+        result = run_all(engine)[0]
+        assert {token.exit_layer for token in result.tokens if not token.is_final} <= set(result.exit_layers)
+        return asked
+
+
+def test_exits_are_planned_again_when_others_come_and_go() -> None:
+    (asked,) = run_distributed(1, plan_again, cfg=decoding_config(use_exit_norm=True))
+    assert asked == [(0,), (), (), (0,)]

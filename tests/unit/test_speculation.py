@@ -77,6 +77,12 @@ def test_costly_rows_and_batches_shorten_drafts() -> None:
     assert length(replace(COSTS, batch_seconds=30.0)).next() == 0
 
 
+def test_drafts_that_pay_for_one_request_may_not_pay_for_many() -> None:
+    one = length(replace(COSTS, layer_seconds=(1.0, 1.0, 1.0, 4.0, 8.0)))
+    assert one.next(1) > 0
+    assert one.next(8) == 0
+
+
 def test_drafting_is_tried_again_after_a_while() -> None:
     one = length()
     for _ in range(30):

@@ -57,17 +57,17 @@ def _interpolate(seconds: tuple[float, ...], rows: float) -> float:
 
 
 @torch.inference_mode()
-def measure_costs(decoder: Decoder, repetitions: int = 3) -> StepCosts:
-    """Time the decoder's layers and heads. It writes to slot 0, which must be free.
+def measure_costs(decoder: Decoder, slot: int = 0, repetitions: int = 3) -> StepCosts:
+    """Time the decoder's layers and heads. It writes to `slot`, which must be free.
 
     Every layer runs in turn, so that weights come from memory as they do when decoding. All tensor-parallel ranks call
     it together and get rank 0's numbers, since they must draw the same conclusions."""
     layers, asks, exits, final, batches = [], [], [], [], []
     for rows in ROW_COUNTS:
         rows_that_fit = min(rows, decoder.num_positions)
-        layout = decoder.layout([Segment(0, 0, rows_that_fit)])
+        layout = decoder.layout([Segment(slot, 0, rows_that_fit)])
         hidden = decoder.embed([0] * rows_that_fit, layout)
-        set_up = lambda n=rows_that_fit: decoder.embed([0] * n, decoder.layout([Segment(0, 0, n)]))
+        set_up = lambda n=rows_that_fit: decoder.embed([0] * n, decoder.layout([Segment(slot, 0, n)]))
         batches.append(_seconds(set_up, repetitions))
         run_all = lambda h=hidden, la=layout: decoder.run_layers(h, la, 0, decoder.num_layers)
         layers.append(_seconds(run_all, repetitions) / decoder.num_layers)

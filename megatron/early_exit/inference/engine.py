@@ -91,6 +91,8 @@ class Engine:
         self._running: list[RunningRequest] = []
         self._free_slots = list(range(decoder.cache.num_slots))
         self._ended: list[Event] = []
+        self._plans: dict[tuple, tuple[int, ...]] = {}
+        self._planned_for = 0
 
     # Requests come and go.
 
@@ -110,7 +112,8 @@ class Engine:
                 f"all {self.decoder.cache.num_slots} slots are taken and {num_waiting} requests wait; try again "
                 "later, or start the engine with more slots"
             )
-        asked = () if policy is None else self._exits_to_ask(policy, params)
+        num_requests = min(len(self._running) + len(self._queue) + 1, self.decoder.cache.num_slots)
+        asked = () if policy is None else self._exits_to_ask(policy, params, num_requests)
         draft_exit = None if draft_layer is None else self.exits.position_of(draft_layer)
         sampling = params.sampling
         # The last generated token is not fed back: it takes no position.
@@ -161,22 +164,36 @@ class Engine:
             self._end(request, "error", error)
         return self._take_ended()
 
-    def _exits_to_ask(self, policy: ExitPolicy, params: GenerationParams) -> tuple[int, ...]:
-        """Indices of the policy's exits, or with `plan_exits` of those of them that pay now."""
+    def _exits_to_ask(self, policy: ExitPolicy, params: GenerationParams, num_requests: int) -> tuple[int, ...]:
+        """Indices of the policy's exits, or with `plan_exits` of those of them that pay for so many requests."""
         indices = tuple(self.exits.position_of(layer) for layer in policy.exit_layers)
         if not params.plan_exits:
             return indices
         if self._calibration is None:
             raise ValueError("plan_exits needs a calibration of the exits; tools/calibrate_exits.py makes it")
-        chosen = choose_exits(
-            self._calibration.confidences[:, list(indices)],
-            policy.thresholds,
-            [self.decoder.exits[index].depth for index in indices],
-            self.decoder.num_layers,
-            self._get_costs(),
-            num_requests=min(len(self._running) + len(self._queue) + 1, self.decoder.cache.num_slots),
-        )
-        return tuple(indices[i] for i in chosen)
+        costs = self._get_costs()
+        key = (indices, policy.thresholds, num_requests, costs)
+        if key not in self._plans:
+            self._plans[key] = choose_exits(
+                self._calibration.confidences[:, list(indices)],
+                policy.thresholds,
+                [self.decoder.exits[index].depth for index in indices],
+                self.decoder.num_layers,
+                costs,
+                num_requests,
+            )
+        return tuple(indices[i] for i in self._plans[key])
+
+    def _plan_again(self) -> None:
+        """What pays for one request may not pay for many."""
+        if self._planned_for == len(self._running):
+            return
+        self._planned_for = len(self._running)
+        for request in self._running:
+            # The block of an exit must have seen all rows, so what was not asked at first cannot be asked later.
+            has_block = any(exit_.block is not None for exit_ in self.decoder.exits)
+            if request.params.plan_exits and request.policy is not None and not has_block:
+                request.asked = self._exits_to_ask(request.policy, request.params, len(self._running))
 
     @property
     def has_work(self) -> bool:
@@ -193,11 +210,10 @@ class Engine:
 
     def _get_costs(self) -> StepCosts:
         if self._costs is None:
-            # Timing writes to slot 0. Rows that a request there has fed are computed once and for all, so it must
-            # not be taken; until it is free a guess does: rows are free, a head costs what it reads.
-            if 0 not in self._free_slots:
+            # Timing writes to a slot. Until one is free a guess does: rows are free, a head costs what it reads.
+            if not self._free_slots:
                 return _guessed_costs(self.decoder)
-            self._costs = measure_costs(self.decoder)
+            self._costs = measure_costs(self.decoder, self._free_slots[0])
         return self._costs
 
     def _end(self, request: RunningRequest, reason: FinishReason, error: str | None = None) -> None:
@@ -207,8 +223,9 @@ class Engine:
             self._running.remove(request)
             self._free_slots.append(request.slot)
             self._free_slots.sort()
-        exit_layers = tuple(self.decoder.exits[index].layer_number for index in request.asked)
-        result = request.result(reason, exit_layers, self.decoder.num_layers, error)
+        exit_layers = {self.decoder.exits[index].layer_number for index in request.asked}
+        exit_layers |= {token.exit_layer for token in request.generated if not token.is_final}
+        result = request.result(reason, tuple(sorted(exit_layers)), self.decoder.num_layers, error)
         self._ended.append(Event(request.request_id, [], result))
 
     def _take_ended(self) -> list[Event]:
@@ -253,6 +270,7 @@ class Engine:
 
         After an exception (no memory, a lost rank) the state of the running requests is unknown: call `fail_all`."""
         self._admit()
+        self._plan_again()
         for request in list(self._running):
             if request.max_tokens == 0 and not request.is_prefilling:
                 self._end(request, "max_tokens")
@@ -305,7 +323,7 @@ class Engine:
             room = min(
                 request.max_tokens - len(request.generated) - 1, self.decoder.num_positions - len(request.tokens)
             )
-            request.num_to_draft = max(min(request.draft_length.next(), room), 0)
+            request.num_to_draft = max(min(request.draft_length.next(len(self._running)), room), 0)
         token = request.drafts[-1].token if request.drafts else request.tokens[-1]
         if len(request.drafts) < request.num_to_draft:
             return Feed(request, [token], (request.draft_exit,), is_draft=True)

@@ -57,11 +57,12 @@ class DraftLength:
         """Estimated probability that a drafted token is accepted if those before it were."""
         return (self._hits + _PRIOR_TRIALS * _PRIOR_ACCEPTANCE) / (self._trials + _PRIOR_TRIALS)
 
-    def next(self) -> int:
-        """Tokens to draft now; 0: verification pays more than drafting, run the full model."""
+    def next(self, num_requests: int = 1) -> int:
+        """Tokens to draft now, where so many requests run together and are taken to draft as many; 0: run the full
+        model, drafting costs more than it brings."""
         if self._fixed is not None:
             return self._fixed
-        best = max(range(self._longest + 1), key=self._tokens_per_second)
+        best = max(range(self._longest + 1), key=lambda length: self._tokens_per_second(length, num_requests))
         if best == 0:
             # Forget slowly, so that drafting is tried again.
             self._trials, self._hits = self._trials * _KEPT, self._hits * _KEPT
@@ -73,9 +74,10 @@ class DraftLength:
         kept = _KEPT**tried
         self._trials, self._hits = self._trials * kept + tried, self._hits * kept + accepted
 
-    def _tokens_per_second(self, length: int) -> float:
-        costs, acceptance = self._costs, self.acceptance
+    def _tokens_per_second(self, length: int, num_requests: int) -> float:
+        """Of each request."""
+        costs, acceptance, verified = self._costs, self.acceptance, num_requests * (length + 1)
         tokens = sum(acceptance**i for i in range(length + 1))
-        shallow = (length + 1) * self._depth * costs.layer(1) + length * costs.ask(1)
-        deep = (self._num_layers - self._depth) * costs.layer(length + 1) + costs.final_head(length + 1)
+        shallow = (length + 1) * self._depth * costs.layer(num_requests) + length * costs.ask(num_requests)
+        deep = (self._num_layers - self._depth) * costs.layer(verified) + costs.final_head(verified)
         return tokens / (shallow + deep + (length + 1) * costs.batch_seconds)
