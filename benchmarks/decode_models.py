@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from benchmarks import smollm2
+from megatron.early_exit.checkpoint.hugging_face import from_transformers
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.optimization import OptimizerConfig, TrainingConfig
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.conversion.llama import llama_model_config, llama_parameters
 from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.decoder import Decoder
 from megatron.early_exit.inference.engine import Engine
@@ -38,8 +38,10 @@ class SmolLM2:
         self.theirs.to(device())
         # All generate equally many tokens. (min_new_tokens would do so by forbidding the end, which changes tokens.)
         self.theirs.generation_config.eos_token_id = None
+        self.vocab_size = self.theirs.config.vocab_size
+        model, parameters = from_transformers(self.theirs, self.vocab_size)
         self.config = RunConfig(
-            model=llama_model_config(self.theirs.config),
+            model=model,
             exits=ExitConfig(exit_layer_nums=exit_layers, use_exit_norm=True),
             parallel=ParallelConfig(),
             training=TrainingConfig(seq_length=1024, micro_batch_size=1),
@@ -48,9 +50,7 @@ class SmolLM2:
         )
         initialize_distributed()
         initialize_model_parallel(self.config.parallel, self.config.model.num_layers, seed=1)
-        self.vocab_size = self.theirs.config.vocab_size
         chunk = build_model(self.config, self.vocab_size, wrap_with_ddp=False).chunks[0].eval()
-        parameters = llama_parameters(self.theirs.state_dict(), self.config.model, self.vocab_size)
         for layer in exit_layers:
             parameters[f"decoder.layers.{layer - 1}.exit_head.norm.weight"] = self.theirs.model.norm.weight
         missing = set(dict(chunk.named_parameters())) ^ set(parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.inference.calibration import outputs_over
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.decoder import Decoder
 from megatron.early_exit.inference.engine import Engine
 from megatron.early_exit.inference.exit_policy import ExitPolicy
+from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.running import RunningRequest
@@ -58,6 +61,19 @@ def make_engine(
     weights = decoder_weights(chunk, cfg.model)
     decoder = Decoder(weights, num_slots=num_slots, vocab_size=vocab_size, use_graphs=use_graphs)
     return Engine(decoder, cfg.exits, **{"costs": COSTS, **changes})
+
+
+def head_logits(folder: Path, tokens: list[list[int]], tp_size: int = 1) -> dict[str, Tensor]:
+    """[sequences, positions, vocabulary] of every exit (exit_N) and of the final head, from a checkpoint."""
+    decoder = LLM.load(str(folder), tensor_parallel_size=tp_size, max_requests=1).engine.decoder
+    names = [f"exit_{one.layer_number}" for one in decoder.exits] + ["final"]
+    with torch.inference_mode():
+        said = [outputs_over(decoder, sequence) for sequence in tokens]
+        logits = [
+            [torch.stack([output.logits(row) for row in range(len(sequence))]) for output in outputs]
+            for outputs, sequence in zip(said, tokens, strict=True)
+        ]
+    return {name: torch.stack(of_head) for name, of_head in zip(names, zip(*logits), strict=True)}
 
 
 def run_all(engine: Engine) -> dict[int, RequestResult]:

@@ -77,8 +77,8 @@ def compare_with_transformers(beam_width: int) -> None:
 
     import transformers
 
+    from megatron.early_exit.checkpoint.hugging_face import from_transformers
     from megatron.early_exit.config.exits import ExitConfig
-    from megatron.early_exit.conversion.llama import llama_model_config, llama_parameters
     from megatron.early_exit.inference.decoder import Decoder
     from megatron.early_exit.inference.engine import Engine
     from megatron.early_exit.inference.weights import decoder_weights
@@ -88,10 +88,11 @@ def compare_with_transformers(beam_width: int) -> None:
 
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval()
-    cfg = replace(make_config(exit_layer_nums=(), exit_layer_weight=()), model=llama_model_config(theirs.config))
+    model, parameters = from_transformers(theirs, 96)
+    cfg = replace(make_config(exit_layer_nums=(), exit_layer_weight=()), model=model)
     with layout(cfg):
         chunk = build_model(cfg, 96, wrap_with_ddp=False).chunks[0].eval()
-        chunk.load_state_dict(llama_parameters(theirs.state_dict(), cfg.model, 96), strict=False)
+        chunk.load_state_dict(parameters, strict=False)
         engine = Engine(Decoder(decoder_weights(chunk, cfg.model), num_slots=beam_width, vocab_size=93), ExitConfig())
         for prompt in ([1, 2, 3], [50], list(range(30))):
             (ours,) = beam_search(engine, prompt, beam_width=beam_width, max_tokens=20)

@@ -24,7 +24,7 @@ def names_and_losses(cfg: RunConfig) -> tuple[dict, dict, float, float]:
             config=core_config,
             transformer_layer_spec=block_spec(
                 core_config, make_config(exit_layer_nums=(), exit_layer_weight=()).exits, ours.exit_losses, VOCAB_SIZE,
-                "local",
+                cfg.model,
             ),
             vocab_size=VOCAB_SIZE,
             max_sequence_length=cfg.training.seq_length,

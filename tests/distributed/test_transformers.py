@@ -23,8 +23,8 @@ def compare(kind: str, **changes: object) -> None:
 
     import transformers
 
+    from megatron.early_exit.checkpoint.hugging_face import from_transformers
     from megatron.early_exit.config.exits import ExitConfig
-    from megatron.early_exit.conversion.llama import llama_model_config, llama_parameters
     from megatron.early_exit.inference.decoder import Decoder
     from megatron.early_exit.inference.engine import Engine
     from megatron.early_exit.inference.weights import decoder_weights
@@ -32,18 +32,18 @@ def compare(kind: str, **changes: object) -> None:
     from tests.configs import make_config
 
     torch.manual_seed(0)
-    config_class = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[kind]
-    theirs = transformers.AutoModelForCausalLM.from_config(config_class(**{**SIZES, **changes})).eval()
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **changes})
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "norm" in name or "bias" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    cfg = replace(make_config(exit_layer_nums=(), exit_layer_weight=()), model=llama_model_config(theirs.config))
+    model, parameters = from_transformers(theirs, 96)
+    cfg = replace(make_config(exit_layer_nums=(), exit_layer_weight=()), model=model)
     with layout(cfg):
         chunk = build_model(cfg, 96, wrap_with_ddp=False).chunks[0].eval()
-        chunk.load_state_dict(llama_parameters(theirs.state_dict(), cfg.model, 96), strict=False)
-        unknown = set(llama_parameters(theirs.state_dict(), cfg.model, 96)) ^ set(dict(chunk.named_parameters()))
-        assert not unknown
+        chunk.load_state_dict(parameters, strict=False)
+        assert set(parameters) == set(dict(chunk.named_parameters()))
         decoder = Decoder(decoder_weights(chunk, cfg.model), num_slots=6, vocab_size=93)
         engine = Engine(decoder, ExitConfig(), prefill_chunk=32)
         for prompt in PROMPTS:
@@ -76,6 +76,7 @@ def _columns(top_log_probs: tuple[tuple[int, float], ...]) -> tuple[torch.Tensor
         ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 5, "rope_parameters":
                    {"rope_type": "default", "rope_theta": 500000.0}}),
         ("qwen2", {"tie_word_embeddings": True, "head_dim": 8}),
+        ("qwen3", {"tie_word_embeddings": True, "head_dim": 10}),
     ],
     ids=str,
 )  # fmt: skip

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megatron.early_exit.inference.linear import DenseLinear, Int8Linear, PackedLinear, can_pack, fastest_linear
+from megatron.early_exit.inference import linear as linear_module
+from megatron.early_exit.inference.linear import (
+    DenseLinear,
+    FewRowsLinear,
+    Int8Linear,
+    PackedLinear,
+    WeightFirstLinear,
+    can_pack,
+    fastest_kinds,
+    fastest_linear,
+)
 
 ROWS = (1, 2, 3, 8, 9, 40)
 
@@ -20,14 +30,14 @@ def inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("kind", [DenseLinear, PackedLinear])
+@pytest.mark.parametrize("kind", [DenseLinear, WeightFirstLinear, PackedLinear, FewRowsLinear])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense(kind: type, rows: int, with_bias: bool, dtype: torch.dtype) -> None:
     weight, x, bias, residual = inputs(rows, dtype)
     bias = bias if with_bias else None
-    if kind is PackedLinear and not can_pack(weight):
+    if kind in (PackedLinear, FewRowsLinear) and not can_pack(weight):
         pytest.skip(f"this CPU has no packed {dtype}")
-    linear = kind(weight, bias)
+    linear = kind(weight, bias, (WeightFirstLinear, DenseLinear)) if kind is FewRowsLinear else kind(weight, bias)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.1}
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     with torch.inference_mode():
@@ -63,3 +73,21 @@ def test_a_row_of_zeros_in_int8() -> None:
 def test_packing_is_for_what_the_library_takes() -> None:
     assert isinstance(fastest_linear(torch.randn(8, 8, dtype=torch.float64)), DenseLinear)
     assert not can_pack(torch.randn(8, 8, dtype=torch.float16))
+
+
+def test_the_form_is_chosen_by_what_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(600, 600)
+    seconds = {PackedLinear: [1.0, 1.0], DenseLinear: [0.9, 0.5], WeightFirstLinear: [0.6, 0.7]}
+    monkeypatch.setattr(linear_module, "_seconds", lambda forms, x: seconds[type(forms[0])][x.size(0) - 1])
+    fastest_kinds.cache_clear()
+    try:
+        chosen = fastest_linear(weight)
+        assert [type(chosen._form(rows)) for rows in (1, 2, 3, 40)] == [
+            WeightFirstLinear, DenseLinear, PackedLinear, PackedLinear,
+        ]  # fmt: skip
+        seconds |= {DenseLinear: [0.9, 0.9], WeightFirstLinear: [0.9, 0.9]}  # not worth twice the memory
+        fastest_kinds.cache_clear()
+        assert isinstance(fastest_linear(weight), PackedLinear)
+    finally:
+        fastest_kinds.cache_clear()
+    assert isinstance(fastest_linear(weight[:10]), DenseLinear)

@@ -214,23 +214,16 @@ REFUSED = (
     *_refuse("a GPT has one stack of layers: --num-layers", "--encoder-num-layers", "--decoder-num-layers"),
     *_refuse("Megatron's own old models are gone; the model is Megatron-Core's", "--use-legacy-models"),
     *_refuse("layer specs are built from --transformer-impl and the exits", "--spec", "--model-spec"),
-    *_refuse("the activation is GELU, or SwiGLU with --swiglu", "--squared-relu", "--openai-gelu", "--quick-geglu"),
+    *_refuse("the activation is GELU, or SwiGLU with --swiglu", "--squared-relu", "--quick-geglu"),
     *_refuse(
         "this variant of the layer is not supported",
         "--apply-layernorm-1p",
         "--apply-residual-connection-post-layernorm",
-        "--qk-layernorm",
         "--window-size",
         "--fp32-residual-connection",
         "--fp16-lm-cross-entropy",
     ),
-    *_refuse(
-        "rotary positions have --rotary-base and --rotary-percent only",
-        "--rotary-seq-len-interpolation-factor",
-        "--rotary-interleaved",
-        "--use-rope-scaling",
-        "--rope-scaling-factor",
-    ),
+    *_refuse("rotary positions turn channels i and i + d/2 together", "--rotary-interleaved"),
     FlagNote(
         "--no-position-embedding",
         "a model without position embeddings is not supported; with --position-embedding-type rope the flag changes"

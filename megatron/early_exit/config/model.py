@@ -43,14 +43,29 @@ class ModelConfig:
     rotary_percent: float = 1.0
     """Share of each head's channels that is rotated."""
 
+    use_rope_scaling: bool = False
+    """Scale the rotary frequencies as Llama 3.1 does, for sequences longer than the 8,192 tokens of Llama 3."""
+
+    rope_scaling_factor: float = 8.0
+    """By how much, with --use-rope-scaling."""
+
+    rotary_seq_len_interpolation_factor: float | None = None
+    """Divide positions by this before they turn anything (linear interpolation)."""
+
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Norm before attention, before the MLP, before the output and in exits."""
 
     norm_epsilon: float = 1e-5
     """Added to the variance in norms."""
 
+    qk_layernorm: bool = False
+    """Normalise every head's query and key before they are rotated (Qwen3)."""
+
     swiglu: bool = False
     """Gated MLP with SiLU instead of GELU."""
+
+    openai_gelu: bool = False
+    """GELU by its tanh approximation, as GPT-2 has it."""
 
     add_bias_linear: bool = True
     """Biases in attention and MLP linear layers (--disable-bias-linear turns them off)."""

@@ -47,6 +47,14 @@ EXIT_STRUCTURE_FIELDS = (
     "use_exit_block",
 )
 
+ROTARY_FIELDS = (
+    "rotary_base",
+    "rotary_percent",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
+)
+
 TOKENIZER_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_size")
 
 
@@ -343,7 +351,8 @@ def architecture_differences(cfg: RunConfig, checkpoint_cfg: RunConfig) -> list[
     if flags["position_embedding_type"] == checkpoint["position_embedding_type"] == "rope":
         del flags["max_position_embeddings"]
     elif flags["position_embedding_type"] == checkpoint["position_embedding_type"]:
-        del flags["rotary_base"], flags["rotary_percent"]
+        for name in ROTARY_FIELDS:
+            del flags[name]
     if flags["exit_layer_nums"] == checkpoint["exit_layer_nums"] == ():
         for name in EXIT_STRUCTURE_FIELDS:
             del flags[name]

@@ -537,6 +537,15 @@ def _model_warnings(cfg: RunConfig) -> Iterator[str]:
         yield f"--num-query-groups {model.num_query_groups} has no effect without --group-query-attention"
     if model.position_embedding_type != "rope" and (model.rotary_base != 10000 or model.rotary_percent != 1.0):
         yield "--rotary-base and --rotary-percent have no effect without --position-embedding-type rope"
+    if model.position_embedding_type != "rope" and (
+        model.use_rope_scaling or model.rotary_seq_len_interpolation_factor
+    ):
+        yield (
+            "--use-rope-scaling and --rotary-seq-len-interpolation-factor have no effect without"
+            " --position-embedding-type rope"
+        )
+    if model.openai_gelu and model.swiglu:
+        yield "--openai-gelu has no effect with --swiglu"
     if model.add_qkv_bias and model.add_bias_linear:
         yield "--add-qkv-bias has no effect: all linear layers have biases unless --disable-bias-linear is given"
     if model.apply_query_key_layer_scaling:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from megatron.early_exit.inference.decoder import Decoder
+from megatron.early_exit.inference.output import HeadOutput
 from megatron.early_exit.inference.rows import Segment
 
 CALIBRATION_FILE = "exit_calibration.npz"
@@ -80,24 +81,29 @@ def frequent_tokens(counts: np.ndarray, size: int) -> tuple[np.ndarray, float]:
 
 
 @torch.inference_mode()
+def outputs_over(decoder: Decoder, tokens: list[int]) -> list[HeadOutput]:
+    """What every exit's own head, in order, and then the final head say about each row of a sequence. Uses slot 0."""
+    layout = decoder.layout([Segment(0, 0, len(tokens))])
+    hidden, residual, depth = decoder.embed(tokens, layout), None, 0
+    outputs = []
+    for index, one in enumerate(decoder.exits):
+        hidden, residual = decoder.run_layers(hidden, layout, depth, one.depth)
+        depth = one.depth
+        states = residual if one.mlp is not None else hidden
+        if one.block is not None:
+            states = decoder.run_exit_block(index, hidden, layout)
+        outputs.append(decoder.exit_output(index, states))
+    hidden, _ = decoder.run_layers(hidden, layout, depth, decoder.num_layers)
+    return [*outputs, decoder.final_output(hidden)]
+
+
 def observe_exits(
     decoder: Decoder, sequences: list[list[int]], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(confidences, agrees) of `ExitCalibration` over `sequences` of ids. Uses slot 0. progress: (done, all)"""
     confidences, agrees = [], []
-    exits = range(len(decoder.exits))
     for number, tokens in enumerate(sequences):
-        layout = decoder.layout([Segment(0, 0, len(tokens))])
-        hidden, residual, depth = decoder.embed(tokens, layout), None, 0
-        outputs = []
-        for index in exits:
-            hidden, residual = decoder.run_layers(hidden, layout, depth, decoder.exits[index].depth)
-            depth = decoder.exits[index].depth
-            states = residual if decoder.exits[index].mlp is not None else hidden
-            if decoder.exits[index].block is not None:
-                states = decoder.run_exit_block(index, hidden, layout)
-            outputs.append(decoder.exit_output(index, states))
-        final = decoder.final_output(decoder.run_layers(hidden, layout, depth, decoder.num_layers)[0])
+        *outputs, final = outputs_over(decoder, tokens)
         for row in range(len(tokens)):
             confidences.append([output.confidence(row) for output in outputs])
             agrees.append([output.token(row) == final.token(row) for output in outputs])

@@ -46,7 +46,7 @@ class Decoder:
         self._head_size = model.head_size
         self._num_heads = model.num_attention_heads // weights.tp_size
         self._num_kv_heads = model.num_kv_heads // weights.tp_size
-        self._swiglu = model.swiglu
+        self._swiglu, self._gelu = model.swiglu, "tanh" if model.openai_gelu else "none"
         # A block exit attends to what it has seen itself: its keys and values lie behind those of the layers.
         self._block_cache = {
             index: self.num_layers + number
@@ -62,10 +62,7 @@ class Decoder:
         self._graphs = LayerGraphs(self, num_slots, self.num_positions) if use_graphs else None
         self._rotary = None
         if model.position_embedding_type == "rope":
-            rotated_size = int(model.head_size * model.rotary_percent)
-            self._rotary = RotaryTable(
-                num_places, model.head_size, rotated_size, model.rotary_base, weights.device
-            )  # fmt: skip
+            self._rotary = RotaryTable(num_places, model.head_size, weights.rotary_frequencies, weights.device)
 
     def layout(self, segments: Sequence[Segment]) -> Layout:
         """What `run_layers` needs to know of the rows of `segments`, in the order of slots."""
@@ -175,6 +172,8 @@ class Decoder:
         if heads.dtype != self.weights.dtype:
             heads = heads.to(self.weights.dtype)
         heads = heads.view(layout.num_rows, -1, self._head_size)
+        if layer.query_norm is not None:
+            heads = self._norm_heads(layer, heads)
         if layout.rotation is not None:
             heads = rotate(heads, layout.rotation)
         queries, keys_and_values = heads.split((self._num_heads, 2 * self._num_kv_heads), 1)
@@ -183,13 +182,20 @@ class Decoder:
         residual = self._add(layer.projection, context, layer.projection_bias, hidden)
         return residual, self._add_mlp(layer.mlp, layer.mlp_norm(residual), residual)
 
+    def _norm_heads(self, layer: LayerWeights, heads: Tensor) -> Tensor:
+        """Queries and keys, each head normalised. heads: [rows, heads, d], values last"""
+        kinds = heads.split((self._num_heads, self._num_kv_heads, self._num_kv_heads), 1)
+        norms = (layer.query_norm, layer.key_norm)
+        normed = [norm(kind.reshape(-1, self._head_size)).view(kind.shape) for norm, kind in zip(norms, kinds)]
+        return torch.cat([*normed, kinds[2]], 1)
+
     def _add_mlp(self, mlp: MlpWeights, normed: Tensor, residual: Tensor) -> Tensor:
         wide = mlp.fc1(normed)
         if self._swiglu:
             gate, up = wide.chunk(2, -1)
             wide = F.silu(gate).mul_(up)
         else:
-            wide = F.gelu(wide)
+            wide = F.gelu(wide, approximate=self._gelu)
         return self._add(mlp.fc2, wide, mlp.fc2_bias, residual)
 
     def _add(self, linear: Linear, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:

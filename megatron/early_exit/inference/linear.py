@@ -2,12 +2,15 @@
 
 Decoding reads every weight once a step, so a step over a few rows should cost what one row costs. On CPUs that depends
 on which path of the matrix library is taken: PyTorch's plain path costs twice as much from a few rows on, oneDNN over
-packed weights does not (`docs/decisions.md`, `benchmarks/decode.py`). Weight-only int8 reads a quarter of the bytes.
+packed weights does not, and which is fastest for one row depends on the processor (`docs/decisions.md`,
+`benchmarks/decode.py`). Weight-only int8 reads a quarter of the bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import time
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -54,30 +57,37 @@ class DenseLinear:
         return sum_ if self.bias is None else sum_.add_(self.bias)
 
 
-class PackedLinear:
-    """On the CPU: plain for one row, oneDNN over packed weights where that is faster.
+class WeightFirstLinear:
+    """In the weight's own type, as weight @ x: another path of the matrix library, which on some processors is several
+    times as fast for two to four rows, or for one row twice."""
 
-    fp32 keeps both forms, and so takes twice the memory."""
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight: [out, in]; bias: [out] or None."""
+        self._weight, self.bias = weight.contiguous(), bias
+        self.num_bytes = weight.numel() * weight.element_size()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        columns = (torch.cat([x, x]) if x.size(0) == 1 else x).t()
+        y = torch.mm(self._weight, columns)[:, : x.size(0)].t().contiguous()
+        return y if self.bias is None else y.add_(self.bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return self(x).add_(residual)
+
+
+class PackedLinear:
+    """oneDNN over packed weights, on the CPU."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [out, in] on the CPU, fp32 or bf16; bias: [out] or None."""
         self.bias = bias
         self.num_bytes = weight.numel() * weight.element_size()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
-        # In bf16 the packed form is faster for one row already. In fp32 a call of it costs 30 microseconds more; with
-        # AVX512 the plain path is as fast for two rows as for one.
-        has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        self._max_plain_rows = 0 if weight.dtype == torch.bfloat16 else 2 if has_avx512 else 1
-        self._plain = DenseLinear(weight, bias) if self._max_plain_rows else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.size(0) <= self._max_plain_rows:
-            return self._plain(x)
         return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self.bias, "none", [], "")
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        if x.size(0) <= self._max_plain_rows:
-            return self._plain.add_to(residual, x)
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
 
 
@@ -90,9 +100,76 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
+class FewRowsLinear:
+    """On the CPU: for one row and for two the form that is fastest here, packed for more.
+
+    Two forms of one weight take twice its memory, so another than the packed one is only used where it is much faster.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kinds: Sequence[type[Linear]]) -> None:
+        """weight: [out, in], one that can be packed; kinds: the form to use for 1, 2, ... rows."""
+        forms: dict[type, Linear] = {kind: kind(weight, bias) for kind in dict.fromkeys((*kinds, PackedLinear))}
+        self._few, self._many = [forms[kind] for kind in kinds], forms[PackedLinear]
+        self.bias, self.num_bytes = bias, self._many.num_bytes
+
+    def _form(self, rows: int) -> Linear:
+        return self._few[rows - 1] if 0 < rows <= len(self._few) else self._many
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._form(x.size(0))(x)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return self._form(x.size(0)).add_to(residual, x)
+
+
 def fastest_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """Packed where that can be done, else plain."""
-    return (PackedLinear if can_pack(weight) else DenseLinear)(weight, bias)
+    """The form, or forms, of this weight that decode fastest on this machine."""
+    if not can_pack(weight) or weight.numel() * weight.element_size() < _SMALL_BYTES:
+        return DenseLinear(weight, bias)
+    kinds = fastest_kinds(tuple(weight.shape), weight.dtype, torch.get_num_threads())
+    if all(kind is PackedLinear for kind in kinds):
+        return PackedLinear(weight, bias)
+    return FewRowsLinear(weight, bias, kinds)
+
+
+# Smaller weights stay in the caches, where the plain path is fastest; this much memory never does.
+_SMALL_BYTES, _MORE_THAN_CACHES = 2**19, 2**26
+# Which rows are timed, how often, and how much faster than packed another form must be to be worth its memory. (It also
+# keeps the choice the same from run to run, and with it the last bits of the results.)
+_FEW_ROWS, _REPETITIONS, _MUCH_FASTER = (1, 2), 4, 0.85
+
+
+@functools.cache
+@torch.inference_mode()
+def fastest_kinds(shape: tuple[int, int], dtype: torch.dtype, num_threads: int) -> tuple[type[Linear], ...]:
+    """Which form of a packable weight [out, in] is fastest for 1 and for 2 rows: measured, over so many weights that
+    they come from memory, as they do when decoding. It differs by processor more than anything else does: 0.9 to 2.7
+    times the speed of the packed form (docs/decisions.md)."""
+    if dtype == torch.bfloat16:
+        return (PackedLinear,) * len(_FEW_ROWS)  # nothing came near it
+    num_weights = -(-_MORE_THAN_CACHES // (shape[0] * shape[1] * dtype.itemsize))
+    best: dict[int, list[tuple[float, type[Linear]]]] = {rows: [] for rows in _FEW_ROWS}
+    for kind in (PackedLinear, DenseLinear, WeightFirstLinear):
+        forms = [kind(torch.full(shape, 0.01, dtype=dtype)) for _ in range(num_weights)]
+        for rows in _FEW_ROWS:
+            x = torch.full((rows, shape[1]), 0.01, dtype=dtype)
+            best[rows].append((_seconds(forms, x), kind))
+    kinds = []
+    for times in best.values():
+        packed = times[0][0]
+        seconds, kind = min(times, key=lambda one: one[0])
+        kinds.append(kind if seconds < _MUCH_FASTER * packed else PackedLinear)
+    return tuple(kinds)
+
+
+def _seconds(forms: Sequence[Linear], x: Tensor) -> float:
+    times = []
+    for _ in range(_REPETITIONS):
+        started = time.perf_counter()
+        for form in forms:
+            form(x)
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 class Int8Linear:

@@ -35,12 +35,10 @@ class RotaryTable:
     (The usual form, with channels i and i + d/2 as a pair, takes several times as many small operations. `weights.py`
     puts the channels in this order.) What is not rotated, values and the rest of the channels, is multiplied by 1."""
 
-    def __init__(
-        self, num_positions: int, head_size: int, rotated_size: int, base: float, device: torch.device
-    ) -> None:
-        frequencies = 1.0 / base ** (torch.arange(0, rotated_size, 2, dtype=torch.float32) / rotated_size)
-        angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
-        angles = F.pad(angles, (0, (head_size - rotated_size) // 2))
+    def __init__(self, num_positions: int, head_size: int, frequencies: Tensor, device: torch.device) -> None:
+        """frequencies: [rotated channels / 2], angle between one position and the next"""
+        angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies.float().cpu())
+        angles = F.pad(angles, (0, head_size // 2 - frequencies.numel()))
         self._table = torch.polar(torch.ones_like(angles), angles).to(device)  # [positions, d / 2]
 
     def at(self, positions: Tensor, num_heads: int, num_values: int) -> Tensor:

@@ -60,6 +60,9 @@ class LayerWeights:
     """One transformer layer. The bias of the projection is added once, after the ranks' parts are summed."""
 
     attention_norm: Norm
+    query_norm: Norm | None
+    key_norm: Norm | None
+    """Of each head, before the rotation."""
     qkv: Linear
     projection: Linear
     projection_bias: Tensor | None
@@ -116,6 +119,8 @@ class DecoderWeights:
     """[padded vocabulary / tp, h]"""
     positions: Tensor | None
     """[positions, h], learned positions"""
+    rotary_frequencies: Tensor | None
+    """[rotated channels of a head / 2], rotary positions: angle between one position and the next"""
     layers: tuple[LayerWeights, ...]
     exits: tuple[ExitWeights, ...]
     final_norm: Norm
@@ -175,6 +180,7 @@ class _Extraction:
             config=self.config,
             embedding=self._tensor(chunk.embedding.word_embeddings.weight),
             positions=self._tensor(chunk.embedding.position_embeddings.weight) if has_positions else None,
+            rotary_frequencies=self._rotary_frequencies(),
             layers=tuple(self._layer(layer) for layer in chunk.decoder.layers),
             exits=tuple(
                 self._exit(layer, layer.exit_head) for layer in chunk.decoder.layers if hasattr(layer, "exit_head")
@@ -187,6 +193,19 @@ class _Extraction:
 
     def _tensor(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().to(self.dtype)
+
+    def _rotary_frequencies(self) -> Tensor | None:
+        if self.config.position_embedding_type != "rope":
+            return None
+        rotary = self.chunk.rotary_pos_emb
+        return rotary.inv_freq / (rotary.seq_len_interpolation_factor or 1.0)
+
+    def _head_norm(self, norm: torch.nn.Module | None) -> Norm | None:
+        if norm is None:
+            return None
+        kinds = (norm.weight, getattr(norm, "bias", None))
+        weight, bias = (None if kind is None else self._in_pairs(kind[None, None])[0, 0] for kind in kinds)
+        return Norm(self._tensor(weight), self._tensor(bias), norm.eps)
 
     def _norm(self, norm: torch.nn.Module) -> Norm:
         return Norm(self._tensor(norm.weight), self._tensor(getattr(norm, "bias", None)), norm.eps)
@@ -203,6 +222,8 @@ class _Extraction:
         attention = layer.self_attention
         return LayerWeights(
             attention_norm=self._norm(layer.input_layernorm),
+            query_norm=self._head_norm(attention.q_layernorm),
+            key_norm=self._head_norm(attention.k_layernorm),
             qkv=self._linear(self._by_kind(attention.linear_qkv.weight), self._by_kind(attention.linear_qkv.bias)),
             projection=self._linear(attention.linear_proj.weight),
             projection_bias=self._tensor(attention.linear_proj.bias),

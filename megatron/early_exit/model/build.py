@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +11,10 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 from torch.nn import functional as F
 
+from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.exit_losses import ExitLosses
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
@@ -53,9 +57,10 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
-        activation_func=F.silu if model.swiglu else F.gelu,
+        activation_func=_activation(model),
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         init_method_std=model.init_method_std,
@@ -83,6 +88,12 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         bias_dropout_fusion=cuda,
         masked_softmax_fusion=False,
     )
+
+
+def _activation(model: ModelConfig) -> Callable[[Tensor], Tensor]:
+    if model.swiglu:
+        return F.silu
+    return functools.partial(F.gelu, approximate="tanh") if model.openai_gelu else F.gelu
 
 
 def _has_fused_weight_gradient() -> bool:
@@ -125,9 +136,7 @@ def _build_chunk(
         exits=config.exits,
         exit_losses=exit_losses,
         config=core_config,
-        transformer_layer_spec=block_spec(
-            core_config, config.exits, exit_losses, vocab_size, model.transformer_impl, vp_stage
-        ),
+        transformer_layer_spec=block_spec(core_config, config.exits, exit_losses, vocab_size, model, vp_stage),
         vocab_size=vocab_size,
         max_sequence_length=model.max_position_embeddings or config.training.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
@@ -136,6 +145,9 @@ def _build_chunk(
         position_embedding_type=model.position_embedding_type,
         rotary_base=model.rotary_base,
         rotary_percent=model.rotary_percent,
+        rope_scaling=model.use_rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
+        seq_len_interpolation_factor=model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
     return chunk.to(device=device(), dtype=core_config.params_dtype)

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.model.attention import SdpaAttention
 from megatron.early_exit.model.exit_head import ExitHeadSpec
 from megatron.early_exit.model.exit_losses import ExitLosses
@@ -27,8 +28,9 @@ from megatron.early_exit.model.layer import EarlyExitTransformerLayer
 from megatron.early_exit.model.norms import TorchNorm
 
 
-def local_layer_spec() -> ModuleSpec:
+def local_layer_spec(qk_layernorm: bool = False) -> ModuleSpec:
     """A layer of core's tensor-parallel linear layers, with PyTorch's SDPA and norms."""
+    head_norm = TorchNorm if qk_layernorm else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -40,6 +42,8 @@ def local_layer_spec() -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=SdpaAttention,
                     linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -52,19 +56,19 @@ def local_layer_spec() -> ModuleSpec:
     )
 
 
-def layer_spec(transformer_impl: str) -> tuple[ModuleSpec, type]:
+def layer_spec(model: ModelConfig) -> tuple[ModuleSpec, type]:
     """(spec of a layer, norm class) for `--transformer-impl local` or `transformer_engine`.
 
     Raises ImportError if Transformer Engine is asked for and not installed."""
-    if transformer_impl == "local":
-        return local_layer_spec(), TorchNorm
+    if model.transformer_impl == "local":
+        return local_layer_spec(model.qk_layernorm), TorchNorm
     try:
         from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         if TENorm is None:
             raise ImportError("TENorm is missing")
-        return get_gpt_layer_with_transformer_engine_spec(), TENorm
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm), TENorm
     except ImportError as error:
         raise ImportError(
             "--transformer-impl is transformer_engine, but Transformer Engine is not installed "
@@ -77,13 +81,13 @@ def block_spec(
     exits: ExitConfig,
     exit_losses: ExitLosses,
     vocab_size: int,
-    transformer_impl: str,
+    model: ModelConfig,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """One spec per layer of this rank's chunk `vp_stage`; layers that own an exit get `EarlyExitTransformerLayer`.
 
     vocab_size: rows of the output projections, padded. Needs core's process groups."""
-    plain, norm = layer_spec(transformer_impl)
+    plain, norm = layer_spec(model)
     first = get_transformer_layer_offset(config, vp_stage) + 1
     numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
     layer_specs = [plain] * len(numbers)

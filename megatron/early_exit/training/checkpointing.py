@@ -32,6 +32,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron.early_exit.checkpoint.store import CONTENT_METADATA, TOKENIZER_FOLDER
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import (
@@ -47,16 +48,6 @@ from megatron.early_exit.data.tokenizer import Tokenizer, load_tokenizer, save_t
 from megatron.early_exit.model.build import Model, build_model
 from megatron.early_exit.platform.distributed_optimizer import allocate_optimizer_state
 from megatron.early_exit.training.state import TrainingState
-
-TOKENIZER_FOLDER = "tokenizer"
-
-# How core lays out the state: layers with exits are not alike; optimizer state readable under any layout.
-_CONTENT = {
-    "non_homogeneous_layers": True,
-    "singleton_local_shards": False,
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
 
 _UNTOUCHED = "Earlier checkpoints are untouched: make room and resume with --load."
 
@@ -135,7 +126,7 @@ class CheckpointSaver:
             str(partial),
             TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
             async_sharded_save=self._queue is not None,
-            content_metadata=dict(_CONTENT),
+            content_metadata=dict(CONTENT_METADATA),
         )
         publish = lambda: self._publish(partial, final, state.iteration)
         if request is None:
@@ -215,11 +206,14 @@ def _sharded_state(
     is_loading: bool = False,
 ) -> dict[str, Any]:
     sharded: dict[str, Any] = {
-        f"model{index}": chunk.sharded_state_dict(metadata=dict(_CONTENT)) for index, chunk in enumerate(model.chunks)
+        f"model{index}": chunk.sharded_state_dict(metadata=dict(CONTENT_METADATA))
+        for index, chunk in enumerate(model.chunks)
     }
     if optimizer is not None:
         models = {key: value for key, value in sharded.items() if key.startswith("model")}
-        sharded["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=dict(_CONTENT))
+        sharded["optimizer"] = optimizer.sharded_state_dict(
+            models, is_loading=is_loading, metadata=dict(CONTENT_METADATA)
+        )
     if scheduler is not None:
         sharded["opt_param_scheduler"] = scheduler.state_dict()
     if state is not None:
@@ -327,7 +321,7 @@ def load_checkpoint(
         optimizer.reload_model_params()  # the fp32 main weights follow the loaded ones
     if with_rng:
         _set_rng_state(loaded["rng_state"])
-    if weights_only:
+    if weights_only or "training_state" not in common:  # a converted checkpoint has weights alone
         return TrainingState()
     if scheduler is not None and not settings.no_load_optim:
         try:

@@ -1,0 +1,348 @@
+"""Architectures of `transformers` that we can hold, and how their parameters are called and laid out.
+
+Ours are core's: queries, keys and values in one matrix by group of heads, gate and up in one matrix. Nothing is
+computed, so that there and back again gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, combined, concatenated, with_rows
+from megatron.early_exit.config.model import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Both directions of the conversion of some model types."""
+
+    model_types: tuple[str, ...]
+    model_config: Callable[[PretrainedConfig], ModelConfig]
+    """Our settings. Raises ValueError for what our model cannot express."""
+    ours: Callable[[Tensors, ModelConfig], Tensors]
+    """Our parameters from theirs, vocabulary not padded. Raises KeyError for one that is missing."""
+    theirs: Callable[[Tensors, ModelConfig], Tensors]
+    """The inverse."""
+    settings: Callable[[ModelConfig], dict[str, Any]]
+    """Their config's fields."""
+
+
+def family_of(model_type: str) -> Family:
+    """Raises ValueError with what is supported."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise ValueError(f"the architecture {model_type} is not supported; supported are {known}")
+
+
+def standard_model_type(model: ModelConfig) -> str:
+    """The model type whose architecture `model` is. Raises ValueError if there is none."""
+    if model.rotary_percent != 1.0:
+        raise ValueError(f"no supported architecture rotates {model.rotary_percent} of the channels")
+    is_llama_like = model.normalization == "RMSNorm" and model.position_embedding_type == "rope" and model.swiglu
+    if is_llama_like and not model.add_bias_linear:
+        if model.qk_layernorm:
+            return "qwen3"
+        return "qwen2" if model.add_qkv_bias else "llama"
+    is_gpt2_like = model.normalization == "LayerNorm" and model.position_embedding_type == "learned_absolute"
+    is_gpt2_like = is_gpt2_like and model.add_bias_linear and not (model.swiglu or model.group_query_attention)
+    if is_gpt2_like and model.head_size * model.num_attention_heads == model.hidden_size and not model.qk_layernorm:
+        return "gpt2"
+    raise ValueError(
+        "no supported architecture of transformers is like this: Llama needs RMSNorm, rope, --swiglu and "
+        "--disable-bias-linear; GPT-2 needs LayerNorm, learned positions, GELU and biases"
+    )
+
+
+def pad_vocabulary(tensors: Tensors, rows: int) -> Tensors:
+    """Give every weight with a row for each token id `rows` of them: zeros are added, or padding is removed."""
+    is_over_ids = lambda name: name in (_EMBEDDING, _OUTPUT) or name.endswith("exit_head.output_layer.weight")
+    return {name: with_rows(tensor, rows) if is_over_ids(name) else tensor for name, tensor in tensors.items()}
+
+
+def vocabulary_rows(tensors: Tensors) -> int:
+    """Rows of the embedding."""
+    return tensors[_EMBEDDING].shape[0]
+
+
+def model_output_weight(tensors: Tensors) -> LazyTensor:
+    """The weight of the final head."""
+    return tensors.get(_OUTPUT, tensors[_EMBEDDING])
+
+
+def _take(tensors: Mapping[str, LazyTensor], name: str) -> LazyTensor:
+    try:
+        return tensors[name]
+    except KeyError:
+        raise KeyError(f"the model has no parameter {name}") from None
+
+
+# Llama and what is like it
+
+
+def _llama_config(config: PretrainedConfig) -> ModelConfig:
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act {config.hidden_act} is not supported: only silu is")
+    if getattr(config, "mlp_bias", False) or (
+        config.model_type != "qwen2" and getattr(config, "attention_bias", False)
+    ):
+        raise ValueError("attention_bias and mlp_bias are not supported")
+    if getattr(config, "use_sliding_window", config.model_type == "mistral"):
+        window = getattr(config, "sliding_window", None)
+        if window is not None and window < config.max_position_embeddings:
+            raise ValueError(
+                f"the model attends to the last {window} tokens only (sliding_window), which is not supported; up to "
+                f"that length it makes no difference: give --max-position-embeddings {window} or less"
+            )
+    is_grouped = config.num_key_value_heads != config.num_attention_heads
+    return ModelConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        ffn_hidden_size=config.intermediate_size,
+        kv_channels=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        group_query_attention=is_grouped,
+        num_query_groups=config.num_key_value_heads if is_grouped else 1,
+        max_position_embeddings=config.max_position_embeddings,
+        position_embedding_type="rope",
+        **_rope_settings(config.rope_parameters),
+        normalization="RMSNorm",
+        norm_epsilon=config.rms_norm_eps,
+        qk_layernorm=config.model_type == "qwen3",
+        swiglu=True,
+        add_bias_linear=False,
+        add_qkv_bias=config.model_type == "qwen2",
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+
+
+# What core's scaling has built in.
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def _rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {"rotary_base": int(rope["rope_theta"])}
+    kind = rope.get("rope_type", "default")
+    if settings["rotary_base"] != rope["rope_theta"] or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"rope_parameters {dict(rope)} are not supported")
+    if kind == "linear":
+        settings["rotary_seq_len_interpolation_factor"] = float(rope["factor"])
+    elif kind == "llama3":
+        others = {name: rope[name] for name in _LLAMA3_ROPE}
+        if others != _LLAMA3_ROPE:
+            raise ValueError(f"llama3 rope_parameters {others} are not supported: only {_LLAMA3_ROPE} are")
+        settings |= {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
+    elif kind != "default":
+        raise ValueError(f"rope_type {kind} is not supported: only default, linear and llama3 are")
+    return settings
+
+
+def _llama_settings(model: ModelConfig) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": float(model.rotary_base), "rope_type": "default"}
+    if model.use_rope_scaling:
+        rope |= {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3_ROPE}
+    elif model.rotary_seq_len_interpolation_factor is not None:
+        rope |= {"rope_type": "linear", "factor": model.rotary_seq_len_interpolation_factor}
+    return {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_size,
+        "intermediate_size": model.ffn_size,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_parameters": rope,
+    }
+
+
+_LLAMA_OUTSIDE_OF_LAYERS = {
+    _EMBEDDING: "model.embed_tokens.weight", "decoder.final_layernorm.weight": "model.norm.weight",
+    _OUTPUT: "lm_head.weight",
+}  # fmt: skip
+_LLAMA_LAYER = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
+}
+_LLAMA_HEAD_NORMS = {
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+}
+
+
+def _llama_names(model: ModelConfig) -> dict[str, str]:
+    """Our name -> theirs, of all parameters that are the same on both sides."""
+    names = dict(_LLAMA_OUTSIDE_OF_LAYERS)
+    if not model.untie_embeddings_and_output_weights:
+        del names[_OUTPUT]
+    of_layer = _LLAMA_LAYER | (_LLAMA_HEAD_NORMS if model.qk_layernorm else {})
+    for index in range(model.num_layers):
+        names |= {f"decoder.layers.{index}.{a}": f"model.layers.{index}.{b}" for a, b in of_layer.items()}
+    return names
+
+
+def _llama_fused(model: ModelConfig) -> list[tuple[str, list[str], bool]]:
+    """(our fused matrix, its parts there, whether they are queries, keys and values)"""
+    fused = []
+    for index in range(model.num_layers):
+        ours, theirs = f"decoder.layers.{index}", f"model.layers.{index}"
+        for kind in ("weight", "bias") if model.add_qkv_bias else ("weight",):
+            parts = [f"{theirs}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+            fused.append((f"{ours}.self_attention.linear_qkv.{kind}", parts, True))
+        fused.append(
+            (f"{ours}.mlp.linear_fc1.weight", [f"{theirs}.mlp.{part}_proj.weight" for part in ("gate", "up")], False)
+        )
+    return fused
+
+
+def _llama_ours(theirs: Tensors, model: ModelConfig) -> Tensors:
+    ours = {name: _take(theirs, other) for name, other in _llama_names(model).items()}
+    for name, parts, is_qkv in _llama_fused(model):
+        tensors = [_take(theirs, part) for part in parts]
+        ours[name] = by_group(tensors, model) if is_qkv else concatenated(tensors)
+    return ours
+
+
+def _llama_theirs(ours: Tensors, model: ModelConfig) -> Tensors:
+    theirs = {other: _take(ours, name) for name, other in _llama_names(model).items()}
+    for name, parts, is_qkv in _llama_fused(model):
+        fused = _take(ours, name)
+        if is_qkv:
+            split = by_kind(fused, model)
+        else:
+            half = (fused.shape[0] // 2, *fused.shape[1:])
+            split = [fused.then(half, lambda tensor, i=i: tensor.chunk(2)[i]) for i in range(2)]
+        theirs |= dict(zip(parts, split, strict=True))
+    return theirs
+
+
+def by_group(parts: list[LazyTensor], model: ModelConfig) -> LazyTensor:
+    """[queries of group 0, its key, its value, queries of group 1, ...] from all queries, all keys, all values."""
+
+    def interleave(*tensors: Tensor) -> Tensor:
+        grouped = [tensor.reshape(model.num_kv_heads, -1, *tensor.shape[1:]) for tensor in tensors]
+        return torch.cat(grouped, 1).flatten(0, 1)
+
+    rows = sum(part.shape[0] for part in parts)
+    return combined(parts, (rows, *parts[0].shape[1:]), interleave)
+
+
+def by_kind(fused: LazyTensor, model: ModelConfig) -> list[LazyTensor]:
+    """The inverse of `by_group`."""
+    per_group = model.num_attention_heads // model.num_kv_heads * model.head_size
+    sizes = (per_group, model.head_size, model.head_size)
+
+    def take(tensor: Tensor, kind: int) -> Tensor:
+        grouped = tensor.reshape(model.num_kv_heads, -1, *tensor.shape[1:])
+        return grouped.split(sizes, 1)[kind].flatten(0, 1)
+
+    shapes = [(size * model.num_kv_heads, *fused.shape[1:]) for size in sizes]
+    return [fused.then(shape, lambda tensor, kind=kind: take(tensor, kind)) for kind, shape in enumerate(shapes)]
+
+
+# GPT-2
+
+
+def _gpt2_config(config: PretrainedConfig) -> ModelConfig:
+    if config.activation_function not in ("gelu", "gelu_new", "gelu_pytorch_tanh"):
+        raise ValueError(f"activation_function {config.activation_function} is not supported: gelu and gelu_new are")
+    if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
+        raise ValueError("scale_attn_by_inverse_layer_idx, and scale_attn_weights false, are not supported")
+    return ModelConfig(
+        num_layers=config.n_layer,
+        hidden_size=config.n_embd,
+        num_attention_heads=config.n_head,
+        ffn_hidden_size=config.n_inner or 4 * config.n_embd,
+        max_position_embeddings=config.n_positions,
+        position_embedding_type="learned_absolute",
+        normalization="LayerNorm",
+        norm_epsilon=config.layer_norm_epsilon,
+        openai_gelu=config.activation_function != "gelu",
+        untie_embeddings_and_output_weights=not config.tie_word_embeddings,
+        hidden_dropout=config.resid_pdrop,
+        attention_dropout=config.attn_pdrop,
+    )
+
+
+def _gpt2_settings(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "n_layer": model.num_layers,
+        "n_embd": model.hidden_size,
+        "n_head": model.num_attention_heads,
+        "n_inner": model.ffn_size,
+        "layer_norm_epsilon": model.norm_epsilon,
+        "activation_function": "gelu_new" if model.openai_gelu else "gelu",
+    }
+
+
+# Our name -> theirs; and whether theirs is the transpose.
+_GPT2_LAYER = {
+    "input_layernorm": ("ln_1", False),
+    "self_attention.linear_qkv": ("attn.c_attn", True),
+    "self_attention.linear_proj": ("attn.c_proj", True),
+    "pre_mlp_layernorm": ("ln_2", False),
+    "mlp.linear_fc1": ("mlp.c_fc", True),
+    "mlp.linear_fc2": ("mlp.c_proj", True),
+}
+
+
+def _gpt2_names(model: ModelConfig) -> dict[str, tuple[str, bool]]:
+    names = {
+        _EMBEDDING: ("transformer.wte.weight", False),
+        "embedding.position_embeddings.weight": ("transformer.wpe.weight", False),
+    }
+    modules = {"decoder.final_layernorm": ("transformer.ln_f", False)}
+    for index in range(model.num_layers):
+        modules |= {
+            f"decoder.layers.{index}.{ours}": (f"transformer.h.{index}.{theirs}", is_transposed)
+            for ours, (theirs, is_transposed) in _GPT2_LAYER.items()
+        }
+    for ours, (theirs, is_transposed) in modules.items():
+        names |= {f"{ours}.weight": (f"{theirs}.weight", is_transposed), f"{ours}.bias": (f"{theirs}.bias", False)}
+    if model.untie_embeddings_and_output_weights:
+        names[_OUTPUT] = ("lm_head.weight", False)
+    return names
+
+
+def _gpt2_ours(theirs: Tensors, model: ModelConfig) -> Tensors:
+    ours = {}
+    prefix = "" if "transformer.wte.weight" in theirs else "transformer."  # older files leave it out
+    for name, (other, is_transposed) in _gpt2_names(model).items():
+        tensor = _take(theirs, other.removeprefix(prefix))
+        tensor = tensor.transposed() if is_transposed else tensor
+        if "linear_qkv" in name:
+            third = (tensor.shape[0] // 3, *tensor.shape[1:])
+            parts = [tensor.then(third, lambda value, i=i: value.chunk(3)[i]) for i in range(3)]
+            tensor = by_group(parts, model)
+        ours[name] = tensor
+    return ours
+
+
+def _gpt2_theirs(ours: Tensors, model: ModelConfig) -> Tensors:
+    theirs = {}
+    for name, (other, is_transposed) in _gpt2_names(model).items():
+        tensor = _take(ours, name)
+        if "linear_qkv" in name:
+            tensor = concatenated(by_kind(tensor, model))
+        theirs[other] = tensor.transposed() if is_transposed else tensor
+    return theirs
+
+
+FAMILIES = (
+    Family(("llama", "mistral", "qwen2", "qwen3"), _llama_config, _llama_ours, _llama_theirs, _llama_settings),
+    Family(("gpt2",), _gpt2_config, _gpt2_ours, _gpt2_theirs, _gpt2_settings),
+)

@@ -1,0 +1,284 @@
+"""Checkpoints of the original EE-LLM (and of Megatron-LM's legacy format) -> our parameters.
+
+    LOAD/iter_0000002/mp_rank_00/model_optim_rng.pt          one pipeline stage: mp_rank_TP
+    LOAD/iter_0000002/mp_rank_00_001/model_optim_rng.pt      several: mp_rank_TP_PP
+
+The files are pickles. They are read by PyTorch's restricted unpickler, which runs no code of theirs: it knows the few
+classes below and refuses a file that names another. Files are memory-mapped, so tensors are read when they are written.
+"""
+
+from __future__ import annotations
+
+import _codecs
+import argparse
+import enum
+import pickle
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, combined, concatenated
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.model import ModelConfig
+
+_FILE = "model_optim_rng.pt"
+
+
+class ModelType(enum.Enum):
+    """Stands for Megatron's enum of this name, which the settings in a checkpoint hold."""
+
+    encoder_or_decoder = 1
+    encoder_and_decoder = 2
+    retro_encoder = 3
+    retro_decoder = 4
+
+
+def _known_classes() -> AbstractContextManager:
+    multiarray = np._core.multiarray
+    return torch.serialization.safe_globals([
+        argparse.Namespace,
+        (ModelType, "megatron.core.enums.ModelType"),
+        (ModelType, "megatron.model.enums.ModelType"),
+        (ModelType, "megatron.model.ModelType"),
+        (multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+        (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(kind)) for kind in ("uint8", "uint32", "int64", "float32", "float64")},
+        _codecs.encode,
+    ])  # fmt: skip
+
+
+def is_legacy(folder: Path) -> bool:
+    """Whether `folder` is one iteration of a legacy checkpoint."""
+    return any(folder.glob(f"mp_rank_*/{_FILE}"))
+
+
+def find_legacy(load: Path, iteration: int | None = None) -> Path:
+    """Folder of the iteration to read: the given one, else the last. Raises FileNotFoundError with what is missing."""
+    if is_legacy(load):
+        return load
+    if iteration is not None:
+        name = f"iter_{iteration:07d}"
+    else:
+        tracker = load / "latest_checkpointed_iteration.txt"
+        if not tracker.is_file():
+            raise FileNotFoundError(f"{load} holds no checkpoint: {tracker.name} is missing")
+        word = tracker.read_text().strip()
+        name = "release" if word == "release" else f"iter_{int(word):07d}" if word.isdecimal() else word
+    if not is_legacy(load / name):
+        raise FileNotFoundError(f"{load / name} holds no legacy checkpoint (mp_rank_*/{_FILE})")
+    return load / name
+
+
+def read_legacy(folder: Path) -> tuple[ModelConfig, ExitConfig, Tensors, argparse.Namespace]:
+    """(model, exits, our parameters, all settings that the checkpoint holds) of one iteration.
+
+    Raises OSError for files that are missing or damaged, ValueError for what our model cannot express."""
+    ranks = _read_ranks(folder)
+    args = ranks[0][0]["args"]
+    model, exits = _model_config(args), _exit_config(args)
+    stages = [_Stage([_flatten(rank["model"]) for rank in stage], model) for stage in ranks]
+    num_layers = sum(stage.num_layers for stage in stages)
+    if num_layers != model.num_layers:
+        raise OSError(
+            f"{folder} holds {num_layers} of {model.num_layers} layers: a checkpoint of partial tuning "
+            "(--tune-exit-pipeline-parallel-size) must be merged with the one it was tuned from, or stages are missing"
+        )
+    tensors: Tensors = {"embedding.word_embeddings.weight": stages[0].take("embedding.word_embeddings.weight", 0)}
+    if model.position_embedding_type == "learned_absolute":
+        tensors["embedding.position_embeddings.weight"] = stages[0].take("embedding.position_embeddings.weight")
+    if model.untie_embeddings_and_output_weights:
+        tensors["output_layer.weight"] = stages[-1].take("output_layer.weight", 0)
+    tensors |= stages[-1].module("encoder.final_norm", "decoder.final_layernorm")
+    first = 1
+    for stage in stages:
+        tensors |= stage.layers(first, exits, args.exit_layer_nums)
+        first += stage.num_layers
+    return model, exits, tensors, args
+
+
+def _read_ranks(folder: Path) -> list[list[dict[str, Any]]]:
+    """Contents of all files, by pipeline stage and tensor-parallel rank."""
+    found: dict[tuple[int, int], Path] = {}
+    for path in folder.iterdir():
+        match = re.fullmatch(r"mp_rank_(\d{2})(?:_(\d{3}))?", path.name)
+        if match:
+            found[int(match[2] or 0), int(match[1])] = path / _FILE
+    num_stages, num_ranks = (max(key[i] for key in found) + 1 for i in (0, 1))
+    missing = [(pp, tp) for pp in range(num_stages) for tp in range(num_ranks) if (pp, tp) not in found]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks the files of (pipeline stage, tensor rank) {missing[:4]}")
+    ranks = [[_read_file(found[pp, tp]) for tp in range(num_ranks)] for pp in range(num_stages)]
+    args = ranks[0][0]["args"]
+    if args.tensor_model_parallel_size != num_ranks:
+        raise FileNotFoundError(
+            f"{folder} was saved by {args.tensor_model_parallel_size} tensor-parallel ranks; found are {num_ranks}"
+        )
+    return ranks
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with _known_classes():
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than weights and settings, and is not read: {error}") from error
+    except (OSError, RuntimeError, EOFError) as error:
+        raise OSError(f"{path} cannot be read, it may be damaged: {error}") from error
+
+
+def _model_config(args: argparse.Namespace) -> ModelConfig:
+    get = lambda name, default=None: getattr(args, name, default)
+    if get("num_experts") or get("apply_residual_connection_post_layernorm") or get("squared_relu"):
+        raise ValueError("mixture of experts, post-norm residuals and squared ReLU are not supported")
+    if get("apply_layernorm_1p"):
+        raise ValueError("--apply-layernorm-1p is not supported")
+    normalization = get("normalization", "LayerNorm")
+    return ModelConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        ffn_hidden_size=args.ffn_hidden_size,
+        kv_channels=args.kv_channels,
+        group_query_attention=bool(get("group_query_attention", False)),
+        num_query_groups=get("num_query_groups", 1) if get("group_query_attention", False) else 1,
+        max_position_embeddings=args.max_position_embeddings,
+        position_embedding_type=args.position_embedding_type,
+        rotary_base=int(get("rotary_base", 10000)),
+        rotary_percent=get("rotary_percent", 1.0),
+        rotary_seq_len_interpolation_factor=get("rotary_seq_len_interpolation_factor"),
+        normalization=normalization,
+        norm_epsilon=get("norm_epsilon") or get("layernorm_epsilon", 1e-5),
+        swiglu=bool(get("swiglu", False)),
+        openai_gelu=bool(get("openai_gelu", False)),
+        add_bias_linear=bool(get("add_bias_linear", True)),
+        untie_embeddings_and_output_weights=bool(args.untie_embeddings_and_output_weights),
+        hidden_dropout=args.hidden_dropout,
+        attention_dropout=args.attention_dropout,
+        init_method_std=args.init_method_std,
+        padded_vocab_size=args.padded_vocab_size,
+    )
+
+
+def _exit_config(args: argparse.Namespace) -> ExitConfig:
+    """The original keeps the order of the command line; ours is that of the layers."""
+    layers = list(getattr(args, "exit_layer_nums", None) or [])
+    if not layers:
+        return ExitConfig()
+    order = sorted(range(len(layers)), key=lambda i: layers[i])
+    values = lambda name: tuple(float(getattr(args, name)[i]) for i in order) if _is_full(args, name, layers) else ()
+    return ExitConfig(
+        exit_layer_nums=tuple(layers[i] for i in order),
+        pre_exit=bool(args.pre_exit),
+        untie_exit_output_weights=bool(args.untie_exit_output_weights),
+        use_exit_norm=bool(args.use_exit_norm),
+        use_exit_mlp=bool(args.use_exit_mlp),
+        use_exit_block=bool(args.use_exit_block),
+        exit_layer_weight=values("exit_layer_weight"),
+        exit_layer_temperature=values("exit_layer_temperature"),
+        use_dynamic_exit_layer_weight=bool(getattr(args, "use_dynamic_exit_layer_weight", False)),
+    )
+
+
+def _is_full(args: argparse.Namespace, name: str, layers: list[int]) -> bool:
+    return len(getattr(args, name, None) or []) == len(layers)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}".removeprefix("language_model.")
+        flat |= _flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+
+
+# Our module -> theirs, and how its weight is split over tensor-parallel ranks: rows, columns, or not at all.
+_LAYER = {
+    "input_layernorm": ("input_norm", None),
+    "self_attention.linear_qkv": ("self_attention.query_key_value", 0),
+    "self_attention.linear_proj": ("self_attention.dense", 1),
+    "pre_mlp_layernorm": ("post_attention_norm", None),
+}
+_MLP = {"linear_fc1": ("dense_h_to_4h", 0), "linear_fc2": ("dense_4h_to_h", 1)}
+
+
+class _Stage:
+    """The tensors of one pipeline stage, of all its tensor-parallel ranks."""
+
+    def __init__(self, ranks: list[dict[str, Tensor]], model: ModelConfig) -> None:
+        self._ranks, self._model = ranks, model
+        found = (re.match(r"encoder\.layers\.(\d+)\.", name) for name in ranks[0])
+        self.num_layers = max((int(match[1]) + 1 for match in found if match), default=0)
+
+    def take(self, name: str, split: int | None = None, merge: Callable[..., Tensor] | None = None) -> LazyTensor:
+        """A tensor of all ranks, which is split along a dimension or the same on each. merge: puts the parts together,
+        default one after the other."""
+        try:
+            parts = [LazyTensor.of(rank[name]) for rank in self._ranks]
+        except KeyError:
+            raise OSError(f"the checkpoint has no {name}") from None
+        if split is None or len(parts) == 1:
+            return parts[0]
+        if split == 1:
+            shape = (parts[0].shape[0], sum(part.shape[1] for part in parts))
+            return combined(parts, shape, lambda *tensors: torch.cat(tensors, 1))
+        whole = concatenated(parts)
+        return whole if merge is None else combined(parts, whole.shape, merge)
+
+    def module(self, theirs: str, ours: str, split: int | None = None, merge: Callable | None = None) -> Tensors:
+        """Weight and, if there is one, bias. The bias of a module with split columns is on every rank."""
+        tensors = {f"{ours}.weight": self.take(f"{theirs}.weight", split, merge)}
+        if f"{theirs}.bias" in self._ranks[0]:
+            tensors[f"{ours}.bias"] = self.take(f"{theirs}.bias", 0 if split == 0 else None, merge)
+        return tensors
+
+    def layers(self, first: int, exits: ExitConfig, given_order: list[int]) -> Tensors:
+        """Layers of this stage with their exits. first: number of the first; given_order: exits as the original counts
+        them."""
+        numbers = range(first, first + self.num_layers)
+        mine = [number for number in given_order or [] if number in numbers]
+        tensors: Tensors = {}
+        for index, number in enumerate(numbers):
+            theirs, ours = f"encoder.layers.{index}", f"decoder.layers.{number - 1}"
+            has_exit = number in exits.exit_layer_nums
+            has_branch = has_exit and exits.use_exit_mlp
+            tensors |= self._layer(theirs, ours, "mlp.trunk" if has_branch else "mlp")
+            if not has_exit:
+                continue
+            head = f"{ours}.exit_head"
+            if has_branch:
+                tensors |= self._mlp(f"{theirs}.mlp.branch", f"{head}.mlp")
+            if exits.use_exit_block:
+                tensors |= self._layer(f"{theirs}.exit_block", f"{head}.block", "mlp")
+            if exits.use_exit_norm:
+                tensors |= self.module(f"{theirs}.exit_norm", f"{head}.norm")
+            if exits.untie_exit_output_weights:
+                name = f"exit_output_layer.{mine.index(number)}.weight"
+                tensors[f"{head}.output_layer.weight"] = self.take(name, 0)
+        return tensors
+
+    def _layer(self, theirs: str, ours: str, mlp: str) -> Tensors:
+        tensors: Tensors = {}
+        for our_name, (their_name, split) in _LAYER.items():
+            tensors |= self.module(f"{theirs}.{their_name}", f"{ours}.{our_name}", split)
+        return tensors | self._mlp(f"{theirs}.{mlp}", f"{ours}.mlp")
+
+    def _mlp(self, theirs: str, ours: str) -> Tensors:
+        tensors: Tensors = {}
+        for our_name, (their_name, split) in _MLP.items():
+            # Every rank has its part of the gate, then its part of up.
+            merge = _merge_gate_and_up if self._model.swiglu and split == 0 else None
+            tensors |= self.module(f"{theirs}.{their_name}", f"{ours}.{our_name}", split, merge)
+        return tensors
+
+
+def _merge_gate_and_up(*parts: Tensor) -> Tensor:
+    halves = [part.chunk(2) for part in parts]
+    return torch.cat([half[0] for half in halves] + [half[1] for half in halves])

@@ -1,0 +1,252 @@
+"""Reads and writes the weights of our checkpoints tensor by tensor, without building a model or starting processes.
+
+The files are those of `training/checkpointing.py`: core's `torch_dist` format, that is PyTorch's distributed checkpoint
+with a metadata file of core. A checkpoint written here is one of iteration 0 with weights alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
+
+from megatron.early_exit.checkpoint.tensors import LazyTensor, Origin, Tensors
+from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.serialize import (
+    RUN_CONFIG_FILE,
+    checkpoint_iteration,
+    iteration_folder,
+    load_run_config,
+    save_run_config,
+)
+from megatron.early_exit.config.validate import LATEST_FILE
+from megatron.early_exit.data.tokenizer import saved_tokenizer_config
+
+TOKENIZER_FOLDER = "tokenizer"
+
+# How core lays out the state: layers with exits are not alike; optimizer state readable under any layout.
+CONTENT_METADATA = {
+    "non_homogeneous_layers": True,
+    "singleton_local_shards": False,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+
+# What else lies beside the parameters.
+_NOT_PARAMETERS = ("optimizer.", "rng_state", "opt_param_scheduler")
+
+Progress = Callable[[int, int], None]
+"""(bytes written, bytes in all)"""
+
+
+def checkpoint_folder(load: str | Path, iteration: int | None = None) -> Path:
+    """Folder of a checkpoint below the folder of a run.
+
+    Raises ConfigError or FileNotFoundError with what is missing."""
+    folder = iteration_folder(load, checkpoint_iteration(load, iteration))
+    if not (folder / RUN_CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no finished checkpoint ({RUN_CONFIG_FILE} is missing)")
+    return folder
+
+
+def read_checkpoint(folder: Path) -> tuple[RunConfig, Tensors]:
+    """Settings and parameters of the checkpoint in `folder`; parameters are read when asked for.
+
+    Raises OSError if its files cannot be read."""
+    config = load_run_config(folder / RUN_CONFIG_FILE)
+    tensors: Tensors = {}
+    for name, stored in _read_metadata(folder).state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata) and not name.startswith(_NOT_PARAMETERS):
+            shape, dtype = tuple(stored.size), stored.properties.dtype
+            read = lambda name=name, shape=shape, dtype=dtype: _read_tensor(folder, name, shape, dtype)
+            tensors[name] = LazyTensor(shape, dtype, read, Origin(folder, name))
+    return config, tensors
+
+
+def has_training_state(folder: Path) -> bool:
+    """Whether the checkpoint holds more than weights."""
+    return any(name.startswith(_NOT_PARAMETERS) for name in _read_metadata(folder).state_dict_metadata)
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    try:
+        return FileSystemReader(folder).read_metadata()
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise OSError(f"the checkpoint {folder} cannot be read: {error}") from error
+
+
+def _read_tensor(folder: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    state = {name: torch.empty(shape, dtype=dtype)}
+    try:
+        dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+    except BaseException as error:  # PyTorch's CheckpointException is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise OSError(f"{name} of the checkpoint {folder} cannot be read, it may be damaged: {error}") from error
+    return state[name]
+
+
+def write_checkpoint(
+    save: Path,
+    config: RunConfig,
+    tensors: Tensors,
+    *,
+    copy_tokenizer: Callable[[Path], object] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write iteration 0 of `save` and make it the latest. Returns its folder.
+
+    Tensors that lie unchanged in another checkpoint of weights alone are not written again: their file is linked.
+    copy_tokenizer: puts the tokenizer into the folder it is given. The checkpoint gets its name when it is complete.
+    Raises FileExistsError if `save` holds a checkpoint and not `force`, OSError if there is no room."""
+    check_target(save, force)
+    final = iteration_folder(save, 0)
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    linked = _linked(tensors, save)
+    new = {name: tensor for name, tensor in tensors.items() if name not in linked}
+    _check_room(save, sum(tensor.num_bytes for tensor in new.values()))
+    try:
+        partial.mkdir(parents=True)
+        _write_tensors(partial, new, progress)
+        if linked:
+            _link(partial, linked)
+        (partial / "metadata.json").write_text(
+            json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+                        "common_backend_version": 1})
+        )  # fmt: skip
+        torch.save({"content_metadata": dict(CONTENT_METADATA)}, partial / "common.pt")
+        if copy_tokenizer is not None:
+            copy_tokenizer(partial / TOKENIZER_FOLDER)
+            config = replace(config, data=_tokenizer_data(config.data, partial, final))
+        save_run_config(config, partial / RUN_CONFIG_FILE)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing half-written is left
+        raise
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    tracker = save / (LATEST_FILE + ".tmp")
+    tracker.write_text("0")
+    tracker.replace(save / LATEST_FILE)
+    return final
+
+
+def _tokenizer_data(data: DataConfig, partial: Path, final: Path) -> DataConfig:
+    """`data` with the tokenizer that was put into the checkpoint, where it will lie."""
+    saved = saved_tokenizer_config(partial / TOKENIZER_FOLDER)
+    path = saved.tokenizer_model
+    if path is not None:
+        path = str((final / Path(path).relative_to(partial)).absolute())
+    return replace(data, tokenizer_type=saved.tokenizer_type, tokenizer_model=path, vocab_size=saved.vocab_size)
+
+
+def check_target(save: Path, force: bool) -> None:
+    """Raise FileExistsError if `save` holds a checkpoint that must not be replaced."""
+    if (save / LATEST_FILE).exists() and not force:
+        raise FileExistsError(f"{save} already holds a checkpoint; choose another folder, or --force to replace it")
+    others = [path.name for path in save.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", path.name)]
+    if force and others not in ([], [iteration_folder(save, 0).name]):
+        raise FileExistsError(
+            f"{save} holds checkpoints of a training run ({others[0]}, ...), which are never replaced"
+        )
+
+
+def _check_room(save: Path, num_bytes: int) -> None:
+    existing = next(path for path in (save, *save.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise OSError(f"{save} has {free / 2**30:.2f} GiB free, the checkpoint takes {num_bytes / 2**30:.2f} GiB")
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """Reads a tensor when it is its turn to be written."""
+
+    def __init__(self, tensors: Tensors, progress: Progress | None) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._tensors, self._progress = tensors, progress
+        self._total, self._written = sum(tensor.num_bytes for tensor in tensors.values()), 0
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        name = write_item.index.fqn
+        if name not in self._tensors:
+            buffer = io.BytesIO()
+            torch.save([None], buffer)
+            return buffer
+        lazy = self._tensors[name]
+        tensor = lazy.read()
+        if tuple(tensor.shape) != lazy.shape:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not {lazy.shape}")
+        self._written += lazy.num_bytes
+        if self._progress is not None:
+            self._progress(self._written, self._total)
+        return tensor.to(lazy.dtype).contiguous()
+
+
+def _write_tensors(folder: Path, tensors: Tensors, progress: Progress | None) -> None:
+    state: dict[str, Any] = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
+    }
+    # Core's linear layers ask for a state beside their parameters, which is empty.
+    state |= {_extra_state(name): [None] for name in tensors if _has_extra_state(name)}
+    dcp.save(
+        state,
+        storage_writer=FileSystemWriter(folder, thread_count=1),
+        planner=_StreamingPlanner(tensors, progress),
+        no_dist=True,
+    )
+
+
+def _has_extra_state(name: str) -> bool:
+    return name.endswith(".weight") and name.split(".")[-2].startswith("linear_")
+
+
+def _extra_state(name: str) -> str:
+    return f"{name.removesuffix('.weight')}._extra_state/shard_0_1"
+
+
+def _linked(tensors: Tensors, save: Path) -> dict[str, Origin]:
+    """Tensors that need not be written: those of the checkpoint that most come from, if files can be linked."""
+    origins = {name: t.origin for name, t in tensors.items() if t.origin is not None and t.origin.name == name}
+    folders = {origin.folder for origin in origins.values()}
+    if len(folders) != 1:
+        return {}
+    (folder,) = folders
+    existing = next(path for path in (save, *save.absolute().parents) if path.exists())
+    can_link = os.stat(folder).st_dev == os.stat(existing).st_dev and not has_training_state(folder)
+    return origins if can_link else {}
+
+
+def _link(target: Path, linked: dict[str, Origin]) -> None:
+    """Let the checkpoint in `target` have the tensors `linked` as well, from the files they lie in."""
+    ours, theirs = FileSystemReader(target).read_metadata(), None
+    source = next(iter(linked.values())).folder
+    theirs = FileSystemReader(source).read_metadata()
+    keep = set(linked) | {_extra_state(name) for name in linked if _has_extra_state(name)}
+    renamed: dict[str, str] = {}
+    for index, info in theirs.storage_data.items():
+        if index.fqn not in keep:
+            continue
+        if info.relative_path not in renamed:
+            renamed[info.relative_path] = f"linked_{len(renamed)}.distcp"
+            os.link(source / info.relative_path, target / renamed[info.relative_path])
+        ours.storage_data[index] = replace(info, relative_path=renamed[info.relative_path])
+    ours.state_dict_metadata |= {name: theirs.state_dict_metadata[name] for name in keep}
+    with (target / ".metadata").open("wb") as file:
+        pickle.dump(ours, file)

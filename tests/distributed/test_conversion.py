@@ -1,0 +1,197 @@
+"""Conversion from and to `transformers`: the same logits, the same bits there and back, under any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.early_exit.checkpoint.convert_command import main
+from megatron.early_exit.config.parallel import ParallelConfig
+from tests.distributed.engines import head_logits
+from tests.distributed.workers import run_distributed
+
+SIZES = {
+    "vocab_size": 93, "hidden_size": 42, "intermediate_size": 72, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": 92, "pad_token_id": None,
+}  # fmt: skip
+GPT2 = {
+    "vocab_size": 93, "n_embd": 48, "n_layer": 4, "n_head": 6, "n_inner": 72, "n_positions": 64,
+    "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": 92, "resid_pdrop": 0.0,
+    "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama tied, no groups": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
+    "llama 3": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False}),
+    "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.5}}),
+    "mistral": ("mistral", {"sliding_window": 64, "tie_word_embeddings": False}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True, "hidden_size": 72}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {}),
+    "gpt2 with exact gelu": ("gpt2", {"activation_function": "gelu"}),
+}  # fmt: skip
+TOKENS = [[(7 * i + 3 * j * j) % 93 for j in range(30)] for i in range(2)]
+
+
+def random_model(kind: str, changes: dict[str, Any], folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    """A model of `transformers` with random weights in `folder`, and a tokenizer; returns its weights."""
+    import transformers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    torch.manual_seed(0)
+    sizes = {**(GPT2 if kind == "gpt2" else SIZES), **changes}
+    if kind == "qwen2":
+        del sizes["head_dim"]
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "ln_" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder, **settings)
+    words = WordLevel({f"w{i}": i for i in range(92)} | {"<eos>": 92}, unk_token="w0")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="<eos>").save_pretrained(folder)
+    return model.state_dict()
+
+
+def their_logits(folder: Path) -> torch.Tensor:
+    """[sequences, positions, 93]"""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits
+
+
+def convert(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def our_logits(folder: Path, tp_size: int = 1) -> torch.Tensor:
+    """What the engine's decoder says; as `their_logits`."""
+    return head_logits(folder, TOKENS, tp_size)["final"][..., :93]
+
+
+def trained_logits(folder: Path, parallel: ParallelConfig) -> torch.Tensor | None:
+    """What the training model says under a layout, on the last stage; as `their_logits`."""
+    from dataclasses import replace
+
+    from megatron.core import parallel_state
+
+    from megatron.early_exit.config.checkpoint import CheckpointConfig
+    from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config
+    from megatron.early_exit.model.build import build_model
+    from megatron.early_exit.platform.distributed import initialize_model_parallel
+    from megatron.early_exit.training.checkpointing import find_checkpoint, load_checkpoint
+
+    path = find_checkpoint(str(folder), None)
+    config = replace(load_run_config(path / RUN_CONFIG_FILE), parallel=parallel)
+    config = replace(config, checkpoint=CheckpointConfig(finetune=True))
+    initialize_model_parallel(parallel, config.model.num_layers, seed=1)
+    model = build_model(config, config.model.padded_vocab_size, wrap_with_ddp=False)
+    load_checkpoint(path, config, model)
+    chunk = model.chunks[0].eval()
+    tokens = torch.tensor(TOKENS)
+    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+    # The pipeline by hand: what a stage makes goes to the next.
+    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), parallel.pipeline_model_parallel_size
+    group = parallel_state.get_pipeline_model_parallel_group()
+    with torch.no_grad():
+        if stage > 0:
+            hidden = torch.empty(tokens.size(1), tokens.size(0), config.model.hidden_size)
+            torch.distributed.recv(hidden, group_src=stage - 1, group=group)
+            chunk.set_input_tensor(hidden)
+        out = chunk(tokens, positions, None)
+    if stage < stages - 1:
+        torch.distributed.send(out.contiguous(), group_dst=stage + 1, group=group)
+        return None
+    parts = [torch.empty_like(out) for _ in range(parallel.tensor_model_parallel_size)]
+    tp_group = parallel_state.get_tensor_model_parallel_group()
+    torch.distributed.all_gather(parts, out.contiguous(), group=tp_group)
+    return torch.cat(parts, -1)[..., :93]
+
+
+def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(name: str, tmp_path: Path) -> None:
+    kind, changes = MODELS[name]
+    weights = random_model(kind, changes, tmp_path / "theirs")
+    expected = their_logits(tmp_path / "theirs")
+    convert("from-hf", "--input", tmp_path / "theirs", "--save", tmp_path / "ours")
+    assert_same_logits(run_distributed(1, our_logits, folder=tmp_path / "ours")[0], expected)
+    one = ParallelConfig()
+    assert_same_logits(run_distributed(1, trained_logits, folder=tmp_path / "ours", parallel=one)[0], expected)
+    convert("to-hf", "--load", tmp_path / "ours", "--output", tmp_path / "back")
+    import transformers
+
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert type(back).__name__.lower().startswith("gpt2lm" if kind == "gpt2" else kind)
+    assert set(back.state_dict()) == set(weights)
+    assert all(torch.equal(value, weights[key]) for key, value in back.state_dict().items())
+    assert torch.equal(their_logits(tmp_path / "back"), expected)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").get_vocab()["w7"] == 7
+
+
+@pytest.mark.parametrize("name", ["llama 3", "linear rope"])
+def test_scaled_positions_are_not_plain_ones(name: str, tmp_path: Path) -> None:
+    """Or the comparison above would show nothing."""
+    for folder, rope in ((tmp_path / "a", {}), (tmp_path / "b", {"rope_type": "default"})):
+        kind, changes = MODELS[name]
+        random_model(kind, {**changes, "rope_parameters": {**changes["rope_parameters"], **rope}}, folder)
+    scaled, plain = their_logits(tmp_path / "a"), their_logits(tmp_path / "b")
+    assert (scaled - plain).abs().max() > 1e-3 * scaled.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_any_layout_loads_what_was_converted(name: str, tmp_path: Path) -> None:
+    random_model(*MODELS[name], tmp_path / "theirs")
+    expected = their_logits(tmp_path / "theirs")
+    convert("from-hf", "--input", tmp_path / "theirs", "--save", tmp_path / "ours")
+    for logits in run_distributed(2, our_logits, folder=tmp_path / "ours", tp_size=2):
+        assert_same_logits(logits, expected)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    logits = run_distributed(4, trained_logits, folder=tmp_path / "ours", parallel=parallel)
+    assert [one is None for one in logits] == [True, True, False, False]
+    assert_same_logits(logits[2], expected)
+
+
+def test_shards_and_types(tmp_path: Path) -> None:
+    weights = random_model("llama", {}, tmp_path / "theirs", max_shard_size="40KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
+    convert("from-hf", "--input", tmp_path / "theirs", "--save", tmp_path / "ours", "--dtype", "bf16")
+    convert("to-hf", "--load", tmp_path / "ours", "--output", tmp_path / "back")
+    import transformers
+
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
+    assert back.dtype == torch.bfloat16
+    assert all(torch.equal(value, weights[key].bfloat16()) for key, value in back.state_dict().items())
+
+
+def test_vocabulary_for_many_ranks(tmp_path: Path) -> None:
+    weights = random_model("llama", {}, tmp_path / "theirs")
+    convert("from-hf", "--input", tmp_path / "theirs", "--save", tmp_path / "ours")
+    convert(
+        "reshard", "--load", tmp_path / "ours", "--save", tmp_path / "wide",
+        "--tensor-model-parallel-size", 3, "--make-vocab-size-divisible-by", 50,
+    )  # fmt: skip
+    from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
+
+    config, tensors = read_checkpoint(checkpoint_folder(tmp_path / "wide"))
+    embedding = tensors["embedding.word_embeddings.weight"].read()
+    assert config.model.padded_vocab_size == len(embedding) == 150
+    assert torch.equal(embedding[:93], weights["model.embed_tokens.weight"]) and not embedding[93:].any()
+    expected = their_logits(tmp_path / "theirs")
+    for logits in run_distributed(2, our_logits, folder=tmp_path / "wide", tp_size=2):
+        assert_same_logits(logits, expected)

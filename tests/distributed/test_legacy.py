@@ -1,0 +1,79 @@
+"""Checkpoints of the original EE-LLM: logits at every exit are those that the original computes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.early_exit.checkpoint.convert_command import main
+from megatron.early_exit.checkpoint.legacy import read_legacy
+from tests.distributed.engines import head_logits
+from tests.distributed.workers import run_distributed
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "legacy"
+VARIANTS = ("tied", "norm", "mlp", "tp2", "pp4tied")
+NUMBERS = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "4095")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_head_says_what_the_original_says(variant: str, tmp_path: Path) -> None:
+    save = tmp_path / "ours"
+    assert main(["from-legacy", "--load", str(FIXTURES / variant), "--save", str(save), *NUMBERS]) == 0
+    expected = np.load(FIXTURES / variant / "expected_logits.npz")
+    tokens, positions = expected["tokens"].tolist(), expected["positions"]
+    tp_size = 2 if variant == "tp2" else 1
+    for said in run_distributed(tp_size, head_logits, folder=save, tokens=tokens, tp_size=tp_size):
+        assert set(said) == {"exit_2", "exit_3", "final"}
+        for name, logits in said.items():
+            ours, theirs = logits.numpy()[:, positions, :4095], expected[name][..., :4095]
+            assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max(), name
+
+
+class Attack:
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch attacked",)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "iter_0000001" / "mp_rank_00"
+    folder.mkdir(parents=True)
+    torch.save({"args": Attack(), "model": {}}, folder / "model_optim_rng.pt", pickle_module=pickle)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    assert main(["from-legacy", "--load", str(tmp_path), "--save", str(tmp_path / "ours"), *NUMBERS]) == 2
+    assert "holds more than weights and settings" in capsys.readouterr().err
+    assert not Path("attacked").exists() and not (tmp_path / "ours").exists()
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "pp4tied", tmp_path / "a")
+    folder = tmp_path / "a" / "iter_0000002"
+    (folder / "mp_rank_00_002" / "model_optim_rng.pt").unlink()
+    with pytest.raises(OSError, match="mp_rank_00_002.*cannot be read"):
+        read_legacy(folder)
+    shutil.rmtree(folder / "mp_rank_00_002")
+    with pytest.raises(FileNotFoundError, match=r"lacks the files of .pipeline stage, tensor rank. \[\(2, 0\)\]"):
+        read_legacy(folder)
+    shutil.rmtree(folder / "mp_rank_00_003")
+    with pytest.raises(OSError, match="holds 2 of 4 layers: a checkpoint of partial tuning"):
+        read_legacy(folder)
+    shutil.copytree(FIXTURES / "tp2", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "iter_0000002" / "mp_rank_01")
+    with pytest.raises(FileNotFoundError, match="saved by 2 tensor-parallel ranks; found are 1"):
+        read_legacy(tmp_path / "b" / "iter_0000002")
+    half = FIXTURES.joinpath("mlp", "iter_0000002", "mp_rank_00", "model_optim_rng.pt").read_bytes()[:100_000]
+    (tmp_path / "c" / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / "c" / "mp_rank_00" / "model_optim_rng.pt").write_bytes(half)
+    with pytest.raises(OSError, match="it may be damaged"):
+        read_legacy(tmp_path / "c")
+
+
+def test_a_missing_tokenizer_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["from-legacy", "--load", str(FIXTURES / "tied"), "--save", str(tmp_path)]
+    assert main([*words, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/nowhere"]) == 2
+    assert "which is not here; give --tokenizer-type" in capsys.readouterr().err
