@@ -1,14 +1,16 @@
-# make demo   set up, then train and run a small early-exit model on two CPU cores (some minutes, no GPU, no data needed)
-# make test   set up, then run all tests
-# make lint   formatting, imports, spelling
-# make bench  benchmarks (quick form); full ones: benchmarks/README.md
+# make demo       set up, then train and run a small early-exit model on two CPU cores (some minutes, no GPU, no data needed)
+# make demo-tune  add exits to a real model (SmolLM2-135M), tune them, compare before and after (some minutes, no GPU)
+# make test       set up, then run all tests
+# make lint       formatting, imports, spelling
+# make bench      benchmarks (quick form); full ones: benchmarks/README.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 DEMO_FOLDER ?= runs/demo
+DEMO_TUNE_FOLDER ?= runs/demo-tune
 BIN = $(VENV)/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo demo-tune test lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -19,6 +21,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo.sh $(DEMO_FOLDER)
+
+demo-tune: setup
+	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo_tune.sh $(DEMO_TUNE_FOLDER)
 
 test: setup
 	$(BIN)/python -m pytest tests

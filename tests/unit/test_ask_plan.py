@@ -35,7 +35,8 @@ def test_expected_time_of_one_request() -> None:
 def test_batches_are_set_up_anew_where_rows_leave() -> None:
     some = replace(costs(), batch_seconds=2.0)
     assert step_seconds((), LEAVES, (2, 6), 10, some) == pytest.approx(2 + 10)
-    assert step_seconds((0,), LEAVES, (2, 6), 10, some) == pytest.approx(2 + 2 + 0.5 * 2 + 0.5 * 8)
+    # A row that goes on (half of them) takes along those that left before it (half of the time).
+    assert step_seconds((0,), LEAVES, (2, 6), 10, some) == pytest.approx(2 + 2 + 0.5 * 0.5 * 2 + 0.5 * 8)
 
 
 def test_rows_that_waited_are_paid_for() -> None:

@@ -209,6 +209,7 @@ def reshard(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.families import standard_model_type, vocabulary_rows
     from megatron.early_exit.checkpoint.store import has_training_state
+    from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
 
     config, tensors, folder = _read(args)
     model, exits = config.model, config.exits
@@ -218,7 +219,7 @@ def inspect(args: argparse.Namespace) -> None:
         like = "no architecture of transformers"
     count = lambda names: sum(_numel(tensors[name].shape) for name in names)
     size = sum(tensor.num_bytes for tensor in tensors.values())
-    of_exits = [name for name in tensors if ".exit_head." in name]
+    of_exits = [name for name in tensors if EXIT_HEAD in name]
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     rows = [
         ("checkpoint", f"{folder}, {'with' if has_training_state(folder) else 'without'} training state"),

@@ -23,7 +23,7 @@ from megatron.early_exit.checkpoint.families import (
     vocabulary_rows,
 )
 from megatron.early_exit.checkpoint.store import Progress
-from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, with_rows
+from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors, with_rows
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.data.tokenizer import HUGGING_FACE_FILES
 
@@ -277,4 +277,4 @@ def _write_safetensors(folder: Path, tensors: Tensors, max_shard_bytes: int, pro
 
 def without_exits(tensors: Tensors) -> Tensors:
     """The parameters of the plain model."""
-    return {name: tensor for name, tensor in tensors.items() if ".exit_head." not in name}
+    return {name: tensor for name, tensor in tensors.items() if EXIT_HEAD not in name}

@@ -233,20 +233,35 @@ def _linked(tensors: Tensors, save: Path) -> dict[str, Origin]:
     return origins if can_link else {}
 
 
+def link_rest(target: Path, base: Path) -> None:
+    """Let the checkpoint that is being made in `target` have all parameters of `base` that it does not have itself."""
+    present = FileSystemReader(target).read_metadata().state_dict_metadata
+    _, tensors = read_checkpoint(base)
+    _link(target, {name: tensor.origin for name, tensor in tensors.items() if name not in present})
+
+
 def _link(target: Path, linked: dict[str, Origin]) -> None:
     """Let the checkpoint in `target` have the tensors `linked` as well, from the files they lie in."""
-    ours, theirs = FileSystemReader(target).read_metadata(), None
-    source = next(iter(linked.values())).folder
+    ours, source = FileSystemReader(target).read_metadata(), next(iter(linked.values())).folder
     theirs = FileSystemReader(source).read_metadata()
     keep = set(linked) | {_extra_state(name) for name in linked if _has_extra_state(name)}
+    keep &= set(theirs.state_dict_metadata)
     renamed: dict[str, str] = {}
     for index, info in theirs.storage_data.items():
         if index.fqn not in keep:
             continue
         if info.relative_path not in renamed:
             renamed[info.relative_path] = f"linked_{len(renamed)}.distcp"
-            os.link(source / info.relative_path, target / renamed[info.relative_path])
+            _link_file(source / info.relative_path, target / renamed[info.relative_path])
         ours.storage_data[index] = replace(info, relative_path=renamed[info.relative_path])
     ours.state_dict_metadata |= {name: theirs.state_dict_metadata[name] for name in keep}
     with (target / ".metadata").open("wb") as file:
         pickle.dump(ours, file)
+
+
+def _link_file(source: Path, target: Path) -> None:
+    """The same file under another name; on another file system, one that points to it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        target.symlink_to(source.resolve())

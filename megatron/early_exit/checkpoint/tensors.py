@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+EXIT_HEAD = ".exit_head."
+"""In the names of all parameters of exits, and of no others."""
+
 
 class Origin(NamedTuple):
     """A tensor that lies unchanged in one of our checkpoints."""

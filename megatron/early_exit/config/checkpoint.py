@@ -15,6 +15,9 @@ class CheckpointConfig:
     load: str | None = None
     """Folder to resume from (the last finished checkpoint in it). If it is also --save, it may still be empty."""
 
+    pretrained_checkpoint: str | None = None
+    """Folder of a model to start from: its weights alone are loaded if --load holds no checkpoint yet."""
+
     load_iteration: int | None = None
     """Iteration to load instead of the last one (0: the last one)."""
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED, REFUSED_VALUES, is_harmless, note_of
-from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.run import RunConfig, with_tuned_stages
 from megatron.early_exit.config.serialize import (
     FREE_MODEL_FIELDS,
     FieldInfo,
@@ -34,7 +34,7 @@ from megatron.early_exit.config.serialize import (
     read_yaml,
     section_classes,
 )
-from megatron.early_exit.config.validate import ConfigError, problems
+from megatron.early_exit.config.validate import ConfigError, has_checkpoint, problems
 from megatron.early_exit.config.validate import warnings as settings_without_effect
 
 _LOG = logging.getLogger(__name__)
@@ -373,11 +373,12 @@ def _build(settings: dict[str, Any], notes: _Notes, warn: Callable[[str], None])
     """The configuration, or None if required settings are missing (noted)."""
     checkpoint_cfg = None
     if settings.get("use_checkpoint_args"):
-        if "load" not in settings:
+        source, iteration = _checkpoint_source(settings)
+        if source is None:
             notes.problems.append("--use-checkpoint-args without --load: give the checkpoint's folder")
             return None
         try:
-            checkpoint_cfg = checkpoint_run_config(settings["load"], settings.get("load_iteration"))
+            checkpoint_cfg = checkpoint_run_config(source, iteration)
         except ConfigError as error:
             notes.problems += [f"--use-checkpoint-args: {problem}" for problem in error.problems]
             return None
@@ -399,6 +400,14 @@ def _build(settings: dict[str, Any], notes: _Notes, warn: Callable[[str], None])
     return _normalised(cfg, warn)
 
 
+def _checkpoint_source(settings: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """(folder, iteration) of the checkpoint that the run starts from."""
+    load, pretrained = settings.get("load"), settings.get("pretrained_checkpoint")
+    if pretrained is not None and (load is None or not has_checkpoint(load)):
+        return pretrained, None
+    return load, settings.get("load_iteration")
+
+
 def _warn_of_replaced(
     before: RunConfig, after: RunConfig, given: Mapping[str, Any], warn: Callable[[str], None]
 ) -> None:
@@ -415,6 +424,8 @@ def _normalised(cfg: RunConfig, warn: Callable[[str], None]) -> RunConfig:
     if cfg.parallel.sequence_parallel and cfg.parallel.tensor_model_parallel_size == 1:
         warn("--sequence-parallel is turned off: with --tensor-model-parallel-size 1 there is nothing to share")
         cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, sequence_parallel=False))
+    if cfg.training.tune_exit:
+        cfg = with_tuned_stages(cfg)
     if cfg.checkpoint.load_iteration == 0:
         cfg = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, load_iteration=None))
     return cfg

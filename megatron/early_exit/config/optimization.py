@@ -13,6 +13,13 @@ class TrainingConfig:
     seq_length: int
     """Tokens of one sequence."""
 
+    tune_exit: bool = False
+    """Train the exits alone (EE-Tuning): the layers are frozen, and those behind the last exit are not built."""
+
+    tune_exit_distillation: float = 0.0
+    """With --tune-exit: share of the loss that is the divergence from the final head's distribution instead of the
+    cross-entropy of the text. All layers are then built, on one pipeline stage."""
+
     micro_batch_size: int = 1
     """Sequences of one microbatch."""
 

@@ -16,6 +16,10 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Pipeline stages."""
 
+    tune_exit_pipeline_parallel_size: int | None = None
+    """With --tune-exit: stages that run, of the --pipeline-model-parallel-size that all layers would be split into.
+    Default: up to the one with the last exit."""
+
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers of one model chunk: more than one chunk per rank gives the interleaved schedule."""
 
@@ -46,6 +50,11 @@ class ParallelConfig:
     distributed_timeout_minutes: float = 10.0
     """A collective that takes longer ends the run on all ranks."""
 
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages that run."""
+        return self.tune_exit_pipeline_parallel_size or self.pipeline_model_parallel_size
+
     def num_model_chunks(self, num_layers: int) -> int:
         """Model chunks on each pipeline rank (1 without interleaving)."""
         if self.num_layers_per_virtual_pipeline_stage is None:
@@ -54,4 +63,4 @@ class ParallelConfig:
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model in a world of `world_size` ranks."""
-        return world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
+        return world_size // (self.tensor_model_parallel_size * self.num_stages)

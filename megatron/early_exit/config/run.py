@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron.early_exit.config.checkpoint import CheckpointConfig
 from megatron.early_exit.config.data import DataConfig
@@ -25,3 +25,27 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def num_built_layers(self) -> int:
+        """Layers that this run builds: all, or with --tune-exit those up to the last exit."""
+        return self.model.num_layers if self.builds_final_head else self.exits.exit_layer_nums[-1]
+
+    @property
+    def builds_final_head(self) -> bool:
+        """Whether the final head is needed: to be trained, or as the teacher of exits that are tuned."""
+        return not self.training.tune_exit or self.training.tune_exit_distillation > 0
+
+    @property
+    def layers_per_stage(self) -> int:
+        """Layers of each pipeline stage; of the last one that is tuned, at most so many."""
+        return self.model.num_layers // self.parallel.pipeline_model_parallel_size
+
+
+def with_tuned_stages(cfg: RunConfig) -> RunConfig:
+    """`cfg`, which has --tune-exit, with the number of stages that run filled in where it is left open."""
+    layers = cfg.exits.exit_layer_nums
+    if cfg.parallel.tune_exit_pipeline_parallel_size is not None or not layers or cfg.layers_per_stage < 1:
+        return cfg
+    num_stages = -(-layers[-1] // cfg.layers_per_stage)
+    return replace(cfg, parallel=replace(cfg.parallel, tune_exit_pipeline_parallel_size=num_stages))

@@ -254,11 +254,14 @@ def _model_problems(cfg: RunConfig) -> Iterator[str]:
 
 def _layout_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
     parallel, num_layers = cfg.parallel, cfg.model.num_layers
-    tp_size, pp_size = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp_size * pp_size):
+    tp_size, pp_size, num_stages = (
+        parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.num_stages
+    )  # fmt: skip
+    if world_size % (tp_size * num_stages):
+        stages = "stages that are tuned" if cfg.training.tune_exit else "--pipeline-model-parallel-size"
         yield (
             f"{world_size} ranks do not fit: needed is a multiple of --tensor-model-parallel-size ({tp_size}) x"
-            f" --pipeline-model-parallel-size ({pp_size}) = {tp_size * pp_size}; change torchrun's --nproc-per-node,"
+            f" {stages} ({num_stages}) = {tp_size * num_stages}; change torchrun's --nproc-per-node,"
             " --nnodes, or the layout"
         )
     if parallel.sequence_parallel and tp_size == 1:
@@ -276,6 +279,45 @@ def _layout_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
         return
     yield from _interleaving_problems(cfg)
     yield from _recompute_problems(cfg)
+    yield from _tuning_problems(cfg)
+
+
+def _tuning_problems(cfg: RunConfig) -> Iterator[str]:
+    exits, parallel, checkpoint = cfg.exits, cfg.parallel, cfg.checkpoint
+    given = parallel.tune_exit_pipeline_parallel_size
+    if not cfg.training.tune_exit:
+        if given is not None:
+            yield f"--tune-exit-pipeline-parallel-size {given} without --tune-exit: add it, or drop this"
+        return
+    if not exits.num_exits:
+        yield "--tune-exit without exits: add some to the checkpoint (tools/convert_checkpoint.py add-exits)"
+        return
+    if not (exits.untie_exit_output_weights or exits.use_exit_norm or exits.use_exit_mlp or exits.use_exit_block):
+        yield (
+            "--tune-exit has nothing to tune: the exits use the model's output weight and have no norm, MLP branch or"
+            " block; add exits with parameters of their own"
+        )
+    share = cfg.training.tune_exit_distillation
+    if not 0 <= share <= 1:
+        yield f"--tune-exit-distillation {share}: a share lies between 0 and 1"
+    if share > 0 and parallel.pipeline_model_parallel_size > 1:
+        yield (
+            f"--tune-exit-distillation {share} with {parallel.pipeline_model_parallel_size} pipeline stages: the"
+            " final head must be on the exits' stage; use one stage, and tensor parallelism for large models"
+        )
+    needed = -(-exits.exit_layer_nums[-1] // cfg.layers_per_stage)
+    if given is not None and given != needed:
+        yield (
+            f"--tune-exit-pipeline-parallel-size {given}: of {parallel.pipeline_model_parallel_size} stages with"
+            f" {cfg.layers_per_stage} layers each, the last exit (layer {exits.exit_layer_nums[-1]}) is on stage"
+            f" {needed}; give {needed}, or leave it out"
+        )
+    if parallel.num_layers_per_virtual_pipeline_stage is not None:
+        yield "--tune-exit with --num-layers-per-virtual-pipeline-stage: forward passes need no interleaving; drop it"
+    if parallel.calculate_per_token_loss:
+        yield "--tune-exit with --calculate-per-token-loss is not supported; drop it"
+    if checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
+        yield "--tune-exit needs a model: --pretrained-checkpoint, or --load to go on"
 
 
 def _interleaving_problems(cfg: RunConfig) -> Iterator[str]:
@@ -490,13 +532,18 @@ def _tokenizer_problems(data: DataConfig) -> Iterator[str]:
 
 def _checkpoint_problems(cfg: RunConfig) -> Iterator[str]:
     checkpoint = cfg.checkpoint
+    pretrained = checkpoint.pretrained_checkpoint
+    if pretrained is not None:
+        missing = _missing_checkpoint(pretrained, None)
+        if missing:
+            yield f"--pretrained-checkpoint {pretrained}: {missing}; correct the path"
     if checkpoint.save_interval is not None and checkpoint.save is None:
         yield f"--save-interval {checkpoint.save_interval} without --save: give the folder, or nothing is saved"
     if checkpoint.load is None:
         needing = [
             flag(name)
             for name in ("load_iteration", "finetune", "use_checkpoint_args", "exit_on_missing_checkpoint")
-            if getattr(checkpoint, name)
+            if getattr(checkpoint, name) and not (name == "use_checkpoint_args" and pretrained is not None)
         ]
         if needing:
             yield f"{', '.join(needing)} without --load: give the checkpoint's folder"
@@ -515,6 +562,11 @@ def _checkpoint_problems(cfg: RunConfig) -> Iterator[str]:
         )
 
 
+def has_checkpoint(load: str) -> bool:
+    """Whether a folder of checkpoints holds a finished one."""
+    return _missing_checkpoint(load, None) is None
+
+
 def _missing_checkpoint(load: str, load_iteration: int | None) -> str | None:
     """What is not there of the checkpoint to load, or None."""
     if not Path(load).is_dir():
@@ -528,7 +580,13 @@ def _missing_checkpoint(load: str, load_iteration: int | None) -> str | None:
 
 def warnings(cfg: RunConfig) -> list[str]:
     """Settings that are allowed but do nothing, or do something surprising; one line each."""
-    return [*_model_warnings(cfg), *_exit_warnings(cfg), *_training_warnings(cfg), *_saving_warnings(cfg)]
+    return [
+        *_model_warnings(cfg),
+        *_tuning_warnings(cfg),
+        *_exit_warnings(cfg),
+        *_training_warnings(cfg),
+        *_saving_warnings(cfg),
+    ]
 
 
 def _model_warnings(cfg: RunConfig) -> Iterator[str]:
@@ -554,6 +612,15 @@ def _model_warnings(cfg: RunConfig) -> Iterator[str]:
         yield "--reset-position-ids has no effect with rope: rotary positions are relative; see --reset-attention-mask"
     if data.vocab_size is not None and data.tokenizer_type != "NullTokenizer" and not data.mock_data:
         yield f"--vocab-size {data.vocab_size} has no effect: the tokenizer knows its own size"
+
+
+def _tuning_warnings(cfg: RunConfig) -> Iterator[str]:
+    if not cfg.training.tune_exit:
+        return
+    if cfg.parallel.recompute_granularity is not None:
+        yield "--recompute-granularity has no effect with --tune-exit: the frozen layers keep no activations"
+    if cfg.parallel.overlap_grad_reduce:
+        yield "--overlap-grad-reduce has no effect with --tune-exit"
 
 
 def _exit_warnings(cfg: RunConfig) -> Iterator[str]:

@@ -65,11 +65,13 @@ def step_seconds(
             return seconds + runs * costs.final_head(asking)
         seconds += runs * costs.ask(asking)
         leaves = staying & would_leave[:, index]
-        seconds += min(num_requests * leaves.mean(), 1.0) * costs.batch_seconds
         if costs.is_asking_cheap:
             # The exit's own head gives the token.
             left = num_requests * leaves.mean()
             seconds += min(left, 1.0) * costs.exit_head(max(left, 1.0))
         staying &= ~leaves
         depth, goes_on = until, staying.mean()
+        # Where some go on, the batch changes if others leave, or if rows join that left in an earlier step.
+        changes = 1.0 - (1.0 - leaves.mean()) ** num_requests
+        seconds += (1.0 - (1.0 - goes_on) ** num_requests) * changes * costs.batch_seconds
     return seconds

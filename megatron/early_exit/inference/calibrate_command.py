@@ -42,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def calibrate(args: argparse.Namespace) -> None:
     """Raises ValueError for settings that do not fit, OSError for files that cannot be read."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    from megatron.early_exit.data.datasets import check_token_file
+    from megatron.early_exit.data.text_samples import documents_of, sample_sequences
     from megatron.early_exit.inference.calibration import (
         CALIBRATION_FILE,
         ExitCalibration,
@@ -55,7 +53,6 @@ def calibrate(args: argparse.Namespace) -> None:
     from megatron.early_exit.inference.report import aligned
     from megatron.early_exit.training.checkpointing import find_checkpoint
 
-    check_token_file(args.data_path)
     if args.tokens < 2:
         raise ValueError(f"--tokens is {args.tokens}; it must be at least 2")
     llm = LLM.load(args.load, iteration=args.load_iteration, max_requests=1, shortlist=False)
@@ -69,21 +66,11 @@ def calibrate(args: argparse.Namespace) -> None:
     if not 2 <= length <= decoder.num_positions:
         raise ValueError(f"--sequence-length is {length}; the model takes 2 to {decoder.num_positions}")
 
-    documents = IndexedDataset(args.data_path)
-    counts, sequences, num_tokens = np.zeros(decoder.vocab_size, dtype=np.int64), [], 0
-    stride = max(len(documents) * length // args.tokens, 1)  # sequences from all over the corpus
-    for index in range(len(documents)):
-        tokens = np.asarray(documents[index])
-        if tokens.size and tokens.max() >= decoder.vocab_size:
-            raise ValueError(
-                f"{args.data_path} holds id {tokens.max()}, beyond the model's vocabulary of {decoder.vocab_size}; it "
-                "was made with another tokenizer"
-            )
+    sequences = sample_sequences(args.data_path, decoder.vocab_size, args.tokens, length)
+    counts = np.zeros(decoder.vocab_size, dtype=np.int64)
+    for tokens in documents_of(args.data_path, decoder.vocab_size):
         counts += np.bincount(tokens, minlength=decoder.vocab_size)
-        if index % stride == 0 and tokens.size >= 2 and num_tokens < args.tokens:
-            sequences.append(tokens[: min(length, args.tokens - num_tokens)].tolist())
-            num_tokens += len(sequences[-1])
-        if counts.sum() > _MAX_COUNTED and num_tokens >= args.tokens:
+        if counts.sum() > _MAX_COUNTED:
             break
     shortlist, coverage = frequent_tokens(counts, size)
     confidences, agrees = observe_exits(decoder, sequences, _show_progress)

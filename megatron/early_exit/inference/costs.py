@@ -57,38 +57,42 @@ def _interpolate(seconds: tuple[float, ...], rows: float) -> float:
 
 
 @torch.inference_mode()
-def measure_costs(decoder: Decoder, slot: int = 0, repetitions: int = 3) -> StepCosts:
+def measure_costs(decoder: Decoder, slot: int = 0, repetitions: int = 5) -> StepCosts:
     """Time the decoder's layers and heads. It writes to `slot`, which must be free.
 
-    Every layer runs in turn, so that weights come from memory as they do when decoding. All tensor-parallel ranks call
-    it together and get rank 0's numbers, since they must draw the same conclusions."""
-    layers, asks, exits, final, batches = [], [], [], [], []
-    for rows in ROW_COUNTS:
-        rows_that_fit = min(rows, decoder.num_positions)
-        layout = decoder.layout([Segment(slot, 0, rows_that_fit)])
-        hidden = decoder.embed([0] * rows_that_fit, layout)
-        set_up = lambda n=rows_that_fit: decoder.embed([0] * n, decoder.layout([Segment(slot, 0, n)]))
-        batches.append(_seconds(set_up, repetitions))
-        run_all = lambda h=hidden, la=layout: decoder.run_layers(h, la, 0, decoder.num_layers)
-        layers.append(_seconds(run_all, repetitions) / decoder.num_layers)
-        final.append(_seconds(lambda h=hidden: decoder.final_output(h), repetitions))
-        exits.append(_seconds(lambda h=hidden: decoder.exit_output(0, h), repetitions) if decoder.exits else 0.0)
-        asks.append(_seconds(lambda h=hidden: decoder.ask_exit(0, h), repetitions) if decoder.exits else 0.0)
-    numbers = torch.tensor([layers, asks, exits, final, batches], dtype=torch.float64, device=decoder.weights.device)
+    Every layer runs in turn, so that weights come from memory as they do when decoding; and everything is timed in turn
+    several times, so that a slow moment of the machine does not meet one part alone. All tensor-parallel ranks call it
+    together and get rank 0's numbers, since they must draw the same conclusions."""
+    actions: list[Callable[[], object]] = []
+    for rows in (min(rows, decoder.num_positions) for rows in ROW_COUNTS):
+        layout = decoder.layout([Segment(slot, 0, rows)])
+        hidden = decoder.embed([0] * rows, layout)
+        nothing = lambda: None
+        actions += [
+            lambda h=hidden, la=layout: decoder.run_layers(h, la, 0, decoder.num_layers),
+            (lambda h=hidden: decoder.ask_exit(0, h)) if decoder.exits else nothing,
+            (lambda h=hidden: decoder.exit_output(0, h)) if decoder.exits else nothing,
+            lambda h=hidden: decoder.final_output(h),
+            lambda n=rows: decoder.embed([0] * n, decoder.layout([Segment(slot, 0, n)])),
+        ]
+    for action in actions:  # warm up
+        action()
+    seconds = torch.tensor([[_seconds(action) for action in actions] for _ in range(repetitions)], dtype=torch.float64)
+    seconds = seconds.amin(0).view(len(ROW_COUNTS), -1).t().to(decoder.weights.device)
     group = decoder.weights.tp_group
     if group.size() > 1:
-        torch.distributed.broadcast(numbers, src=torch.distributed.get_global_rank(group, 0), group=group)
-    *by_rows, batches = (tuple(row) for row in numbers.tolist())
-    return StepCosts(*by_rows, batch_seconds=batches[0], is_asking_cheap=decoder.is_asking_cheap)
+        seconds = seconds.contiguous()
+        torch.distributed.broadcast(seconds, src=torch.distributed.get_global_rank(group, 0), group=group)
+    layers, asks, exits, final, batches = (tuple(row) for row in seconds.tolist())
+    layers = tuple(value / decoder.num_layers for value in layers)
+    if not decoder.exits:
+        asks = exits = (0.0,) * len(ROW_COUNTS)
+    return StepCosts(layers, asks, exits, final, batches[0], decoder.is_asking_cheap)
 
 
-def _seconds(action: Callable[[], object], repetitions: int) -> float:
-    """The fastest of some runs after one that warms up."""
-    times = []
-    for _ in range(repetitions + 1):
-        started = time.perf_counter()
-        action()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+def _seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -34,6 +34,21 @@ class Model:
     shared_weight: SharedOutputWeight
     wrapped: list[torch.nn.Module]
     """The chunks in their precision and DDP wrappers, as schedules take them."""
+    tunes_exits: bool = False
+    """Only the exits are trained (EE-Tuning)."""
+
+    def train(self) -> None:
+        """Put what is trained into training mode: frozen layers have no dropout."""
+        for chunk in self.wrapped:
+            chunk.train(not self.tunes_exits)
+        for chunk in self.chunks:
+            for head in chunk.exit_heads():
+                head.train()
+
+    def eval(self) -> None:
+        """Put everything into evaluation mode."""
+        for chunk in self.wrapped:
+            chunk.eval()
 
 
 def params_dtype(config: RunConfig) -> torch.dtype:
@@ -46,9 +61,13 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     """Core's config for these settings on this machine."""
     model, parallel, training = config.model, config.parallel, config.training
     num_chunks = parallel.num_model_chunks(model.num_layers)
-    cuda = use_cuda()
+    num_layers, cuda = config.num_built_layers, use_cuda()
+    # Under tuning the last stage ends with the last exit.
+    in_last_stage = num_layers - (parallel.num_stages - 1) * config.layers_per_stage
+    is_uneven = parallel.num_stages > 1 and in_last_stage != config.layers_per_stage
     return TransformerConfig(
-        num_layers=model.num_layers,
+        num_layers=num_layers,
+        num_layers_in_last_pipeline_stage=in_last_stage if is_uneven else None,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_size,
         num_attention_heads=model.num_attention_heads,
@@ -66,11 +85,11 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         init_method_std=model.init_method_std,
         transformer_impl=model.transformer_impl,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_model_parallel_size=parallel.num_stages,
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=parallel.calculate_per_token_loss,
-        recompute_granularity=parallel.recompute_granularity,
+        recompute_granularity=None if training.tune_exit else parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
         bf16=training.bf16,
@@ -109,19 +128,37 @@ def build_model(config: RunConfig, vocab_size: int, *, wrap_with_ddp: bool = Tru
 
     Needs core's process groups and seeded generators (`platform.distributed`). All ranks must call it together."""
     core_config = transformer_config(config)
-    exit_losses = ExitLosses(config.exits, config.parallel.calculate_per_token_loss, device())
+    exit_losses = ExitLosses(
+        config.exits,
+        config.parallel.calculate_per_token_loss,
+        device(),
+        distillation_share=config.training.tune_exit_distillation,
+    )
     num_chunks = config.parallel.num_model_chunks(config.model.num_layers)
     chunks = [
         _build_chunk(config, core_config, exit_losses, vocab_size, vp_stage if num_chunks > 1 else None)
         for vp_stage in range(num_chunks)
     ]
-    shared_weight = SharedOutputWeight(chunks, config.parallel.distributed_timeout_minutes)
+    tunes_exits = config.training.tune_exit
+    if tunes_exits:
+        _freeze_all_but_exits(chunks)
+    # Frozen copies of the output weight stay what the checkpoint says.
+    shared_weight = SharedOutputWeight([] if tunes_exits else chunks, config.parallel.distributed_timeout_minutes)
     wrapped: list[torch.nn.Module] = list(chunks)
     if config.training.bf16 or config.training.fp16:
         wrapped = [Float16Module(core_config, chunk) for chunk in wrapped]
     if wrap_with_ddp:
         wrapped = _wrap_with_ddp(config, core_config, wrapped)
-    return Model(core_config, chunks, exit_losses, shared_weight, wrapped)
+    model = Model(core_config, chunks, exit_losses, shared_weight, wrapped, tunes_exits)
+    model.train()
+    return model
+
+
+def _freeze_all_but_exits(chunks: list[EarlyExitGPTModel]) -> None:
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        for head in chunk.exit_heads():
+            head.requires_grad_(True)
 
 
 def _build_chunk(
@@ -140,7 +177,9 @@ def _build_chunk(
         vocab_size=vocab_size,
         max_sequence_length=model.max_position_embeddings or config.training.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        # Under tuning the final head, like the layers behind the last exit, does not exist.
+        post_process=config.builds_final_head
+        and parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         position_embedding_type=model.position_embedding_type,
         rotary_base=model.rotary_base,
@@ -159,7 +198,8 @@ def _wrap_with_ddp(
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32 or config.training.bf16,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        # Tuning runs core's forward-only schedule, which starts no reductions.
+        overlap_grad_reduce=parallel.overlap_grad_reduce and not config.training.tune_exit,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     wrapped = [
@@ -172,6 +212,6 @@ def _wrap_with_ddp(
     # Schedules take one function without interleaving, a list with one per chunk otherwise.
     one_or_list = lambda functions: functions[0] if len(functions) == 1 else functions
     core_config.no_sync_func = one_or_list([chunk.no_sync for chunk in wrapped])
-    if parallel.overlap_grad_reduce:
+    if ddp_config.overlap_grad_reduce:
         core_config.grad_sync_func = one_or_list([chunk.start_grad_sync for chunk in wrapped])
     return wrapped

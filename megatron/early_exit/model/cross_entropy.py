@@ -31,12 +31,24 @@ class LossSums(NamedTuple):
     """[3], fp64, without gradient: sum of loss (unweighted), number of tokens, number of correct top-1 predictions."""
 
 
+class Teacher(NamedTuple):
+    """A head whose distribution is to be met beside the labels."""
+
+    hidden_states: Tensor
+    """As those of the student; without gradient."""
+    weight: Tensor
+    """[vocabulary / tp, h]"""
+    share: float
+    """Of the loss that is the divergence from the teacher, KL(teacher || student); the rest is the cross-entropy."""
+
+
 def cross_entropy_sums(
     hidden_states: Tensor,
     weight: Tensor,
     labels: Tensor,
     loss_mask: Tensor,
     *,
+    teacher: Teacher | None = None,
     tp_group: torch.distributed.ProcessGroup,
     sequence_parallel: bool = False,
     temperature: float = 1.0,
@@ -49,13 +61,20 @@ def cross_entropy_sums(
     hidden_states: [s, b, h] ([s / tp, b, h] with sequence_parallel); weight: [vocabulary / tp, h]; labels, loss_mask:
     [b, s]. With `weigh_by_confidence` each token's loss is multiplied by its largest probability over the full
     vocabulary, without gradient (EE-Tuning's dynamic token weights, arXiv:2402.00518).
+    `teacher`: what the objective follows as well; the statistics stay those of the labels.
     `gradient_scale`: about the factor that the objective will be multiplied with before backward. It changes no result
     but where rounding happens: gradients are stored in the dtype of the hidden states, and fp16 needs them scaled.
     """
     if sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+        if teacher is not None:
+            with torch.no_grad():
+                whole = gather_from_sequence_parallel_region(teacher.hidden_states, group=tp_group)
+            teacher = teacher._replace(hidden_states=whole)
     else:
         hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+    if teacher is not None:
+        teacher = teacher._replace(hidden_states=teacher.hidden_states.flatten(0, 1))
     sequence_length, batch_size, hidden_size = hidden_states.shape
     # [b, s] -> [s * b]: the order of the hidden states. No copy of the hidden states is made.
     labels = labels.t().reshape(-1)
@@ -71,6 +90,7 @@ def cross_entropy_sums(
         gradient_scale,
         chunk_tokens or chunk_size(weight.size(0)),
         torch.is_grad_enabled(),  # inside the function it is always off
+        teacher,
     )
     return LossSums(objective, statistics)
 
@@ -96,13 +116,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient_scale: Tensor | float,
         chunk_tokens: int,
         is_grad_enabled: bool,
+        teacher: Teacher | None,
     ) -> tuple[Tensor, Tensor]:
         num_tokens = hidden_states.size(0)
         first_id = tp_group.rank() * weight.size(0)
         needs_hidden_grad, needs_weight_grad = (needed and is_grad_enabled for needed in ctx.needs_input_grad[:2])
         hidden_grad = torch.empty_like(hidden_states) if needs_hidden_grad else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight_grad else None
-        losses, token_weights, correct = [], [], []
+        losses, token_weights, correct, divergences = [], [], [], []
+        label_share = 1.0 if teacher is None else 1.0 - teacher.share
 
         for start in range(0, num_tokens, chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, num_tokens))
@@ -118,12 +140,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             _all_reduce(max_logit, torch.distributed.ReduceOp.MAX, tp_group)
             label_logit = logits.gather(1, chunk_labels[:, None]).squeeze(1)
             label_logit = torch.where(is_local, label_logit - max_logit, 0.0)
-            exp = logits.sub_(max_logit[:, None]).exp_()
+            logits.sub_(max_logit[:, None])
+            if teacher is not None:
+                probabilities, divergence = _teach(teacher, rows, logits, tp_group)
+            exp = logits.exp_()
             sums = torch.stack([exp.sum(dim=-1), label_logit])
             _all_reduce(sums, torch.distributed.ReduceOp.SUM, tp_group)
             sum_exp, label_logit = sums
 
             losses.append(sum_exp.log() - label_logit)
+            if teacher is not None:
+                divergences.append(divergence + sum_exp.log())
             # The largest logit is 0 now: the label is the prediction where its logit is 0, and the largest
             # probability is exp(0) / sum_exp.
             correct.append(label_logit >= 0)
@@ -131,10 +158,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             token_weights.append(token_weight)
 
             if needs_hidden_grad or needs_weight_grad:
-                # d loss / d logits = (softmax - onehot) / temperature, times the weight of the token.
+                # d loss / d logits = (softmax - onehot) / temperature, times the weight of the token; towards a teacher
+                # its probabilities stand beside the one-hot label.
                 row_scale = loss_mask[rows] * token_weight * gradient_scale / temperature
                 grad = exp.mul_((row_scale / sum_exp)[:, None])
-                grad.scatter_add_(1, chunk_labels[:, None], torch.where(is_local, -row_scale, 0.0)[:, None])
+                at_label = torch.where(is_local, -label_share * row_scale, 0.0)
+                grad.scatter_add_(1, chunk_labels[:, None], at_label[:, None])
+                if teacher is not None:
+                    grad.sub_(probabilities.mul_((teacher.share * row_scale)[:, None]))
                 grad = grad.to(hidden_states.dtype)
                 if needs_hidden_grad:
                     torch.mm(grad, weight, out=hidden_grad[rows])
@@ -147,7 +178,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             del logits, exp
 
         loss = torch.cat(losses)
-        objective = (loss_mask * torch.cat(token_weights) * loss).sum()
+        both = loss if teacher is None else label_share * loss + teacher.share * torch.cat(divergences)
+        objective = (loss_mask * torch.cat(token_weights) * both).sum()
         statistics = torch.stack([(loss_mask * loss).sum(), loss_mask.sum(), (loss_mask * torch.cat(correct)).sum()])
         statistics = statistics.double()
         ctx.mark_non_differentiable(statistics)
@@ -165,7 +197,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_grad.mul_(factor)
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(factor).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, *(None,) * 8
+        return hidden_grad, weight_grad, *(None,) * 9
+
+
+def _teach(
+    teacher: Teacher, rows: slice, student_logits: Tensor, tp_group: torch.distributed.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """(teacher's probabilities of this rank's ids [tokens, vocabulary / tp], KL(teacher || student) [tokens] but for
+    the student's log-sum-exp). student_logits: less their maximum"""
+    logits = (teacher.hidden_states[rows] @ teacher.weight.t()).float()
+    max_logit = logits.amax(dim=-1)
+    _all_reduce(max_logit, torch.distributed.ReduceOp.MAX, tp_group)
+    logits.sub_(max_logit[:, None])
+    sum_exp = logits.exp().sum(dim=-1)
+    _all_reduce(sum_exp, torch.distributed.ReduceOp.SUM, tp_group)
+    log_probabilities = logits.sub_(sum_exp.log()[:, None])
+    probabilities = log_probabilities.exp()
+    divergence = (probabilities * (log_probabilities - student_logits)).sum(dim=-1)
+    _all_reduce(divergence, torch.distributed.ReduceOp.SUM, tp_group)
+    return probabilities, divergence
 
 
 def _all_reduce(tensor: Tensor, op: torch.distributed.ReduceOp, group: torch.distributed.ProcessGroup) -> None:

@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron.early_exit.model.cross_entropy import LossSums, cross_entropy_sums
+from megatron.early_exit.model.cross_entropy import LossSums, Teacher, cross_entropy_sums
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class ExitHead(MegatronModule):
         loss_mask: Tensor,
         gradient_scale: Tensor,
         pre_mlp_norm: torch.nn.Module | None = None,
+        teacher: Teacher | None = None,
         **layer_arguments: Any,
     ) -> LossSums:
         """The exit's cross-entropy over one microbatch; arguments as in `forward` and `cross_entropy_sums`."""
@@ -125,6 +126,7 @@ class ExitHead(MegatronModule):
             temperature=self.spec.temperature,
             weigh_by_confidence=self.spec.weigh_by_confidence,
             gradient_scale=gradient_scale,
+            teacher=teacher,
         )
 
     def sharded_state_dict(

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import random as tensor_parallel_random
 from torch import Tensor
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.model.cross_entropy import LossSums
+from megatron.early_exit.model.cross_entropy import LossSums, Teacher
 
 
 class ExitLosses:
@@ -26,12 +26,22 @@ class ExitLosses:
     number of tokens and the number of correct predictions since `reset_statistics`.
     """
 
-    def __init__(self, exits: ExitConfig, calculate_per_token_loss: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        exits: ExitConfig,
+        calculate_per_token_loss: bool,
+        device: torch.device,
+        distillation_share: float = 0.0,
+    ) -> None:
+        """distillation_share: of the loss of exits that are tuned, the part that follows the final head."""
         self.exits = exits
+        self.distillation_share = distillation_share
+        self._waiting_for_teacher: list[Callable[[Teacher], None]] = []
         self.calculate_per_token_loss = calculate_per_token_loss
         self.weights: tuple[float, ...] = exits.weights_at(0)
         self.num_microbatches = 1
         self.grad_scale_func: Callable[[Tensor], Tensor] | None = None
+        self.is_tuning = False
         self.statistics = torch.zeros(exits.num_exits + 1, 3, dtype=torch.float64, device=device)
 
     @property
@@ -44,8 +54,11 @@ class ExitLosses:
         num_microbatches: int,
         weights: tuple[float, ...] | None = None,
         grad_scale_func: Callable[[Tensor], Tensor] | None = None,
+        is_tuning: bool = False,
     ) -> None:
-        """Set what holds for the next call of the schedule. grad_scale_func: the optimizer's `scale_loss`, or None."""
+        """Set what holds for the next call of the schedule. grad_scale_func: the optimizer's `scale_loss`, or None.
+        is_tuning: layers run without gradients, and every exit's gradients are taken where its loss is (`tune`)."""
+        self.is_tuning = is_tuning
         self.num_microbatches = num_microbatches
         self.weights = self.exits.weights_at(0) if weights is None else weights
         self.grad_scale_func = grad_scale_func
@@ -96,6 +109,39 @@ class ExitLosses:
                 backpropagate(hidden_states)
 
         return _DeferredLoss.apply(hidden_states, backpropagate_in_own_stream)
+
+    def tune(
+        self,
+        hidden_states: Tensor,
+        position: int,
+        loss_mask: Tensor,
+        compute: Callable[..., LossSums],
+    ) -> None:
+        """Back-propagate the exit's loss now, into its own parameters alone; arguments as of `defer`.
+
+        Source: EE-Tuning (arXiv:2402.00518). With the layers frozen no gradient leaves the exit, so nothing of it waits
+        for a backward pass. With a share for distillation it waits for the final head of the same microbatch."""
+        hidden_states = hidden_states.detach()
+
+        def backpropagate(**teacher: Teacher) -> None:
+            with torch.enable_grad():
+                scale = self.gradient_scale(loss_mask)
+                sums = compute(hidden_states, scale, **teacher)
+                self.add_statistics(position, sums.statistics)
+                torch.autograd.backward(sums.objective * (scale * self.weights[position]))
+
+        if self.distillation_share:
+            self._waiting_for_teacher.append(lambda teacher: backpropagate(teacher=teacher))
+        else:
+            backpropagate()
+
+    def teach(self, hidden_states: Tensor, weight: Tensor) -> None:
+        """Let the exits that wait have the final head's word on their microbatch. hidden_states: what its output
+        projection reads, [s, b, h]; weight: [vocabulary / tp, h]"""
+        teacher = Teacher(hidden_states.detach(), weight.detach(), self.distillation_share)
+        waiting, self._waiting_for_teacher = self._waiting_for_teacher, []
+        for backpropagate in waiting:
+            backpropagate(teacher)
 
     def evaluate(self, hidden_states: Tensor, position: int, compute: Callable[[Tensor, Tensor], LossSums]) -> None:
         """Count the loss of one microbatch now: in validation there is no backward pass."""

@@ -89,9 +89,13 @@ class EarlyExitGPTModel(GPTModel):
         if labels is None or not self.post_process:
             return super()._postprocess(**kwargs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = self.output_layer.weight if weight is None else weight
+        if self.exit_losses.is_tuning:
+            self.exit_losses.teach(kwargs["hidden_states"], weight)
+            return kwargs["hidden_states"].new_zeros(())
         sums = cross_entropy_sums(
             kwargs["hidden_states"],
-            self.output_layer.weight if weight is None else weight,
+            weight,
             labels,
             loss_mask,
             tp_group=self.tp_group,

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from megatron.early_exit.model.cross_entropy import LossSums, Teacher
 from megatron.early_exit.model.exit_head import ExitHead, ExitHeadSpec
 from megatron.early_exit.model.exit_losses import ExitLosses, is_checkpointed_forward
 
@@ -65,9 +66,12 @@ class EarlyExitTransformerLayer(TransformerLayer):
             head_arguments |= {name: kwargs.get(name) for name in _BLOCK_ARGUMENTS}
         position = self.exit_head.spec.position
 
-        def compute(hidden_states: Tensor, gradient_scale: Tensor):
-            return self.exit_head.loss(hidden_states, labels, loss_mask, gradient_scale, **head_arguments)
+        def compute(hidden_states: Tensor, gradient_scale: Tensor, **teacher: Teacher) -> LossSums:
+            return self.exit_head.loss(hidden_states, labels, loss_mask, gradient_scale, **teacher, **head_arguments)
 
+        if self.exit_losses.is_tuning:
+            self.exit_losses.tune(hidden_states, position, loss_mask, compute)
+            return hidden_states
         if not self.training:
             self.exit_losses.evaluate(hidden_states, position, compute)
             return hidden_states

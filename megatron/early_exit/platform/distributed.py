@@ -49,7 +49,7 @@ def initialize_model_parallel(parallel: ParallelConfig, num_layers: int, seed: i
     num_chunks = parallel.num_model_chunks(num_layers)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_model_parallel_size=parallel.num_stages,
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
         distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
         get_embedding_ranks=lambda ranks, *_: ranks[:1],

@@ -32,7 +32,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.early_exit.checkpoint.store import CONTENT_METADATA, TOKENIZER_FOLDER
+from megatron.early_exit.checkpoint.store import CONTENT_METADATA, TOKENIZER_FOLDER, link_rest
+from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import (
@@ -46,7 +47,7 @@ from megatron.early_exit.config.serialize import (
 from megatron.early_exit.config.validate import LATEST_FILE
 from megatron.early_exit.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from megatron.early_exit.model.build import Model, build_model
-from megatron.early_exit.platform.distributed_optimizer import allocate_optimizer_state
+from megatron.early_exit.platform.optimizer_state import allocate_optimizer_state
 from megatron.early_exit.training.state import TrainingState
 
 _UNTOUCHED = "Earlier checkpoints are untouched: make room and resume with --load."
@@ -68,9 +69,11 @@ def _saying(what: str, advice: str) -> Iterator[None]:
 class CheckpointSaver:
     """Writes checkpoints of one run, at once or in the background (`--async-save`). All ranks call it together."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """config: with the vocabulary size resolved (`padded_vocab_size`), as it is saved beside the weights."""
-        self.config = config
+    def __init__(self, config: RunConfig, base: Path | None = None) -> None:
+        """config: with the vocabulary size resolved (`padded_vocab_size`), as it is saved beside the weights. base: of
+        a run that tunes exits, the checkpoint with everything else; the files of that are linked, so that checkpoints
+        of the exits alone are whole ones."""
+        self.config, self._base = config, base
         self.folder = Path(config.checkpoint.save)
         self._queue = AsyncCallsQueue() if config.checkpoint.async_save else None
 
@@ -121,6 +124,8 @@ class CheckpointSaver:
             state,
             with_rng=not checkpoint.no_save_rng,
         )
+        if self._base is not None:
+            _keep_exits_alone(sharded_state)
         request = dist_checkpointing.save(
             sharded_state,
             str(partial),
@@ -154,6 +159,8 @@ class CheckpointSaver:
 
     def _publish(self, partial: Path, final: Path, iteration: int) -> None:
         def rename() -> None:
+            if self._base is not None:
+                link_rest(partial, self._base)
             save_run_config(self.config, partial / RUN_CONFIG_FILE)
             if not self.config.data.mock_data:
                 save_tokenizer(self.config.data, partial / TOKENIZER_FOLDER)
@@ -221,6 +228,13 @@ def _sharded_state(
     if with_rng:
         sharded["rng_state"] = _sharded_rng_state()
     return sharded
+
+
+def _keep_exits_alone(sharded_state: dict[str, Any]) -> None:
+    """Drop from the model's state what tuning does not change."""
+    for key in [key for key in sharded_state if key.startswith("model")]:
+        state = sharded_state[key]
+        sharded_state[key] = {name: value for name, value in state.items() if EXIT_HEAD in name}
 
 
 def _sharded_rng_state() -> ShardedObject:
@@ -335,7 +349,7 @@ def load_checkpoint(
 
 
 def _has_same_model_layout(a: ParallelConfig, b: ParallelConfig) -> bool:
-    sizes = lambda p: (p.tensor_model_parallel_size, p.pipeline_model_parallel_size)
+    sizes = lambda p: (p.tensor_model_parallel_size, p.num_stages)
     return sizes(a) == sizes(b)
 
 
@@ -356,7 +370,11 @@ def load_model_for_inference(
     if folder is None:
         raise FileNotFoundError(f"--load {load} holds no checkpoint ({LATEST_FILE} is missing).")
     saved = load_run_config(folder / RUN_CONFIG_FILE)
-    config = replace(saved, parallel=ParallelConfig(tensor_model_parallel_size=tensor_parallel_size))
+    config = replace(
+        saved,
+        parallel=ParallelConfig(tensor_model_parallel_size=tensor_parallel_size),
+        training=replace(saved.training, tune_exit=False),  # all layers
+    )
     initialize_distributed()
     initialize_model_parallel(config.parallel, config.model.num_layers, config.training.seed)
     model = build_model(config, config.model.padded_vocab_size, wrap_with_ddp=False)

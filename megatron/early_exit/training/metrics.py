@@ -32,8 +32,8 @@ class LossMetrics:
     """By exit layer."""
 
     def as_dict(self) -> dict[str, float]:
-        """Flat, under the stable names of metrics.jsonl and the trackers."""
-        flat = {"lm_loss": self.final.loss, "lm_accuracy": self.final.accuracy}
+        """Flat, under the stable names of metrics.jsonl and the trackers; without the final head if it did not run."""
+        flat = {"lm_loss": self.final.loss, "lm_accuracy": self.final.accuracy} if self.final.num_tokens else {}
         for layer, head in self.exits.items():
             flat[f"exit_loss/layer_{layer}"] = head.loss
             flat[f"exit_accuracy/layer_{layer}"] = head.accuracy

@@ -9,7 +9,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model, params_dtype
 from megatron.early_exit.platform.device import use_cuda
-from megatron.early_exit.platform.distributed_optimizer import repair_distributed_optimizer
+from megatron.early_exit.platform.optimizer_state import repair_optimizer
 
 
 def build_optimizer(config: RunConfig, model: Model) -> MegatronOptimizer:
@@ -36,7 +36,7 @@ def build_optimizer(config: RunConfig, model: Model) -> MegatronOptimizer:
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(core_config, model.wrapped, use_gloo_process_groups=use_cuda())
-    repair_distributed_optimizer(optimizer)
+    repair_optimizer(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
@@ -78,7 +79,7 @@ def build_run(config: RunConfig) -> Run:
     """Data first, since it fails fastest; then the model, the optimizer, and what a checkpoint brings."""
     initialize_model_parallel(config.parallel, config.model.num_layers, config.training.seed)
     is_main = torch.distributed.get_rank() == 0
-    checkpoint_folder = find_checkpoint(config.checkpoint.load, config.checkpoint.load_iteration)
+    config, checkpoint_folder = _find_start(config)
     tokenizer = build_tokenizer(config.data)
     config = _with_padded_vocab_size(config, tokenizer.vocab_size, checkpoint_folder)
     vocab_size = config.model.padded_vocab_size
@@ -95,7 +96,9 @@ def build_run(config: RunConfig) -> Run:
     connect_gradient_reduction(model)
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, microbatches.target_global_batch_size)
-    saver = CheckpointSaver(config) if config.checkpoint.save is not None else None
+    saver = None
+    if config.checkpoint.save is not None:
+        saver = CheckpointSaver(config, checkpoint_folder if config.training.tune_exit else None)
     needed_bytes = checkpoint_bytes(config, model)
     if saver is not None:
         saver.check_folder(needed_bytes)
@@ -109,6 +112,18 @@ def build_run(config: RunConfig) -> Run:
     if config.logging.log_timers_to_tracker:
         timers = model.config.timers = optimizer.config.timers = Timers(log_level=2, log_option="max")
     return Run(config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers)
+
+
+def _find_start(config: RunConfig) -> tuple[RunConfig, Path | None]:
+    """The checkpoint to start from, if any, and the settings: a pretrained model gives its weights alone."""
+    checkpoint = config.checkpoint
+    folder = find_checkpoint(checkpoint.load, checkpoint.load_iteration)
+    if folder is not None or checkpoint.pretrained_checkpoint is None:
+        return config, folder
+    return (
+        replace(config, checkpoint=replace(checkpoint, finetune=True)),
+        find_checkpoint(checkpoint.pretrained_checkpoint, None),
+    )
 
 
 def _with_padded_vocab_size(config: RunConfig, vocab_size: int, checkpoint_folder: object) -> RunConfig:
@@ -260,8 +275,7 @@ def evaluate(run: Run, name: str, dataset: TokenDataset) -> LossMetrics:
     run.microbatches.update(run.state.consumed_train_samples)
     per_replica = run.microbatches.target_global_batch_size // parallel_state.get_data_parallel_world_size()
     num_microbatches = per_replica // config.training.micro_batch_size
-    for chunk in model.wrapped:
-        chunk.eval()
+    model.eval()
     iterators = _iterators(run, dataset, consumed_samples=0, is_cyclic=True)
     model.exit_losses.reset_statistics()
     with torch.no_grad():
@@ -275,8 +289,7 @@ def evaluate(run: Run, name: str, dataset: TokenDataset) -> LossMetrics:
                 seq_length=config.training.seq_length,
                 forward_only=True,
             )
-    for chunk in model.wrapped:
-        chunk.train()
+    model.train()
     losses = collect_losses(model.exit_losses, config.exits)
     run.reporter.record("valid" if name == "validation" else name, run.state.iteration, losses.as_dict())
     run.reporter.text(evaluation_line(name, run.state.iteration, losses.as_dict()))

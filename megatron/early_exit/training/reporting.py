@@ -119,12 +119,10 @@ def evaluation_line(name: str, iteration: int, values: dict[str, float]) -> str:
     accuracy = " | ".join(
         f"{_head_name(key, 'accuracy')}: {100 * value:.2f}%" for key, value in values.items() if "accuracy" in key
     )
-    perplexity = math.exp(min(values["lm_loss"], 50))
-    return (
-        f" {name} at iteration {iteration} | "
-        + " | ".join(_loss_parts(values))
-        + (f" | lm perplexity: {perplexity:.4g} | {accuracy}")
-    )
+    parts = _loss_parts(values)
+    if "lm_loss" in values:
+        parts.append(f"lm perplexity: {math.exp(min(values['lm_loss'], 50)):.4g}")
+    return f" {name} at iteration {iteration} | " + " | ".join([*parts, accuracy])
 
 
 def _loss_parts(values: dict[str, Any]) -> list[str]:

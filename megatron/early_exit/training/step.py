@@ -76,6 +76,31 @@ def run_schedule(
     )
 
 
+def accumulate_gradients(
+    model: Model,
+    iterators: list[Iterator | None],
+    *,
+    exit_weights: tuple[float, ...],
+    num_microbatches: int,
+    micro_batch_size: int,
+    seq_length: int,
+) -> None:
+    """Gradients of one global batch, reduced over the ranks: of everything, or of the exits if these are tuned."""
+    tunes = model.tunes_exits
+    model.exit_losses.begin_iteration(num_microbatches, exit_weights, model.config.grad_scale_func, is_tuning=tunes)
+    with torch.set_grad_enabled(not tunes):
+        run_schedule(
+            model,
+            iterators,
+            num_microbatches=num_microbatches,
+            micro_batch_size=micro_batch_size,
+            seq_length=seq_length,
+            forward_only=tunes,
+        )
+    if tunes:
+        finalize_model_grads(model.wrapped)  # core's forward-only schedule leaves it out
+
+
 def train_step(
     model: Model,
     optimizer: MegatronOptimizer,
@@ -90,10 +115,10 @@ def train_step(
     for chunk in model.wrapped:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    model.exit_losses.begin_iteration(num_microbatches, exit_weights, model.config.grad_scale_func)
-    run_schedule(
+    accumulate_gradients(
         model,
         iterators,
+        exit_weights=exit_weights,
         num_microbatches=num_microbatches,
         micro_batch_size=micro_batch_size,
         seq_length=seq_length,

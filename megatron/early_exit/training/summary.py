@@ -18,16 +18,17 @@ def start_up_summary(config: RunConfig, model: Model, microbatches: Microbatches
     dtype = str(params_dtype(config)).removeprefix("torch.")
     where = f"{torch.cuda.get_device_name() if use_cuda() else 'CPU'}, {backend()}, {dtype}"
     tokens = microbatches.target_global_batch_size * training.seq_length
+    tuned = f"; tuned alone, layers {config.num_built_layers + 1} and up are not built" if training.tune_exit else ""
     lines = [
         f"layout      {world_size} ranks = TP {parallel.tensor_model_parallel_size}"
         f"{' with sequence parallelism' if parallel.sequence_parallel else ''}"
-        f" x PP {parallel.pipeline_model_parallel_size}"
+        f" x PP {parallel.num_stages}"
         f"{_interleaving(config)} x DP {parallel.data_parallel_size(world_size)}"
         f"{' with the distributed optimizer' if parallel.use_distributed_optimizer else ''}; {where}",
         f"batch       {microbatches.target_global_batch_size} sequences of {training.seq_length} tokens = {tokens:,} "
         f"tokens an iteration, {training.micro_batch_size} a microbatch",
         f"length      {_length(config, tokens)}",
-        f"exits       {_exits(config)}",
+        f"exits       {_exits(config)}{tuned}",
     ]
     lines += [f"stage {stage:<5} {text}" for stage, text in enumerate(_stages(model))]
     lines += _warnings(config, model)
@@ -107,7 +108,7 @@ def _ranges(numbers: list[int]) -> str:
 def _warnings(config: RunConfig, model: Model) -> list[str]:
     exits, layers = config.exits, config.model.num_layers
     stage_size = layers // config.parallel.pipeline_model_parallel_size // len(model.chunks)
-    if config.parallel.pipeline_model_parallel_size == 1 or exits.pre_exit or exits.use_exit_mlp:
+    if config.parallel.num_stages == 1 or exits.pre_exit or exits.use_exit_mlp or model.tunes_exits:
         return []
     at_end = [layer for layer in exits.exit_layer_nums if layer % stage_size == 0 and layer != layers]
     if not at_end:
@@ -124,14 +125,15 @@ def checkpoint_bytes(config: RunConfig, model: Model) -> int:
     per_parameter = params_dtype(config).itemsize
     if not config.checkpoint.no_save_optim:
         per_parameter += 8 + (4 if per_parameter < 4 else 0)
-    count = sum(parameter.numel() for chunk in model.chunks for parameter in chunk.parameters())
+    # A checkpoint of tuned exits links the file of the rest.
+    count = sum(p.numel() for chunk in model.chunks for p in chunk.parameters() if p.requires_grad)
     total = torch.tensor([float(count)], device=device())
     torch.distributed.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return int(total.item()) * per_parameter
 
 
 def flops_per_token(config: RunConfig, vocab_size: int) -> float:
-    """Floating-point operations of forward and backward for one token, exits included.
+    """Floating-point operations of forward and backward (of tuning: what it runs) for one token, exits included.
 
     Six for every weight of a matrix product, and causal attention (two products over half the sequence)."""
     model = config.model
@@ -141,4 +143,7 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     layer = 6 * (projections + mlp) + 6 * attention_width * config.training.seq_length
     output = 6 * model.hidden_size * vocab_size
     exit_head = output + (layer if config.exits.use_exit_block else 0) + (6 * mlp if config.exits.use_exit_mlp else 0)
+    if config.training.tune_exit:
+        # Forward through the frozen layers; an exit's gradients stop at its parameters, at about its usual cost.
+        return config.num_built_layers * layer / 3 + config.exits.num_exits * exit_head
     return model.num_layers * layer + output + config.exits.num_exits * exit_head

@@ -1,4 +1,4 @@
-"""Repairs of core's distributed optimizer when it saves and loads its state in the form that any layout can read.
+"""Repairs of core's optimizers when they save and load their state in the form that any layout can read.
 
 Found by running core 0.16.1 with PyTorch's Adam (no Apex, no Transformer Engine). Each repair names its condition for
 removal; `tests/distributed/test_resume.py` fails without them.
@@ -14,19 +14,50 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron.early_exit.platform.device import device
+
 
 def optimizer_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers of a chain, or the one that there is."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def repair_distributed_optimizer(optimizer: MegatronOptimizer) -> None:
-    """Repair this optimizer object if it is (or contains) a distributed one; others are left alone."""
+def repair_optimizer(optimizer: MegatronOptimizer) -> None:
+    """Repair this optimizer object and those that it contains."""
     for part in optimizer_parts(optimizer):
+        _know_the_step_without_parameters(part)
         if isinstance(part, DistributedOptimizer) and not getattr(part, "_early_exit_repaired", False):
             part._early_exit_repaired = True
             _save_without_shifting(part)
             _load_with_step(part)
+
+
+_NO_PARAMETERS = "no parameters"
+
+
+def _know_the_step_without_parameters(part: MegatronOptimizer) -> None:
+    """A stage whose exits are all elsewhere has nothing to tune, and an optimizer without parameters. Core reads the
+    step count from a parameter's state: its distributed optimizer fails without one, and the others save no step if
+    this is rank 0, whose word on everything common counts. Such a rank takes the others' step while it saves. Can go
+    when core counts steps in one place."""
+    original = part.sharded_state_dict
+
+    def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:
+        steps = [state["step"] for state in part.optimizer.state.values() if "step" in state]
+        mine = torch.tensor([float(steps[0]) if steps else 0.0], device=device())
+        torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MAX)
+        if steps or not isinstance(part.optimizer, torch.optim.Adam):
+            return original(*args, **kwargs)
+        part.optimizer.state[_NO_PARAMETERS] = {"step": mine[0].cpu()}
+        try:
+            state = original(*args, **kwargs)
+        finally:
+            del part.optimizer.state[_NO_PARAMETERS]
+        for holder in (state, state.get("optimizer", {})):
+            holder.get("state", {}).pop(_NO_PARAMETERS, None)
+        return state
+
+    part.sharded_state_dict = sharded_state_dict
 
 
 def _save_without_shifting(part: DistributedOptimizer) -> None:

@@ -1,0 +1,46 @@
+"""Sequences of token ids from all over a .bin/.idx file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def documents_of(prefix: str, vocab_size: int) -> Iterator[np.ndarray]:
+    """The documents of a file, one after the other.
+
+    Raises ValueError for ids beyond the vocabulary, and for a file that is missing or damaged."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from megatron.early_exit.data.datasets import check_token_file
+
+    check_token_file(prefix)
+    documents = IndexedDataset(prefix)
+    for index in range(len(documents)):
+        tokens = np.asarray(documents[index])
+        if tokens.size and tokens.max() >= vocab_size:
+            raise ValueError(
+                f"{prefix} holds id {tokens.max()}, beyond the model's vocabulary of {vocab_size}; it was made with "
+                "another tokenizer"
+            )
+        yield tokens
+
+
+def sample_sequences(prefix: str, vocab_size: int, num_tokens: int, length: int) -> list[list[int]]:
+    """Beginnings of documents from all over the file, of 2 to `length` ids each, together at most `num_tokens`."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    from megatron.early_exit.data.datasets import check_token_file
+
+    check_token_file(prefix)
+    stride = max(len(IndexedDataset(prefix)) * length // max(num_tokens, 1), 1)
+    sequences: list[list[int]] = []
+    room = num_tokens
+    for index, tokens in enumerate(documents_of(prefix, vocab_size)):
+        if index % stride == 0 and tokens.size >= 2 and room >= 2:
+            sequences.append(tokens[: min(length, room)].tolist())
+            room -= len(sequences[-1])
+    if not sequences:
+        raise ValueError(f"{prefix} holds no document of two tokens")
+    return sequences

@@ -1,0 +1,111 @@
+"""The programme behind `tools/evaluate_exits.py`: the exits of one or several checkpoints, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate_exits.py",
+        description="Loss and accuracy of every exit on a text, how often it says what the final head says, and with "
+        "--thresholds what early exit brings: speed, layers saved, agreement with the full model, perplexity.",
+    )
+    parser.add_argument("--load", required=True, nargs="+", metavar="DIR", help="folders of checkpoints to compare")
+    parser.add_argument("--data-path", required=True, metavar="PREFIX", help="text: PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="of the text; default 4096")
+    parser.add_argument("--sequence-length", type=int, metavar="N", help="default: 256, or what the model takes")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[], metavar="F", help="decode with these")
+    parser.add_argument("--prompts", type=int, default=6, metavar="N", help="to decode from; default 6")
+    parser.add_argument("--answer-tokens", type=int, default=48, metavar="N", help="of each answer; default 48")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: that of the training")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 2 for bad settings."""
+    args = build_parser().parse_args(argv)
+    try:
+        results = [evaluate(args, path) for path in args.load]
+    except (ValueError, OSError) as error:
+        print(f"evaluate_exits.py: {error}", file=sys.stderr)
+        return 2
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\nwrote {args.output}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
+    """Print and return what the exits of one checkpoint do. Raises ValueError or OSError."""
+    from megatron.core import parallel_state
+
+    from megatron.early_exit.data.text_samples import sample_sequences
+    from megatron.early_exit.evaluation.exit_quality import decoding_quality, exit_quality
+    from megatron.early_exit.inference.llm import LLM
+    from megatron.early_exit.inference.params import GenerationParams
+    from megatron.early_exit.inference.report import aligned
+
+    if args.tokens < 2 or args.prompts < 1 or args.answer_tokens < 2:
+        raise ValueError("--tokens and --answer-tokens must be at least 2, --prompts at least 1")
+    parallel_state.destroy_model_parallel()  # of the checkpoint before
+    llm = LLM.load(path, max_requests=1, dtype=args.dtype)
+    decoder = llm.engine.decoder
+    length = args.sequence_length or min(256, decoder.num_positions)
+    if not 2 <= length <= decoder.num_positions:
+        raise ValueError(f"--sequence-length is {length}; the model takes 2 to {decoder.num_positions}")
+    sequences = sample_sequences(args.data_path, decoder.vocab_size, args.tokens, length)
+    heads = exit_quality(decoder, sequences, _show_progress("text"))
+    rows = [("head", "loss", "perplexity", "accuracy", "agreement", "confidence")]
+    for head in heads:
+        name = "final" if head.is_final else f"exit {head.layer}"
+        share = lambda value: f"{value:.1%}"
+        rows.append((
+            name, f"{head.loss:.3f}", f"{math.exp(min(head.loss, 50)):.1f}", share(head.accuracy),
+            share(head.agreement), share(head.confidence),
+        ))  # fmt: skip
+    num_tokens = sum(map(len, sequences))
+    print(f"\n{path}: {num_tokens:,} tokens of {args.data_path}\n{aligned(rows)}")
+    result: dict[str, Any] = {
+        "load": path,
+        "data_path": args.data_path,
+        "tokens": num_tokens,
+        "heads": [asdict(head) for head in heads],
+    }
+    if not args.thresholds:
+        return result
+    common = {"max_tokens": args.answer_tokens, "ignore_eod": True}
+    settings = {"full": GenerationParams(**common)} | {
+        f"threshold {value:g}": GenerationParams(**common, mode="early_exit", exit_thresholds=(value,))
+        for value in args.thresholds
+    }
+    prompts = [sequence[:32] for sequence in sequences if len(sequence) >= 32][: args.prompts]
+    if not prompts or decoder.num_positions < 32 + args.answer_tokens:
+        raise ValueError("decoding needs prompts of 32 tokens and room for the answers; give longer sequences")
+    ways = decoding_quality(llm, prompts, settings, _show_progress("answers"))
+    rows = [("decoding", "tokens/s", "speed", "layer runs saved", "agreement", "perplexity")]
+    for way in ways:
+        rows.append((
+            way.name, f"{way.tokens_per_second:.1f}", f"{way.tokens_per_second / ways[0].tokens_per_second:.2f}x",
+            f"{way.runs_saved:.1%}", f"{way.agreement:.1%}", f"{way.perplexity:.2f}",
+        ))  # fmt: skip
+    print(f"\n{aligned(rows)}")
+    return result | {"decoding": [asdict(way) for way in ways]}
+
+
+def _show_progress(what: str) -> Any:
+    def show(done: int, total: int) -> None:
+        end = "\r" if sys.stderr.isatty() and done < total else "\n"
+        if end == "\r" or done == total:
+            print(f"{what}: {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+    return show

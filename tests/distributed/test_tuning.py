@@ -1,0 +1,275 @@
+"""EE-Tuning: gradients of the exits are plain autograd's, all else stays as it is, and the checkpoints are whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
+from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
+from megatron.early_exit.config.run import RunConfig, with_tuned_stages
+from megatron.early_exit.config.validate import problems, warnings
+from tests.configs import VOCAB_SIZE, make_config, make_training_config
+from tests.data_files import write_token_files
+from tests.distributed.engines import head_logits
+from tests.distributed.training_runs import training_run
+from tests.distributed.workers import run_distributed
+
+HEADS = {
+    "norm": {"use_exit_norm": True},
+    "untied": {"untie_exit_output_weights": True, "use_exit_norm": True},
+    "mlp": {"use_exit_mlp": True, "use_exit_norm": True},
+    "block": {"use_exit_block": True, "untie_exit_output_weights": True},
+    "pre_exit": {"pre_exit": True, "use_exit_norm": True},
+    "dynamic": {"use_exit_norm": True, "use_dynamic_exit_layer_weight": True, "exit_layer_temperature": (0.7, 1.5)},
+}
+TP2 = {"tensor_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp 2": (2, {}),
+    "tp 2": (2, TP2),
+    "tp 2, sequence parallel": (2, {**TP2, "sequence_parallel": True}),
+    "one of two stages": (1, {"pipeline_model_parallel_size": 2, "exit_layer_nums": (1, 2)}),
+    "two of two stages": (2, {"pipeline_model_parallel_size": 2}),
+    "two of four stages": (2, {"pipeline_model_parallel_size": 4, "exit_layer_nums": (1, 2)}),
+    "three stages, two without exits": (3, {"pipeline_model_parallel_size": 4, "exit_layer_nums": (3,)}),
+    "tp 2, two stages": (4, {**TP2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}),
+    "two stages, dp 2": (4, {"pipeline_model_parallel_size": 2}),
+}
+
+
+def tuning_config(**changes: Any) -> RunConfig:
+    if "exit_layer_nums" in changes:
+        weights = tuple(0.5 + 0.25 * i for i in range(len(changes["exit_layer_nums"])))
+        changes = {"exit_layer_weight": weights, **changes}
+    return with_tuned_stages(make_config(tune_exit=True, **changes))
+
+
+def compare_with_reference(cfg: RunConfig) -> dict[str, Any]:
+    """Gradients and losses of the exits equal plain autograd's; returns what this rank has built."""
+    from megatron.early_exit.training.step import accumulate_gradients
+    from tests.distributed.parallel_model import (
+        build_with_reference_parameters,
+        global_name,
+        iterators,
+        layout,
+        my_batches,
+        reduced_statistics,
+        relative_error,
+        shard,
+    )
+    from tests.reference import ReferenceModel, make_batches
+
+    weights = cfg.exits.weights_at(10**9)
+    with layout(cfg):
+        model = build_with_reference_parameters(cfg)
+        for chunk in model.wrapped:
+            chunk.zero_grad_buffer()
+        batches = make_batches(cfg, VOCAB_SIZE, 4)
+        mine = my_batches(batches)
+        accumulate_gradients(
+            model, iterators(model, mine), exit_weights=weights, num_microbatches=len(mine),
+            micro_batch_size=cfg.training.micro_batch_size, seq_length=cfg.training.seq_length,
+        )  # fmt: skip
+        gradients, losses = ReferenceModel(cfg, VOCAB_SIZE).gradients(batches, weights)
+        statistics = reduced_statistics(model)
+        means = statistics[:-1, 0] / statistics[:-1, 1]
+        assert torch.allclose(means, losses[:-1].double(), rtol=1e-5), (means, losses)
+        assert not statistics[-1].any()
+        (chunk,) = model.chunks
+        for local_name, parameter in chunk.named_parameters():
+            name = global_name(cfg, chunk, local_name)
+            if EXIT_HEAD not in name:
+                assert not parameter.requires_grad and parameter.grad is None and not hasattr(parameter, "main_grad")
+                continue
+            expected = shard(cfg, name, gradients[name], parameter)
+            assert relative_error(parameter.main_grad, expected) < 2e-5, name
+        return {
+            "layers": [layer.layer_number for layer in chunk.decoder.layers],
+            "exits": sum(EXIT_HEAD in name for name, _ in chunk.named_parameters()),
+            "has_final_head": chunk.decoder.final_layernorm is not None or hasattr(chunk, "output_layer"),
+        }
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_gradients_equal_plain_autograd(head: str) -> None:
+    (built,) = run_distributed(1, compare_with_reference, cfg=tuning_config(**HEADS[head]))
+    assert built["layers"] == [1, 2, 3] and built["exits"] and not built["has_final_head"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_in_all_layouts(name: str) -> None:
+    world_size, changes = LAYOUTS[name]
+    cfg = tuning_config(**{**HEADS["mlp"], "untie_exit_output_weights": True}, **changes)
+    built = run_distributed(world_size, compare_with_reference, cfg=cfg)
+    layers = sorted({layer for one in built for layer in one["layers"]})
+    assert layers == list(range(1, cfg.exits.exit_layer_nums[-1] + 1))
+    assert not any(one["has_final_head"] for one in built)
+
+
+def compare_distillation(cfg: RunConfig) -> None:
+    """Gradients of the exits are those of their divergence from the final head, by plain autograd."""
+    from torch.nn import functional as F
+
+    from megatron.early_exit.training.step import accumulate_gradients
+    from tests.distributed.parallel_model import (
+        build_with_reference_parameters,
+        global_name,
+        iterators,
+        layout,
+        relative_error,
+        shard,
+    )
+    from tests.reference import ReferenceModel, make_batches
+
+    share, weights = cfg.training.tune_exit_distillation, cfg.exits.weights_at(10**9)
+    with layout(cfg):
+        model = build_with_reference_parameters(cfg)
+        for chunk in model.wrapped:
+            chunk.zero_grad_buffer()
+        batches = make_batches(cfg, VOCAB_SIZE, 3)
+        accumulate_gradients(
+            model, iterators(model, batches), exit_weights=weights, num_microbatches=3,
+            micro_batch_size=cfg.training.micro_batch_size, seq_length=cfg.training.seq_length,
+        )  # fmt: skip
+        reference = ReferenceModel(cfg, VOCAB_SIZE)
+        objective = 0.0
+        for batch in batches:
+            *exits, final = reference.logits(batch)
+            teacher, mask = final.detach().log_softmax(-1), batch.loss_mask
+            for logits, weight in zip(exits, weights, strict=True):
+                labels = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+                ours = logits.log_softmax(-1)
+                divergence = F.kl_div(ours, teacher, log_target=True, reduction="none").sum(-1)
+                both = (1 - share) * labels.view(mask.shape) + share * divergence
+                objective = objective + weight * (both * mask).sum() / mask.sum() / len(batches)
+        objective.backward()
+        (chunk,) = model.chunks
+        compared = 0
+        for local_name, parameter in chunk.named_parameters():
+            name = global_name(cfg, chunk, local_name)
+            if EXIT_HEAD in name:
+                expected = shard(cfg, name, reference.params[name].grad, parameter)
+                assert relative_error(parameter.main_grad, expected) < 2e-5, name
+                compared += 1
+        assert compared
+
+
+@pytest.mark.parametrize(("world_size", "changes"), [
+    (1, {"tune_exit_distillation": 0.4}),
+    (1, {"tune_exit_distillation": 1.0, "untie_embeddings_and_output_weights": True}),
+    (2, {"tune_exit_distillation": 1.0, **TP2, "sequence_parallel": True}),
+], ids=str)  # fmt: skip
+def test_exits_follow_the_final_head(world_size: int, changes: dict) -> None:
+    cfg = tuning_config(**HEADS["mlp"], **changes)
+    run_distributed(world_size, compare_distillation, cfg=cfg)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_token_files(tmp_path_factory.mktemp("data"), VOCAB_SIZE)
+
+
+def base_model(data: str, folder: Path, **changes: Any) -> str:
+    """A model with exits that was trained for a moment."""
+    cfg = make_training_config(data, folder, save=str(folder), no_save_optim=True, train_iters=1, **changes)
+    run_distributed(1, training_run, cfg=cfg)
+    return str(folder)
+
+
+def tune(data: str, folder: Path, base: str, world_size: int = 1, **changes: Any) -> list[dict]:
+    """Tune into `folder`/ck; returns the log."""
+    settings = {"save": str(folder / "ck"), "load": str(folder / "ck"), "train_iters": 6, **changes}
+    cfg = make_training_config(data, folder, pretrained_checkpoint=base, tune_exit=True, **settings)
+    run_distributed(world_size, training_run, cfg=with_tuned_stages(cfg))
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder: str | Path, iteration: int | None = None) -> dict[str, torch.Tensor]:
+    _, tensors = read_checkpoint(checkpoint_folder(folder, iteration))
+    return {name: tensor.read() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(("world_size", "layout"), [
+    (1, {}),
+    (2, {"use_distributed_optimizer": True}),
+    (2, {**TP2, "sequence_parallel": True}),
+    (3, {"pipeline_model_parallel_size": 4}),
+    (3, {"pipeline_model_parallel_size": 4, "use_distributed_optimizer": True}),
+    (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True, "bf16": True}),
+], ids=str)  # fmt: skip
+def test_a_tuned_model_is_the_old_one_with_other_exits(
+    data: str, tmp_path: Path, world_size: int, layout: dict
+) -> None:
+    """The run, stopped and resumed half-way, gives the exits of the one that never stopped; nothing else changes."""
+    head = {**HEADS["mlp"], "exit_layer_nums": (3,), "exit_layer_weight": (1.0,), "untie_exit_output_weights": True}
+    head |= {"bf16": True} if "bf16" in layout else {}
+    base = base_model(data, tmp_path / "base", **head)
+    layout = {**head, **layout}
+    log = tune(data, tmp_path / "whole", base, world_size, save_interval=3, **layout)
+    assert [line["iteration"] for line in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["exit_loss/layer_3"] < log[0]["exit_loss/layer_3"] and "lm_loss" not in log[0]
+    before, half, after = weights_of(base), weights_of(tmp_path / "whole/ck", 3), weights_of(tmp_path / "whole/ck")
+    assert set(before) == set(half) == set(after)
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (EXIT_HEAD not in name), name
+    tune(data, tmp_path / "stopped", base, world_size, exit_interval=3, **layout)
+    shutil.rmtree(base)  # what is linked stays
+    log_again = tune(data, tmp_path / "stopped", str(tmp_path / "whole/ck"), world_size, **layout)
+    assert [line["iteration"] for line in log_again] == [1, 2, 3, 4, 5, 6]
+    for one, two in zip(log, log_again, strict=True):
+        assert one["exit_loss/layer_3"] == two["exit_loss/layer_3"] and one["grad_norm"] == two["grad_norm"]
+    resumed = weights_of(tmp_path / "stopped/ck")
+    assert all(torch.equal(after[name], resumed[name]) for name in after)
+
+
+def test_a_checkpoint_of_exits_is_small_and_runs_alone(data: str, tmp_path: Path) -> None:
+    base = base_model(data, tmp_path / "base", use_exit_norm=True, num_layers=4)
+    tune(data, tmp_path / "tuned", base, use_exit_norm=True, no_save_optim=True, no_save_rng=True)
+    folder = checkpoint_folder(tmp_path / "tuned/ck")
+    own = [path for path in folder.glob("*.distcp") if path.stat().st_nlink == 1]
+    assert sum(path.stat().st_size for path in own) < 10_000
+    tokens = [[1, 2, 3, 4, 5, 6, 7]]
+    old, new = (run_distributed(1, head_logits, folder=f, tokens=tokens)[0] for f in (base, tmp_path / "tuned/ck"))
+    assert torch.equal(old["final"], new["final"])
+    assert not torch.equal(old["exit_2"], new["exit_2"]) and not torch.equal(old["exit_3"], new["exit_3"])
+    # And it can be tuned on, under another layout.
+    log = tune(
+        data, tmp_path / "more", str(tmp_path / "tuned/ck"), 2, use_exit_norm=True, pipeline_model_parallel_size=2,
+    )  # fmt: skip
+    assert log[0]["iteration"] == 1 and log[-1]["exit_loss/layer_3"] < log[0]["exit_loss/layer_3"]
+
+
+@pytest.mark.parametrize(("world_size", "changes", "message"), [
+    (1, {"exit_layer_nums": (), "exit_layer_weight": ()}, "--tune-exit without exits"),
+    (1, {}, "--tune-exit has nothing to tune"),
+    (1, {"use_exit_norm": True}, "needs a model: --pretrained-checkpoint"),
+    (2, {"use_exit_norm": True, "pipeline_model_parallel_size": 4, "tune_exit_pipeline_parallel_size": 2},
+     "the last exit (layer 3) is on stage 3; give 3"),
+    (4, {"use_exit_norm": True, "pipeline_model_parallel_size": 4}, "stages that are tuned (3) = 3"),
+    (2, {"use_exit_norm": True, "pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
+     "forward passes need no interleaving"),
+    (1, {"use_exit_norm": True, "calculate_per_token_loss": True}, "--calculate-per-token-loss is not supported"),
+    (1, {"use_exit_norm": True, "pretrained_checkpoint": "/nowhere"}, "/nowhere: no such folder"),
+    (2, {"use_exit_norm": True, "tune_exit_distillation": 0.5, "pipeline_model_parallel_size": 2},
+     "final head must be on the exits' stage"),
+    (1, {"use_exit_norm": True, "tune_exit_distillation": 1.5}, "a share lies between 0 and 1"),
+])  # fmt: skip
+def test_what_cannot_be_tuned_is_refused(world_size: int, changes: dict, message: str) -> None:
+    cfg = with_tuned_stages(make_config(tune_exit=True, **changes))
+    assert any(message in problem for problem in problems(cfg, world_size)), problems(cfg, world_size)
+
+
+def test_settings_without_effect_are_said() -> None:
+    cfg = make_config(
+        tune_exit=True, use_exit_norm=True, recompute_granularity="full", recompute_method="uniform",
+        recompute_num_layers=1, overlap_grad_reduce=True,
+    )  # fmt: skip
+    text = "\n".join(warnings(cfg))
+    assert "--recompute-granularity has no effect" in text and "--overlap-grad-reduce has no effect" in text
+    cfg = make_config(tune_exit_pipeline_parallel_size=1)
+    assert any("without --tune-exit" in problem for problem in problems(cfg, 1))

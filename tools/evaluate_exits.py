@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""How good a model's exits are, and what early exit brings: tools/evaluate_exits.py --help."""
+
+import sys
+
+from megatron.early_exit.evaluation.evaluate_command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
