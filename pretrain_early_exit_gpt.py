@@ -34,6 +34,13 @@ def main() -> int:
         print(message(rank, error), file=sys.stderr, flush=True)
         return 2
 
+    if config.training.dry_run:
+        if rank == 0:
+            from megatron.early_exit.training.dry_run import describe
+
+            print(describe(config, world_size), flush=True)
+        return 0
+
     from megatron.early_exit.training.pretrain import pretrain
 
     try:

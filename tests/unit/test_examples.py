@@ -5,27 +5,33 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.flags import parse_run_config
+from megatron.early_exit.config.model import ModelConfig
+from megatron.early_exit.config.optimization import OptimizerConfig, TrainingConfig
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, save_run_config
+from megatron.early_exit.config.validate import LATEST_FILE
+from megatron.early_exit.training.dry_run import describe, stages
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("script", "world_size", "parameters"), [
-    ("ee_training/1.3B.sh", 8, 1.2e9),
-    ("ee_training/7B.sh", 32, 6.4e9),
-])  # fmt: skip
-def test_launch_scripts(tmp_path: Path, script: str, world_size: int, parameters: float) -> None:
+def launched(tmp_path: Path, script: str, world_size: int) -> RunConfig:
+    """The settings that a launch script gives to torchrun, on as many ranks as it says."""
     fake = tmp_path / "bin" / "torchrun"
     fake.parent.mkdir()
     fake.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
-    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer").mkdir(exist_ok=True)
     environment = {
         **os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}", "TOKENIZER": str(tmp_path / "tokenizer"),
-        "DATA": "0.7 a/one 0.3 b/two", "CHECKPOINTS": str(tmp_path / "checkpoints"),
+        "DATA": "0.7 a/one 0.3 b/two", "CHECKPOINTS": str(tmp_path / "checkpoints"), "MODEL": "nowhere",
     }  # fmt: skip
     words = subprocess.run(
         ["bash", str(ROOT / "examples" / script), "--log-interval", "7"],
@@ -37,7 +43,17 @@ def test_launch_scripts(tmp_path: Path, script: str, world_size: int, parameters
     )
     sizes = {name: int(launcher[launcher.index(name) + 1]) for name in ("--nproc_per_node", "--nnodes")}
     assert sizes["--nproc_per_node"] * sizes["--nnodes"] == world_size
-    cfg = parse_run_config(flags, world_size=world_size)
+    return parse_run_config(flags, world_size=world_size, warn=lambda message: None)
+
+
+@pytest.mark.parametrize(("script", "world_size", "parameters"), [
+    ("ee_training/1.3B.sh", 8, 1.2e9),
+    ("ee_training/7B.sh", 32, 6.4e9),
+    ("ee_training/13B.sh", 64, 12.7e9),
+    ("ee_training/30B.sh", 128, 32e9),
+])  # fmt: skip
+def test_launch_scripts(tmp_path: Path, script: str, world_size: int, parameters: float) -> None:
+    cfg = launched(tmp_path, script, world_size)
     assert cfg.data.data_path == ("0.7", "a/one", "0.3", "b/two")
     assert cfg.logging.log_interval == 7  # flags of the user come last and win
     model = cfg.model
@@ -45,5 +61,60 @@ def test_launch_scripts(tmp_path: Path, script: str, world_size: int, parameters
     assert parameters < backbone + 2 * 32000 * model.hidden_size < 1.2 * parameters
 
 
-def test_the_demo_script_is_valid_shell() -> None:
-    subprocess.run(["bash", "-n", str(ROOT / "examples" / "demo.sh")], check=True)
+LLAMA2 = {"vocab": 32000, "positions": 4096, "ffn": None, "untied": True, "qkv_bias": False}
+MODELS = {
+    "llama2_7B_1gpu": (1, 1, (8, 16), {"layers": 32, "hidden": 4096, "heads": 32, "kv": 32, **LLAMA2, "ffn": 11008}),
+    "llama2_7B_8gpus": (8, 1, (8, 16), {"layers": 32, "hidden": 4096, "heads": 32, "kv": 32, **LLAMA2, "ffn": 11008}),
+    "llama2_13B_8gpus": (8, 2, (10, 20), {"layers": 40, "hidden": 5120, "heads": 40, "kv": 40, **LLAMA2, "ffn": 13824}),
+    "llama3_8B_8gpus": (8, 1, (8, 16), {"layers": 32, "hidden": 4096, "heads": 32, "kv": 8, "vocab": 128256,
+                        "positions": 8192, "ffn": 14336, "untied": True, "qkv_bias": False}),
+    "qwen2.5_7B_8gpus": (8, 1, (7, 14), {"layers": 28, "hidden": 3584, "heads": 28, "kv": 4, "vocab": 152064,
+                         "positions": 32768, "ffn": 18944, "untied": True, "qkv_bias": True}),
+    "llama2_70B_2nodes": (16, 2, (20, 40), {"layers": 80, "hidden": 8192, "heads": 64, "kv": 8, **LLAMA2,
+                          "ffn": 28672}),
+}  # fmt: skip
+
+
+def converted(folder: Path, exits: tuple[int, ...], sizes: dict[str, Any]) -> None:
+    """The settings of a converted model with exits, without its weights."""
+    model = ModelConfig(
+        num_layers=sizes["layers"], hidden_size=sizes["hidden"], num_attention_heads=sizes["heads"],
+        ffn_hidden_size=sizes["ffn"], group_query_attention=sizes["kv"] != sizes["heads"],
+        num_query_groups=sizes["kv"], max_position_embeddings=sizes["positions"], position_embedding_type="rope",
+        normalization="RMSNorm", swiglu=True, add_bias_linear=False, add_qkv_bias=sizes["qkv_bias"],
+        untie_embeddings_and_output_weights=sizes["untied"], padded_vocab_size=sizes["vocab"],
+    )  # fmt: skip
+    config = RunConfig(
+        model=model,
+        exits=ExitConfig(exit_layer_nums=exits, use_exit_norm=True, use_exit_mlp=True),
+        training=TrainingConfig(seq_length=sizes["positions"]),
+        optimizer=OptimizerConfig(lr=1e-4),
+        data=DataConfig(tokenizer_type="NullTokenizer", vocab_size=1000),
+    )
+    for name in ("base", "exits"):
+        (folder / name / "iter_0000000").mkdir(parents=True)
+        save_run_config(config, folder / name / "iter_0000000" / RUN_CONFIG_FILE)
+        (folder / name / LATEST_FILE).write_text("0")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tuning_recipes(tmp_path: Path, name: str) -> None:
+    world_size, num_stages, exits, sizes = MODELS[name]
+    converted(tmp_path / "checkpoints", exits, sizes)
+    cfg = launched(tmp_path, f"ee_tuning/{name}.sh", world_size)
+    assert cfg.training.tune_exit and cfg.exits.exit_layer_nums == exits and cfg.logging.log_interval == 7
+    assert f"EXITS={' '.join(map(str, exits))}" in (ROOT / "examples/ee_tuning" / f"{name}.sh").read_text().replace(
+        "${EXITS:-", ""
+    )
+    assert cfg.parallel.num_stages == num_stages
+    text = describe(cfg, world_size)
+    assert f"layers {cfg.layers_per_stage * (num_stages - 1) + 1} to {exits[-1]}; exits {exits[-1]}" in text or (
+        num_stages == 1 and f"layers 1 to {exits[-1]}; exits {exits[0]}, {exits[1]}" in text
+    )
+    # It fits into 80 GB with room for what is not counted.
+    assert all(one.total_bytes < 64 * 2**30 for one in stages(cfg, world_size))
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.s[hb]*")), ids=lambda path: path.name)
+def test_scripts_are_valid_shell(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)

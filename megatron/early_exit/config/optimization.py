@@ -13,6 +13,10 @@ class TrainingConfig:
     seq_length: int
     """Tokens of one sequence."""
 
+    dry_run: bool = False
+    """Check all settings, print what the run would be (layout, parameters and memory of every stage, tokens), and end.
+    One process is enough: WORLD_SIZE says for how many ranks."""
+
     tune_exit: bool = False
     """Train the exits alone (EE-Tuning): the layers are frozen, and those behind the last exit are not built."""
 

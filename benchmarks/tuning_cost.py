@@ -1,0 +1,327 @@
+"""What tuning exits costs: time and memory against a forward pass of the whole model and against training all of it.
+
+    python -m benchmarks.tuning_cost --quick            (from the root of the repository)
+
+Variants of one model, with 1, 2 and 8 exits (norm + MLP branch, the model's output weight):
+- forward: a forward pass of the plain model with its loss, the cost that tuning is compared with;
+- tune: EE-Tuning, forward through the layers up to the last exit and training of the exits (optimizer step included);
+- train: training of all parameters with these exits;
+- heads: forward and backward of the exits' heads alone, on hidden states that are there.
+With one stage exits are spread over the first half of the layers (one exit: at a quarter), so the second half is never
+built; with two stages over all layers, so that both stages run.
+
+Time is wall time of the slowest rank; every round runs each variant once, and ratios are medians over rounds. Memory:
+bytes of tensors alive at the peak of one iteration, beyond parameters, gradient buffers and optimizer state, which are
+given beside it. The last line is one JSON document, also written to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import common
+from benchmarks.memory_tracker import TensorMemoryTracker
+from benchmarks.ranks import run_on_ranks
+from benchmarks.training_overhead import Batch, gather, progress
+from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.model import ModelConfig
+from megatron.early_exit.config.optimization import OptimizerConfig, TrainingConfig
+from megatron.early_exit.config.parallel import ParallelConfig
+from megatron.early_exit.config.run import RunConfig, with_tuned_stages
+from megatron.early_exit.platform.device import use_cuda
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured."""
+
+    device: str = "cpu"
+    num_layers: int = 16
+    hidden_size: int = 384
+    num_attention_heads: int = 6
+    vocab_size: int = 32768
+    exits: tuple[int, ...] = (1, 2, 8)
+    pipeline_model_parallel_size: tuple[int, ...] = (1, 2)
+    seq_length: int = 256
+    micro_batch_size: int = 2
+    num_microbatches: int = 4
+    iterations: int = 5
+    threads_per_rank: int = 1
+    bf16: bool = False
+    seed: int = 1234
+
+    def exit_layers(self, num_exits: int, num_stages: int) -> tuple[int, ...]:
+        if num_stages == 1:
+            within = self.num_layers // 2
+            return tuple(within * (i + 1) // num_exits for i in range(num_exits)) if num_exits > 1 else (within // 2,)
+        if num_exits == 1:
+            return (3 * self.num_layers // 4,)
+        return tuple(self.num_layers * (2 * i + 1) // (2 * num_exits) for i in range(num_exits))
+
+
+QUICK = Settings(num_layers=8, hidden_size=64, num_attention_heads=4, exits=(1, 2), seq_length=128, iterations=2)
+"""Shows that everything runs; its times say nothing."""
+
+
+class Built:
+    """One variant on this rank."""
+
+    def __init__(self, settings: Settings, num_stages: int, num_exits: int, tunes: bool) -> None:
+        from megatron.early_exit.model.build import build_model
+        from megatron.early_exit.training.optimizer import build_optimizer
+        from megatron.early_exit.training.step import connect_gradient_reduction
+
+        has_exits = num_exits > 0
+        self.config = RunConfig(
+            model=ModelConfig(
+                num_layers=settings.num_layers, hidden_size=settings.hidden_size,
+                num_attention_heads=settings.num_attention_heads, max_position_embeddings=settings.seq_length,
+                position_embedding_type="rope", normalization="RMSNorm", swiglu=True, add_bias_linear=False,
+                hidden_dropout=0.0, attention_dropout=0.0,
+            ),
+            exits=ExitConfig(
+                exit_layer_nums=settings.exit_layers(num_exits, num_stages) if has_exits else (),
+                use_exit_norm=has_exits, use_exit_mlp=has_exits,
+            ),
+            parallel=ParallelConfig(pipeline_model_parallel_size=num_stages),
+            training=TrainingConfig(
+                seq_length=settings.seq_length, micro_batch_size=settings.micro_batch_size, bf16=settings.bf16,
+                tune_exit=tunes, train_iters=1,
+            ),
+            optimizer=OptimizerConfig(lr=1e-4),
+            data=DataConfig(mock_data=True, vocab_size=settings.vocab_size),
+        )  # fmt: skip
+        if tunes:
+            self.config = with_tuned_stages(self.config)
+        self.model = build_model(self.config, settings.vocab_size)
+        connect_gradient_reduction(self.model)
+        self.optimizer = build_optimizer(self.config, self.model)
+        self.sizes = {"micro_batch_size": settings.micro_batch_size, "seq_length": settings.seq_length}
+
+    def _iterators(self, batches: list[Batch]) -> list[Any]:
+        (chunk,) = self.model.chunks
+        return [iter(batches) if chunk.pre_process or chunk.post_process or chunk.exit_heads() else None]
+
+    def forward(self, batches: list[Batch]) -> None:
+        from megatron.early_exit.training.step import run_schedule
+
+        self.model.eval()
+        with torch.no_grad():
+            self.model.exit_losses.begin_iteration(len(batches))
+            run_schedule(
+                self.model, self._iterators(batches), num_microbatches=len(batches), forward_only=True, **self.sizes
+            )
+
+    def step(self, batches: list[Batch]) -> None:
+        from megatron.early_exit.training.step import train_step
+
+        train_step(
+            self.model, self.optimizer, self._iterators(batches), exit_weights=self.config.exits.weights_at(0),
+            num_microbatches=len(batches), **self.sizes,
+        )  # fmt: skip
+
+    def heads(self, batches: list[Batch]) -> None:
+        """Training of the heads alone."""
+        (chunk,) = self.model.chunks
+        layers = [layer for layer in chunk.decoder.layers if hasattr(layer, "exit_head")]
+        for batch in batches:
+            shape = (batch.tokens.size(1), batch.tokens.size(0), self.config.model.hidden_size)
+            hidden = torch.zeros(shape, dtype=chunk.config.params_dtype, device=batch.tokens.device)
+            for layer in layers:
+                one = torch.ones((), device=batch.tokens.device)
+                sums = layer.exit_head.loss(hidden, batch.labels, batch.loss_mask, one, layer.pre_mlp_layernorm)
+                sums.objective.backward()
+
+    def standing_bytes(self) -> dict[str, int]:
+        parameters = [parameter for chunk in self.model.chunks for parameter in chunk.parameters()]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        state = [value for part in self.optimizer.state.values() for value in part.values() if torch.is_tensor(value)]
+        return {
+            "parameter_bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "trained_parameter_bytes": sum(p.numel() * p.element_size() for p in trained),
+            "gradient_bytes": sum(p.numel() * p.main_grad.element_size() for p in trained),
+            "optimizer_bytes": sum(value.numel() * value.element_size() for value in state),
+        }
+
+
+def make_batches(settings: Settings) -> list[Batch]:
+    from megatron.early_exit.platform.device import device
+
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (settings.micro_batch_size, settings.seq_length)
+    batches = []
+    for _ in range(settings.num_microbatches):
+        tokens = torch.randint(settings.vocab_size, (shape[0], shape[1] + 1), generator=generator)
+        positions = torch.arange(settings.seq_length).expand(shape)
+        fields = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(shape), positions)
+        batches.append(Batch(*(field.to(device()) for field in fields)))
+    return batches
+
+
+def timed(action: Callable[[list[Batch]], None], batches: list[Batch]) -> float:
+    if use_cuda():
+        torch.cuda.synchronize()
+    torch.distributed.barrier()
+    started = time.perf_counter()
+    action(batches)
+    if use_cuda():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_bytes(action: Callable[[list[Batch]], None], batches: list[Batch]) -> int:
+    gc.collect()
+    if use_cuda():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action(batches)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with TensorMemoryTracker() as tracker:
+        action(batches)
+    return tracker.peak_bytes
+
+
+def measure_layout(settings: Settings, num_stages: int) -> list[dict[str, Any]]:
+    """One row for each number of exits. Runs on every rank."""
+    from megatron.early_exit.platform.distributed import initialize_model_parallel
+
+    initialize_model_parallel(
+        ParallelConfig(pipeline_model_parallel_size=num_stages), settings.num_layers, settings.seed
+    )
+    batches, rows = make_batches(settings), []
+    for num_exits in settings.exits:
+        progress(f"PP {num_stages}, {num_exits} exits")
+        plain, tune = Built(settings, num_stages, 0, False), Built(settings, num_stages, num_exits, True)
+        train = Built(settings, num_stages, num_exits, False)
+        actions = {"forward": plain.forward, "tune": tune.step, "train": train.step}
+        if num_stages == 1:
+            actions["heads"] = tune.heads
+        built = {"forward": plain, "tune": tune, "train": train, "heads": tune}
+        for action in actions.values():  # warm up, and let optimizers make their state
+            action(batches)
+        memory = {
+            name: gather({"peak_bytes": peak_bytes(action, batches), **built[name].standing_bytes()})
+            for name, action in actions.items()
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in actions}
+        for _ in range(settings.iterations):
+            for name, action in actions.items():
+                seconds[name].append(max(gather(timed(action, batches))))
+        rows.append({
+            "num_stages": num_stages, "num_exits": num_exits,
+            "exit_layers": list(tune.config.exits.exit_layer_nums),
+            "built_layers": tune.config.num_built_layers, "seconds": seconds, "memory": memory,
+        })  # fmt: skip
+        del plain, tune, train, actions, built
+        gc.collect()
+    return rows
+
+
+def compare(settings: Settings, row: dict[str, Any]) -> dict[str, Any]:
+    seconds, memory = row["seconds"], row["memory"]
+    tokens = settings.num_microbatches * settings.micro_batch_size * settings.seq_length
+    ratio = lambda name, base: common.median_ratio(seconds[name], seconds[base])
+    busiest = lambda name: max(stage["peak_bytes"] for stage in memory[name])
+    chunk = chunk_bytes(settings)
+    one = {key: row[key] for key in ("num_stages", "num_exits", "exit_layers", "built_layers")} | {
+        "tune_tokens_per_second": tokens / common.median(seconds["tune"]),
+        "tune_over_forward": ratio("tune", "forward"),
+        "tune_over_train": ratio("tune", "train"),
+        "heads_over_forward": ratio("heads", "forward") if "heads" in seconds else None,
+        "backbone_over_forward": None,
+        "tune_peak_mib": busiest("tune") / common.MIB,
+        "train_peak_mib": busiest("train") / common.MIB,
+        "forward_peak_mib": busiest("forward") / common.MIB,
+        "chunk_mib": chunk / common.MIB,
+        "standing_mib": _standing(memory["tune"]) / common.MIB,
+        "train_standing_mib": _standing(memory["train"]) / common.MIB,
+    }
+    if "heads" in seconds:
+        pairs = zip(seconds["tune"], seconds["heads"], seconds["forward"], strict=True)
+        one["backbone_over_forward"] = common.median([(tune - heads) / forward for tune, heads, forward in pairs])
+    return one
+
+
+def _standing(stages: list[dict[str, int]]) -> int:
+    """Gradients and optimizer state, and the exits' own parameters, on the stage that has most."""
+    return max(s["trained_parameter_bytes"] + s["gradient_bytes"] + s["optimizer_bytes"] for s in stages)
+
+
+def chunk_bytes(settings: Settings) -> int:
+    from megatron.early_exit.model.cross_entropy import chunk_size
+
+    tokens = min(chunk_size(settings.vocab_size), settings.micro_batch_size * settings.seq_length)
+    return tokens * settings.vocab_size * 4
+
+
+def goals(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
+    time_checks = [
+        {"exits": one["num_exits"], "backbone_over_forward": one["backbone_over_forward"], "limit": 0.45,
+         "met": one["backbone_over_forward"] < 0.45}
+        for one in comparisons if one["num_stages"] == 1 and one["num_exits"] == 1
+    ]  # fmt: skip
+    # Beyond a forward pass: the logits of one chunk and their gradient, and what an MLP branch keeps for its backward.
+    memory_checks = [
+        {"num_stages": one["num_stages"], "exits": one["num_exits"],
+         "beyond_forward_mib": one["tune_peak_mib"] - one["forward_peak_mib"], "limit_mib": one["chunk_mib"],
+         "met": one["tune_peak_mib"] - one["forward_peak_mib"] <= one["chunk_mib"]}
+        for one in comparisons
+    ]  # fmt: skip
+    verdict = lambda checks: {"met": all(c["met"] for c in checks) if checks else None, "checks": checks}
+    return {
+        "one exit at a quarter: less than 0.45 of a forward pass beside its head": verdict(time_checks),
+        "memory beyond a forward pass is at most one chunk": verdict(memory_checks),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--iterations", type=int)
+    parser.add_argument("--threads-per-rank", type=int)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if use_cuda() else "cpu")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--no-write", action="store_true", help="print the document only")
+    args = parser.parse_args()
+    settings = replace(QUICK if args.quick else Settings(), device=args.device, bf16=args.bf16)
+    for name in ("iterations", "threads_per_rank"):
+        if getattr(args, name):
+            settings = replace(settings, **{name: getattr(args, name)})
+    machine = common.machine_info()
+    rows: list[dict[str, Any]] = []
+    for num_stages in settings.pipeline_model_parallel_size:
+        if settings.device == "cuda" and num_stages > torch.cuda.device_count():
+            print(f"PP {num_stages} skipped: it needs as many GPUs, this machine has {torch.cuda.device_count()}.")
+            continue
+        rows += run_on_ranks(
+            num_stages, measure_layout, settings, num_stages, threads_per_rank=settings.threads_per_rank
+        )
+    comparisons = [compare(settings, row) for row in rows]
+    verdicts = goals(comparisons)
+    names = [
+        "num_stages", "num_exits", "built_layers", "tune_tokens_per_second", "tune_over_forward", "heads_over_forward",
+        "backbone_over_forward", "tune_over_train", "forward_peak_mib", "tune_peak_mib", "train_peak_mib",
+        "standing_mib", "train_standing_mib",
+    ]  # fmt: skip
+    print(common.format_table(names, [[one[name] for name in names] for one in comparisons]))
+    print("\n" + common.format_table(["goal", "met"], [[name, one["met"]] for name, one in verdicts.items()]))
+    results = {"comparisons": comparisons, "raw": rows}
+    document = common.result_document("tuning_cost", machine, asdict(settings), settings.seed, results, verdicts)
+    common.finish(document, args.output, is_written=not args.no_write)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
