@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 FOLDER=${1:-runs/demo-tune}
-ITERATIONS=${ITERATIONS:-120}
+ITERATIONS=${ITERATIONS:-100}
 mkdir -p "$FOLDER"
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 
@@ -39,7 +39,7 @@ OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 --master_port "${MASTER_PORT:-2953
     --tune-exit --pretrained-checkpoint "$FOLDER/exits" --use-checkpoint-args \
     --load "$FOLDER/tuned" --save "$FOLDER/tuned" --save-interval 40 --keep-last 2 --exit-signal-handler \
     --seq-length 128 --micro-batch-size 2 --global-batch-size 8 --train-iters "$ITERATIONS" \
-    --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 5 --adam-beta2 0.95 \
+    --lr 5e-3 --min-lr 5e-4 --lr-decay-style cosine --lr-warmup-iters 5 --adam-beta2 0.95 \
     --data-path "$FOLDER/data/train_text_document" --data-cache-path "$FOLDER/data/cache" --split 98,2,0 \
     --num-workers 0 --eval-interval 40 --eval-iters 2 --log-interval 5
 python tools/plot_losses.py "$FOLDER/tuned/metrics.jsonl" --output "$FOLDER/losses.png"
