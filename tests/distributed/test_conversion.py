@@ -179,6 +179,56 @@ def test_shards_and_types(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[key].bfloat16()) for key, value in back.state_dict().items())
 
 
+def our_early_exit(folder: Path, threshold: float, count: int) -> list[tuple[list[int], list[int]]]:
+    """(tokens, layers that they left at) for the prompts of `TOKENS`."""
+    from megatron.early_exit.inference.llm import LLM
+    from megatron.early_exit.inference.params import GenerationParams
+
+    llm = LLM.load(str(folder), max_requests=2)
+    params = GenerationParams(
+        mode="early_exit", exit_thresholds=(threshold,), max_tokens=count, ignore_eod=True, max_deferred=1000
+    )
+    answers = llm.generate([tokens[:12] for tokens in TOKENS], params)
+    return [([t.token for t in answer.tokens], [t.exit_layer for t in answer.tokens]) for answer in answers]
+
+
+@pytest.mark.parametrize(("name", "flags"), [
+    ("llama", ("--use-exit-norm", "--use-exit-mlp")),
+    ("mistral", ("--use-exit-norm", "--untie-exit-output-weights")),
+    ("qwen2", ("--use-exit-norm", "--pre-exit")),
+    ("qwen3", ("--use-exit-mlp",)),
+], ids=str)  # fmt: skip
+def test_exits_in_transformers(name: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    import transformers
+
+    random_model(*MODELS[name], tmp_path / "theirs")
+    convert("from-hf", "--input", tmp_path / "theirs", "--save", tmp_path / "plain")
+    words = ("--load", tmp_path / "plain", "--save", tmp_path / "exits", "--exit-layer-nums", 2, 3, *flags)
+    convert("add-exits", *words, "--init", "random")
+    convert("to-hf", "--load", tmp_path / "exits", "--output", tmp_path / "back", "--with-exits")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", trust_remote_code=True)
+    model.generation_config.eos_token_id = None
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", trust_remote_code=False)
+    assert type(plain).__name__ != type(model).__name__ == "EarlyExitForCausalLM"
+    assert torch.equal(their_logits(tmp_path / "back"), their_logits(tmp_path / "theirs"))
+    seen = set()
+    # Not 1: there an exit is taken where its probability rounds to 1, and roundings differ.
+    for threshold in (0.0, 0.03, 0.06, 0.2, 0.6, 0.9, 0.999):
+        ours = run_distributed(1, our_early_exit, folder=tmp_path / "exits", threshold=threshold, count=30)[0]
+        for prompt, (tokens, layers) in zip(TOKENS, ours, strict=True):
+            ids = model.generate(torch.tensor([prompt[:12]]), max_new_tokens=30, exit_threshold=threshold)
+            assert ids[0, 12:].tolist() == tokens and model.last_exit_layers == layers, threshold
+            seen |= set(layers)
+    assert {2, 4} <= seen
+    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    ids = model.generate(torch.tensor([TOKENS[0][:12]]), **settings)
+    assert torch.equal(ids, plain.generate(torch.tensor([TOKENS[0][:12]]), **settings))
+    with pytest.raises(ValueError, match="one sequence, greedily"):
+        model.generate(torch.tensor(TOKENS), exit_threshold=0.5)
+    with pytest.raises(ValueError, match="it is a probability"):
+        model.generate(torch.tensor([TOKENS[0]]), exit_threshold=5.0)
+
+
 def test_vocabulary_for_many_ranks(tmp_path: Path) -> None:
     weights = random_model("llama", {}, tmp_path / "theirs")
     convert("from-hf", "--input", tmp_path / "theirs", "--save", tmp_path / "ours")

@@ -39,9 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--max-position-embeddings", type=int, metavar="N", help="longest sequence; default: the model's")
     one.set_defaults(run=from_hugging_face)
 
-    one = commands.add_parser("to-hf", help="ours -> a model of Hugging Face transformers, without exits")
+    one = commands.add_parser("to-hf", help="ours -> a model of Hugging Face transformers")
     _add_source(one)
     _add_target(one, "--output")
+    one.add_argument(
+        "--with-exits",
+        action="store_true",
+        help="write the exits too, with a class (trust_remote_code) that uses them",
+    )
     one.set_defaults(run=to_hugging_face)
 
     one = commands.add_parser("from-legacy", help="a checkpoint of the original EE-LLM -> ours")
@@ -140,7 +145,7 @@ def from_hugging_face(args: argparse.Namespace) -> None:
 
 
 def to_hugging_face(args: argparse.Namespace) -> None:
-    from megatron.early_exit.checkpoint.hugging_face import without_exits, write_hugging_face
+    from megatron.early_exit.checkpoint.hugging_face import write_hugging_face
     from megatron.early_exit.checkpoint.store import TOKENIZER_FOLDER
 
     config, tensors, folder = _read(args)
@@ -149,16 +154,17 @@ def to_hugging_face(args: argparse.Namespace) -> None:
         model_type = write_hugging_face(
             args.save,
             _with_length(config),
-            without_exits(tensors),
+            tensors,
+            exits=config.exits if args.with_exits else None,
             tokenizer=tokenizer if tokenizer.is_dir() else None,
             vocab_size=_vocab_size(tokenizer, config),
             dtype=_dtype(args.dtype),
             force=args.force,
             progress=progress,
         )
-    exits = (
-        f"; its exits at layers {_listed(config.exits.exit_layer_nums)} stay behind" if config.exits.num_exits else ""
-    )
+    exits = ""
+    if config.exits.num_exits:
+        exits = f", {'with' if args.with_exits else 'without'} its exits ({_listed(config.exits.exit_layer_nums)})"
     print(f"{args.save}: a {model_type} of transformers{exits}")
 
 

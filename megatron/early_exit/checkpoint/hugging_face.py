@@ -24,6 +24,7 @@ from megatron.early_exit.checkpoint.families import (
 )
 from megatron.early_exit.checkpoint.store import Progress
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors, with_rows
+from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.data.tokenizer import HUGGING_FACE_FILES
 
@@ -167,26 +168,35 @@ def write_hugging_face(
     vocab_size: int | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
+    exits: ExitConfig | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> str:
-    """Write a model without exits as a standard one of `transformers`; returns its model type.
+    """Write a model as a standard one of `transformers`; returns its model type.
 
     tensors: ours. tokenizer: folder with a tokenizer, and with the config.json that the model came with, if it did: its
     model type and special ids are kept. vocab_size: ids of the model; default: that of this config.json, else all rows.
+    exits: write them as well, in a file of their own, with a class that generates with them (`remote_code/`).
     Raises ValueError if no architecture of `transformers` is like this, FileExistsError if `output` holds something."""
     if output.exists() and any(output.iterdir()) and not force:
         raise FileExistsError(f"{output} is not empty; choose another folder, or --force to replace it")
     source = _source_config(tokenizer)
+    if exits is not None:
+        _check_exits(exits)
     family, model_type = _target_family(model, source)
     rows = vocab_size or source.get("vocab_size") or vocabulary_rows(tensors)
-    theirs = family.theirs(pad_vocabulary(tensors, rows), model)
+    tensors = pad_vocabulary(tensors, rows)
     if dtype is not None:
-        theirs = {name: tensor.to(dtype) for name, tensor in theirs.items()}
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    theirs = family.theirs(without_exits(tensors), model)
+    if exits is not None and model_type == "gpt2":
+        raise ValueError("exits of a gpt2 cannot be written for transformers; leave them out")
     with _partial(output) as partial:
         dtype = next(iter(theirs.values())).dtype
         _write_config(partial, family, model_type, model, source, rows, dtype)
         _write_safetensors(partial, theirs, max_shard_bytes, progress)
+        if exits is not None:
+            _write_exits(partial, tensors, exits)
         for file in tokenizer_files(tokenizer) if tokenizer is not None else []:
             if file.name != "config.json":
                 shutil.copyfile(file, partial / file.name)
@@ -273,6 +283,46 @@ def _write_safetensors(folder: Path, tensors: Tensors, max_shard_bytes: int, pro
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _check_exits(exits: ExitConfig) -> None:
+    if not exits.num_exits:
+        raise ValueError("the model has no exits to write")
+    if exits.use_exit_block:
+        raise ValueError("exits with a transformer block cannot be written for transformers; leave them out")
+
+
+def _write_exits(folder: Path, tensors: Tensors, exits: ExitConfig) -> None:
+    """The exits' weights, their settings in config.json, and the class that uses both."""
+    from safetensors.torch import save_file
+
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    names = {"norm.weight": "norm.weight", "output_layer.weight": "output.weight", "mlp.linear_fc2.weight":
+             "mlp.down_proj.weight"}  # fmt: skip
+    state = {}
+    for index, layer in enumerate(exits.exit_layer_nums):
+        prefix = f"decoder.layers.{layer - 1}{EXIT_HEAD}"
+        for name, tensor in tensors.items():
+            if not name.startswith(prefix):
+                continue
+            part, value = name.removeprefix(prefix), tensor.read().to(tensor.dtype)
+            if part == "mlp.linear_fc1.weight":
+                gate, up = value.chunk(2)
+                state |= {f"{index}.mlp.gate_proj.weight": gate.clone(), f"{index}.mlp.up_proj.weight": up.clone()}
+            else:
+                state[f"{index}.{names[part]}"] = value.clone()
+    save_file(state, folder / "exits.safetensors", metadata={"format": "pt"})
+    config["early_exits"] = {
+        "layers": list(exits.exit_layer_nums), "pre_exit": exits.pre_exit, "norm": exits.use_exit_norm,
+        "mlp": exits.use_exit_mlp, "own_output": exits.untie_exit_output_weights,
+        "temperatures": [exits.temperature_of(index) for index in range(exits.num_exits)],
+    }  # fmt: skip
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM"}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    code = (Path(__file__).parent / "remote_code" / "modeling_early_exit.py").read_text(encoding="utf-8")
+    base = config["architectures"][0]
+    (folder / "modeling_early_exit.py").write_text(code.replace("LlamaForCausalLM as Base", f"{base} as Base"))
 
 
 def without_exits(tensors: Tensors) -> Tensors:
