@@ -44,8 +44,6 @@ TOKENS = [[(7 * i + 3 * j * j) % 93 for j in range(30)] for i in range(2)]
 def random_model(kind: str, changes: dict[str, Any], folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
     """A model of `transformers` with random weights in `folder`, and a tokenizer; returns its weights."""
     import transformers
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
 
     torch.manual_seed(0)
     sizes = {**(GPT2 if kind == "gpt2" else SIZES), **changes}
@@ -58,9 +56,18 @@ def random_model(kind: str, changes: dict[str, Any], folder: Path, **settings: A
             if "norm" in name or "ln_" in name or "bias" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder, **settings)
+    save_tokenizer(folder)
+    return model.state_dict()
+
+
+def save_tokenizer(folder: Path) -> None:
+    """One of 93 ids."""
+    import transformers
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
     words = WordLevel({f"w{i}": i for i in range(92)} | {"<eos>": 92}, unk_token="w0")
     transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="<eos>").save_pretrained(folder)
-    return model.state_dict()
 
 
 def their_logits(folder: Path) -> torch.Tensor:
@@ -227,6 +234,29 @@ def test_exits_in_transformers(name: str, flags: tuple[str, ...], tmp_path: Path
         model.generate(torch.tensor(TOKENS), exit_threshold=0.5)
     with pytest.raises(ValueError, match="it is a probability"):
         model.generate(torch.tensor([TOKENS[0]]), exit_threshold=5.0)
+
+
+def test_a_model_trained_here(tmp_path: Path) -> None:
+    """Ids and vocabulary are those of its tokenizer, not the defaults of the architecture."""
+    import transformers
+
+    from tests.configs import make_config
+    from tests.distributed.test_added_exits import save
+
+    save_tokenizer(tmp_path / "tokenizer")
+    data = {
+        "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path / "tokenizer"), "vocab_size": None,
+    }  # fmt: skip
+    run_distributed(1, save, cfg=make_config(max_position_embeddings=64, **data), folder=tmp_path / "ours")
+    convert("to-hf", "--load", tmp_path / "ours", "--output", tmp_path / "theirs")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 92
+    assert model.config.bos_token_id is None and model.config.vocab_size == len(tokenizer) == 93
+    said = run_distributed(1, head_logits, folder=tmp_path / "ours", tokens=[[1, 2, 3, 4, 5]])[0]["final"][0]
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2, 3, 4, 5]])).logits[0]
+    assert_same_logits(said[:, : model.config.vocab_size], logits)
 
 
 def test_vocabulary_for_many_ranks(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def to_hugging_face(args: argparse.Namespace) -> None:
             tensors,
             exits=config.exits if args.with_exits else None,
             tokenizer=tokenizer if tokenizer.is_dir() else None,
-            vocab_size=_vocab_size(tokenizer, config),
+            **_ids_of(tokenizer, config),
             dtype=_dtype(args.dtype),
             force=args.force,
             progress=progress,
@@ -348,13 +348,19 @@ def _with_length(config: RunConfig) -> ModelConfig:
     return replace(config.model, max_position_embeddings=max_positions(config))
 
 
-def _vocab_size(tokenizer: Path, config: RunConfig) -> int | None:
-    """Ids of a model that did not come from transformers: those of its tokenizer."""
+def _ids_of(tokenizer: Path, config: RunConfig) -> dict[str, Any]:
+    """What `write_hugging_face` must be told of the ids of a model that did not come from transformers."""
     from megatron.early_exit.data.tokenizer import load_tokenizer
 
     if (tokenizer / "config.json").is_file():
-        return None  # it says
-    return load_tokenizer(tokenizer).vocab_size if tokenizer.is_dir() else config.model.padded_vocab_size
+        return {}  # it says
+    if not tokenizer.is_dir():
+        return {"vocab_size": config.model.padded_vocab_size}
+    own = load_tokenizer(tokenizer)
+    return {
+        "vocab_size": own.vocab_size,
+        "special_ids": {"eos_token_id": own.eod, "bos_token_id": own.bos, "pad_token_id": None},
+    }
 
 
 @contextmanager

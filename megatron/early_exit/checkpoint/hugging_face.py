@@ -166,6 +166,7 @@ def write_hugging_face(
     *,
     tokenizer: Path | None = None,
     vocab_size: int | None = None,
+    special_ids: dict[str, int | None] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
     exits: ExitConfig | None = None,
@@ -176,11 +177,12 @@ def write_hugging_face(
 
     tensors: ours. tokenizer: folder with a tokenizer, and with the config.json that the model came with, if it did: its
     model type and special ids are kept. vocab_size: ids of the model; default: that of this config.json, else all rows.
+    special_ids: eos_token_id and so on, of a model that did not come from there.
     exits: write them as well, in a file of their own, with a class that generates with them (`remote_code/`).
     Raises ValueError if no architecture of `transformers` is like this, FileExistsError if `output` holds something."""
     if output.exists() and any(output.iterdir()) and not force:
         raise FileExistsError(f"{output} is not empty; choose another folder, or --force to replace it")
-    source = _source_config(tokenizer)
+    source = {**(special_ids or {}), **_source_config(tokenizer)}
     if exits is not None:
         _check_exits(exits)
     family, model_type = _target_family(model, source)
