@@ -143,9 +143,12 @@ class Built:
                 sums.objective.backward()
 
     def standing_bytes(self) -> dict[str, int]:
+        from megatron.early_exit.platform.optimizer_state import optimizer_parts
+
         parameters = [parameter for chunk in self.model.chunks for parameter in chunk.parameters()]
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        state = [value for part in self.optimizer.state.values() for value in part.values() if torch.is_tensor(value)]
+        states = [state for part in optimizer_parts(self.optimizer) for state in part.optimizer.state.values()]
+        state = [value for one in states for value in one.values() if torch.is_tensor(value)]
         return {
             "parameter_bytes": sum(p.numel() * p.element_size() for p in parameters),
             "trained_parameter_bytes": sum(p.numel() * p.element_size() for p in trained),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, flops, training_overhead
+from benchmarks import common, flops, training_overhead, tuning_cost
 from benchmarks.memory_tracker import TensorMemoryTracker
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
@@ -203,3 +203,25 @@ def test_verdicts(num_stages: int) -> None:
     too_much = verdicts([1.0] * 3, 1000 + bound + 1)["extra_memory_within_one_chunk_and_one_weight_gradient"]
     assert too_much["met"] is False
     assert too_much["checks"][0]["limit_bytes"] == bound
+
+
+def test_what_tuning_costs_is_compared_by_hand() -> None:
+    settings = tuning_cost.Settings()
+    assert settings.exit_layers(1, 1) == (4,) and settings.exit_layers(8, 1) == tuple(range(1, 9))
+    assert settings.exit_layers(1, 2) == (12,) and settings.exit_layers(2, 2) == (4, 12)
+    mib = common.MIB
+    memory = {
+        name: [{"peak_bytes": peak * mib, "trained_parameter_bytes": 1, "gradient_bytes": 1, "optimizer_bytes": 2}]
+        for name, peak in {"forward": 10, "tune": 60, "train": 100, "heads": 5}.items()
+    }
+    row = {
+        "num_stages": 1, "num_exits": 1, "exit_layers": [4], "built_layers": 4, "memory": memory,
+        "seconds": {"forward": [1.0, 2.0], "tune": [0.7, 1.4], "train": [3.5, 7.0], "heads": [0.3, 0.6]},
+    }  # fmt: skip
+    one = tuning_cost.compare(settings, row)
+    assert one["tune_over_forward"] == pytest.approx(0.7) and one["tune_over_train"] == pytest.approx(0.2)
+    assert one["backbone_over_forward"] == pytest.approx(0.4)
+    verdicts = list(tuning_cost.goals([one]).values())
+    assert [verdict["met"] for verdict in verdicts] == [True, one["chunk_mib"] >= 50]
+    in_time, _ = tuning_cost.goals([one | {"backbone_over_forward": 0.5}]).values()
+    assert not in_time["met"]
