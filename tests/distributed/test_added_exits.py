@@ -250,6 +250,29 @@ def test_what_cannot_be_converted_leaves_nothing_behind(
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("raised", [OSError("the disk is gone"), KeyboardInterrupt()], ids=str)
+def test_a_conversion_that_breaks_off_leaves_what_was_there(tmp_path: Path, raised: BaseException) -> None:
+    plain(tmp_path / "plain")
+    config, tensors = read_checkpoint(checkpoint_folder(tmp_path / "plain"))
+    tensors = {name: replace(tensor, origin=None) for name, tensor in tensors.items()}
+    store.write_checkpoint(tmp_path / "x", config, tensors)
+    before = stored(tmp_path / "x")
+
+    def read() -> torch.Tensor:
+        raise raised
+
+    name = "decoder.final_layernorm.weight"
+    broken = tensors | {name: replace(tensors[name], read=read)}
+    with pytest.raises(type(raised), match=str(raised)):
+        store.write_checkpoint(tmp_path / "x", config, broken, force=True)
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
+        "iter_0000000", "latest_checkpointed_iteration.txt",
+    ]  # fmt: skip
+    assert stored(tmp_path / "x") == before
+    store.write_checkpoint(tmp_path / "x", config, tensors, force=True)
+    assert stored(tmp_path / "x") == before and len(list((tmp_path / "x").iterdir())) == 2
+
+
 def test_mistral_beyond_its_window(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     random_model("mistral", {"sliding_window": 20}, tmp_path / "theirs")
     words = ("from-hf", "--input", tmp_path / "theirs", "--save", tmp_path / "ours")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
@@ -139,12 +140,15 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # nothing half-written is left
         raise
+    replaced = final.with_name(final.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     partial.rename(final)
     tracker = save / (LATEST_FILE + ".tmp")
     tracker.write_text("0")
     tracker.replace(save / LATEST_FILE)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
@@ -205,12 +209,18 @@ def _write_tensors(folder: Path, tensors: Tensors, progress: Progress | None) ->
     }
     # Core's linear layers ask for a state beside their parameters, which is empty.
     state |= {_extra_state(name): [None] for name in tensors if _has_extra_state(name)}
-    dcp.save(
-        state,
-        storage_writer=FileSystemWriter(folder, thread_count=1),
-        planner=_StreamingPlanner(tensors, progress),
-        no_dist=True,
-    )
+    try:
+        dcp.save(
+            state,
+            storage_writer=FileSystemWriter(folder, thread_count=1),
+            planner=_StreamingPlanner(tensors, progress),
+            no_dist=True,
+        )
+    except CheckpointException as error:  # no Exception, and it hides what happened
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise OSError(f"{folder} cannot be written: {cause}") from cause
 
 
 def _has_extra_state(name: str) -> bool:
