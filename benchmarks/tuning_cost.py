@@ -54,8 +54,8 @@ class Settings:
     pipeline_model_parallel_size: tuple[int, ...] = (1, 2)
     seq_length: int = 256
     micro_batch_size: int = 2
-    num_microbatches: int = 4
-    iterations: int = 5
+    num_microbatches: int = 2
+    iterations: int = 3
     threads_per_rank: int = 1
     bf16: bool = False
     seed: int = 1234
@@ -292,6 +292,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--iterations", type=int)
+    parser.add_argument("--exits", type=int, nargs="+", help="numbers of exits; default 1 2 8")
+    parser.add_argument("--num-microbatches", type=int)
     parser.add_argument("--threads-per-rank", type=int)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if use_cuda() else "cpu")
     parser.add_argument("--bf16", action="store_true")
@@ -299,7 +301,9 @@ def main() -> int:
     parser.add_argument("--no-write", action="store_true", help="print the document only")
     args = parser.parse_args()
     settings = replace(QUICK if args.quick else Settings(), device=args.device, bf16=args.bf16)
-    for name in ("iterations", "threads_per_rank"):
+    if args.exits:
+        settings = replace(settings, exits=tuple(args.exits))
+    for name in ("iterations", "threads_per_rank", "num_microbatches"):
         if getattr(args, name):
             settings = replace(settings, **{name: getattr(args, name)})
     machine = common.machine_info()

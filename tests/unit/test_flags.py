@@ -371,7 +371,9 @@ def test_bad_yaml(tmp_path, text, expected):
 
 
 def test_yaml_values_of_foreign_flags_that_change_nothing(tmp_path):
-    path = write(tmp_path / "run.yaml", "fill-explicit-bubbles: false\ncontext-parallel-size: 1\nuse-flash-attn: true\n")
+    path = write(
+        tmp_path / "run.yaml", "fill-explicit-bubbles: false\ncontext-parallel-size: 1\nuse-flash-attn: true\n"
+    )
     (message,) = warnings_of(f"--config {path}")
     assert message.startswith("--use-flash-attn is ignored")
 
