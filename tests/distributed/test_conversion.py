@@ -149,6 +149,9 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[key]) for key, value in back.state_dict().items())
     assert torch.equal(their_logits(tmp_path / "back"), expected)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").get_vocab()["w7"] == 7
+    assert (tmp_path / "back/generation_config.json").read_text() == (
+        tmp_path / "theirs/generation_config.json"
+    ).read_text()
 
 
 @pytest.mark.parametrize("name", ["llama 3", "linear rope"])

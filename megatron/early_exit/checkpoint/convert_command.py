@@ -286,17 +286,7 @@ def _save(args: argparse.Namespace, config: RunConfig, tensors: Tensors) -> None
 
     if args.save.is_file():
         raise FileExistsError(f"{args.save} is a file; give a folder")
-    rows = config.model.padded_vocab_size
-    if rows is None:
-        from megatron.early_exit.checkpoint.families import vocabulary_rows
-
-        multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-        if multiple < 1:
-            raise ValueError(
-                f"--make-vocab-size-divisible-by {args.make_vocab_size_divisible_by} and --tensor-model-parallel-size "
-                f"{args.tensor_model_parallel_size} must be at least 1"
-            )
-        rows = max(-(-vocabulary_rows(tensors) // multiple) * multiple, multiple)
+    rows = config.model.padded_vocab_size or _padded_rows(args, tensors)
     data = config.data
     if not data.mock_data:
         check_ids_fit(build_tokenizer(data).vocab_size, rows)
@@ -318,6 +308,19 @@ def _save(args: argparse.Namespace, config: RunConfig, tensors: Tensors) -> None
     exits = config.exits
     what = f"exits at layers {_listed(exits.exit_layer_nums)}" if exits.num_exits else "no exits"
     print(f"{folder}: {config.model.num_layers} layers, {what}")
+
+
+def _padded_rows(args: argparse.Namespace, tensors: Tensors) -> int:
+    """Rows of the vocabulary for the ranks that the flags name."""
+    from megatron.early_exit.checkpoint.families import vocabulary_rows
+
+    multiple = getattr(args, "make_vocab_size_divisible_by", 128) * getattr(args, "tensor_model_parallel_size", 1)
+    if multiple < 1:
+        raise ValueError(
+            f"--make-vocab-size-divisible-by {args.make_vocab_size_divisible_by} and --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size} must be at least 1"
+        )
+    return -(-vocabulary_rows(tensors) // multiple) * multiple
 
 
 def _run_config(model: ModelConfig, exits: ExitConfig, data: DataConfig, tensors: Tensors) -> RunConfig:
@@ -367,8 +370,9 @@ def _ids_of(tokenizer: Path, config: RunConfig) -> dict[str, Any]:
 def _tokenizer_folder(path: Path, their_config: Any) -> Iterator[Path]:
     """A folder with the tokenizer's files; of a GGUF file, made for the while."""
     from megatron.early_exit.checkpoint.hugging_face import tokenizer_files
+    from megatron.early_exit.data.tokenizer import MODEL_FILES
 
-    if path.is_dir() and any(file.name != "config.json" for file in tokenizer_files(path)):
+    if path.is_dir() and any(file.name not in MODEL_FILES for file in tokenizer_files(path)):
         yield path
         return
     from transformers import AutoTokenizer

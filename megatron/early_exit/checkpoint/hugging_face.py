@@ -26,7 +26,7 @@ from megatron.early_exit.checkpoint.store import Progress
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors, with_rows
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.data.tokenizer import HUGGING_FACE_FILES
+from megatron.early_exit.data.tokenizer import HUGGING_FACE_FILES, MODEL_FILES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -155,7 +155,7 @@ def _read_tensor(file: Path, name: str) -> torch.Tensor:
 
 def tokenizer_files(path: Path) -> list[Path]:
     """Files of the tokenizer and the settings in a folder of `transformers`."""
-    names = (*HUGGING_FACE_FILES, "generation_config.json")
+    names = (*HUGGING_FACE_FILES, *MODEL_FILES)
     return [path / name for name in names if (path / name).is_file()]
 
 
@@ -226,12 +226,10 @@ def _source_config(tokenizer: Path | None) -> dict[str, Any]:
 
 
 def _target_family(model: ModelConfig, source: dict[str, Any]) -> tuple[Family, str]:
-    standard = standard_model_type(model)
-    family = family_of(standard)
-    # Mistral, say, has the architecture of Llama.
-    name = source.get("model_type")
-    same = name in family.model_types and name not in ("qwen2", "qwen3") and standard not in ("qwen2", "qwen3")
-    return family, name if same else standard
+    standard, name = standard_model_type(model), source.get("model_type")
+    if {standard, name} <= {"llama", "mistral"}:  # they have one architecture
+        return family_of(name), name
+    return family_of(standard), standard
 
 
 def _write_config(

@@ -17,9 +17,10 @@ from megatron.early_exit.config.data import DataConfig
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
-# A Hugging Face folder often holds a model's weights too; these are the files that make up its tokenizer.
+# A Hugging Face folder often holds a model's weights too. These say what model it is, and make up its tokenizer.
+MODEL_FILES = ("config.json", "generation_config.json")
 HUGGING_FACE_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -178,8 +179,8 @@ def _existing_model(data: DataConfig) -> Path:
 
 
 def _hugging_face_files(folder: Path) -> list[Path]:
-    files = [folder / name for name in HUGGING_FACE_FILES if (folder / name).is_file()]
-    if not any(path.name != "config.json" for path in files):
+    files = [folder / name for name in (*HUGGING_FACE_FILES, *MODEL_FILES) if (folder / name).is_file()]
+    if not any(path.name not in MODEL_FILES for path in files):
         raise ValueError(f"--tokenizer-model {folder} holds no tokenizer (tokenizer.json, vocab.json, tokenizer.model)")
     return files
 
@@ -212,7 +213,7 @@ def _build_hugging_face(folder: Path) -> Tokenizer:
         vocab_size=max(library.vocab_size, largest + 1),
         eod=library.eod,
         bos=library.bos_id,
-        fingerprint=_fingerprint([path for path in files if path.name != "config.json"]),
+        fingerprint=_fingerprint([path for path in files if path.name not in MODEL_FILES]),
     )
 
 
