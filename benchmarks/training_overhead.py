@@ -28,7 +28,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -268,12 +268,14 @@ class BuiltVariant:
         return (statistics[:, 0] / statistics[:, 1]).tolist()
 
 
-def random_batches(settings: Settings, vocab_size: int, seq_length: int, num_microbatches: int) -> list[Batch]:
+def random_batches(
+    micro_batch_size: int, vocab_size: int, seq_length: int, num_microbatches: int, seed: int
+) -> list[Batch]:
     """The same on all ranks."""
     from megatron.early_exit.platform.device import device
 
-    generator = torch.Generator().manual_seed(settings.seed)
-    shape = (settings.micro_batch_size, seq_length)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (micro_batch_size, seq_length)
     batches = []
     for _ in range(num_microbatches):
         tokens = torch.randint(vocab_size, (shape[0], shape[1] + 1), generator=generator)
@@ -283,17 +285,17 @@ def random_batches(settings: Settings, vocab_size: int, seq_length: int, num_mic
     return batches
 
 
-def peak_bytes(built: BuiltVariant, batches: list[Batch]) -> int:
-    """Most bytes of tensors alive at once that one forward-backward creates on this rank."""
+def peak_bytes(action: Callable[[list[Batch]], object], batches: list[Batch]) -> int:
+    """Most bytes of tensors alive at once that one `action` creates on this rank."""
     gc.collect()
     if use_cuda():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        built.forward_backward(batches)
+        action(batches)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with TensorMemoryTracker() as tracker:
-        built.forward_backward(batches)
+        action(batches)
     return tracker.peak_bytes
 
 
@@ -304,13 +306,13 @@ def chunk_tokens(vocab_size: int, batches: list[Batch]) -> int:
     return min(chunk_size(vocab_size), batches[0].tokens.numel())
 
 
-def timed_step(built: BuiltVariant, batches: list[Batch]) -> tuple[float, float]:
-    """(wall seconds, CPU seconds) on this rank of one iteration that all ranks start together."""
+def timed(action: Callable[[list[Batch]], object], batches: list[Batch]) -> tuple[float, float]:
+    """(wall seconds, CPU seconds) on this rank of one `action` that all ranks start together."""
     if use_cuda():
         torch.cuda.synchronize()
     torch.distributed.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
-    built.train_step(batches)
+    action(batches)
     if use_cuda():
         torch.cuda.synchronize()
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -350,11 +352,11 @@ def measure_layout(settings: Settings, num_stages: int) -> dict[str, list[dict[s
 def measure_case(settings: Settings, num_stages: int, vocab_size: int, built: list[BuiltVariant]) -> dict[str, Any]:
     """Memory, losses and times of all variants, raw."""
     seq_length, num_microbatches = settings.seq_length[0], settings.microbatches(num_stages)
-    batches = random_batches(settings, vocab_size, seq_length, num_microbatches)
+    batches = random_batches(settings.micro_batch_size, vocab_size, seq_length, num_microbatches, settings.seed)
     measured: dict[str, dict[str, Any]] = {}
     for one in built:
         progress(f"  memory of {one.variant.name}")
-        peak = peak_bytes(one, batches)
+        peak = peak_bytes(one.forward_backward, batches)
         stage = {**one.persistent_bytes(), "peak_bytes": peak, "num_exits": len(one.chunk.exit_heads())}
         measured[one.variant.name] = {
             "num_exits": one.variant.num_exits,
@@ -368,12 +370,12 @@ def measure_case(settings: Settings, num_stages: int, vocab_size: int, built: li
         progress(f"  round {round_number + 1} of {settings.warmup_iterations + settings.iterations}")
         first = round_number % len(built)
         for one in built[first:] + built[:first]:
-            times[one.variant.name].append(timed_step(one, batches))
+            times[one.variant.name].append(timed(one.train_step, batches))
     for name, mine in times.items():
         ranks = gather(mine)
-        timed = slice(settings.warmup_iterations, None)
-        measured[name]["wall_sec"] = [max(rank[0] for rank in step) for step in zip(*ranks, strict=True)][timed]
-        measured[name]["cpu_sec"] = [sum(rank[1] for rank in step) for step in zip(*ranks, strict=True)][timed]
+        counted = slice(settings.warmup_iterations, None)
+        measured[name]["wall_sec"] = [max(rank[0] for rank in step) for step in zip(*ranks, strict=True)][counted]
+        measured[name]["cpu_sec"] = [sum(rank[1] for rank in step) for step in zip(*ranks, strict=True)][counted]
     return {
         "vocab_size": vocab_size,
         "num_stages": num_stages,
@@ -397,8 +399,8 @@ def measure_memory(
     rows = []
     for seq_length, num_microbatches in sizes:
         progress(f"  memory with sequences of {seq_length}, {num_microbatches} microbatches")
-        batches = random_batches(settings, vocab_size, seq_length, num_microbatches)
-        peaks = {kind: peak_bytes(one, batches) for kind, one in chosen.items()}
+        batches = random_batches(settings.micro_batch_size, vocab_size, seq_length, num_microbatches, settings.seed)
+        peaks = {kind: peak_bytes(one.forward_backward, batches) for kind, one in chosen.items()}
         stages = gather({**peaks, "num_exits": len(chosen["ee"].chunk.exit_heads())})
         rows.append({
             "vocab_size": vocab_size,

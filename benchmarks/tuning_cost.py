@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.memory_tracker import TensorMemoryTracker
 from benchmarks.ranks import run_on_ranks
-from benchmarks.training_overhead import Batch, gather, progress
+from benchmarks.training_overhead import Batch, gather, peak_bytes, progress, random_batches, timed
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
@@ -157,44 +154,6 @@ class Built:
         }
 
 
-def make_batches(settings: Settings) -> list[Batch]:
-    from megatron.early_exit.platform.device import device
-
-    generator = torch.Generator().manual_seed(settings.seed)
-    shape = (settings.micro_batch_size, settings.seq_length)
-    batches = []
-    for _ in range(settings.num_microbatches):
-        tokens = torch.randint(settings.vocab_size, (shape[0], shape[1] + 1), generator=generator)
-        positions = torch.arange(settings.seq_length).expand(shape)
-        fields = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(shape), positions)
-        batches.append(Batch(*(field.to(device()) for field in fields)))
-    return batches
-
-
-def timed(action: Callable[[list[Batch]], None], batches: list[Batch]) -> float:
-    if use_cuda():
-        torch.cuda.synchronize()
-    torch.distributed.barrier()
-    started = time.perf_counter()
-    action(batches)
-    if use_cuda():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def peak_bytes(action: Callable[[list[Batch]], None], batches: list[Batch]) -> int:
-    gc.collect()
-    if use_cuda():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        action(batches)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with TensorMemoryTracker() as tracker:
-        action(batches)
-    return tracker.peak_bytes
-
-
 def measure_layout(settings: Settings, num_stages: int) -> list[dict[str, Any]]:
     """One row for each number of exits. Runs on every rank."""
     from megatron.early_exit.platform.distributed import initialize_model_parallel
@@ -202,7 +161,10 @@ def measure_layout(settings: Settings, num_stages: int) -> list[dict[str, Any]]:
     initialize_model_parallel(
         ParallelConfig(pipeline_model_parallel_size=num_stages), settings.num_layers, settings.seed
     )
-    batches, rows = make_batches(settings), []
+    batches = random_batches(
+        settings.micro_batch_size, settings.vocab_size, settings.seq_length, settings.num_microbatches, settings.seed
+    )
+    rows = []
     for num_exits in settings.exits:
         progress(f"PP {num_stages}, {num_exits} exits")
         plain, tune = Built(settings, num_stages, 0, False), Built(settings, num_stages, num_exits, True)
@@ -220,7 +182,7 @@ def measure_layout(settings: Settings, num_stages: int) -> list[dict[str, Any]]:
         seconds: dict[str, list[float]] = {name: [] for name in actions}
         for _ in range(settings.iterations):
             for name, action in actions.items():
-                seconds[name].append(max(gather(timed(action, batches))))
+                seconds[name].append(max(gather(timed(action, batches)[0])))
         rows.append({
             "num_stages": num_stages, "num_exits": num_exits,
             "exit_layers": list(tune.config.exits.exit_layer_nums),

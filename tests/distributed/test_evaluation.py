@@ -8,26 +8,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
 from tests.configs import VOCAB_SIZE, make_config
+from tests.data_files import write_documents
 from tests.distributed.engines import reference_over
 from tests.distributed.parallel_model import layout
 from tests.distributed.test_added_exits import save
 from tests.distributed.workers import run_distributed
-
-
-def write_documents(prefix: Path, documents: list[list[int]]) -> str:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
-
-    builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=numpy.int32)
-    for document in documents:
-        builder.add_document(torch.tensor(document), [len(document)])
-    builder.finalize(get_idx_path(str(prefix)))
-    return str(prefix)
 
 
 def run_tool(words: list[str]) -> tuple[int, str]:

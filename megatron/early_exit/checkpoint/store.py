@@ -60,8 +60,10 @@ def checkpoint_folder(load: str | Path, iteration: int | None = None) -> Path:
 
     Raises ConfigError or FileNotFoundError with what is missing."""
     folder = iteration_folder(load, checkpoint_iteration(load, iteration))
+    if not folder.exists() and _replaced(folder).exists():
+        folder = _replaced(folder)  # killed between two renames, see `publish`
     if not (folder / RUN_CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no finished checkpoint ({RUN_CONFIG_FILE} is missing)")
+        raise FileNotFoundError(f"{folder} holds no finished checkpoint ({RUN_CONFIG_FILE} is missing).")
     return folder
 
 
@@ -140,16 +142,30 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # nothing half-written is left
         raise
-    replaced = final.with_name(final.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
+    publish(partial, final, 0)
+    return final
+
+
+def publish(partial: Path, final: Path, iteration: int) -> None:
+    """Give a complete checkpoint its name, in place of one that has it, and make it the latest of its run."""
+    replaced = _replaced(final)
     if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
-    tracker = save / (LATEST_FILE + ".tmp")
-    tracker.write_text("0")
-    tracker.replace(save / LATEST_FILE)
+    tracker = final.parent / LATEST_FILE
+    temporary = tracker.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(tracker)
     shutil.rmtree(replaced, ignore_errors=True)
-    return final
+
+
+def _replaced(final: Path) -> Path:
+    """Where the checkpoint that had the name is while `publish` gives it to another."""
+    return final.with_name(final.name + ".replaced")
 
 
 def _tokenizer_data(data: DataConfig, partial: Path, final: Path) -> DataConfig:

@@ -41,11 +41,15 @@ class RunConfig:
         """Layers of each pipeline stage; of the last one that is tuned, at most so many."""
         return self.model.num_layers // self.parallel.pipeline_model_parallel_size
 
+    @property
+    def num_stages_with_exits(self) -> int:
+        """Pipeline stages up to the one with the last exit."""
+        return -(-self.exits.exit_layer_nums[-1] // self.layers_per_stage)
+
 
 def with_tuned_stages(cfg: RunConfig) -> RunConfig:
     """`cfg`, which has --tune-exit, with the number of stages that run filled in where it is left open."""
-    layers = cfg.exits.exit_layer_nums
-    if cfg.parallel.tune_exit_pipeline_parallel_size is not None or not layers or cfg.layers_per_stage < 1:
+    given = cfg.parallel.tune_exit_pipeline_parallel_size
+    if given is not None or not cfg.exits.num_exits or cfg.layers_per_stage < 1:
         return cfg
-    num_stages = -(-layers[-1] // cfg.layers_per_stage)
-    return replace(cfg, parallel=replace(cfg.parallel, tune_exit_pipeline_parallel_size=num_stages))
+    return replace(cfg, parallel=replace(cfg.parallel, tune_exit_pipeline_parallel_size=cfg.num_stages_with_exits))

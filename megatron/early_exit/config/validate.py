@@ -305,7 +305,7 @@ def _tuning_problems(cfg: RunConfig) -> Iterator[str]:
             f"--tune-exit-distillation {share} with {parallel.pipeline_model_parallel_size} pipeline stages: the"
             " final head must be on the exits' stage; use one stage, and tensor parallelism for large models"
         )
-    needed = -(-exits.exit_layer_nums[-1] // cfg.layers_per_stage)
+    needed = cfg.num_stages_with_exits
     if given is not None and given != needed:
         yield (
             f"--tune-exit-pipeline-parallel-size {given}: of {parallel.pipeline_model_parallel_size} stages with"

@@ -12,7 +12,6 @@ A checkpoint gets its final name only when it is complete, so a killed save neve
 from __future__ import annotations
 
 import logging
-import os
 import random
 import re
 import shutil
@@ -32,14 +31,19 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.early_exit.checkpoint.store import CONTENT_METADATA, TOKENIZER_FOLDER, link_rest
+from megatron.early_exit.checkpoint.store import (
+    CONTENT_METADATA,
+    TOKENIZER_FOLDER,
+    checkpoint_folder,
+    link_rest,
+    publish,
+)
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import (
     RUN_CONFIG_FILE,
     architecture_differences,
-    checkpoint_iteration,
     iteration_folder,
     load_run_config,
     save_run_config,
@@ -164,19 +168,7 @@ class CheckpointSaver:
             save_run_config(self.config, partial / RUN_CONFIG_FILE)
             if not self.config.data.mock_data:
                 save_tokenizer(self.config.data, partial / TOKENIZER_FOLDER)
-            replaced = final.with_name(final.name + ".replaced")
-            if final.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                final.rename(replaced)
-            partial.rename(final)
-            tracker = self.folder / LATEST_FILE
-            temporary = tracker.with_suffix(".tmp")
-            with temporary.open("w") as file:
-                file.write(str(iteration))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(tracker)
-            shutil.rmtree(replaced, ignore_errors=True)
+            publish(partial, final, iteration)
             if self.config.checkpoint.keep_last is not None:
                 _remove_old(self.folder, self.config.checkpoint.keep_last, iteration)
 
@@ -268,12 +260,7 @@ def find_checkpoint(load: str | None, load_iteration: int | None) -> Path | None
     Raises FileNotFoundError if `load_iteration` names one that is not there."""
     if load is None or (load_iteration is None and not (Path(load) / LATEST_FILE).exists()):
         return None
-    folder = iteration_folder(load, checkpoint_iteration(load, load_iteration))
-    if not folder.exists() and folder.with_name(folder.name + ".replaced").exists():
-        folder = folder.with_name(folder.name + ".replaced")  # killed between two renames, see `_publish`
-    if not (folder / RUN_CONFIG_FILE).exists():
-        raise FileNotFoundError(f"{folder} holds no finished checkpoint ({RUN_CONFIG_FILE} is missing).")
-    return folder
+    return checkpoint_folder(load, load_iteration)
 
 
 def load_checkpoint(
