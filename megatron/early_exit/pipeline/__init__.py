@@ -1,0 +1,1 @@
+"""Pipeline plans: what every pipeline rank does in one iteration, as data."""
