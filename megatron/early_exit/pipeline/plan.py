@@ -132,8 +132,8 @@ class Plan:
         pattern = r"# (.+): (\d+) ranks?, (\d+) chunks?, (\d+) microbatch(?:es)?, (\d+) \+ (\d+) fill"
         header = re.fullmatch(pattern, lines[0].strip())
         if header is None:
-            raise ValueError(f"a plan begins with a line such as '# 1F1B: 2 ranks, 1 chunk, 3 microbatches, 0 + 0 fill', "
-                             f"not with {lines[0]!r}")  # fmt: skip
+            example = "# 1F1B: 2 ranks, 1 chunk, 3 microbatches, 0 + 0 fill"
+            raise ValueError(f"a plan begins with a line such as '{example}', not with {lines[0]!r}")
         num_ranks, num_chunks, num_microbatches, warmup, cooldown = map(int, header.groups()[1:])
         if len(lines) - 1 != num_ranks:
             raise ValueError(f"the plan is of {num_ranks} ranks and has lines for {len(lines) - 1}")
