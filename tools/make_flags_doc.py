@@ -56,7 +56,7 @@ def flags_markdown() -> str:
     for section, section_class in section_classes().items():
         docs = field_docs(section_class)
         rows = [
-            (f"`{flag_of(field.name)}`", _values(field), _default(field), docs[field.name])
+            (f"`{flag_of(field.name)}`", _values(field), _default(field), " ".join(docs[field.name].split()))
             for field in config_fields()
             if field.section == section
         ]

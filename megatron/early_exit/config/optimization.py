@@ -24,6 +24,13 @@ class TrainingConfig:
     """With --tune-exit: share of the loss that is the divergence from the final head's distribution instead of the
     cross-entropy of the text. All layers are then built, on one pipeline stage."""
 
+    cache_hidden_states: str | None = None
+    """With --tune-exit: folder in which the frozen layers' hidden states are kept. They are computed first, once, and
+    then serve every pass over the samples, and other exits of the same model."""
+
+    cache_samples: int | None = None
+    """Samples that --cache-hidden-states keeps; training draws them again and again. Default: all that it draws."""
+
     micro_batch_size: int = 1
     """Sequences of one microbatch."""
 

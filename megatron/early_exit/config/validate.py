@@ -279,16 +279,34 @@ def _layout_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
         return
     yield from _interleaving_problems(cfg)
     yield from _recompute_problems(cfg)
-    yield from _tuning_problems(cfg)
+    yield from _tuning_problems(cfg, world_size)
 
 
-def _tuning_problems(cfg: RunConfig) -> Iterator[str]:
+def _cache_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
+    training, samples = cfg.training, cfg.training.cache_samples
+    if samples is None:
+        return
+    if training.cache_hidden_states is None:
+        yield f"--cache-samples {samples} without --cache-hidden-states: give a folder, or drop this"
+    unit = training.micro_batch_size * max(cfg.parallel.data_parallel_size(world_size), 1)
+    if samples < 1 or samples % unit:
+        yield (
+            f"--cache-samples {samples}: must be a multiple of micro batch size x data-parallel size = {unit}, at least"
+            f" {unit}"
+        )
+
+
+def _tuning_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
     exits, parallel, checkpoint = cfg.exits, cfg.parallel, cfg.checkpoint
     given = parallel.tune_exit_pipeline_parallel_size
     if not cfg.training.tune_exit:
+        for name in ("cache_hidden_states", "cache_samples"):
+            if getattr(cfg.training, name) is not None:
+                yield f"{flag(name)} {getattr(cfg.training, name)} without --tune-exit: add it, or drop this"
         if given is not None:
             yield f"--tune-exit-pipeline-parallel-size {given} without --tune-exit: add it, or drop this"
         return
+    yield from _cache_problems(cfg, world_size)
     if not exits.num_exits:
         yield "--tune-exit without exits: add some to the checkpoint (tools/convert_checkpoint.py add-exits)"
         return

@@ -57,9 +57,18 @@ class Batch(NamedTuple):
     attention_mask: torch.Tensor | None
     """[b, 1, s, s] bool, True where attention is forbidden (core's convention); None for plain causal attention."""
 
+    hidden_states: dict[str, torch.Tensor] | None = None
+    """[b, s, h] each: what frozen layers made of the tokens, where that is kept (`data.hidden_states`)."""
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; from pinned memory the copy runs beside the CPU."""
-        return Batch(*(None if field is None else field.to(device, non_blocking=True) for field in self))
+
+        def move(field: Any) -> Any:
+            if isinstance(field, dict):
+                return {name: move(value) for name, value in field.items()}
+            return None if field is None else field.to(device, non_blocking=True)
+
+        return Batch(*map(move, self))
 
 
 class DataExhaustedError(RuntimeError):
@@ -383,7 +392,13 @@ class ReplicaSampler(Sampler[list[int]]):
 
 def collate(samples: list[Batch]) -> Batch:
     """Stack samples along a new first dimension."""
-    return Batch(*(None if fields[0] is None else torch.stack(fields) for fields in zip(*samples, strict=True)))
+
+    def stack(fields: Sequence[Any]) -> Any:
+        if isinstance(fields[0], dict):
+            return {name: stack([field[name] for field in fields]) for name in fields[0]}
+        return None if fields[0] is None else torch.stack(fields)
+
+    return Batch(*map(stack, zip(*samples, strict=True)))
 
 
 def build_iterator(

@@ -15,6 +15,9 @@ from torch import Tensor
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.model.cross_entropy import LossSums, Teacher
 
+FINAL = "final"
+"""Name of the hidden states that the final output projection reads, among those that are kept."""
+
 
 class ExitLosses:
     """What is constant for all microbatches of an iteration, and the sums of what they report.
@@ -42,6 +45,8 @@ class ExitLosses:
         self.num_microbatches = 1
         self.grad_scale_func: Callable[[Tensor], Tensor] | None = None
         self.is_tuning = False
+        self.keep: Callable[[str, Tensor], None] | None = None
+        """If set, exits compute nothing: their input goes there, under its name (`layer.exit_input`)."""
         self.statistics = torch.zeros(exits.num_exits + 1, 3, dtype=torch.float64, device=device)
 
     @property

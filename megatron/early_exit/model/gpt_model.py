@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.model.cross_entropy import cross_entropy_sums
 from megatron.early_exit.model.exit_head import ExitHead
-from megatron.early_exit.model.exit_losses import ExitLosses
+from megatron.early_exit.model.exit_losses import FINAL, ExitLosses
+from megatron.early_exit.model.layer import EarlyExitTransformerLayer
 
 
 class EarlyExitGPTModel(GPTModel):
@@ -46,7 +48,31 @@ class EarlyExitGPTModel(GPTModel):
 
     def exit_heads(self) -> list[ExitHead]:
         """Heads of the exits that this chunk owns, in the order of layers."""
-        return [layer.exit_head for layer in self.decoder.layers if hasattr(layer, "exit_head")]
+        return [layer.exit_head for layer in self._layers_with_exits()]
+
+    def kept_inputs(self) -> list[str]:
+        """Names of the hidden states that exits of this chunk are tuned on (and that distillation needs)."""
+        names = [layer.exit_input for layer in self._layers_with_exits()]
+        return [*names, FINAL] if names and self.post_process else names
+
+    def tune_exits(
+        self, hidden_states: Mapping[str, Tensor], labels: Tensor, loss_mask: Tensor, attention_mask: Tensor | None
+    ) -> None:
+        """Tune this chunk's exits on hidden states that were kept of a forward pass over the same microbatch.
+
+        hidden_states: [s, b, h] by the names in `kept_inputs`; the rest as in `forward`."""
+        is_rotary = self.position_embedding_type == "rope"
+        rotary_pos_emb = self.rotary_pos_emb(labels.size(1)) if is_rotary else None
+        for layer in self._layers_with_exits():
+            layer.tune_exit(
+                hidden_states[layer.exit_input], labels, loss_mask,
+                attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb,
+            )  # fmt: skip
+        if FINAL in hidden_states:
+            self.exit_losses.teach(hidden_states[FINAL], self._own_output_weight())
+
+    def _layers_with_exits(self) -> list[EarlyExitTransformerLayer]:
+        return [layer for layer in self.decoder.layers if hasattr(layer, "exit_head")]
 
     def _own_output_weight(self) -> Tensor | None:
         """The model's output weight where plain GPT keeps it on this chunk, else None."""
@@ -90,6 +116,9 @@ class EarlyExitGPTModel(GPTModel):
             return super()._postprocess(**kwargs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
+        if self.exit_losses.keep is not None:
+            self.exit_losses.keep(FINAL, kwargs["hidden_states"])
+            return kwargs["hidden_states"].new_zeros(())
         if self.exit_losses.is_tuning:
             self.exit_losses.teach(kwargs["hidden_states"], weight)
             return kwargs["hidden_states"].new_zeros(())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -42,6 +44,22 @@ class EarlyExitTransformerLayer(TransformerLayer):
         self.exit_losses = exit_losses
         self.exit_head = ExitHead(config, exit_head, layer_number, self.pg_collection, vp_stage)
 
+    @property
+    def exit_input(self) -> str:
+        """Name of the hidden states that the exit reads; exits of several kinds may read the same ones."""
+        spec = self.exit_head.spec
+        if spec.mlp is not None:
+            return f"layer_{self.layer_number}_attention"
+        return f"layer_{self.layer_number - spec.pre_exit}_output"
+
+    def tune_exit(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **arguments: Any) -> None:
+        """Tune the exit on its input, which was kept of a forward pass. hidden_states: [s, b, h], or this TP rank's
+        part; labels, loss_mask: [b, s]; arguments: what an exit block needs beside them."""
+        # As in a forward pass, where core forks so that each TP rank draws other dropout for its part of the sequence.
+        fork = tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext()
+        with fork:
+            self._attach_exit(hidden_states, {"context": labels, "context_mask": loss_mask, **arguments})
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [s, b, h]; kwargs as core's. Returns (hidden states, context)."""
         spec = self.exit_head.spec
@@ -55,13 +73,19 @@ class EarlyExitTransformerLayer(TransformerLayer):
     def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         hidden_states, context = super()._forward_attention(*args, **kwargs)
         if self.exit_head.spec.mlp is not None:
-            hidden_states = self._attach_exit(hidden_states, kwargs, pre_mlp_norm=self.pre_mlp_layernorm)
+            hidden_states = self._attach_exit(hidden_states, kwargs)
         return hidden_states, context
 
-    def _attach_exit(self, hidden_states: Tensor, kwargs: dict[str, Any], **head_arguments: Any) -> Tensor:
+    def _attach_exit(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         labels, loss_mask = kwargs.get("context"), kwargs.get("context_mask")
         if labels is None or is_checkpointed_forward():
             return hidden_states
+        if self.exit_losses.keep is not None:
+            self.exit_losses.keep(self.exit_input, hidden_states)
+            return hidden_states
+        head_arguments: dict[str, Any] = {}
+        if self.exit_head.mlp is not None:
+            head_arguments["pre_mlp_norm"] = self.pre_mlp_layernorm
         if self.exit_head.block is not None:
             head_arguments |= {name: kwargs.get(name) for name in _BLOCK_ARGUMENTS}
         position = self.exit_head.spec.position

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -71,6 +72,19 @@ def seed_generators(seed: int) -> None:
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def on_rank_zero(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0 while the others wait; its error is raised on all ranks."""
+    error: list[Exception | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            action()
+        except Exception as raised:
+            error[0] = raised
+    torch.distributed.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise error[0]
 
 
 def destroy_distributed() -> None:

@@ -15,7 +15,7 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +51,7 @@ from megatron.early_exit.config.serialize import (
 from megatron.early_exit.config.validate import LATEST_FILE
 from megatron.early_exit.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from megatron.early_exit.model.build import Model, build_model
+from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.platform.optimizer_state import allocate_optimizer_state
 from megatron.early_exit.training.state import TrainingState
 
@@ -83,7 +84,7 @@ class CheckpointSaver:
 
     def check_folder(self, checkpoint_bytes: int) -> None:
         """Raise OSError on all ranks if the folder cannot be written or cannot hold one checkpoint."""
-        _on_rank_zero(lambda: self._check_folder(checkpoint_bytes))
+        on_rank_zero(lambda: self._check_folder(checkpoint_bytes))
 
     def _check_folder(self, checkpoint_bytes: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ class CheckpointSaver:
         checkpoint = self.config.checkpoint
         final = iteration_folder(self.folder, state.iteration)
         partial = final.with_name(final.name + ".partial")
-        _on_rank_zero(lambda: self._prepare(partial))
+        on_rank_zero(lambda: self._prepare(partial))
         sharded_state = _sharded_state(
             model,
             None if checkpoint.no_save_optim else optimizer,
@@ -172,7 +173,7 @@ class CheckpointSaver:
             if self.config.checkpoint.keep_last is not None:
                 _remove_old(self.folder, self.config.checkpoint.keep_last, iteration)
 
-        _on_rank_zero(rename)
+        on_rank_zero(rename)
 
 
 def _remove_old(folder: Path, keep_last: int, newest: int) -> None:
@@ -180,19 +181,6 @@ def _remove_old(folder: Path, keep_last: int, newest: int) -> None:
     iterations = [int(m[1]) for path in folder.iterdir() if (m := re.fullmatch(r"iter_(\d{7,})", path.name))]
     for iteration in sorted(i for i in iterations if i <= newest)[:-keep_last]:
         shutil.rmtree(iteration_folder(folder, iteration))
-
-
-def _on_rank_zero(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0 while the others wait; its error is raised on all ranks."""
-    error: list[Exception | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            action()
-        except Exception as raised:
-            error[0] = raised
-    torch.distributed.broadcast_object_list(error, src=0)
-    if error[0] is not None:
-        raise error[0]
 
 
 def _sharded_state(
@@ -299,7 +287,7 @@ def load_checkpoint(
         )
     with_rng = not (weights_only or settings.no_load_rng) and optimizer is not None
     if with_rng and not _has_same_model_layout(config.parallel, saved_config.parallel):
-        _warn_on_rank_zero(
+        _warnon_rank_zero(
             "random-number states are not loaded: the checkpoint was saved with another tensor or pipeline parallel "
             "size. Dropout continues with other random numbers; nothing else is affected."
         )
@@ -340,7 +328,7 @@ def _has_same_model_layout(a: ParallelConfig, b: ParallelConfig) -> bool:
     return sizes(a) == sizes(b)
 
 
-def _warn_on_rank_zero(message: str) -> None:
+def _warnon_rank_zero(message: str) -> None:
     if torch.distributed.get_rank() == 0:
         log.warning(message)
 

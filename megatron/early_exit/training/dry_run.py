@@ -167,6 +167,14 @@ def describe(config: RunConfig, world_size: int) -> str:
     ]
     estimates = stages(config, world_size)
     gib = lambda count: f"{count / 2**30:.2f}"
+    if training.cache_hidden_states is not None:
+        from megatron.early_exit.training.hidden_state_caching import cache_bytes, cached_samples
+
+        drawn = iterations * batch
+        lines.append(
+            f"cache       {cached_samples(config, drawn):,} samples in {training.cache_hidden_states}, "
+            f"{gib(cache_bytes(config, drawn))} GiB on disk, drawn {drawn / cached_samples(config, drawn):.1f} times"
+        )
     for number, one in enumerate(estimates):
         exits = f"; exits {', '.join(map(str, one.exits))}" if one.exits else ""
         lines.append(

@@ -32,6 +32,7 @@ from megatron.early_exit.training.checkpointing import (
     find_checkpoint,
     load_checkpoint,
 )
+from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching, cached_samples
 from megatron.early_exit.training.metrics import LossMetrics, collect_losses
 from megatron.early_exit.training.microbatches import Microbatches
 from megatron.early_exit.training.optimizer import build_optimizer, build_scheduler
@@ -58,6 +59,8 @@ class Run:
     saver: CheckpointSaver | None
     reporter: Reporter
     timers: Timers | None
+    caching: HiddenStateCaching | None
+    """With --cache-hidden-states."""
 
 
 def pretrain(config: RunConfig) -> None:
@@ -108,10 +111,14 @@ def build_run(config: RunConfig) -> Run:
     if checkpoint_folder is not None:
         state = load_checkpoint(checkpoint_folder, config, model, optimizer, scheduler)
         reporter.text(f" loaded {checkpoint_folder}, training goes on at iteration {state.iteration}")
+    caching = None
+    if config.training.cache_hidden_states is not None:
+        num_samples = _num_training_samples(config, microbatches.target_global_batch_size)
+        caching = HiddenStateCaching(config, model, datasets[0], num_samples)
     timers = None
     if config.logging.log_timers_to_tracker:
         timers = model.config.timers = optimizer.config.timers = Timers(log_level=2, log_option="max")
-    return Run(config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers)
+    return Run(config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers, caching)
 
 
 def _find_start(config: RunConfig) -> tuple[RunConfig, Path | None]:
@@ -145,13 +152,17 @@ def _with_padded_vocab_size(config: RunConfig, vocab_size: int, checkpoint_folde
 
 
 def _num_samples(config: RunConfig, global_batch_size: int) -> tuple[int, int, int]:
-    """Samples that training, one validation and the test need. Every validation uses the same samples, so that its
-    losses can be compared."""
+    """Different samples that training, one validation and the test need. Every validation uses the same samples, so
+    that its losses can be compared."""
+    train = cached_samples(config, _num_training_samples(config, global_batch_size))
+    evaluation = config.training.eval_iters * global_batch_size
+    return train, evaluation, evaluation
+
+
+def _num_training_samples(config: RunConfig, global_batch_size: int) -> int:
     training = config.training
     # The last batch of --train-samples may go beyond it.
-    train = (training.train_samples or 0) + global_batch_size * (training.train_iters or 1)
-    evaluation = training.eval_iters * global_batch_size
-    return train, evaluation, evaluation
+    return (training.train_samples or 0) + global_batch_size * (training.train_iters or 1)
 
 
 def train(run: Run) -> bool:
@@ -160,7 +171,12 @@ def train(run: Run) -> bool:
     Raises FloatingPointError when the gradients are no numbers any more, before such weights are saved."""
     config, state = run.config, run.state
     stop = StopConditions(config.training)
-    iterators = _iterators(run, run.datasets[0], state.consumed_train_samples)
+    if run.caching is None:
+        iterators = _iterators(run, run.datasets[0], state.consumed_train_samples)
+    elif run.caching.fill(run.reporter.text, stop.interruption):
+        iterators = [run.caching.iterator(state.consumed_train_samples)]
+    else:
+        return False
     window = LogWindow(run.model.exit_losses)
 
     while not _is_finished(run):
@@ -233,6 +249,7 @@ def _one_iteration(run: Run, iterators: list[Iterator[Batch] | None]) -> StepRes
         num_microbatches=microbatches.count,
         micro_batch_size=config.training.micro_batch_size,
         seq_length=config.training.seq_length,
+        has_hidden_states=run.caching is not None,
     )
     if not config.training.fp16 and result.grad_norm is not None and not math.isfinite(result.grad_norm):
         raise FloatingPointError(

@@ -76,6 +76,17 @@ def run_schedule(
     )
 
 
+def tune_on_hidden_states(model: Model, iterator: Iterator | None, num_microbatches: int) -> None:
+    """All microbatches of one iteration through the exits of this rank, whose inputs come with the batches."""
+    if iterator is None:  # no exits here
+        return
+    (chunk,) = model.chunks
+    for _ in range(num_microbatches):
+        batch = next(iterator)
+        hidden_states = {name: value.transpose(0, 1).contiguous() for name, value in batch.hidden_states.items()}
+        chunk.tune_exits(hidden_states, batch.labels, batch.loss_mask, batch.attention_mask)
+
+
 def accumulate_gradients(
     model: Model,
     iterators: list[Iterator | None],
@@ -84,19 +95,25 @@ def accumulate_gradients(
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
+    has_hidden_states: bool = False,
 ) -> None:
-    """Gradients of one global batch, reduced over the ranks: of everything, or of the exits if these are tuned."""
+    """Gradients of one global batch, reduced over the ranks: of everything, or of the exits if these are tuned.
+
+    has_hidden_states: batches bring what the frozen layers make of them, which do not run then."""
     tunes = model.tunes_exits
     model.exit_losses.begin_iteration(num_microbatches, exit_weights, model.config.grad_scale_func, is_tuning=tunes)
     with torch.set_grad_enabled(not tunes):
-        run_schedule(
-            model,
-            iterators,
-            num_microbatches=num_microbatches,
-            micro_batch_size=micro_batch_size,
-            seq_length=seq_length,
-            forward_only=tunes,
-        )
+        if has_hidden_states:
+            tune_on_hidden_states(model, iterators[0], num_microbatches)
+        else:
+            run_schedule(
+                model,
+                iterators,
+                num_microbatches=num_microbatches,
+                micro_batch_size=micro_batch_size,
+                seq_length=seq_length,
+                forward_only=tunes,
+            )
     if tunes:
         finalize_model_grads(model.wrapped)  # core's forward-only schedule leaves it out
 
@@ -110,8 +127,9 @@ def train_step(
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
+    has_hidden_states: bool = False,
 ) -> StepResult:
-    """Gradients of one global batch and one optimizer step."""
+    """Gradients of one global batch and one optimizer step; arguments as of `accumulate_gradients`."""
     for chunk in model.wrapped:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -122,6 +140,7 @@ def train_step(
         num_microbatches=num_microbatches,
         micro_batch_size=micro_batch_size,
         seq_length=seq_length,
+        has_hidden_states=has_hidden_states,
     )
     is_successful, grad_norm, _ = optimizer.step()
     return StepResult(not is_successful, grad_norm)

@@ -27,6 +27,12 @@ class StopConditions:
 
     def reason(self, iteration: int) -> str | None:
         """Why to save and stop after `iteration`, or None. All ranks must call it together."""
+        interval = self._training.exit_interval
+        is_due = interval and iteration % interval == 0
+        return self.interruption() or (f"--exit-interval {interval}" if is_due else None)
+
+    def interruption(self) -> str | None:
+        """Why to stop at any moment, or None. All ranks must call it together."""
         training = self._training
         if training.exit_signal_handler or training.exit_duration_in_mins is not None:
             minutes = (time.monotonic() - self._start) / 60
@@ -40,6 +46,4 @@ class StopConditions:
                 return "SIGTERM"
             if is_late:
                 return f"--exit-duration-in-mins {training.exit_duration_in_mins:g}"
-        if training.exit_interval and iteration % training.exit_interval == 0:
-            return f"--exit-interval {training.exit_interval}"
         return None

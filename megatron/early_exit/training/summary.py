@@ -145,5 +145,6 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     exit_head = output + (layer if config.exits.use_exit_block else 0) + (6 * mlp if config.exits.use_exit_mlp else 0)
     if config.training.tune_exit:
         # Forward through the frozen layers; an exit's gradients stop at its parameters, at about its usual cost.
-        return config.num_built_layers * layer / 3 + config.exits.num_exits * exit_head
+        num_layers = 0 if config.training.cache_hidden_states else config.num_built_layers
+        return num_layers * layer / 3 + config.exits.num_exits * exit_head
     return model.num_layers * layer + output + config.exits.num_exits * exit_head

@@ -1,0 +1,183 @@
+"""Keeps what the frozen layers make of the training samples, so that tuning exits need not run the layers again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.data.datasets import Batch, TokenDataset, build_iterator
+from megatron.early_exit.data.hidden_states import CacheContent, CachedSamples, HiddenStateCache
+from megatron.early_exit.model.build import Model, params_dtype
+from megatron.early_exit.platform.device import device
+from megatron.early_exit.platform.distributed import on_rank_zero
+from megatron.early_exit.training.step import run_schedule
+
+
+class HiddenStateCaching:
+    """The cache of one run on this rank: its files, and which part of them this rank writes and reads."""
+
+    def __init__(self, config: RunConfig, model: Model, dataset: TokenDataset, num_samples: int) -> None:
+        """dataset: the training samples; num_samples: that training draws in all. All ranks make one together, after
+        the checkpoint is loaded. Raises ValueError if the folder holds hidden states of something else, OSError if the
+        disk is too small."""
+        self._config, self._model, self._dataset = config, model, dataset
+        self._num_drawn = num_samples
+        (self._chunk,) = model.chunks
+        self.points = self._chunk.kept_inputs()
+        """Hidden states that exits on this rank are tuned on."""
+        seq_length = config.training.seq_length
+        content = CacheContent(
+            seq_length=seq_length,
+            hidden_size=config.model.hidden_size,
+            dtype=str(params_dtype(config)).removeprefix("torch."),
+            layers=_sums_of_layers(model, config.num_built_layers),
+            samples=_digests(dataset, cached_samples(config, num_samples)),
+        )
+        folder = Path(config.training.cache_hidden_states)
+        self.cache = HiddenStateCache(folder, content, cached_samples(config, num_samples))
+        everywhere: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, self.points)
+        all_points = sorted({point for points in everywhere for point in points})
+        on_rank_zero(lambda: self.cache.create(all_points))
+        self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        part = seq_length // parallel_state.get_tensor_model_parallel_world_size()
+        is_split = config.parallel.sequence_parallel
+        self._rows = slice(part * self._tp_rank, part * (self._tp_rank + 1)) if is_split else slice(None)
+
+    def iterator(self, consumed_samples: int) -> object | None:
+        """Microbatches with their hidden states, from sample `consumed_samples` on; None on a rank without exits."""
+        if not self.points:
+            return None
+        samples = CachedSamples(
+            self._dataset, self.cache, points=self.points, rows=self._rows, num_samples=self._num_drawn,
+            seed=self._config.training.seed,
+        )  # fmt: skip
+        return self._iterator(samples, consumed_samples)
+
+    def _iterator(self, samples: torch.utils.data.Dataset, consumed_samples: int) -> object:
+        return build_iterator(
+            samples,
+            consumed_samples=consumed_samples,
+            micro_batch_size=self._config.training.micro_batch_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            num_workers=self._config.data.num_workers,
+            device=device(),
+        )
+
+    @torch.no_grad()
+    def fill(self, say: Callable[[str], None], interruption: Callable[[], str | None]) -> bool:
+        """Run the frozen layers over the samples that are not there yet; returns whether all are, or it was
+        interrupted. What is written stays, and the next run goes on there. All ranks call it together."""
+        num_samples, training = self.cache.num_samples, self._config.training
+        stride = training.micro_batch_size * parallel_state.get_data_parallel_world_size()
+        done = _smallest(self.cache.num_leading(self.points)) // stride * stride
+        if done < num_samples:
+            say(f" keeping hidden states of {num_samples - done:,} samples in {self.cache.folder}")
+        iterator = self._iterator(self._dataset, done) if self._needs_data and done < num_samples else None
+        per_call = max((training.global_batch_size or stride) // stride, 1)
+        shown = 10 * done // num_samples
+        while done < num_samples:
+            if reason := interruption():
+                say(f" stopped at {done:,} of {num_samples:,} samples: {reason}; the next run goes on there")
+                return False
+            num_microbatches = min(per_call, (num_samples - done) // stride)
+            self._keep(iterator, done, num_microbatches)
+            done += num_microbatches * stride
+            if 10 * done // num_samples > shown:
+                shown = 10 * done // num_samples
+                say(f" kept {done:,} of {num_samples:,} samples")
+        return True
+
+    @property
+    def _needs_data(self) -> bool:
+        chunk = self._chunk
+        return bool(chunk.pre_process or chunk.post_process or self.points or self._config.data.reset_attention_mask)
+
+    def _keep(self, iterator: object | None, first_sample: int, num_microbatches: int) -> None:
+        """Run the layers over the next microbatches and write what exits read."""
+        size = self._config.training.micro_batch_size
+        stride = size * parallel_state.get_data_parallel_world_size()
+        mine = first_sample + size * parallel_state.get_data_parallel_rank()
+        starts = range(mine, mine + num_microbatches * stride, stride)
+        next_start = {point: iter(starts) for point in self.points}
+        # Without sequence parallelism all TP ranks hold the same.
+        is_writing = self._tp_rank == 0 or self._config.parallel.sequence_parallel
+
+        def keep(point: str, hidden_states: Tensor) -> None:
+            start = next(next_start[point])
+            if is_writing:
+                self.cache.write(point, start, self._rows.start or 0, hidden_states.transpose(0, 1))
+
+        losses = self._model.exit_losses
+        losses.begin_iteration(num_microbatches, is_tuning=True)
+        losses.keep = keep
+        try:
+            run_schedule(
+                self._model, [iterator], num_microbatches=num_microbatches, micro_batch_size=size,
+                seq_length=self._config.training.seq_length, forward_only=True,
+            )  # fmt: skip
+        finally:
+            losses.keep = None
+        torch.distributed.barrier()  # all parts of these samples are written
+        if self._tp_rank == 0:
+            for point in self.points:
+                self.cache.mark(point, [start + index for start in starts for index in range(size)])
+        torch.distributed.barrier()
+
+
+def cached_samples(config: RunConfig, num_samples: int) -> int:
+    """Samples that the cache holds. num_samples: that training draws in all."""
+    return min(config.training.cache_samples or num_samples, num_samples)
+
+
+def cache_bytes(config: RunConfig, num_samples: int) -> int:
+    """What the files take. num_samples: that training draws in all."""
+    points = config.exits.num_exits + config.builds_final_head
+    width = config.model.hidden_size * params_dtype(config).itemsize
+    return points * cached_samples(config, num_samples) * config.training.seq_length * width
+
+
+def _smallest(value: int) -> int:
+    """Over all ranks."""
+    tensor = torch.tensor([value], device=device())
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MIN)
+    return int(tensor.item())
+
+
+def _sums_of_layers(model: Model, num_layers: int) -> dict[str, float]:
+    """The sum of absolute values of each frozen layer's weights, and of the embedding's, over all ranks of the model.
+
+    Tells one model from another under any layout."""
+    sums = torch.zeros(num_layers + 1, dtype=torch.float64, device=device())
+    is_first_tp_rank = parallel_state.get_tensor_model_parallel_rank() == 0
+    for chunk in model.chunks:
+        modules = [(layer.layer_number, layer) for layer in chunk.decoder.layers]
+        for number, module in [*modules, *([(0, chunk.embedding)] if chunk.pre_process else [])]:
+            for name, parameter in module.named_parameters():
+                is_counted = is_first_tp_rank or getattr(parameter, "tensor_model_parallel", False)
+                if is_counted and not f".{name}".startswith(EXIT_HEAD):
+                    sums[number] += torch.linalg.vector_norm(parameter.detach(), ord=1, dtype=torch.float64)
+    torch.distributed.all_reduce(sums, group=parallel_state.get_model_parallel_group())
+    return {str(number): value for number, value in enumerate(sums.tolist())}
+
+
+def _digests(dataset: TokenDataset, num_samples: int) -> dict[str, str]:
+    """Of samples 0, 1, 3, 7, ..., which tell one set of data from another."""
+    numbers = [2**power - 1 for power in range(num_samples.bit_length())]
+    return {str(number): _digest(dataset[number]) for number in numbers}
+
+
+def _digest(sample: Batch) -> str:
+    digest = hashlib.sha256(sample.tokens.numpy().tobytes())
+    for field in (sample.position_ids, sample.attention_mask):
+        if field is not None:
+            digest.update(field.numpy().tobytes())
+    return digest.hexdigest()[:16]
