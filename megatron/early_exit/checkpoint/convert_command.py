@@ -52,6 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
     one = commands.add_parser("from-legacy", help="a checkpoint of the original EE-LLM -> ours")
     _add_source(one)
     _add_target(one, "--save")
+    one.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="for --load of partial tuning (--tune-exit-pipeline-parallel-size): the whole model that it was tuned "
+        "from, a checkpoint of the original EE-LLM or one of ours; it gives what is missing",
+    )
     tokenizer = "tokenizer that the model was trained with; default: what the checkpoint names"
     one.add_argument("--tokenizer-type", help=tokenizer)
     one.add_argument("--tokenizer-model", metavar="PATH", help="its folder or file")
@@ -173,9 +180,45 @@ def from_legacy(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.store import check_target
 
     check_target(args.save, args.force)
-    model, exits, tensors, theirs = read_legacy(find_legacy(args.load, args.load_iteration))
+    folder = find_legacy(args.load, args.load_iteration)
+    if args.base is not None:
+        _merge_legacy(args, folder)
+        return
+    model, exits, tensors, theirs = read_legacy(folder)
     data = _legacy_tokenizer(args, theirs)
     _save(args, _run_config(model, exits, data, tensors), tensors)
+
+
+def _merge_legacy(args: argparse.Namespace, folder: Path) -> None:
+    from megatron.early_exit.checkpoint.legacy import read_partial
+    from megatron.early_exit.checkpoint.legacy_merge import merge_partial
+
+    partial = read_partial(folder)
+    config, tensors = _read_base(args, partial.settings)
+    with _progress("compared") as progress:
+        merged = merge_partial(partial, config, tensors, progress)
+    for layers, why in merged.left_out:
+        print(f"no exits at layers {_listed(layers)}: {why}", file=sys.stderr)
+    _save(args, merged.config, merged.tensors)
+
+
+def _read_base(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[RunConfig, Tensors]:
+    """The model of --base with the tokenizer of the flags, else its own. settings: of the checkpoint it is for, whose
+    tokenizer is that of a legacy base."""
+    from megatron.early_exit.checkpoint.legacy import find_legacy, holds_legacy, read_legacy
+    from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
+    from megatron.early_exit.config.validate import LATEST_FILE
+
+    if holds_legacy(args.base):
+        model, exits, tensors, _ = read_legacy(find_legacy(args.base))
+        return _run_config(model, exits, _legacy_tokenizer(args, settings), tensors), tensors
+    if not (args.base / LATEST_FILE).is_file():
+        raise FileNotFoundError(f"--base {args.base} holds no checkpoint, of EE-LLM or ours")
+    folder = checkpoint_folder(args.base)
+    config, tensors = read_checkpoint(folder)
+    if args.tokenizer_type or args.tokenizer_model:
+        return replace(config, data=_legacy_tokenizer(args, settings)), tensors
+    return _with_own_tokenizer(config, folder), tensors
 
 
 def add(args: argparse.Namespace) -> None:
@@ -255,12 +298,12 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def _read(args: argparse.Namespace) -> tuple[RunConfig, Tensors, Path]:
-    from megatron.early_exit.checkpoint.legacy import is_legacy
+    from megatron.early_exit.checkpoint.legacy import holds_legacy
     from megatron.early_exit.checkpoint.store import check_target, checkpoint_folder, read_checkpoint
 
     if hasattr(args, "save") and args.run is not to_hugging_face:
         check_target(args.save, args.force)
-    if is_legacy(args.load) or any(args.load.glob("*/mp_rank_*")):
+    if holds_legacy(args.load):
         raise ValueError(f"{args.load} is a legacy checkpoint; convert it first with from-legacy")
     folder = checkpoint_folder(args.load, args.load_iteration)
     config, tensors = read_checkpoint(folder)
@@ -269,14 +312,19 @@ def _read(args: argparse.Namespace) -> tuple[RunConfig, Tensors, Path]:
 
 def _save_changed(args: argparse.Namespace, folder: Path, config: RunConfig, tensors: Tensors) -> None:
     """A changed checkpoint keeps its tokenizer."""
+    _save(args, _with_own_tokenizer(config, folder), tensors)
+
+
+def _with_own_tokenizer(config: RunConfig, folder: Path) -> RunConfig:
+    """`config` with the tokenizer in the checkpoint that it comes from."""
     from megatron.early_exit.checkpoint.store import TOKENIZER_FOLDER
     from megatron.early_exit.data.tokenizer import saved_tokenizer_config
 
-    data = config.data
-    if (folder / TOKENIZER_FOLDER).is_dir():
-        saved = saved_tokenizer_config(folder / TOKENIZER_FOLDER)
-        data = replace(data, tokenizer_type=saved.tokenizer_type, tokenizer_model=saved.tokenizer_model)
-    _save(args, replace(config, data=data), tensors)
+    if not (folder / TOKENIZER_FOLDER).is_dir():
+        return config
+    saved = saved_tokenizer_config(folder / TOKENIZER_FOLDER)
+    data = replace(config.data, tokenizer_type=saved.tokenizer_type, tokenizer_model=saved.tokenizer_model)
+    return replace(config, data=data)
 
 
 def _save(args: argparse.Namespace, config: RunConfig, tensors: Tensors) -> None:

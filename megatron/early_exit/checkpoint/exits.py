@@ -14,6 +14,7 @@ from megatron.early_exit.checkpoint.families import model_output_weight
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
+from megatron.early_exit.config.serialize import EXIT_STRUCTURE_FIELDS
 
 Init = Literal["copy", "random"]
 
@@ -42,7 +43,7 @@ def add_exits(
         sources = _copied(tensors, model, wanted, layer)
         for name, source in sources.items():
             result[prefix + name] = source if init == "copy" else _random(source, model, prefix + name, seed)
-    return result, _merged(present, wanted, tuple(all_layers))
+    return result, merged_exits(present, wanted, tuple(all_layers))
 
 
 def remove_exits(
@@ -58,7 +59,7 @@ def remove_exits(
     prefixes = tuple(_prefix(layer) for layer in layers)
     left = tuple(layer for layer in present.exit_layer_nums if layer not in layers)
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)} if layers else tensors
-    return kept, _of_layers(present, left) if left else ExitConfig()
+    return kept, exits_of_layers(present, left) if left else ExitConfig()
 
 
 def _check(model: ModelConfig, present: ExitConfig, wanted: ExitConfig, replace_present: bool) -> None:
@@ -75,13 +76,18 @@ def _check(model: ModelConfig, present: ExitConfig, wanted: ExitConfig, replace_
     if there and not replace_present:
         raise ValueError(f"layers {there} have exits; --replace starts them anew, or choose other layers")
     others = set(present.exit_layer_nums) - set(layers)
-    kinds = ("pre_exit", "untie_exit_output_weights", "use_exit_norm", "use_exit_mlp", "use_exit_block")
-    different = [name for name in kinds if getattr(present, name) != getattr(wanted, name)]
+    different = different_kind(present, wanted)
     if others and different:
         raise ValueError(
             f"all exits of a model are of one kind, and those at {sorted(others)} differ in {', '.join(different)}; "
             "ask for the same kind, or replace them as well"
         )
+
+
+def different_kind(one: ExitConfig, other: ExitConfig) -> list[str]:
+    """Names of the settings in which exits differ that one model cannot have both."""
+    kinds = (name for name in EXIT_STRUCTURE_FIELDS if name != "exit_layer_nums")
+    return [name for name in kinds if getattr(one, name) != getattr(other, name)]
 
 
 def _prefix(layer: int) -> str:
@@ -129,7 +135,8 @@ def _random(like: LazyTensor, model: ModelConfig, name: str, seed: int) -> LazyT
     return LazyTensor(like.shape, like.dtype, lambda: draw().to(like.dtype))
 
 
-def _merged(present: ExitConfig, wanted: ExitConfig, layers: tuple[int, ...]) -> ExitConfig:
+def merged_exits(present: ExitConfig, wanted: ExitConfig, layers: tuple[int, ...]) -> ExitConfig:
+    """The settings of all exits, at `layers`; where both have one, those of `wanted`."""
     if not present.exit_layer_nums or set(present.exit_layer_nums) <= set(wanted.exit_layer_nums):
         return wanted
     weight = lambda exits, layer: exits.weights_at(10**12)[exits.exit_layer_nums.index(layer)]
@@ -145,7 +152,7 @@ def _merged(present: ExitConfig, wanted: ExitConfig, layers: tuple[int, ...]) ->
     )
 
 
-def _of_layers(exits: ExitConfig, layers: tuple[int, ...]) -> ExitConfig:
+def exits_of_layers(exits: ExitConfig, layers: tuple[int, ...]) -> ExitConfig:
     """The settings of some of the exits."""
     positions = [exits.exit_layer_nums.index(layer) for layer in layers]
     of = lambda values: tuple(values[i] for i in positions) if len(values) > 1 else values

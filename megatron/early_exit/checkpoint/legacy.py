@@ -3,6 +3,9 @@
     LOAD/iter_0000002/mp_rank_00/model_optim_rng.pt          one pipeline stage: mp_rank_TP
     LOAD/iter_0000002/mp_rank_00_001/model_optim_rng.pt      several: mp_rank_TP_PP
 
+A checkpoint of partial tuning (--tune-exit-pipeline-parallel-size) has the first stages alone, under the names that
+they have in the whole model: mp_rank_TP_000 even if only one was saved. `legacy_merge.py` makes it whole.
+
 The files are pickles. They are read by PyTorch's restricted unpickler, which runs no code of theirs: it knows the few
 classes below and refuses a file that names another. Files are memory-mapped, so tensors are read when they are written.
 """
@@ -17,12 +20,13 @@ import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron.early_exit.checkpoint.exits import exits_of_layers
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, combined, concatenated
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
@@ -60,6 +64,11 @@ def is_legacy(folder: Path) -> bool:
     return any(folder.glob(f"mp_rank_*/{_FILE}"))
 
 
+def holds_legacy(load: Path) -> bool:
+    """Whether `load` is a legacy checkpoint: one iteration, or the folder of several."""
+    return is_legacy(load) or any(load.glob("*/mp_rank_*"))
+
+
 def find_legacy(load: Path, iteration: int | None = None) -> Path:
     """Folder of the iteration to read: the given one, else the last. Raises FileNotFoundError with what is missing."""
     if is_legacy(load):
@@ -77,31 +86,109 @@ def find_legacy(load: Path, iteration: int | None = None) -> Path:
     return load / name
 
 
+class PartialCheckpoint(NamedTuple):
+    """The first pipeline stages of a model whose exits were tuned."""
+
+    folder: Path
+    model: ModelConfig
+    """The whole model."""
+    num_layers: int
+    """Layers that are here: those from 1 to this one."""
+    exits: ExitConfig
+    """Exits of these layers."""
+    later_exits: tuple[int, ...]
+    """Layers of further exits that the settings name; they are not here."""
+    tensors: Tensors
+    """Embeddings and layers with their exits, under our names."""
+    output_weights: Tensors
+    """What tied exits of stages without the embedding use: copies of it, under a name that says where they lie."""
+    settings: argparse.Namespace
+
+
 def read_legacy(folder: Path) -> tuple[ModelConfig, ExitConfig, Tensors, argparse.Namespace]:
     """(model, exits, our parameters, all settings that the checkpoint holds) of one iteration.
 
     Raises OSError for files that are missing or damaged, ValueError for what our model cannot express."""
-    ranks = _read_ranks(folder)
-    args = ranks[0][0]["args"]
-    model, exits = _model_config(args), _exit_config(args)
-    stages = [_Stage([_flatten(rank["model"]) for rank in stage], model) for stage in ranks]
+    model, stages, args = _read_stages(folder)
+    exits = _exit_config(args)
     num_layers = sum(stage.num_layers for stage in stages)
     if num_layers != model.num_layers:
         raise OSError(
             f"{folder} holds {num_layers} of {model.num_layers} layers: a checkpoint of partial tuning "
-            "(--tune-exit-pipeline-parallel-size) must be merged with the one it was tuned from, or stages are missing"
+            "(--tune-exit-pipeline-parallel-size) must be merged with the one it was tuned from (from-legacy --base), "
+            "or stages are missing"
         )
-    tensors: Tensors = {"embedding.word_embeddings.weight": stages[0].take("embedding.word_embeddings.weight", 0)}
-    if model.position_embedding_type == "learned_absolute":
-        tensors["embedding.position_embeddings.weight"] = stages[0].take("embedding.position_embeddings.weight")
+    tensors = _embeddings(stages[0], model)
     if model.untie_embeddings_and_output_weights:
         tensors["output_layer.weight"] = stages[-1].take("output_layer.weight", 0)
     tensors |= stages[-1].module("encoder.final_norm", "decoder.final_layernorm")
+    return model, exits, tensors | _all_layers(stages, exits, args), args
+
+
+def read_partial(folder: Path) -> PartialCheckpoint:
+    """One iteration of a checkpoint of partial tuning.
+
+    Raises OSError and ValueError as `read_legacy`, and ValueError for a checkpoint of all stages or without exits."""
+    model, stages, args = _read_stages(folder)
+    num_layers = sum(stage.num_layers for stage in stages)
+    if num_layers >= model.num_layers:
+        raise ValueError(f"{folder} holds all {model.num_layers} layers and needs no base; leave out --base")
+    named = _exit_config(args)
+    here = tuple(layer for layer in named.exit_layer_nums if layer <= num_layers)
+    if not here:
+        raise ValueError(
+            f"{folder} holds layers 1 to {num_layers}, and names exits at {list(named.exit_layer_nums)}: none of them "
+            "is here to be merged"
+        )
+    exits = exits_of_layers(named, here)
+    return PartialCheckpoint(
+        folder,
+        model,
+        num_layers,
+        exits,
+        later_exits=named.exit_layer_nums[len(here) :],
+        tensors=_embeddings(stages[0], model) | _all_layers(stages, exits, args),
+        output_weights=_output_weights_of_exits(stages, model, exits),
+        settings=args,
+    )
+
+
+def _read_stages(folder: Path) -> tuple[ModelConfig, list[_Stage], argparse.Namespace]:
+    ranks = _read_ranks(folder)
+    args = ranks[0][0]["args"]
+    model = _model_config(args)
+    return model, [_Stage([_flatten(rank["model"]) for rank in stage], model) for stage in ranks], args
+
+
+def _embeddings(first_stage: _Stage, model: ModelConfig) -> Tensors:
+    tensors = {"embedding.word_embeddings.weight": first_stage.take("embedding.word_embeddings.weight", 0)}
+    if model.position_embedding_type == "learned_absolute":
+        tensors["embedding.position_embeddings.weight"] = first_stage.take("embedding.position_embeddings.weight")
+    return tensors
+
+
+def _all_layers(stages: list[_Stage], exits: ExitConfig, args: argparse.Namespace) -> Tensors:
+    tensors: Tensors = {}
     first = 1
     for stage in stages:
-        tensors |= stage.layers(first, exits, args.exit_layer_nums)
+        tensors |= stage.layers(first, exits, getattr(args, "exit_layer_nums", None) or [])
         first += stage.num_layers
-    return model, exits, tensors, args
+    return tensors
+
+
+def _output_weights_of_exits(stages: list[_Stage], model: ModelConfig, exits: ExitConfig) -> Tensors:
+    """The copies of the embedding that tied exits use, of all stages with exits but the first."""
+    copies: Tensors = {}
+    if exits.untie_exit_output_weights or model.untie_embeddings_and_output_weights:
+        return copies
+    last = stages[0].num_layers
+    for index, stage in enumerate(stages[1:], start=1):
+        first, last = last + 1, last + stage.num_layers
+        if any(first <= layer <= last for layer in exits.exit_layer_nums):
+            copies[f"word_embeddings_for_head.weight of pipeline stage {index}"] = stage.take(
+                "word_embeddings_for_head.weight", 0
+            )
+    return copies
 
 
 def _read_ranks(folder: Path) -> list[list[dict[str, Any]]]:
@@ -243,7 +330,7 @@ class _Stage:
         """Layers of this stage with their exits. first: number of the first; given_order: exits as the original counts
         them."""
         numbers = range(first, first + self.num_layers)
-        mine = [number for number in given_order or [] if number in numbers]
+        mine = [number for number in given_order if number in numbers]
         tensors: Tensors = {}
         for index, number in enumerate(numbers):
             theirs, ours = f"encoder.layers.{index}", f"decoder.layers.{number - 1}"

@@ -343,10 +343,13 @@ def overlay_architecture(cfg: RunConfig, checkpoint_cfg: RunConfig, given: Colle
     return dataclasses.replace(cfg, model=model, exits=exits, data=dataclasses.replace(cfg.data, **tokenizer))
 
 
-def architecture_differences(cfg: RunConfig, checkpoint_cfg: RunConfig) -> list[str]:
+def architecture_differences(
+    cfg: RunConfig, checkpoint_cfg: RunConfig, names: tuple[str, str] = ("flags", "checkpoint")
+) -> list[str]:
     """Lines such as 'hidden_size: checkpoint 64, flags 128' for all that changes parameters or what they compute.
 
-    Defaults are worked out first. The padded vocabulary is compared only if both sides state it."""
+    names: what the lines call the two sides. Defaults are worked out first. The padded vocabulary is compared only if
+    both sides state it."""
     flags, checkpoint = _architecture(cfg), _architecture(checkpoint_cfg)
     if flags["position_embedding_type"] == checkpoint["position_embedding_type"] == "rope":
         del flags["max_position_embeddings"]
@@ -359,7 +362,7 @@ def architecture_differences(cfg: RunConfig, checkpoint_cfg: RunConfig) -> list[
     if flags["padded_vocab_size"] is None or checkpoint["padded_vocab_size"] is None:
         del flags["padded_vocab_size"]
     return [
-        f"{name}: checkpoint {_shown(checkpoint[name])}, flags {_shown(value)}"
+        f"{name}: {names[1]} {_shown(checkpoint[name])}, {names[0]} {_shown(value)}"
         for name, value in flags.items()
         if value != checkpoint[name]
     ]
