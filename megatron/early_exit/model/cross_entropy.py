@@ -15,10 +15,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-# A chunk's fp32 logits take at most this much memory on each rank...
-_CHUNK_BYTES = 64 * 2**20
-# ...but a chunk has at least this many tokens: smaller matrix products waste the hardware.
-_MIN_CHUNK_TOKENS = 128
+from megatron.early_exit.model.sizes import chunk_size
 
 
 class LossSums(NamedTuple):
@@ -93,11 +90,6 @@ def cross_entropy_sums(
         teacher,
     )
     return LossSums(objective, statistics)
-
-
-def chunk_size(local_vocab_size: int) -> int:
-    """Tokens of one chunk for a rank that holds `local_vocab_size` rows of the output weight."""
-    return max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (4 * local_vocab_size) // _MIN_CHUNK_TOKENS * _MIN_CHUNK_TOKENS)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model, params_dtype
+from megatron.early_exit.model.sizes import exit_flops_per_token, layer_flops_per_token, output_flops_per_token
 from megatron.early_exit.platform.device import backend, device, use_cuda
 from megatron.early_exit.training.microbatches import Microbatches
 
@@ -133,18 +134,11 @@ def checkpoint_bytes(config: RunConfig, model: Model) -> int:
 
 
 def flops_per_token(config: RunConfig, vocab_size: int) -> float:
-    """Floating-point operations of forward and backward (of tuning: what it runs) for one token, exits included.
-
-    Six for every weight of a matrix product, and causal attention (two products over half the sequence)."""
-    model = config.model
-    attention_width = model.num_attention_heads * model.head_size
-    projections = model.hidden_size * (2 * attention_width + 2 * model.num_kv_heads * model.head_size)
-    mlp = (3 if model.swiglu else 2) * model.hidden_size * model.ffn_size
-    layer = 6 * (projections + mlp) + 6 * attention_width * config.training.seq_length
-    output = 6 * model.hidden_size * vocab_size
-    exit_head = output + (layer if config.exits.use_exit_block else 0) + (6 * mlp if config.exits.use_exit_mlp else 0)
+    """Floating-point operations of forward and backward (of tuning: what it runs) for one token, exits included."""
+    layer, exit_head = layer_flops_per_token(config), exit_flops_per_token(config, vocab_size)
     if config.training.tune_exit:
         # Forward through the frozen layers; an exit's gradients stop at its parameters, at about its usual cost.
         num_layers = 0 if config.training.cache_hidden_states else config.num_built_layers
         return num_layers * layer / 3 + config.exits.num_exits * exit_head
-    return model.num_layers * layer + output + config.exits.num_exits * exit_head
+    output = output_flops_per_token(config, vocab_size)
+    return config.model.num_layers * layer + output + config.exits.num_exits * exit_head

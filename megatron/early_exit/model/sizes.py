@@ -1,0 +1,166 @@
+"""How large a model is and what it computes, from its settings alone: parameters, bytes, FLOPs of parts and stages.
+
+All sizes are of one tensor-parallel rank. FLOPs are those of matrix products and causal attention; activations follow
+Korthikanti et al. (arXiv:2205.05198) for attention without its score matrix. `config.model.padded_vocab_size` must be
+set. Needs neither torch nor core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.serialize import max_positions
+
+# A chunk's fp32 logits take at most this much memory on each rank...
+_CHUNK_BYTES = 64 * 2**20
+# ...but a chunk has at least this many tokens: smaller matrix products waste the hardware.
+_MIN_CHUNK_TOKENS = 128
+
+
+# Parameters
+
+
+def stage_parameters(config: RunConfig, layers: Sequence[int], is_first: bool, is_last: bool) -> int:
+    """Parameters of one model chunk. layers: numbers, from 1; is_first, is_last: of the model's chunks."""
+    model = config.model
+    num_exits = sum(layer in config.exits.exit_layer_nums for layer in layers)
+    count = len(layers) * layer_parameters(config) + num_exits * exit_parameters(config)
+    has_final_head = is_last and config.builds_final_head
+    if is_first:
+        count += output_parameters(config)
+        if model.position_embedding_type == "learned_absolute":
+            count += max_positions(config) * model.hidden_size
+    if has_final_head:
+        count += _norm_parameters(config)
+    # The output weight, or a copy of it, unless it is the embedding that is there already.
+    uses_output_weight = has_final_head or (num_exits > 0 and not config.exits.untie_exit_output_weights)
+    if uses_output_weight and (model.untie_embeddings_and_output_weights or not is_first):
+        count += output_parameters(config)
+    return count
+
+
+def output_parameters(config: RunConfig) -> int:
+    """Of an output projection, or of the word embedding."""
+    return config.model.padded_vocab_size * config.model.hidden_size // config.parallel.tensor_model_parallel_size
+
+
+def exit_parameters(config: RunConfig) -> int:
+    """Of one exit, without an output weight that is the model's."""
+    exits = config.exits
+    return (
+        exits.untie_exit_output_weights * output_parameters(config)
+        + exits.use_exit_norm * _norm_parameters(config)
+        + exits.use_exit_mlp * _mlp_parameters(config)
+        + exits.use_exit_block * layer_parameters(config)
+    )
+
+
+def layer_parameters(config: RunConfig) -> int:
+    """Of one transformer layer without its exit."""
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    queries = model.num_attention_heads * model.head_size
+    fused = queries + 2 * model.num_kv_heads * model.head_size
+    count = (fused + queries) * model.hidden_size // tp
+    if model.add_bias_linear or model.add_qkv_bias:
+        count += fused // tp
+    if model.add_bias_linear:
+        count += model.hidden_size
+    if model.qk_layernorm:
+        count += 2 * model.head_size * (2 if model.normalization == "LayerNorm" else 1)
+    return count + 2 * _norm_parameters(config) + _mlp_parameters(config)
+
+
+def _norm_parameters(config: RunConfig) -> int:
+    return config.model.hidden_size * (2 if config.model.normalization == "LayerNorm" else 1)
+
+
+def _mlp_parameters(config: RunConfig) -> int:
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    wide = model.ffn_size * (2 if model.swiglu else 1)
+    weights = (wide + model.ffn_size) * model.hidden_size // tp
+    return weights + (wide // tp + model.hidden_size if model.add_bias_linear else 0)
+
+
+# Bytes
+
+
+def weight_bytes(config: RunConfig, parameters: int) -> int:
+    return parameters * (2 if _is_half(config) else 4)
+
+
+def gradient_bytes(config: RunConfig, trained: int) -> int:
+    """Buffer of main gradients. trained: parameters."""
+    training = config.training
+    is_fp16_buffer = training.fp16 and not config.parallel.accumulate_allreduce_grads_in_fp32
+    return trained * (2 if is_fp16_buffer else 4)
+
+
+def optimizer_bytes(config: RunConfig, world_size: int, trained: int) -> int:
+    """Adam's two moments, and fp32 weights beside half-precision ones. trained: parameters."""
+    state = trained * (12 if _is_half(config) else 8)
+    if config.parallel.use_distributed_optimizer:
+        state //= config.parallel.data_parallel_size(world_size)
+    return state
+
+
+def hidden_states_bytes(config: RunConfig) -> int:
+    """Hidden states [s, b, h] of one microbatch, whole."""
+    training = config.training
+    width = 2 if _is_half(config) else 4
+    return training.seq_length * training.micro_batch_size * config.model.hidden_size * width
+
+
+def layer_activation_bytes(config: RunConfig) -> int:
+    """What one layer keeps of one microbatch from its forward to its backward; with full recomputation, its input."""
+    parallel = config.parallel
+    tp, hidden = parallel.tensor_model_parallel_size, hidden_states_bytes(config)
+    if parallel.recompute_granularity == "full":
+        return hidden // (tp if parallel.sequence_parallel else 1)
+    # 34 bytes for every half-precision element.
+    return hidden // 2 * 34 // tp if parallel.sequence_parallel else hidden // 2 * (10 * tp + 24) // tp
+
+
+def logits_chunk_bytes(config: RunConfig) -> int:
+    """fp32 logits of one chunk of tokens: all of them that ever exists."""
+    columns = config.model.padded_vocab_size // config.parallel.tensor_model_parallel_size
+    return chunk_size(columns) * columns * 4
+
+
+def chunk_size(local_vocab_size: int) -> int:
+    """Tokens of one chunk for a rank that holds `local_vocab_size` rows of the output weight."""
+    return max(_MIN_CHUNK_TOKENS, _CHUNK_BYTES // (4 * local_vocab_size) // _MIN_CHUNK_TOKENS * _MIN_CHUNK_TOKENS)
+
+
+def _is_half(config: RunConfig) -> bool:
+    return config.training.bf16 or config.training.fp16
+
+
+# FLOPs of all tensor-parallel ranks together, forward and backward, for one token
+
+
+def layer_flops_per_token(config: RunConfig) -> int:
+    """Six for every weight of a matrix product, and causal attention: two products over half the sequence."""
+    model = config.model
+    attention_width = model.num_attention_heads * model.head_size
+    projections = model.hidden_size * (2 * attention_width + 2 * model.num_kv_heads * model.head_size)
+    return 6 * (projections + _mlp_weights(config)) + 6 * attention_width * config.training.seq_length
+
+
+def output_flops_per_token(config: RunConfig, vocab_size: int) -> int:
+    """Of one output projection."""
+    return 6 * config.model.hidden_size * vocab_size
+
+
+def exit_flops_per_token(config: RunConfig, vocab_size: int) -> int:
+    """Of one exit."""
+    return (
+        output_flops_per_token(config, vocab_size)
+        + config.exits.use_exit_block * layer_flops_per_token(config)
+        + config.exits.use_exit_mlp * 6 * _mlp_weights(config)
+    )
+
+
+def _mlp_weights(config: RunConfig) -> int:
+    model = config.model
+    return (3 if model.swiglu else 2) * model.hidden_size * model.ffn_size
