@@ -111,14 +111,34 @@ def hidden_states_bytes(config: RunConfig) -> int:
     return training.seq_length * training.micro_batch_size * config.model.hidden_size * width
 
 
-def layer_activation_bytes(config: RunConfig) -> int:
-    """What one layer keeps of one microbatch from its forward to its backward; with full recomputation, its input."""
+def activation_bytes(config: RunConfig, num_layers: int) -> int:
+    """What the layers of one model chunk keep of one microbatch from its forward to its backward.
+
+    A recomputed layer keeps its input."""
+    num_recomputed = num_recomputed_layers(config, num_layers)
+    kept = sharded_hidden_states_bytes(config) * num_recomputed
+    return kept + layer_activation_bytes(config) * (num_layers - num_recomputed)
+
+
+def num_recomputed_layers(config: RunConfig, num_layers: int) -> int:
+    """Layers of a model chunk of `num_layers` that run again, whole, in the backward."""
     parallel = config.parallel
-    tp, hidden = parallel.tensor_model_parallel_size, hidden_states_bytes(config)
-    if parallel.recompute_granularity == "full":
-        return hidden // (tp if parallel.sequence_parallel else 1)
-    # 34 bytes for every half-precision element.
-    return hidden // 2 * 34 // tp if parallel.sequence_parallel else hidden // 2 * (10 * tp + 24) // tp
+    if parallel.recompute_granularity != "full":
+        return 0
+    return min(parallel.recompute_num_layers, num_layers) if parallel.recompute_method == "block" else num_layers
+
+
+def layer_activation_bytes(config: RunConfig) -> int:
+    """What one layer that is not recomputed keeps of one microbatch: 34 bytes for every half-precision element."""
+    parallel = config.parallel
+    tp, elements = parallel.tensor_model_parallel_size, hidden_states_bytes(config) // 2
+    return elements * 34 // tp if parallel.sequence_parallel else elements * (10 * tp + 24) // tp
+
+
+def sharded_hidden_states_bytes(config: RunConfig) -> int:
+    """Hidden states between layers on one rank: with sequence parallelism, its part."""
+    parallel = config.parallel
+    return hidden_states_bytes(config) // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
 
 
 def logits_chunk_bytes(config: RunConfig) -> int:

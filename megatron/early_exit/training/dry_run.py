@@ -51,11 +51,11 @@ def _stage(config: RunConfig, world_size: int, stage: int, chunks: list[tuple[in
     count = sum(sizes.stage_parameters(config, chunks[index], index == 0, index == len(chunks) - 1) for index in mine)
     trained = len(exits) * sizes.exit_parameters(config) if training.tune_exit else count
     if training.tune_exit:
-        in_flight, num_kept = 1, 1  # nothing is kept of a frozen layer
+        activations = sizes.activation_bytes(config, 1)  # nothing is kept of a frozen layer
     else:
         microbatches = (training.global_batch_size or 1) // max(training.micro_batch_size, 1)
-        in_flight, num_kept = min(parallel.num_stages - stage, max(microbatches, 1)), len(layers)
-    activations = in_flight * num_kept * sizes.layer_activation_bytes(config)
+        in_flight = min(parallel.num_stages - stage, max(microbatches, 1))
+        activations = in_flight * sum(sizes.activation_bytes(config, len(chunks[index])) for index in mine)
     if exits or stage == parallel.num_stages - 1:
         activations += sizes.logits_chunk_bytes(config)
     return StageEstimate(
