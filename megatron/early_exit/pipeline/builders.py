@@ -1,8 +1,8 @@
 """Builders of pipeline plans: 1F1B, interleaved 1F1B, exits in idle time, and forward-only tuning.
 
 A plan that fills bubbles with further microbatches is in `fill.py`. Nothing here knows of process groups or tensors.
-Sends are asynchronous and receives block, here as in the runtime: where core sends and receives in one call, the plan has
-the sends first, then the receives, and in each the forward direction before the backward one.
+Sends are asynchronous and receives block, here as in the runtime: where core sends and receives in one call, the plan
+has the sends first, then the receives, and in each the forward direction before the backward one.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def with_exits_in_bubbles(
     before the receive of their own microbatch's gradient. That is never later than in the backward, whatever the costs,
     and keeps one gradient buffer for a short time.
 
-    Left in the backward: exits of the last microbatch (gradients are synchronised in its backward), of microbatches that
-    fill bubbles, on the last stage (which waits for no gradient), and with several chunks on a rank those whose gradient
-    is received long before it is used. The result is the same for all ranks of a tensor-parallel group, since it depends
-    on nothing but the arguments.
+    Left in the backward: exits of the last microbatch (gradients are synchronised in its backward), of microbatches
+    that fill bubbles, on the last stage (which waits for no gradient), and with several chunks on a rank those whose
+    gradient is received long before it is used. The result depends on nothing but the arguments, so it is the same on
+    all ranks of a tensor-parallel group.
     """
     _require_stages(exit_stages, plan.num_stages)
     if before_first_backward is not None and len(before_first_backward) != plan.num_ranks:
@@ -126,7 +126,11 @@ def _with_exits_in_bubbles(
     early = early[:before_first_backward]
     exits_at: dict[int, list[Action]] = {first: [replace(actions[r], kind=Kind.EXIT) for r in early]}
     for r in receives:
-        if r not in early and may_move(actions[r]) and _next_pass(actions, r) == replace(actions[r], kind=Kind.BACKWARD):
+        if (
+            r not in early
+            and may_move(actions[r])
+            and _next_pass(actions, r) == replace(actions[r], kind=Kind.BACKWARD)
+        ):
             exits_at.setdefault(r, []).append(replace(actions[r], kind=Kind.EXIT))
     return tuple(a for i, action in enumerate(actions) for a in (*exits_at.get(i, ()), action))
 
