@@ -47,6 +47,8 @@ class ExitLosses:
         self.is_tuning = False
         self.keep: Callable[[str, Tensor], None] | None = None
         """If set, exits compute nothing: their input goes there, under its name (`layer.exit_input`)."""
+        self.waiting: list[EarlyExit] | None = None
+        """If a list, exits of the forward pass that runs now are put there, and may run before their backward."""
         self.statistics = torch.zeros(exits.num_exits + 1, 3, dtype=torch.float64, device=device)
 
     @property
@@ -105,15 +107,15 @@ class ExitLosses:
             # the first iteration.
             torch.autograd.backward(sums.objective * (scale * self.weights[position]))
 
-        if not is_sequence_parallel:
-            return _DeferredLoss.apply(hidden_states, backpropagate)
-
         def backpropagate_in_own_stream(hidden_states: Tensor) -> None:
             # Core runs layers inside this fork, so that each TP rank draws other dropout for its part of the sequence.
             with tensor_parallel_random.get_cuda_rng_tracker().fork():
                 backpropagate(hidden_states)
 
-        return _DeferredLoss.apply(hidden_states, backpropagate_in_own_stream)
+        early = EarlyExit(hidden_states, backpropagate_in_own_stream if is_sequence_parallel else backpropagate)
+        if self.waiting is not None:
+            self.waiting.append(early)
+        return _DeferredLoss.apply(hidden_states, early)
 
     def tune(
         self,
@@ -137,6 +139,8 @@ class ExitLosses:
 
         if self.distillation_share:
             self._waiting_for_teacher.append(lambda teacher: backpropagate(teacher=teacher))
+        elif self.waiting is not None:
+            self.waiting.append(EarlyExit(hidden_states, lambda _: backpropagate()))
         else:
             backpropagate()
 
@@ -155,23 +159,42 @@ class ExitLosses:
             self.add_statistics(position, compute(hidden_states, one).statistics)
 
 
+class EarlyExit:
+    """One exit's loss of one microbatch, whose gradients are taken once: in the backward pass, or before it."""
+
+    def __init__(self, hidden_states: Tensor, backpropagate: Callable[[Tensor], None]) -> None:
+        self._hidden_states: Tensor | None = hidden_states.detach()
+        self._backpropagate: Callable[[Tensor], None] | None = backpropagate
+        self._gradient: Tensor | None = None
+
+    def run(self) -> None:
+        """Take the gradients; that of the hidden states is kept for the backward pass."""
+        hidden_states = self._hidden_states.requires_grad_()
+        with torch.enable_grad():
+            self._backpropagate(hidden_states)
+        self._gradient = hidden_states.grad
+        self._hidden_states = self._backpropagate = None
+
+    def take_gradient(self) -> Tensor:
+        """Gradient of the hidden states; the exit runs now if it has not."""
+        if self._gradient is None:
+            self.run()
+        gradient, self._gradient = self._gradient, None
+        return gradient
+
+
 class _DeferredLoss(torch.autograd.Function):
     """Identity in forward; in backward adds the gradient of a loss of the hidden states to the one from above."""
 
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, backpropagate: Callable[[Tensor], None]) -> Tensor:
-        ctx.save_for_backward(hidden_states)
-        ctx.backpropagate = backpropagate
+    def forward(ctx, hidden_states: Tensor, early: EarlyExit) -> Tensor:
+        ctx.early = early
         return hidden_states.view_as(hidden_states)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor, None]:
-        (hidden_states,) = ctx.saved_tensors
-        hidden_states = hidden_states.detach().requires_grad_()
-        with torch.enable_grad():
-            ctx.backpropagate(hidden_states)
-        ctx.backpropagate = None
-        return grad_output + hidden_states.grad, None
+        early, ctx.early = ctx.early, None
+        return grad_output + early.take_gradient(), None
 
 
 def is_checkpointed_forward() -> bool:
