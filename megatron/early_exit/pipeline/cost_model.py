@@ -68,6 +68,9 @@ class Assumptions:
                 raise ValueError(f"{name} = {value}: must be greater than 0 and at most 1")
 
 
+DEFAULT_ASSUMPTIONS = Assumptions()
+
+
 def gpu_named(name: str) -> Gpu:
     """Raises ValueError with the known names."""
     by_name = {key.lower(): gpu for key, gpu in GPUS.items()}
@@ -117,7 +120,7 @@ def model_costs(
     world_size: int,
     gpu: Gpu,
     layers_per_stage: Sequence[int] | None = None,
-    assumptions: Assumptions = Assumptions(),
+    assumptions: Assumptions = DEFAULT_ASSUMPTIONS,
 ) -> list[StageCosts]:
     """Costs of every stage (model chunk) of `config`, which has `padded_vocab_size`.
 

@@ -10,7 +10,7 @@ Knows nothing of whether the plan computes the right thing: that is the validato
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +39,15 @@ class Timeline:
     actions: tuple[TimedAction, ...]
     """Of rank 0 in order, then of rank 1, ..."""
     num_ranks: int
+
+    @classmethod
+    def of(cls, name: str, rows: Iterable[TimedAction | tuple]) -> Timeline:
+        """From rows (rank, action, start_sec, end_sec), measured ones too: in any order, with any origin of time."""
+        timed = [row if isinstance(row, TimedAction) else TimedAction(*row) for row in rows]
+        origin = min((row.start_sec for row in timed), default=0.0)
+        moved = [row._replace(start_sec=row.start_sec - origin, end_sec=row.end_sec - origin) for row in timed]
+        moved.sort(key=lambda row: (row.rank, row.start_sec, row.end_sec))
+        return cls(name, tuple(moved), max((row.rank for row in timed), default=-1) + 1)
 
     @property
     def iteration_sec(self) -> float:

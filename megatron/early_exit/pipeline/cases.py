@@ -1,0 +1,199 @@
+"""Known models on known clusters, by name, and any others from training's flags.
+
+The first four have the settings of the original's launch scripts (github.com/pan-x-c/EE-LLM, examples/ee_training, the
+models of arXiv:2312.04916): sizes, TP, PP, microbatch, batch of 2,048 sequences of 2,048 tokens, exits before the layer
+behind a quarter and a half of the depth, tied weights for 1.3B and untied ones for the others. The number of GPUs is a
+launcher's argument there; 64 A100 are assumed, and a vocabulary of 32,000.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron.early_exit.config.flags import parse_run_config
+from megatron.early_exit.config.run import RunConfig, with_tuned_stages
+from megatron.early_exit.config.serialize import read_yaml
+from megatron.early_exit.config.validate import ConfigError
+from megatron.early_exit.pipeline.comparison import Setup
+from megatron.early_exit.pipeline.cost_model import DEFAULT_ASSUMPTIONS, Assumptions, gpu_named
+
+VOCAB_SIZE = 32000
+"""Assumed where no vocabulary is given."""
+
+_LLAMA = (
+    "--bf16 --use-distributed-optimizer --swiglu --normalization RMSNorm --position-embedding-type rope "
+    "--disable-bias-linear --hidden-dropout 0 --attention-dropout 0 --pre-exit"
+)
+_EE_LLM = f"{_LLAMA} --seq-length 2048 --global-batch-size 2048 --pipeline-model-parallel-size 4"
+_UNTIED = "--untie-embeddings-and-output-weights --untie-exit-output-weights"
+# Llama 3's sizes, sequences of 8,192 and TP 8 (arXiv:2407.21783, tables 3 and 4).
+_LLAMA3 = (
+    f"{_LLAMA} {_UNTIED} --seq-length 8192 --micro-batch-size 1 --padded-vocab-size 128256 --group-query-attention "
+    "--num-query-groups 8 --tensor-model-parallel-size 8 --sequence-parallel"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named model and cluster."""
+
+    flags: str
+    """Of training."""
+    world_size: int
+    gpu: str
+    layers_per_stage: tuple[int, ...] | None = None
+    """Default: as training splits them."""
+
+
+CASES = {
+    "1.3B": Case(
+        f"{_EE_LLM} --num-layers 24 --hidden-size 2048 --num-attention-heads 32 --micro-batch-size 4 "
+        "--exit-layer-nums 7 13",
+        64, "A100-80GB",
+    ),
+    "7B": Case(
+        f"{_EE_LLM} {_UNTIED} --num-layers 32 --hidden-size 4096 --num-attention-heads 32 --micro-batch-size 2 "
+        "--exit-layer-nums 9 17",
+        64, "A100-80GB",
+    ),
+    "13B": Case(
+        f"{_EE_LLM} {_UNTIED} --num-layers 40 --hidden-size 5120 --num-attention-heads 40 --micro-batch-size 1 "
+        "--tensor-model-parallel-size 2 --sequence-parallel --exit-layer-nums 11 21",
+        64, "A100-80GB",
+    ),
+    "30B": Case(
+        f"{_EE_LLM} {_UNTIED} --num-layers 60 --hidden-size 6656 --num-attention-heads 52 --micro-batch-size 1 "
+        "--tensor-model-parallel-size 4 --sequence-parallel --exit-layer-nums 16 31",
+        64, "A100-80GB",
+    ),
+    # The batch is Llama 3's first one, 4 million tokens.
+    "70B": Case(
+        f"{_LLAMA3} --num-layers 80 --hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64 "
+        "--pipeline-model-parallel-size 4 --global-batch-size 512 --exit-layer-nums 21 41",
+        1024, "H100-80GB",
+    ),
+    # Llama 3 405B's pipeline: 16 stages of eight layers, the first and the last of seven, 32 microbatches (2,048
+    # sequences on 64 replicas there, 256 on 8 here). Five layers of a stage are recomputed, so that it fits.
+    "405B": Case(
+        f"{_LLAMA3} --num-layers 126 --hidden-size 16384 --ffn-hidden-size 53248 --num-attention-heads 128 "
+        "--pipeline-model-parallel-size 16 --global-batch-size 256 --exit-layer-nums 32 64 "
+        "--recompute-granularity full --recompute-method block --recompute-num-layers 5",
+        1024, "H100-80GB", (7,) + (8,) * 14 + (7,),
+    ),
+}  # fmt: skip
+
+
+def case_named(name: str) -> Case:
+    """Raises ValueError with the known names."""
+    by_name = {key.lower(): case for key, case in CASES.items()}
+    if name.lower() not in by_name:
+        raise ValueError(f"no case {name!r}; there are {', '.join(CASES)}")
+    return by_name[name.lower()]
+
+
+def setup_of_case(name: str, more_flags: Sequence[str] = ()) -> Setup:
+    """more_flags: of training; they win over the case's."""
+    case = case_named(name)
+    return setup_from_flags([*case.flags.split(), *more_flags], case.world_size, case.gpu, case.layers_per_stage)
+
+
+def setup_from_flags(
+    flags: Sequence[str],
+    world_size: int,
+    gpu: str,
+    layers_per_stage: Sequence[int] | None = None,
+    assumptions: Assumptions = DEFAULT_ASSUMPTIONS,
+) -> Setup:
+    """From training's flags; those for data, length and learning rate can be left out.
+
+    layers_per_stage: default as training splits them, evenly. Raises ValueError (ConfigError for flags)."""
+    words = [*_unneeded(flags), *flags]
+    given = tuple(layers_per_stage) if layers_per_stage is not None else None
+    warnings: list[str] = []
+    if given is None:
+        config = parse_run_config(words, world_size=world_size, warn=warnings.append)
+    else:
+        config = _with_layers(words, world_size, given)
+    return Setup.of(_with_vocabulary(config), world_size, gpu_named(gpu), given, assumptions)
+
+
+def _unneeded(flags: Sequence[str]) -> list[str]:
+    """Flags that training demands and a plan does not depend on, if they are not given, here or in --config's file."""
+    given = {word.partition("=")[0] for word in flags if word.startswith("--")} | _flags_of_file(flags)
+    tokenizer = ("--tokenizer-type", "--tokenizer-model")
+    made_up = {
+        ("--lr",): "--lr 1", ("--train-iters", "--train-samples"): "--train-iters 1",
+        ("--data-path", "--train-data-path", "--mock-data"): "--mock-data",
+        tokenizer: "--tokenizer-type NullTokenizer",
+        ("--vocab-size", "--padded-vocab-size", *tokenizer): f"--vocab-size {VOCAB_SIZE - 1}",
+    }  # fmt: skip
+    words = [word for names, text in made_up.items() if not given & set(names) for word in text.split()]
+    if "--padded-vocab-size" in given and not given & {"--vocab-size", *tokenizer}:
+        words += ["--vocab-size", "1"]
+    return words
+
+
+def _flags_of_file(flags: Sequence[str]) -> set[str]:
+    words = [part for word in flags for part in word.split("=", 1)]
+    if "--config" not in words[:-1]:
+        return set()
+    found: set[str] = set()
+    for key, value in read_yaml(words[words.index("--config") + 1]).items():
+        found |= {str(name) for name in value} if isinstance(value, dict) else {key}
+    return {"--" + name.replace("_", "-") for name in found}
+
+
+def _with_layers(words: list[str], world_size: int, layers_per_stage: tuple[int, ...]) -> RunConfig:
+    """Settings of an uneven pipeline: checked as an even one with as many layers on every stage as the largest has."""
+    total, stages = sum(layers_per_stage), len(layers_per_stage)
+    shown = f"--layers-per-stage {_words(layers_per_stage)}"
+    num_ranks, num_layers = (
+        given_number(words, f"--{name}") for name in ("pipeline-model-parallel-size", "num-layers")
+    )
+    problems = []
+    if num_layers and num_layers != total:
+        problems.append(f"{shown}: {total} layers, not --num-layers {num_layers}")
+    if stages % (num_ranks or 1):
+        problems.append(f"{shown}: {stages} stages, no multiple of --pipeline-model-parallel-size {num_ranks}")
+    if min(layers_per_stage) < 1:
+        problems.append(f"{shown}: every stage needs a layer")
+    if problems:
+        raise ConfigError(problems)
+    stand_in = max(layers_per_stage) * stages
+    unchecked = parse_run_config([*words, "--num-layers", str(stand_in)], world_size=world_size, warn=_ignore)
+    chunks = unchecked.parallel.num_model_chunks(stand_in)
+    if stages != unchecked.parallel.pipeline_model_parallel_size * chunks:
+        problems.append(
+            f"{shown}: {stages} stages, not --pipeline-model-parallel-size "
+            f"{unchecked.parallel.pipeline_model_parallel_size} x {chunks} chunks on a rank"
+        )
+    outside = [layer for layer in unchecked.exits.exit_layer_nums if layer > total]
+    if outside:
+        problems.append(f"--exit-layer-nums: no layer {_words(outside)}; there are {total}")
+    if problems:
+        raise ConfigError(problems)
+    return replace(unchecked, model=replace(unchecked.model, num_layers=total))
+
+
+def given_number(words: Sequence[str], flag: str) -> int | None:
+    """The last value of a flag, if it is given here and is a number."""
+    values = [value for name, value in itertools.pairwise(words) if name == flag]
+    values += [word.partition("=")[2] for word in words if word.startswith(flag + "=")]
+    return int(values[-1]) if values and values[-1].isdigit() else None
+
+
+def _with_vocabulary(config: RunConfig) -> RunConfig:
+    size = (config.data.vocab_size or VOCAB_SIZE - 1) + 1  # NullTokenizer has an id beyond, for the end of a document
+    padded = config.model.padded_to(size, config.parallel.tensor_model_parallel_size)
+    config = replace(config, model=replace(config.model, padded_vocab_size=padded))
+    return with_tuned_stages(config) if config.training.tune_exit else config
+
+
+def _words(values: Sequence[int]) -> str:
+    return " ".join(map(str, values))
+
+
+def _ignore(message: str) -> None:
+    pass

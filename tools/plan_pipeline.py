@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Simulate a pipeline with early exits, draw it and write its plan: tools/plan_pipeline.py --help."""
+
+import sys
+
+from megatron.early_exit.pipeline.plan_command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
