@@ -12,9 +12,9 @@ cooldown. Two kinds of microbatches beyond the batch use this time, r = backward
 **Order.** In 1F1B, regular forward i of stage p may start as late as i (f + b) after the stage's first forward. Hence
 the warmup has gaps of one backward each: fill 1's backward takes the last of them, fill 2's the one before, and so on,
 at every stage, as if those were backwards of microbatches before the first. The forwards of fills come as early as the
-regular ones behind them allow: fill k after ceil(k / r) regular forwards. All fills of the formula fit in this order,
-and no more than P - p microbatches are in flight on stage p, as in 1F1B. Cooldown fills simply go on with 1F1B; what
-would end after the iteration is left out.
+regular ones behind them allow: fill k after ceil(k / r) regular forwards. All fills of the formula fit in this order.
+Cooldown fills simply go on with 1F1B; what would end after the iteration is left out. No stage p holds more than P - p
+microbatches between forward and backward, as in 1F1B.
 
 With unequal stages or fewer microbatches than stages the order is the same. What is used is what costs nothing when the
 passes are timed: it need not be the most that any order could hold.
@@ -75,8 +75,8 @@ def with_filled_bubbles(
     num_fill_warmup, num_fill_cooldown: by default as many as cost nothing. Raises ValueError where more are asked for,
     with the largest number that works, and for warmup fill without exits, which would train nothing.
     """
-    times = PassTimes.uniform(num_ranks) if times is None else times
     _check_arguments(num_ranks, num_microbatches, exit_stages, times, num_fill_warmup, num_fill_cooldown)
+    times = PassTimes.uniform(num_ranks) if times is None else times
     builder = _FillBuilder(num_ranks, num_microbatches, times)
     fill = builder.add_warmup(_Fill(), sorted(exit_stages), num_fill_warmup)
     fill = builder.add_cooldown(fill, num_fill_cooldown)
@@ -90,7 +90,7 @@ def _check_arguments(
     num_ranks: int,
     num_microbatches: int,
     exit_stages: Collection[int],
-    times: PassTimes,
+    times: PassTimes | None,
     num_fill_warmup: int | None,
     num_fill_cooldown: int | None,
 ) -> None:
@@ -100,7 +100,7 @@ def _check_arguments(
     ]:
         if count < least:
             raise ValueError(f"{name} = {count}: must be at least {least}")
-    if len(times.forward) != num_ranks:
+    if times is not None and len(times.forward) != num_ranks:
         raise ValueError(f"times of {len(times.forward)} stages are given for {num_ranks} ranks")
     for stage in sorted(exit_stages):
         if not 0 <= stage < num_ranks:
@@ -207,6 +207,8 @@ class _FillBuilder:
             num_forwards = self._num_forwards_before_backward(fill, stage)
             forwards = [Action(Kind.FORWARD, microbatch) for microbatch in range(num_forwards)]
             passes.append([*self._warmup(fill, stage, forwards), Action(Kind.BACKWARD, 0)])
+        if not _fits_in_memory(passes):
+            return False
         ends = end_times(passes, self.times)
         firsts = [(stage, Kind.BACKWARD, 0) for stage in range(self.num_ranks)]
         return all(ends[first] <= self._ends[first] + self._tolerance for first in firsts) and all(
@@ -230,6 +232,8 @@ class _FillBuilder:
             more = self._with_cooldown_fill(fill, ends)
             if more is None or max(self._cooldown_ends(more, ends).values()) > self._time_limit:
                 break
+            if self.num_microbatches < self.num_ranks and not _fits_in_memory(self.passes(more)):
+                break  # with more microbatches 1F1B goes on, which keeps to the limit
             fill = more
         found = len(fill.first_backward_stages)
         if number is not None and found < number:
@@ -274,6 +278,23 @@ class _FillBuilder:
                 number = self.num_microbatches + len(fill.last_stages) + k
                 passes.append(Action(action.kind, number, is_partial=True))
         return passes
+
+
+def _fits_in_memory(passes: _Passes) -> bool:
+    """Has no stage p of P more than P - p microbatches in flight? So many has 1F1B if there are enough.
+
+    Where a stage has a forward of a microbatch but no backward, it keeps nothing.
+    """
+    for stage, actions in enumerate(passes):
+        kept = {a.microbatch for a in actions if not a.is_partial}
+        kept |= {a.microbatch for a in actions if a.kind == Kind.BACKWARD}
+        in_flight = 0
+        for action in actions:
+            if action.microbatch in kept:
+                in_flight += STEP[action.kind]
+            if in_flight > len(passes) - stage:
+                return False
+    return True
 
 
 def _warmup_with_fill(
