@@ -25,11 +25,14 @@ def main() -> int:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(levelname)s: %(message)s")
     from megatron.early_exit.config.flags import parse_run_config
-    from megatron.early_exit.config.validate import ConfigError
 
     try:
         config = parse_run_config(sys.argv[1:], world_size=world_size)
-    except ConfigError as error:
+        if config.pipeline.is_planned:
+            from megatron.early_exit.training.plans import check_plan
+
+            check_plan(config, world_size)
+    except ValueError as error:
         leave_the_word_to_rank_0(rank)
         print(message(rank, error), file=sys.stderr, flush=True)
         return 2

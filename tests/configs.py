@@ -12,6 +12,7 @@ from megatron.early_exit.config.logging import LoggingConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.optimization import OptimizerConfig, TrainingConfig
 from megatron.early_exit.config.parallel import ParallelConfig
+from megatron.early_exit.config.pipeline import PipelineConfig
 from megatron.early_exit.config.run import RunConfig
 
 VOCAB_SIZE = 96
@@ -25,6 +26,7 @@ _SECTIONS = {
     }),
     "exits": (ExitConfig, {"exit_layer_nums": (2, 3), "exit_layer_weight": (0.25, 0.5)}),
     "parallel": (ParallelConfig, {}),
+    "pipeline": (PipelineConfig, {}),
     "training": (TrainingConfig, {"seq_length": 12, "micro_batch_size": 2, "eval_iters": 0}),
     "optimizer": (OptimizerConfig, {"lr": 1e-2, "adam_eps": 1e-2, "clip_grad": 1.0}),
     "data": (DataConfig, {"tokenizer_type": "NullTokenizer", "vocab_size": VOCAB_SIZE - 1, "num_workers": 0}),

@@ -360,7 +360,7 @@ def test_flags_win_over_yaml_wherever_they_stand(tmp_path):
         ("[1, 2]", "expected names and values at the top level"),
         ("a: [", "is not valid YAML"),
         ("num-experts: 8", "--num-experts 8 is refused"),
-        ("fill-explicit-bubbles: true", "--fill-explicit-bubbles is refused"),
+        ("multi-latent-attention: true", "--multi-latent-attention is refused"),
     ],
 )
 def test_bad_yaml(tmp_path, text, expected):
@@ -372,7 +372,7 @@ def test_bad_yaml(tmp_path, text, expected):
 
 def test_yaml_values_of_foreign_flags_that_change_nothing(tmp_path):
     path = write(
-        tmp_path / "run.yaml", "fill-explicit-bubbles: false\ncontext-parallel-size: 1\nuse-flash-attn: true\n"
+        tmp_path / "run.yaml", "multi-latent-attention: false\ncontext-parallel-size: 1\nuse-flash-attn: true\n"
     )
     (message,) = warnings_of(f"--config {path}")
     assert message.startswith("--use-flash-attn is ignored")

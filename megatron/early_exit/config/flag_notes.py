@@ -147,7 +147,6 @@ IGNORED = (
     *_ignore("the tokenizers are Megatron-Core's", "--legacy-tokenizer"),
 )
 
-_BUBBLES = "not there yet: no extra microbatches are run in bubbles; leave it out, training is right without"
 
 REFUSED = (
     *_refuse(
@@ -172,7 +171,6 @@ REFUSED = (
         harmless_values=("0",),
     ),
     *_refuse("multi-latent attention is not supported", "--multi-latent-attention"),
-    *_refuse(_BUBBLES, "--fill-explicit-bubbles", "--num-fill-*", "--exits-in-bubbles", "--backward-forward-ratio"),
     *_refuse(
         "GPT2BPETokenizer's two files are no longer read; save a tokenizer folder with them and give"
         " --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER",

@@ -11,6 +11,7 @@ from megatron.early_exit.config.logging import LoggingConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.optimization import OptimizerConfig, TrainingConfig
 from megatron.early_exit.config.parallel import ParallelConfig
+from megatron.early_exit.config.pipeline import PipelineConfig
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     exits: ExitConfig = field(default_factory=ExitConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -45,6 +47,12 @@ class RunConfig:
     def num_stages_with_exits(self) -> int:
         """Pipeline stages up to the one with the last exit."""
         return -(-self.exits.exit_layer_nums[-1] // self.layers_per_stage)
+
+    @property
+    def exit_stages(self) -> tuple[int, ...]:
+        """Pipeline stages that own exits, counted from 0; with interleaving those of model chunks."""
+        per_stage = self.layers_per_stage // self.parallel.num_model_chunks(self.model.num_layers)
+        return tuple(sorted({(layer - 1) // per_stage for layer in self.exits.exit_layer_nums}))
 
 
 def with_tuned_stages(cfg: RunConfig) -> RunConfig:

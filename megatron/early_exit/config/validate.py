@@ -280,6 +280,60 @@ def _layout_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
     yield from _interleaving_problems(cfg)
     yield from _recompute_problems(cfg)
     yield from _tuning_problems(cfg, world_size)
+    yield from _plan_problems(cfg)
+
+
+_FILL_SETTINGS = ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches", "backward_forward_ratio")
+
+
+def _plan_problems(cfg: RunConfig) -> Iterator[str]:
+    """How many microbatches fit is for the plan's builder to say (`training.plans.check_plan`)."""
+    pipeline, parallel, training = cfg.pipeline, cfg.parallel, cfg.training
+    for name in _FILL_SETTINGS:
+        if getattr(pipeline, name) is not None and not pipeline.fill_explicit_bubbles:
+            yield f"{flag(name)} {getattr(pipeline, name)} without --fill-explicit-bubbles: add it, or drop this"
+    if not pipeline.is_planned:
+        return
+    on = [flag(name) for name in ("exits_in_bubbles", "fill_explicit_bubbles", "profile_pipeline")
+          if getattr(pipeline, name)]  # fmt: skip
+    if parallel.num_stages == 1:
+        yield f"{on[0]} with one pipeline stage: it never waits; drop the flag, or use more stages"
+    if training.tune_exit and on[0] != "--profile-pipeline":
+        yield f"{on[0]} with --tune-exit: tuning has no backward passes to wait for; drop the flag"
+    if pipeline.exits_in_bubbles and not cfg.exits.num_exits:
+        yield "--exits-in-bubbles without exits: give --exit-layer-nums, or drop it"
+    if pipeline.exits_in_bubbles and parallel.recompute_granularity == "full":
+        yield (
+            "--exits-in-bubbles with --recompute-granularity full: what an exit reads is only there again when its"
+            " layer is recomputed, in the backward pass; drop one of them, or use --recompute-granularity selective"
+        )
+    if pipeline.profile_pipeline and not pipeline.profile_pipeline.endswith((".png", ".svg", ".pdf")):
+        yield f"--profile-pipeline {pipeline.profile_pipeline}: give the name of a .png, .svg or .pdf file"
+    if pipeline.fill_explicit_bubbles:
+        yield from _fill_problems(cfg)
+
+
+def _fill_problems(cfg: RunConfig) -> Iterator[str]:
+    pipeline = cfg.pipeline
+    if cfg.parallel.num_layers_per_virtual_pipeline_stage is not None:
+        yield (
+            "--fill-explicit-bubbles with --num-layers-per-virtual-pipeline-stage: interleaving makes the bubbles small"
+            " in another way, and both together are not supported; drop one of them"
+        )
+    if cfg.parallel.calculate_per_token_loss:
+        yield (
+            "--fill-explicit-bubbles with --calculate-per-token-loss: stages see different microbatches, so there is no"
+            " one number of tokens to divide by; drop one of them"
+        )
+    if cfg.training.train_samples is not None:
+        yield "--fill-explicit-bubbles with --train-samples: give the length as --train-iters"
+    for name in ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches"):
+        value = getattr(pipeline, name)
+        if value is not None and value < 0:
+            yield f"{flag(name)} {value}: must be at least 0"
+    ratio = pipeline.backward_forward_ratio
+    if ratio is not None and not 0 < ratio < 100:
+        yield f"--backward-forward-ratio {ratio}: must be above 0; 2 is usual, 3 with full recomputation"
 
 
 def _cache_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:

@@ -36,6 +36,7 @@ from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching
 from megatron.early_exit.training.metrics import LossMetrics, collect_losses
 from megatron.early_exit.training.microbatches import Microbatches
 from megatron.early_exit.training.optimizer import build_optimizer, build_scheduler
+from megatron.early_exit.training.plans import PlannedPipeline, follows_plan, most_fill
 from megatron.early_exit.training.reporting import Reporter, evaluation_line, training_line
 from megatron.early_exit.training.state import TrainingState
 from megatron.early_exit.training.step import StepResult, connect_gradient_reduction, run_schedule, train_step
@@ -61,6 +62,8 @@ class Run:
     timers: Timers | None
     caching: HiddenStateCaching | None
     """With --cache-hidden-states."""
+    planned: PlannedPipeline | None
+    """With plans of the pipeline in place of core's schedules."""
 
 
 def pretrain(config: RunConfig) -> None:
@@ -118,7 +121,10 @@ def build_run(config: RunConfig) -> Run:
     timers = None
     if config.logging.log_timers_to_tracker:
         timers = model.config.timers = optimizer.config.timers = Timers(log_level=2, log_option="max")
-    return Run(config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers, caching)
+    planned = PlannedPipeline(config, model, reporter.text) if follows_plan(config) and caching is None else None
+    return Run(
+        config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers, caching, planned
+    )
 
 
 def _find_start(config: RunConfig) -> tuple[RunConfig, Path | None]:
@@ -161,8 +167,10 @@ def _num_samples(config: RunConfig, global_batch_size: int) -> tuple[int, int, i
 
 def _num_training_samples(config: RunConfig, global_batch_size: int) -> int:
     training = config.training
+    unit = training.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    in_iteration = global_batch_size + unit * most_fill(config, global_batch_size // unit)
     # The last batch of --train-samples may go beyond it.
-    return (training.train_samples or 0) + global_batch_size * (training.train_iters or 1)
+    return (training.train_samples or 0) + in_iteration * (training.train_iters or 1)
 
 
 def train(run: Run) -> bool:
@@ -241,6 +249,10 @@ def _is_finished(run: Run) -> bool:
 def _one_iteration(run: Run, iterators: list[Iterator[Batch] | None]) -> StepResult:
     config, state, microbatches = run.config, run.state, run.microbatches
     microbatches.update(state.consumed_train_samples)
+    num_samples = microbatches.global_batch_size
+    if run.planned is not None:
+        unit = config.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
+        num_samples += unit * run.planned.plan(microbatches.count).num_fill
     result = train_step(
         run.model,
         run.optimizer,
@@ -250,6 +262,7 @@ def _one_iteration(run: Run, iterators: list[Iterator[Batch] | None]) -> StepRes
         micro_batch_size=config.training.micro_batch_size,
         seq_length=config.training.seq_length,
         has_hidden_states=run.caching is not None,
+        planned=run.planned,
     )
     if not config.training.fp16 and result.grad_norm is not None and not math.isfinite(result.grad_norm):
         raise FloatingPointError(
@@ -261,7 +274,7 @@ def _one_iteration(run: Run, iterators: list[Iterator[Batch] | None]) -> StepRes
     else:
         run.scheduler.step(increment=microbatches.global_batch_size)
     state.iteration += 1
-    state.consumed_train_samples += microbatches.global_batch_size
+    state.consumed_train_samples += num_samples
     return result
 
 

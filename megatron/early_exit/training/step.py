@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -13,6 +13,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron.early_exit.model.build import Model
+
+if TYPE_CHECKING:
+    from megatron.early_exit.training.plans import PlannedPipeline
 
 
 class StepResult(NamedTuple):
@@ -96,26 +99,26 @@ def accumulate_gradients(
     micro_batch_size: int,
     seq_length: int,
     has_hidden_states: bool = False,
+    planned: PlannedPipeline | None = None,
 ) -> None:
     """Gradients of one global batch, reduced over the ranks: of everything, or of the exits if these are tuned.
 
-    has_hidden_states: batches bring what the frozen layers make of them, which do not run then."""
+    has_hidden_states: batches bring what the frozen layers make of them, which do not run then. planned: follow its
+    plan, not core's schedule; each iterator then draws as many batches as the plan has microbatches, fill included."""
     tunes = model.tunes_exits
     model.exit_losses.begin_iteration(num_microbatches, exit_weights, model.config.grad_scale_func, is_tuning=tunes)
     with torch.set_grad_enabled(not tunes):
+        sizes = {
+            "num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size, "seq_length": seq_length
+        }  # fmt: skip
         if has_hidden_states:
             tune_on_hidden_states(model, iterators[0], num_microbatches)
+        elif planned is not None:
+            planned.run(iterators, **sizes)
         else:
-            run_schedule(
-                model,
-                iterators,
-                num_microbatches=num_microbatches,
-                micro_batch_size=micro_batch_size,
-                seq_length=seq_length,
-                forward_only=tunes,
-            )
+            run_schedule(model, iterators, **sizes, forward_only=tunes)
     if tunes:
-        finalize_model_grads(model.wrapped)  # core's forward-only schedule leaves it out
+        finalize_model_grads(model.wrapped)  # forward-only schedules leave it out
 
 
 def train_step(
@@ -128,6 +131,7 @@ def train_step(
     micro_batch_size: int,
     seq_length: int,
     has_hidden_states: bool = False,
+    planned: PlannedPipeline | None = None,
 ) -> StepResult:
     """Gradients of one global batch and one optimizer step; arguments as of `accumulate_gradients`."""
     for chunk in model.wrapped:
@@ -141,6 +145,7 @@ def train_step(
         micro_batch_size=micro_batch_size,
         seq_length=seq_length,
         has_hidden_states=has_hidden_states,
+        planned=planned,
     )
     is_successful, grad_norm, _ = optimizer.step()
     return StepResult(not is_successful, grad_norm)

@@ -1,0 +1,36 @@
+"""What runs in the idle time of pipeline stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Plans for the pipeline beyond core's schedules (docs/pipeline_plans.md)."""
+
+    exits_in_bubbles: bool = False
+    """Run exits while their stage waits for a gradient, instead of in the backward pass."""
+
+    fill_explicit_bubbles: bool = False
+    """Fill the idle time of the pipeline's warmup and cooldown with further microbatches, which pass through some
+    stages only. Every parameter's gradient stays unbiased and varies less; the iteration takes no longer."""
+
+    num_fill_warmup_microbatches: int | None = None
+    """With --fill-explicit-bubbles: microbatches that fill the warmup. Default: as many as cost no time."""
+
+    num_fill_cooldown_microbatches: int | None = None
+    """With --fill-explicit-bubbles: microbatches that fill the cooldown. Default: as many as cost no time."""
+
+    backward_forward_ratio: float | None = None
+    """With --fill-explicit-bubbles: time of a stage's backward over that of its forward, equal on all stages. Default:
+    every stage is measured in the first iterations, which have no fill; 2 if both numbers of microbatches are given."""
+
+    profile_pipeline: str | None = None
+    """Picture (.png, .svg or .pdf) of what every stage did in an iteration, beside what its plan predicts; the times
+    themselves go to a .json file beside it."""
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether training follows a plan of ours instead of core's schedule."""
+        return self.exits_in_bubbles or self.fill_explicit_bubbles or self.profile_pipeline is not None

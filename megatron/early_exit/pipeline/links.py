@@ -1,0 +1,84 @@
+"""Messages between neighbouring pipeline stages: sent without waiting, received in the order in which they are sent.
+
+Core's P2P functions wait for every message that they start, and order those of both directions with each other. A plan
+has its own order, so each direction has a process group of its own here: on NCCL a message waits for nothing but the
+messages before it in its own direction.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron.early_exit.platform.device import device
+
+
+class Edge(NamedTuple):
+    """One direction between two neighbouring stages."""
+
+    is_forward: bool
+    """Hidden states to the next stage, not gradients to the previous one."""
+    is_wrap: bool
+    """Between the last rank and the first one, whose chunks follow each other."""
+
+    @property
+    def tag(self) -> int:
+        """Tells messages of one direction from those of another where both share a process group (gloo)."""
+        return 1 + 2 * self.is_wrap + self.is_forward
+
+
+class StageLinks:
+    """This rank's links to the previous and the next pipeline rank. All ranks make them together, once."""
+
+    def __init__(self, *, is_interleaved: bool, timeout_minutes: float) -> None:
+        mine = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+        everywhere: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, mine)
+        self._ranks = mine
+        self._groups: dict[Edge, torch.distributed.ProcessGroup] = {}
+        wraps = (False, True) if is_interleaved else (False,)
+        for ranks in sorted(set(map(tuple, everywhere))):
+            for edge in (Edge(is_forward, is_wrap) for is_forward in (True, False) for is_wrap in wraps):
+                group = torch.distributed.new_group(list(ranks), timeout=timedelta(minutes=timeout_minutes))
+                if list(ranks) == mine:
+                    self._groups[edge] = group
+        self._sent: deque[tuple[object, torch.distributed.Work, Tensor]] = deque()
+        self._expected: dict[object, tuple[torch.distributed.Work, Tensor]] = {}
+
+    def send(self, name: object, edge: Edge, tensor: Tensor, peer: int) -> None:
+        """Start to send `tensor` to pipeline rank `peer`; it must not change until `arrived(name)`."""
+        work = torch.distributed.isend(tensor, self._ranks[peer], group=self._groups[edge], tag=edge.tag)
+        self._sent.append((name, work, tensor))
+
+    def expect(self, name: object, edge: Edge, shape: tuple[int, ...], dtype: torch.dtype, peer: int) -> None:
+        """Start to receive the next message of this direction from pipeline rank `peer`."""
+        tensor = torch.empty(shape, dtype=dtype, device=device())
+        work = torch.distributed.irecv(tensor, self._ranks[peer], group=self._groups[edge], tag=edge.tag)
+        self._expected[name] = (work, tensor)
+
+    def receive(self, name: object) -> Tensor:
+        """The message that was expected under this name, once it is there."""
+        work, tensor = self._expected.pop(name)
+        work.wait()
+        return tensor
+
+    def arrived(self, names: set[object]) -> None:
+        """Forget messages that are known to have arrived, so that their memory is free."""
+        kept = deque()
+        for name, work, tensor in self._sent:
+            if name in names:
+                work.wait()
+            else:
+                kept.append((name, work, tensor))
+        self._sent = kept
+
+    def wait_for_all(self) -> None:
+        """Until everything that was sent has arrived."""
+        while self._sent:
+            _, work, _ = self._sent.popleft()
+            work.wait()

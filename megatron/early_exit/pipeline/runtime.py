@@ -1,0 +1,336 @@
+"""Executes a plan: this rank's passes over its model chunks, and its messages, in the plan's order.
+
+What a plan can have and core's schedules cannot: exits that run while a stage waits (X), and microbatches beyond the
+batch that pass through some stages only (partial). Everything else (precision, loss scale, recomputation, gradient
+reduction) is core's.
+
+**Weights.** Stage s runs backward for N microbatches of the batch and for C_s of the cooldown's fill. Its estimate of
+the gradient is the mean over these, so a gradient that comes from stage s + 1, a mean over N + C_{s+1}, is multiplied
+by (N + C_{s+1}) / (N + C_s) on arrival. An exit on stage q also sees the W_q warmup fills that get there: every
+microbatch that it sees counts 1 / (N + C_q + W_q). With these weights every parameter's gradient is unbiased, whatever
+stages a microbatch passes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from megatron.early_exit.model.exit_losses import EarlyExit, ExitLosses
+from megatron.early_exit.pipeline.links import Edge, StageLinks
+from megatron.early_exit.pipeline.messages import MESSAGE_AFTER
+from megatron.early_exit.pipeline.plan import Action, Kind, Plan
+from megatron.early_exit.pipeline.simulate import TimedAction
+from megatron.early_exit.platform.device import use_cuda
+
+ForwardStep = Callable[[Iterator | None, torch.nn.Module], tuple[Tensor, Callable | None]]
+"""(batches, chunk) -> (hidden states or sum of losses, function of the latter that gives (sum, tokens, ...))"""
+
+_Key = tuple[int, int]  # microbatch, chunk
+
+
+class PassCounts(NamedTuple):
+    """How many microbatches a stage learns from; see the module's text."""
+
+    backward: int
+    """Of the batch and of the cooldown's fill: N + C_s."""
+    exits: int
+    """Of all that its exits see: N + C_q + W_q."""
+    gradient_factor: float
+    """For gradients from the next stage, of the batch and of the cooldown's fill."""
+
+
+def pass_counts(plan: Plan, stage: int) -> PassCounts:
+    """Counts of a stage, from the plan alone."""
+
+    def count(stage: int, warmup: bool) -> int:
+        backwards = plan.microbatches(stage, Kind.BACKWARD)
+        return sum((microbatch in plan.fill_warmup) == warmup for microbatch in backwards)
+
+    backward = count(stage, warmup=False)
+    is_last = stage == plan.num_stages - 1
+    factor = 1.0 if is_last else count(stage + 1, warmup=False) / max(backward, 1)
+    return PassCounts(backward, backward + count(stage, warmup=True), factor)
+
+
+class PlanRuntime:
+    """This rank's part of one plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        *,
+        config: TransformerConfig,
+        chunks: list[torch.nn.Module],
+        exit_losses: ExitLosses,
+        links: StageLinks,
+        forward_step: ForwardStep,
+    ) -> None:
+        """rank: of this process in its pipeline. chunks: in their wrappers, in the order of their layers."""
+        self.plan, self.rank = plan, rank
+        self._config, self._chunks, self._exit_losses = config, chunks, exit_losses
+        self._links, self._forward_step = links, forward_step
+        self._actions = plan.ranks[rank]
+        self._has = set(self._actions)
+        self._counts = [pass_counts(plan, self._stage(chunk)) for chunk in range(plan.num_chunks)]
+        self._last_backward = {
+            action.chunk: action for action in self._actions if action.kind == Kind.BACKWARD
+        }  # the last one of a chunk stays
+        self._receives = [
+            action for action in self._actions if action.kind in (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
+        ]
+        self._shown_by = {receive: self._sends_shown_by(receive) for receive in self._receives}
+        self._handlers: Mapping[Kind, Callable[[Action], None]] = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.EXIT: self._exit,
+            Kind.SEND_FORWARD: self._send,
+            Kind.SEND_BACKWARD: self._send,
+            Kind.RECEIVE_FORWARD: self._receive,
+            Kind.RECEIVE_BACKWARD: self._receive,
+        }
+
+    # -- One iteration
+
+    def run(
+        self,
+        iterators: list[Iterator | None],
+        *,
+        micro_batch_size: int,
+        seq_length: int,
+        trace: list[TimedAction] | None = None,
+    ) -> None:
+        """All of this rank's actions, ending with the reduction of gradients; losses are in the exit losses.
+
+        iterators: one per chunk, of which each draws one batch for every microbatch of the plan, fill included. trace:
+        is given the time of every action (on CUDA the processor waits for each, which costs time)."""
+        tp_size = self._config.tensor_model_parallel_size if self._config.sequence_parallel else 1
+        self._shape = (seq_length // tp_size, micro_batch_size, self._config.hidden_size)
+        self._batches = [None if i is None else _Batches(i) for i in iterators]
+        self._inputs: dict[_Key, Tensor] = {}
+        self._outputs: dict[_Key, Tensor] = {}
+        self._gradients: dict[_Key, Tensor] = {}
+        self._leaving: dict[_Key, Tensor] = {}
+        self._exits: dict[_Key, list[EarlyExit]] = {}
+        self._num_tokens: Tensor | int = 0
+        self._pending = {edge: iter(receives) for edge, receives in self._receives_by_edge().items()}
+        for edge in self._pending:
+            self._expect_next(edge)
+        origin = time.perf_counter()
+        with ExitStack() as unsynchronised:
+            self._no_sync = {}
+            for index, chunk in enumerate(self._chunks):
+                if hasattr(chunk, "no_sync"):
+                    self._no_sync[index] = unsynchronised.enter_context(ExitStack())
+                    self._no_sync[index].enter_context(chunk.no_sync())
+            for action in self._actions:
+                start = time.perf_counter()
+                self._handlers[action.kind](action)
+                if trace is not None:
+                    if use_cuda():
+                        torch.cuda.synchronize()
+                    trace.append(TimedAction(self.rank, action, start - origin, time.perf_counter() - origin))
+        self._links.wait_for_all()
+        for batches in self._batches:
+            if batches is not None:
+                batches.draw_up_to(self.plan.num_microbatches + self.plan.num_fill)
+        left = {"inputs": self._inputs, "outputs": self._outputs, "gradients": self._gradients}
+        assert not any(left.values()), f"the plan is over and there are { ({k: list(v) for k, v in left.items()}) }"
+        if self._config.finalize_model_grads_func is not None and self._last_backward:
+            total = self._num_tokens if self._config.calculate_per_token_loss else None
+            self._config.finalize_model_grads_func(self._chunks, total)
+
+    # -- Passes
+
+    def _forward(self, action: Action) -> None:
+        key = (action.microbatch, action.chunk)
+        chunk, batches = self._chunks[action.chunk], self._batches[action.chunk]
+        has_backward = self._with_kind(action, Kind.BACKWARD) in self._has
+        is_training = not self._exit_losses.is_tuning
+        received = self._inputs.pop(key, None)
+        if received is not None and has_backward:
+            received.requires_grad_()
+        get_attr_wrapped_model(chunk, "set_input_tensor")([received])
+        waiting: list[EarlyExit] | None = [] if self._with_kind(action, Kind.EXIT) in self._has else None
+        self._exit_losses.waiting = waiting
+        with torch.set_grad_enabled(has_backward and is_training):
+            batch = None if batches is None else iter([batches.take(action.microbatch)])
+            output, loss_function = self._forward_step(batch, chunk)
+            if self._stage(action.chunk) == self.plan.num_stages - 1 and is_training:
+                output = self._mean_loss(output, loss_function)
+        self._exit_losses.waiting = None
+        if waiting is not None:
+            self._exits[key] = waiting
+        if has_backward:
+            self._inputs[key] = received
+        if has_backward or self._with_kind(action, MESSAGE_AFTER[Kind.FORWARD]) in self._has:
+            self._outputs[key] = output
+
+    def _mean_loss(self, loss_sum: Tensor, loss_function: Callable) -> Tensor:
+        loss_sum, num_tokens, *_ = loss_function(loss_sum)
+        self._num_tokens = self._num_tokens + num_tokens
+        if self._config.calculate_per_token_loss:
+            return loss_sum
+        return loss_sum / num_tokens.clamp(min=1) / self._counts[-1].backward
+
+    def _backward(self, action: Action) -> None:
+        key = (action.microbatch, action.chunk)
+        is_last_stage = self._stage(action.chunk) == self.plan.num_stages - 1
+        received, output = self._inputs.pop(key), self._outputs.pop(key)
+        if received is not None:
+            received.retain_grad()
+        if self._last_backward[action.chunk] == action:
+            self._begin_reduction(action.chunk)
+        if is_last_stage:
+            gradient = None
+            if self._config.grad_scale_func is not None:
+                output = self._config.grad_scale_func(output)
+        elif key in self._gradients:
+            gradient = self._gradients.pop(key)
+            if action.microbatch not in self.plan.fill_warmup:
+                gradient *= self._counts[action.chunk].gradient_factor
+        else:  # a warmup fill turns back here: there are only the exits' gradients
+            gradient = torch.zeros(self._shape, dtype=self._dtype, device=output.device)
+            deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
+        self._exit_losses.num_microbatches = self._counts[action.chunk].exits
+        if self._config.deallocate_pipeline_outputs:
+            custom_backward(output, gradient)
+        else:
+            torch.autograd.backward(output, gradient)
+        self._exits.pop(key, None)
+        if self._with_kind(action, MESSAGE_AFTER[Kind.BACKWARD]) in self._has:
+            self._leaving[key] = received.grad
+        if self._last_backward[action.chunk] == action:
+            self._end_reduction(action.chunk)
+
+    def _exit(self, action: Action) -> None:
+        self._exit_losses.num_microbatches = self._counts[action.chunk].exits or self.plan.num_microbatches
+        for early in self._exits.pop((action.microbatch, action.chunk)):
+            early.run()
+
+    def _begin_reduction(self, chunk: int) -> None:
+        """Core reduces beside the backward pass of the first stage, which ends last, and in the others' idle time."""
+        if chunk in self._no_sync and (self._config.grad_sync_func is None or self._stage(chunk) == 0):
+            self._no_sync[chunk].close()
+
+    def _end_reduction(self, chunk: int) -> None:
+        if chunk in self._no_sync and self._config.grad_sync_func is not None and self._stage(chunk) != 0:
+            self._no_sync[chunk].close()
+            self._chunks[chunk].start_grad_sync()
+
+    # -- Messages
+
+    def _send(self, action: Action) -> None:
+        key, edge, peer = (action.microbatch, action.chunk), self._edge(action), self._peer(action)
+        if action.kind == Kind.SEND_BACKWARD:
+            self._links.send(action, edge, self._leaving.pop(key), peer)
+            return
+        output = self._outputs[key]
+        # The links hold the data until they have arrived; the graph needs none of them.
+        self._links.send(action, edge, output.detach(), peer)
+        if self._with_kind(action, Kind.BACKWARD) in self._has:
+            deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
+        else:
+            del self._outputs[key]
+
+    def _receive(self, action: Action) -> None:
+        key = (action.microbatch, action.chunk)
+        received = self._links.receive(action)
+        self._links.arrived(self._shown_by[action])
+        self._expect_next(self._edge(action))
+        if action.kind == Kind.RECEIVE_FORWARD:
+            self._inputs[key] = received
+        else:
+            self._gradients[key] = received
+
+    def _expect_next(self, edge: Edge) -> None:
+        """Start to receive before it is waited for, so that the message travels beside the passes."""
+        action = next(self._pending[edge], None)
+        if action is not None:
+            self._links.expect(action, edge, self._shape, self._dtype, self._peer(action))
+
+    def _receives_by_edge(self) -> dict[Edge, list[Action]]:
+        by_edge: dict[Edge, list[Action]] = {}
+        for action in self._receives:
+            by_edge.setdefault(self._edge(action), []).append(action)
+        return by_edge
+
+    def _sends_shown_by(self, receive: Action) -> set[Action]:
+        """Messages of this rank to the sender of `receive` that had arrived when it was sent."""
+        peer = self._peer(receive)
+        theirs = self.plan.ranks[peer]
+        position = theirs.index(_counterpart(receive, self._peer_chunk(receive)))
+        before = set(theirs[:position])
+        return {
+            action
+            for action in self._actions
+            if action.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
+            and self._peer(action) == peer
+            and _counterpart(action, self._peer_chunk(action)) in before
+        }
+
+    # -- Where things are
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._config.pipeline_dtype
+
+    def _stage(self, chunk: int) -> int:
+        return chunk * self.plan.num_ranks + self.rank
+
+    def _peer_stage(self, message: Action) -> int:
+        towards_next = message.kind in (Kind.SEND_FORWARD, Kind.RECEIVE_BACKWARD)
+        return self._stage(message.chunk) + (1 if towards_next else -1)
+
+    def _peer(self, message: Action) -> int:
+        return self._peer_stage(message) % self.plan.num_ranks
+
+    def _peer_chunk(self, message: Action) -> int:
+        return self._peer_stage(message) // self.plan.num_ranks
+
+    def _edge(self, message: Action) -> Edge:
+        is_forward = message.kind in (Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
+        return Edge(is_forward, self._peer_chunk(message) != message.chunk)
+
+    @staticmethod
+    def _with_kind(action: Action, kind: Kind) -> Action:
+        return Action(kind, action.microbatch, action.chunk, action.is_partial)
+
+
+def _counterpart(message: Action, peer_chunk: int) -> Action:
+    """The peer's half of a message."""
+    kinds = {
+        Kind.SEND_FORWARD: Kind.RECEIVE_FORWARD,
+        Kind.RECEIVE_FORWARD: Kind.SEND_FORWARD,
+        Kind.SEND_BACKWARD: Kind.RECEIVE_BACKWARD,
+        Kind.RECEIVE_BACKWARD: Kind.SEND_BACKWARD,
+    }
+    return Action(kinds[message.kind], message.microbatch, peer_chunk, message.is_partial)
+
+
+class _Batches:
+    """Batches by the number of their microbatch, whatever the order in which a plan runs them."""
+
+    def __init__(self, iterator: Iterator) -> None:
+        self._iterator = iterator
+        self._drawn: dict[int, Any] = {}
+        self._num_drawn = 0
+
+    def take(self, microbatch: int) -> Any:
+        self.draw_up_to(microbatch + 1)
+        return self._drawn.pop(microbatch)
+
+    def draw_up_to(self, count: int) -> None:
+        """Draw the first `count` batches of the iteration: every stage goes on with the same one in the next."""
+        while self._num_drawn < count:
+            self._drawn[self._num_drawn] = next(self._iterator)
+            self._num_drawn += 1

@@ -1,0 +1,232 @@
+"""Training by plans of the pipeline: which plan an iteration follows, and what is measured for it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.model.build import Model
+from megatron.early_exit.pipeline.builders import (
+    forward_only_tuning,
+    interleaved,
+    one_f_one_b,
+    with_exits_in_bubbles,
+)
+from megatron.early_exit.pipeline.costs import StageCosts
+from megatron.early_exit.pipeline.fill import PassTimes, with_filled_bubbles
+from megatron.early_exit.pipeline.links import StageLinks
+from megatron.early_exit.pipeline.plan import Kind, Plan
+from megatron.early_exit.pipeline.runtime import PlanRuntime
+from megatron.early_exit.pipeline.simulate import TimedAction, Timeline, simulate
+from megatron.early_exit.platform.distributed import on_rank_zero
+from megatron.early_exit.training.step import forward_step
+
+# The first iterations of a process are slow (caches, allocations, compiled kernels) and are not measured.
+_WARMUP_ITERATIONS = 2
+_MEASURED_ITERATIONS = 3
+
+_USUAL_RATIO = 2.0
+
+
+def follows_plan(config: RunConfig) -> bool:
+    """Whether iterations follow a plan instead of core's schedule. Tuning over several stages does: there a stage sends
+    hidden states on before it trains its exits, and core's forward-only schedule after."""
+    return config.pipeline.is_planned or (config.training.tune_exit and config.parallel.num_stages > 1)
+
+
+def build_plan(config: RunConfig, num_microbatches: int, times: PassTimes | None) -> Plan:
+    """The plan of an iteration. times: of all stages where they are measured; None: filling waits until they are.
+
+    Raises ValueError if more microbatches are to fill bubbles than fit, with the largest number that works."""
+    pipeline, num_ranks = config.pipeline, config.parallel.num_stages
+    if config.training.tune_exit:
+        return forward_only_tuning(num_ranks, num_microbatches, config.exit_stages)
+    num_chunks = config.parallel.num_model_chunks(config.model.num_layers)
+    given = _given_times(config)
+    if num_chunks > 1:
+        plan = interleaved(num_ranks, num_chunks, num_microbatches)
+    elif pipeline.fill_explicit_bubbles and (times or given) is not None:
+        plan = with_filled_bubbles(
+            num_ranks,
+            num_microbatches,
+            config.exit_stages,
+            given or times,
+            pipeline.num_fill_warmup_microbatches,
+            pipeline.num_fill_cooldown_microbatches,
+        )
+    else:
+        plan = one_f_one_b(num_ranks, num_microbatches)
+    return with_exits_in_bubbles(plan, config.exit_stages) if pipeline.exits_in_bubbles else plan
+
+
+def _given_times(config: RunConfig) -> PassTimes | None:
+    """What the flags say of the stages' times, all equal."""
+    pipeline = config.pipeline
+    ratio = pipeline.backward_forward_ratio
+    numbers = (pipeline.num_fill_warmup_microbatches, pipeline.num_fill_cooldown_microbatches)
+    if ratio is None and None not in numbers:
+        ratio = _USUAL_RATIO
+    return None if ratio is None else PassTimes.uniform(config.parallel.num_stages, ratio)
+
+
+def check_plan(config: RunConfig, world_size: int) -> None:
+    """Raise ValueError if no plan can be as the flags say, before anything is built."""
+    training = config.training
+    unit = training.micro_batch_size * config.parallel.data_parallel_size(world_size)
+    # Fewer microbatches have less room for fill: the first batch of a ramp-up is the critical one.
+    for batch_size in {*training.rampup_batch_size[:1], training.global_batch_size or unit}:
+        build_plan(config, batch_size // unit, PassTimes.uniform(config.parallel.num_stages, _USUAL_RATIO))
+
+
+def most_fill(config: RunConfig, num_microbatches: int) -> int:
+    """The most microbatches that an iteration may run beyond its batch."""
+    if not config.pipeline.fill_explicit_bubbles:
+        return 0
+    if _given_times(config) is not None:
+        return build_plan(config, num_microbatches, None).num_fill
+    return 2 * (config.parallel.num_stages - 1)  # fewer than (P - 1) r / (1 + r) of each kind
+
+
+@dataclass
+class _Trace:
+    """What all ranks of one pipeline did in one iteration."""
+
+    timeline: Timeline
+    plan: Plan
+
+
+class PlannedPipeline:
+    """Executes the plans of one run, measures what they need to know, and draws what --profile-pipeline asks for."""
+
+    def __init__(self, config: RunConfig, model: Model, say: Callable[[str], None]) -> None:
+        """All ranks make it together."""
+        self._config, self._model, self._say = config, model, say
+        self._rank = parallel_state.get_pipeline_model_parallel_rank()
+        self._links = StageLinks(
+            is_interleaved=len(model.chunks) > 1, timeout_minutes=config.parallel.distributed_timeout_minutes
+        )
+        self._times: PassTimes | None = None
+        self._num_run = 0
+        self._traces: list[_Trace] = []
+        self._runtime = cache(self._make_runtime)
+        self._measures = config.pipeline.fill_explicit_bubbles and _given_times(config) is None
+
+    def plan(self, num_microbatches: int) -> Plan:
+        """Of the next iteration."""
+        return self._runtime(num_microbatches).plan
+
+    def _make_runtime(self, num_microbatches: int) -> PlanRuntime:
+        plan = build_plan(self._config, num_microbatches, self._times)
+        return PlanRuntime(
+            plan, self._rank, config=self._model.config, chunks=self._model.wrapped,
+            exit_losses=self._model.exit_losses, links=self._links, forward_step=forward_step,
+        )  # fmt: skip
+
+    def run(
+        self, iterators: list[Iterator | None], *, num_microbatches: int, micro_batch_size: int, seq_length: int
+    ) -> None:
+        """All passes of one iteration and the reduction of its gradients."""
+        runtime = self._runtime(num_microbatches)
+        trace: list[TimedAction] | None = [] if self._is_traced else None
+        if trace is not None:
+            torch.distributed.barrier()  # the ranks' clocks start together
+        runtime.run(iterators, micro_batch_size=micro_batch_size, seq_length=seq_length, trace=trace)
+        self._num_run += 1
+        if trace is not None:
+            self._traces.append(_Trace(self._gather(runtime.plan, trace), runtime.plan))
+            if len(self._traces) == _MEASURED_ITERATIONS:
+                self._use_traces(num_microbatches)
+
+    @property
+    def _is_traced(self) -> bool:
+        wanted = self._measures or self._config.pipeline.profile_pipeline is not None
+        return wanted and self._num_run >= _WARMUP_ITERATIONS and len(self._traces) < _MEASURED_ITERATIONS
+
+    def _gather(self, plan: Plan, trace: list[TimedAction]) -> Timeline:
+        """The timeline of this rank's pipeline."""
+        group = parallel_state.get_pipeline_model_parallel_group()
+        everywhere: list = [None] * group.size()
+        torch.distributed.all_gather_object(everywhere, trace, group=group)
+        return Timeline.of(plan.name, [row for rows in everywhere for row in rows])
+
+    def _use_traces(self, num_microbatches: int) -> None:
+        """Choose the fill by what was measured, and draw."""
+        costs = measured_costs([trace.timeline for trace in self._traces], self._traces[-1].plan)
+        if self._measures:
+            self._measures = False
+            self._times = PassTimes(*self._agreed(costs))
+            self._runtime.cache_clear()
+            plan = self.plan(num_microbatches)
+            ratio = sum(self._times.backward) / sum(self._times.forward)
+            self._say(
+                f" measured: a backward takes {ratio:.2f} times as long as a forward; from now on bubbles are filled "
+                f"with {plan.num_fill_warmup} + {plan.num_fill_cooldown} microbatches in each iteration"
+            )
+            if self._config.pipeline.profile_pipeline is not None:
+                self._traces.clear()  # the profile is of iterations with fill
+                self._num_run = 0
+                return
+        if self._config.pipeline.profile_pipeline is not None:
+            on_rank_zero(lambda: self._write_profile(costs))
+
+    def _agreed(self, costs: list[StageCosts]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(forward, backward with exits) of all stages: those of global rank 0's pipeline, so that all ranks of the
+        world build the same plan."""
+        times = [(cost.forward_sec for cost in costs), (cost.backward_sec + cost.exit_sec for cost in costs)]
+        agreed = [tuple(map(tuple, times))]
+        torch.distributed.broadcast_object_list(agreed, src=0)
+        return agreed[0]
+
+    def _write_profile(self, costs: list[StageCosts]) -> None:
+        from megatron.early_exit.pipeline.draw import draw_timelines
+
+        # The iteration of median time stands for all.
+        trace = sorted(self._traces, key=lambda trace: trace.timeline.iteration_sec)[len(self._traces) // 2]
+        predicted, measured = simulate(trace.plan, costs), trace.timeline
+        picture = Path(self._config.pipeline.profile_pipeline)
+        draw_timelines(
+            [Timeline(f"predicted: {trace.plan.name}", predicted.actions, predicted.num_ranks),
+             Timeline("measured", measured.actions, measured.num_ranks)], [picture],
+        )  # fmt: skip
+        document = {
+            "plan": str(trace.plan),
+            "costs": [asdict(cost) for cost in costs],
+            "predicted_sec": predicted.iteration_sec,
+            "measured_sec": measured.iteration_sec,
+            "idle_share": [measured.idle_share(rank) for rank in range(measured.num_ranks)],
+            "actions": [(row.rank, str(row.action), row.start_sec, row.end_sec) for row in measured.actions],
+        }
+        picture.with_suffix(".json").write_text(json.dumps(document) + "\n", encoding="utf-8")
+        self._say(
+            f" profile of the pipeline: {picture} and {picture.with_suffix('.json').name}; an iteration took "
+            f"{measured.iteration_sec * 1000:.1f} ms, predicted {predicted.iteration_sec * 1000:.1f} ms"
+        )
+
+
+def measured_costs(timelines: list[Timeline], plan: Plan) -> list[StageCosts]:
+    """Median times of every stage's passes; exits apart where they ran apart. Messages count as free: what a rank waits
+    for them is the neighbour's time, not theirs."""
+    costs = []
+    for stage in range(plan.num_stages):
+        chunk, rank = divmod(stage, plan.num_ranks)
+        mine = [row for one in timelines for row in one.of_rank(rank) if row.action.chunk == chunk]
+        early = {row.action.microbatch for row in mine if row.action.kind == Kind.EXIT}
+
+        def median(kind: Kind, microbatches: set[int] | None = None, mine: list[TimedAction] = mine) -> float | None:
+            """Of passes of a kind; of some microbatches, or of all."""
+            rows = [row for row in mine if row.action.kind == kind]
+            rows = [row for row in rows if microbatches is None or row.action.microbatch in microbatches]
+            return statistics.median(row.end_sec - row.start_sec for row in rows) if rows else None
+
+        exit_sec = median(Kind.EXIT) or 0.0
+        backward = median(Kind.BACKWARD, early) if early else median(Kind.BACKWARD)
+        costs.append(StageCosts(forward_sec=median(Kind.FORWARD), backward_sec=backward or 0.0, exit_sec=exit_sec))
+    return costs

@@ -1,0 +1,259 @@
+"""Executing a plan gives the gradients of plain autograd on one process, for exactly the passes that it contains."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.pipeline.builders import forward_only_tuning, interleaved, one_f_one_b, with_exits_in_bubbles
+from megatron.early_exit.pipeline.fill import PassTimes, with_filled_bubbles
+from megatron.early_exit.pipeline.plan import Kind, Plan
+from tests.configs import VOCAB_SIZE, make_config
+from tests.distributed.test_tuning import tuning_config
+from tests.distributed.workers import run_distributed
+from tests.reference import ReferenceBatch, ReferenceModel, make_batches
+
+
+def exit_stages(cfg: RunConfig) -> list[int]:
+    """Stages, chunks of ranks included, that own exits."""
+    num_chunks = cfg.parallel.num_model_chunks(cfg.model.num_layers)
+    per_stage = cfg.model.num_layers // cfg.parallel.pipeline_model_parallel_size // num_chunks
+    return sorted({(layer - 1) // per_stage for layer in cfg.exits.exit_layer_nums})
+
+
+class ReferenceWithCopies(ReferenceModel):
+    """Every head has a copy of the output weight of its own, so that gradients can be told apart by stage."""
+
+    def __init__(self, cfg: RunConfig, vocab_size: int) -> None:
+        super().__init__(cfg, vocab_size)
+        self.copies: list[Tensor] = []
+
+    def output_weight(self) -> Tensor:
+        self.copies.append(super().output_weight().detach().clone().requires_grad_())
+        return self.copies[-1]
+
+
+def expected_gradients(
+    cfg: RunConfig, plan: Plan, batches: list[ReferenceBatch], weights: tuple[float, ...]
+) -> dict[str, Tensor]:
+    """The objective of each stage's parameters, term by term: every microbatch and head that the plan brings there,
+    each with the weight that makes the sum a mean."""
+    per_stage = cfg.model.num_layers // plan.num_stages
+    stage_of_head = [(layer - 1) // per_stage for layer in cfg.exits.exit_layer_nums] + [plan.num_stages - 1]
+    backwards = [set(plan.microbatches(stage, Kind.BACKWARD)) for stage in range(plan.num_stages)]
+    fill_warmup = set(range(plan.num_microbatches, plan.num_microbatches + plan.num_fill_warmup))
+    other = [len(numbers - fill_warmup) for numbers in backwards]  # N + C_s
+    seen = [len(numbers) for numbers in backwards]  # N + C_s + W_s
+
+    def coefficient(microbatch: int, head: int, stage: int) -> float:
+        of_head = stage_of_head[head]
+        if stage > of_head or microbatch not in backwards[stage]:
+            return 0.0
+        is_exit = head < cfg.exits.num_exits
+        if microbatch in fill_warmup:
+            return 1 / seen[of_head] if is_exit and microbatch in backwards[of_head] else 0.0
+        return (other[of_head] / seen[of_head] if is_exit else 1.0) / other[stage]
+
+    gradients: dict[str, Any] = defaultdict(float)
+    tied = not cfg.model.untie_embeddings_and_output_weights
+    for microbatch, batch in enumerate(batches):
+        reference = ReferenceWithCopies(cfg, VOCAB_SIZE)
+        objectives, _ = reference.losses(batch)
+        own_output = cfg.exits.untie_exit_output_weights
+        for head, (objective, weight) in enumerate(zip(objectives, (*weights, 1.0), strict=True)):
+            objective = objective * weight / batch.loss_mask.sum().clamp(min=1)
+            named = {name: (parameter, stage_of_parameter(name, per_stage, plan.num_stages)) for name, parameter in
+                     reference.params.items()}  # fmt: skip
+            is_last = head == len(objectives) - 1
+            if is_last or not own_output:
+                copy = reference.copies[-1 if is_last else head]
+                named[f"copy {head}"] = (copy, stage_of_head[head])
+            values = torch.autograd.grad(
+                objective, [parameter for parameter, _ in named.values()], retain_graph=True, allow_unused=True
+            )
+            for (name, (_, stage)), value in zip(named.items(), values, strict=True):
+                if value is not None:
+                    if name.startswith("copy"):
+                        name = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+                    gradients[name] = gradients[name] + coefficient(microbatch, head, stage) * value
+    return gradients
+
+
+def stage_of_parameter(name: str, per_stage: int, num_stages: int) -> int:
+    if name.startswith("decoder.layers."):
+        return int(name.split(".")[2]) // per_stage
+    return 0 if name.startswith("embedding") else num_stages - 1
+
+
+def run_plan(cfg: RunConfig, plan: Plan, iterations: int = 1) -> None:
+    """Gradients of every parameter equal the reference's; every iteration has other batches."""
+    from megatron.core import parallel_state
+
+    from megatron.early_exit.pipeline.links import StageLinks
+    from megatron.early_exit.pipeline.runtime import PlanRuntime
+    from megatron.early_exit.training.step import forward_step
+    from tests.distributed.parallel_model import (
+        build_with_reference_parameters,
+        compare_gradients,
+        iterators,
+        layout,
+    )
+
+    weights = cfg.exits.weights_at(10**9)
+    with layout(cfg):
+        model = build_with_reference_parameters(cfg)
+        links = StageLinks(is_interleaved=plan.num_chunks > 1, timeout_minutes=1)
+        runtime = PlanRuntime(
+            plan, parallel_state.get_pipeline_model_parallel_rank(), config=model.config, chunks=model.wrapped,
+            exit_losses=model.exit_losses, links=links, forward_step=forward_step,
+        )  # fmt: skip
+        for iteration in range(iterations):
+            for chunk in model.wrapped:
+                chunk.zero_grad_buffer()
+            dp_size = parallel_state.get_data_parallel_world_size()
+            count = (plan.num_microbatches + plan.num_fill) * dp_size
+            batches = make_batches(cfg, VOCAB_SIZE, count, seed=iteration)
+            replicas = [batches[replica::dp_size] for replica in range(dp_size)]
+            model.exit_losses.begin_iteration(plan.num_microbatches, weights, model.config.grad_scale_func)
+            runtime.run(
+                iterators(model, replicas[parallel_state.get_data_parallel_rank()]),
+                micro_batch_size=cfg.training.micro_batch_size, seq_length=cfg.training.seq_length,
+            )  # fmt: skip
+            expected: dict[str, Any] = defaultdict(float)
+            for replica in replicas:
+                for name, value in expected_gradients(cfg, plan, replica, weights).items():
+                    expected[name] = expected[name] + value / dp_size
+            compare_gradients(cfg, model, expected, 2e-5)
+
+
+HEADS = {
+    "tied": {},
+    "untied": {"untie_embeddings_and_output_weights": True, "untie_exit_output_weights": True, "use_exit_norm": True},
+    "mlp": {"use_exit_mlp": True, "use_exit_norm": True},
+    "block, pre-exit": {"use_exit_block": True, "pre_exit": True},
+}
+
+
+def config(num_stages: int, **changes: Any) -> RunConfig:
+    layers = {2: 4, 3: 6, 4: 4}[num_stages]
+    return make_config(**{"num_layers": layers, "pipeline_model_parallel_size": num_stages, **changes})
+
+
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(2, 1), (2, 2), (2, 5), (3, 2), (3, 4), (4, 3), (4, 6)])
+def test_1f1b(num_stages: int, num_microbatches: int) -> None:
+    plan = one_f_one_b(num_stages, num_microbatches)
+    run_distributed(num_stages, run_plan, cfg=config(num_stages), plan=plan)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(2, 3), (4, 5)])
+def test_exits_in_idle_time(num_stages: int, num_microbatches: int, head: str) -> None:
+    cfg = config(num_stages, **HEADS[head])
+    plan = with_exits_in_bubbles(one_f_one_b(num_stages, num_microbatches), exit_stages(cfg))
+    assert any(plan.microbatches(stage, Kind.EXIT) for stage in range(num_stages))
+    run_distributed(num_stages, run_plan, cfg=cfg, plan=plan, iterations=2)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("num_stages", "exit_layers", "num_microbatches", "ratio"), [
+    (3, (2, 4), 3, 2.0), (4, (2, 3), 6, 2.0), (4, (1,), 5, 1.2), (4, (2,), 4, 4.0),
+])  # fmt: skip
+def test_filled_bubbles(
+    num_stages: int, exit_layers: tuple[int, ...], num_microbatches: int, ratio: float, head: str
+) -> None:
+    weights = tuple(0.5 - 0.2 * index for index in range(len(exit_layers)))
+    cfg = config(num_stages, exit_layer_nums=exit_layers, exit_layer_weight=weights, **HEADS[head])
+    plan = with_filled_bubbles(num_stages, num_microbatches, exit_stages(cfg), PassTimes.uniform(num_stages, ratio))
+    assert plan.num_fill_cooldown and plan.num_fill_warmup
+    run_distributed(num_stages, run_plan, cfg=cfg, plan=plan, iterations=2)
+
+
+def test_exits_in_idle_time_and_filled_bubbles() -> None:
+    cfg = config(4, use_exit_norm=True)
+    plan = with_exits_in_bubbles(with_filled_bubbles(4, 6, exit_stages(cfg)), exit_stages(cfg))
+    run_distributed(4, run_plan, cfg=cfg, plan=plan, iterations=2)
+
+
+@pytest.mark.parametrize("in_idle_time", [False, True])
+def test_interleaved(in_idle_time: bool) -> None:
+    cfg = config(2, num_layers_per_virtual_pipeline_stage=1, use_exit_norm=True)
+    plan = interleaved(2, 2, 4)
+    if in_idle_time:
+        plan = with_exits_in_bubbles(plan, exit_stages(cfg))
+    run_distributed(2, run_plan, cfg=cfg, plan=plan, iterations=2)
+
+
+TP2 = {"tensor_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize("changes", [
+    TP2, {**TP2, "sequence_parallel": True}, {"overlap_grad_reduce": True}, {"use_distributed_optimizer": False},
+], ids=str)  # fmt: skip
+def test_exits_in_idle_time_in_other_layouts(changes: dict) -> None:
+    """TP 2 x PP 2, and DP 2 x PP 2."""
+    cfg = config(2, **HEADS["mlp"], **changes)
+    plan = with_exits_in_bubbles(one_f_one_b(2, 4), exit_stages(cfg))
+    run_distributed(4, run_plan, cfg=cfg, plan=plan, iterations=3)
+
+
+@pytest.mark.parametrize("changes", [
+    {**TP2, "sequence_parallel": True}, {"overlap_grad_reduce": True},
+], ids=str)  # fmt: skip
+def test_filled_bubbles_in_other_layouts(changes: dict) -> None:
+    """TP 2 x PP 3, and DP 2 x PP 3."""
+    cfg = config(3, exit_layer_nums=(2, 4), **changes)
+    plan = with_filled_bubbles(3, 4, exit_stages(cfg))
+    run_distributed(6, run_plan, cfg=cfg, plan=plan, iterations=3)
+
+
+def test_filled_bubbles_with_recomputation() -> None:
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    cfg = config(4, use_exit_norm=True, **recompute)
+    run_distributed(4, run_plan, cfg=cfg, plan=with_filled_bubbles(4, 5, exit_stages(cfg)))
+
+
+def tune_by_plan(cfg: RunConfig, plan: Plan) -> None:
+    """A tuning plan gives the gradients and losses of core's forward-only schedule."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+
+    from megatron.early_exit.pipeline.links import StageLinks
+    from megatron.early_exit.pipeline.runtime import PlanRuntime
+    from megatron.early_exit.training.step import accumulate_gradients, forward_step
+    from tests.distributed.parallel_model import build_with_reference_parameters, iterators, layout
+
+    weights, sizes = cfg.exits.weights_at(10**9), {"micro_batch_size": 2, "seq_length": cfg.training.seq_length}
+    with layout(cfg):
+        model = build_with_reference_parameters(cfg)
+        batches = make_batches(cfg, VOCAB_SIZE, plan.num_microbatches)
+        gradients = []
+        links = StageLinks(is_interleaved=False, timeout_minutes=1)
+        for by_plan in (False, True):
+            for chunk in model.wrapped:
+                chunk.zero_grad_buffer()
+            if not by_plan:
+                accumulate_gradients(
+                    model, iterators(model, batches), exit_weights=weights, num_microbatches=len(batches), **sizes
+                )
+            else:
+                model.exit_losses.begin_iteration(plan.num_microbatches, weights, is_tuning=True)
+                runtime = PlanRuntime(
+                    plan, parallel_state.get_pipeline_model_parallel_rank(), config=model.config, chunks=model.wrapped,
+                    exit_losses=model.exit_losses, links=links, forward_step=forward_step,
+                )  # fmt: skip
+                runtime.run(iterators(model, batches), **sizes)
+                finalize_model_grads(model.wrapped)
+            trained = {n: p for n, p in model.chunks[0].named_parameters() if p.requires_grad}
+            gradients.append({name: parameter.main_grad.clone() for name, parameter in trained.items()})
+        assert gradients[0] and all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+        assert all(value.any() for value in gradients[1].values())
+
+
+def test_forward_only_tuning() -> None:
+    cfg = tuning_config(**HEADS["mlp"], pipeline_model_parallel_size=2)
+    run_distributed(2, tune_by_plan, cfg=cfg, plan=forward_only_tuning(2, 4, exit_stages(cfg)))
