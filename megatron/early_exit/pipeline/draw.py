@@ -1,12 +1,14 @@
 """Timelines of a pipeline as a picture: a row for each rank, a box for each pass, several timelines below each other.
 
 Predicted and measured timelines are the same to it. Colours are told apart by colour-blind eyes (Okabe and Ito's
-palette): blue for the batch's passes, green for those that fill bubbles, orange for exits; backwards are darker.
+palette): blue for the batch's passes, green for those that fill bubbles, orange for exits; backwards are darker, and
+passes of a rank's later model chunks paler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,13 @@ _LEGEND = {
     "forward": _FORWARD, "backward": _BACKWARD, "exits": _EXIT, "fill: forward": _FILL_FORWARD,
     "fill: backward": _FILL_BACKWARD, "idle": _IDLE,
 }  # fmt: skip
-_INCHES_WIDE, _ROW_INCHES, _FONT_SIZE = 11.0, 0.36, 9.0
+_LATER_CHUNKS = {_FORWARD: "#D3ECFA", _BACKWARD: "#5AA5D2"}
+"""Paler, of model chunks after a rank's first."""
+_LEGEND_LATER_CHUNKS = {
+    "forward, later chunk": _LATER_CHUNKS[_FORWARD],
+    "backward, later chunk": _LATER_CHUNKS[_BACKWARD],
+}
+_INCHES_WIDE, _FONT_SIZE, _SMALLEST_FONT = 11.0, 9.0, 5.0
 
 
 def draw_timelines(timelines: Sequence[Timeline], outputs: Sequence[str | Path], title: str | None = None) -> None:
@@ -45,7 +53,8 @@ def draw_timelines(timelines: Sequence[Timeline], outputs: Sequence[str | Path],
 
     longest = max(timeline.iteration_sec for timeline in timelines)
     per_unit, unit = (1.0, "s") if longest >= 3 else (1e3, "ms") if longest >= 3e-3 else (1e6, "µs")
-    heights = [timeline.num_ranks * _ROW_INCHES + 0.42 for timeline in timelines]
+    row_inches = 0.36 if max(timeline.num_ranks for timeline in timelines) <= 8 else 0.2
+    heights = [timeline.num_ranks * row_inches + 0.42 for timeline in timelines]
     settings = {"svg.fonttype": "none", "svg.hashsalt": "plan", "font.size": _FONT_SIZE, "hatch.linewidth": 0.6}
     with pyplot.rc_context(settings):
         figure, rows = pyplot.subplots(
@@ -60,7 +69,8 @@ def draw_timelines(timelines: Sequence[Timeline], outputs: Sequence[str | Path],
             axes.set_title(_heading(timeline, first_sec), loc="left", fontsize=_FONT_SIZE + 0.5, pad=3)
         rows[-1, 0].set_xlabel(f"time ({unit})")
         used = _used_colours(timelines)
-        handles = [Patch(facecolor=colour, label=name) for name, colour in _LEGEND.items() if colour in used]
+        legend = _LEGEND | _LEGEND_LATER_CHUNKS
+        handles = [Patch(facecolor=colour, label=name) for name, colour in legend.items() if colour in used]
         figure.legend(
             handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=1.3,
             columnspacing=1.6,
@@ -89,40 +99,63 @@ def _heading(timeline: Timeline, first_sec: float) -> str:
     return f"{timeline.name}: {shown}{longer}, idle {idle:.0%}"
 
 
-def _draw_one(axes: Axes, timeline: Timeline, per_unit: float) -> None:
-    end = timeline.iteration_sec * per_unit
-    start_sec = min((timed.start_sec for timed in timeline.actions), default=0.0)
-    for rank in range(timeline.num_ranks):
-        axes.broken_barh([(0, end)], (rank - 0.42, 0.84), facecolors=_IDLE, zorder=1)
+@dataclass(frozen=True)
+class _Box:
+    """One coloured box, in units of the axis."""
+
+    rank: int
+    start: float
+    width: float
+    colour: str
+    text: str
+
+
+def _boxes(timeline: Timeline, per_unit: float) -> list[_Box]:
+    origin = min((timed.start_sec for timed in timeline.actions), default=0.0)
+    boxes = []
     for timed in timeline.actions:
         if timed.action.kind.is_message or timed.end_sec <= timed.start_sec:
             continue
-        start, width = (timed.start_sec - start_sec) * per_unit, (timed.end_sec - timed.start_sec) * per_unit
+        text = str(timed.action.microbatch)
+        start, width = (timed.start_sec - origin) * per_unit, (timed.end_sec - timed.start_sec) * per_unit
         exit_width = timed.exit_sec * per_unit
-        _box(axes, timed, start, width - exit_width, _colour(timed))
+        boxes.append(_Box(timed.rank, start, width - exit_width, _colour(timed), text))
         if exit_width:
-            _box(axes, timed, start + width - exit_width, exit_width, _EXIT)
+            boxes.append(_Box(timed.rank, start + width - exit_width, exit_width, _EXIT, text))
+    return boxes
+
+
+def _draw_one(axes: Axes, timeline: Timeline, per_unit: float) -> None:
+    for rank in range(timeline.num_ranks):
+        _draw_bar(axes, _Box(rank, 0, timeline.iteration_sec * per_unit, _IDLE, ""))
+    boxes = _boxes(timeline, per_unit)
+    # The axes are about nine tenths of the figure; a digit is 0.62 of its height wide.
+    points = 72 * _INCHES_WIDE * 0.92 / (axes.get_xlim()[1] - axes.get_xlim()[0])
+    fitting = lambda box: (box.width * points - 1.5) / (0.62 * len(box.text))
+    font_sizes = {
+        colour: min(_FONT_SIZE, max(_SMALLEST_FONT, min(fitting(box) for box in boxes if box.colour == colour)))
+        for colour in {box.colour for box in boxes}
+    }
+    for box in boxes:
+        _draw_bar(axes, box)
+        size = font_sizes[box.colour]
+        if fitting(box) >= size:
+            axes.text(
+                box.start + box.width / 2, box.rank, box.text, ha="center", va="center", fontsize=size,
+                color="white" if box.colour in (_BACKWARD, _FILL_BACKWARD) else "black", zorder=3,
+            )  # fmt: skip
     axes.set_ylim(timeline.num_ranks - 0.45, -0.55)
     axes.set_yticks(range(timeline.num_ranks), [f"rank {rank}" for rank in range(timeline.num_ranks)])
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _box(axes: Axes, timed: TimedAction, start: float, width: float, colour: str) -> None:
-    rank, action = timed.rank, timed.action
+def _draw_bar(axes: Axes, box: _Box) -> None:
+    is_idle = box.colour == _IDLE
     axes.broken_barh(
-        [(start, width)], (rank - 0.42, 0.84), facecolors=colour, edgecolors="white", linewidths=0.7, zorder=2
-    )
-    text = f"{action.microbatch}.{action.chunk}" if action.chunk else str(action.microbatch)
-    # The axes are about nine tenths of the figure; a digit is 0.6 of its height wide.
-    inches = width / (axes.get_xlim()[1] - axes.get_xlim()[0]) * _INCHES_WIDE * 0.92
-    size = min(_FONT_SIZE, (inches * 72 - 1.5) / (0.62 * len(text)))
-    if size >= 5:
-        is_dark = colour in (_BACKWARD, _FILL_BACKWARD)
-        axes.text(
-            start + width / 2, rank, text, ha="center", va="center", fontsize=size,
-            color="white" if is_dark else "black", zorder=3,
-        )  # fmt: skip
+        [(box.start, box.width)], (box.rank - 0.42, 0.84), facecolors=box.colour, edgecolors="white",
+        linewidths=0.0 if is_idle else 0.7, zorder=1 if is_idle else 2,
+    )  # fmt: skip
 
 
 def _colour(timed: TimedAction) -> str:
@@ -131,7 +164,8 @@ def _colour(timed: TimedAction) -> str:
     is_forward = timed.action.kind == Kind.FORWARD
     if timed.action.is_partial:
         return _FILL_FORWARD if is_forward else _FILL_BACKWARD
-    return _FORWARD if is_forward else _BACKWARD
+    colour = _FORWARD if is_forward else _BACKWARD
+    return _LATER_CHUNKS[colour] if timed.action.chunk else colour
 
 
 def _used_colours(timelines: Sequence[Timeline]) -> set[str]:
