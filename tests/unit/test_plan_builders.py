@@ -230,6 +230,7 @@ def test_fill_costs_no_time_and_no_memory(world: tuple[int, int], data: st.DataO
     times = data.draw(st.one_of(pass_times(num_ranks), ratios.map(lambda r: PassTimes.uniform(num_ranks, r))))
     plan = with_filled_bubbles(num_ranks, num_microbatches, exit_stages, times)
     validate(plan, exit_stages)
+    assert max(plan.num_fill_warmup, plan.num_fill_cooldown) <= num_ranks - 1
     plain, costs = one_f_one_b(num_ranks, num_microbatches), costs_of(times)
     assert iteration_time(plan, costs) <= iteration_time(plain, costs) + ROUNDING
     warmup_only = with_filled_bubbles(num_ranks, num_microbatches, exit_stages, times, num_fill_cooldown=0)

@@ -72,8 +72,9 @@ def with_filled_bubbles(
     """1F1B with fill microbatches that do not lengthen the iteration.
 
     exit_stages: stages that own exits. times: by default equal stages whose backward takes twice as long as a forward.
-    num_fill_warmup, num_fill_cooldown: by default as many as cost nothing. Raises ValueError where more are asked for,
-    with the largest number that works, and for warmup fill without exits, which would train nothing.
+    num_fill_warmup, num_fill_cooldown: by default as many as cost nothing, at most num_ranks - 1 of each; where both
+    compete for the same time (fewer microbatches than stages), warmup fill comes first. Raises ValueError where more
+    are asked for, with the largest number that works, and for warmup fill without exits, which would train nothing.
     """
     _check_arguments(num_ranks, num_microbatches, exit_stages, times, num_fill_warmup, num_fill_cooldown)
     times = PassTimes.uniform(num_ranks) if times is None else times
