@@ -11,7 +11,7 @@ import torch
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.validate import problems
-from megatron.early_exit.pipeline.fill import PassTimes
+from megatron.early_exit.pipeline.costs import StageCosts
 from megatron.early_exit.pipeline.plan import Kind, Plan
 from megatron.early_exit.pipeline.simulate import Timeline, simulate
 from megatron.early_exit.training.plans import build_plan, check_plan, measured_costs, most_fill
@@ -86,9 +86,7 @@ def test_stages_are_measured_before_bubbles_are_filled(data: str, tmp_path: Path
 def test_costs_from_traces_predict_their_own_iteration() -> None:
     """By hand: what is simulated with known costs gives these costs back."""
     cfg = config(4, exits_in_bubbles=True, **FILL)
-    plan = build_plan(cfg, 6, PassTimes.uniform(4))
-    from megatron.early_exit.pipeline.costs import StageCosts
-
+    plan = build_plan(cfg, 6, [StageCosts(1.0, 2.0, 0.5)] * 4)
     costs = [StageCosts(0.1 + stage / 100, 0.2, 0.05 if stage in (1, 2) else 0.0) for stage in range(4)]
     timeline = simulate(plan, costs)
     again = measured_costs([timeline], plan)
@@ -193,9 +191,9 @@ def test_filled_bubbles_are_unbiased_and_vary_less() -> None:
 
     num_batches, num_draws = 2, 80
     cfg = config(3, exit_layer_nums=(2, 4), exit_layer_weight=(1.0, 1.0), use_exit_norm=True)
-    filled = build_plan(config(3, exit_layer_nums=(2, 4), backward_forward_ratio=3.0, **FILL), 3, None)
+    filled = build_plan(config(3, exit_layer_nums=(2, 4), backward_forward_ratio=3.0, **FILL), 3)
     assert filled.num_fill_warmup and filled.num_fill_cooldown
-    plain = build_plan(cfg, 3, None)
+    plain = build_plan(cfg, 3)
     expected, _ = ReferenceModel(cfg, VOCAB_SIZE).gradients(make_batches(cfg, VOCAB_SIZE, num_batches), (1.0, 1.0))
     spread: dict[str, dict[str, float]] = {}
     wrong_stages: list[int] = []

@@ -166,7 +166,7 @@ def first_backward_ends(plan: Plan, costs: Costs) -> list[float]:
 def test_where_exits_go() -> None:
     plan = with_exits_in_bubbles(one_f_one_b(4, 5), {0, 3}, [2, 1, 1, 1])
     assert " ".join(map(str, plan.ranks[0])) == (
-        "F0 SF0 F1 SF1 F2 SF2 F3 SF3 X0 X1 RB0 B0 F4 SF4 RB1 B1 X2 RB2 B2 X3 RB3 B3 RB4 B4"
+        "F0 SF0 F1 SF1 F2 SF2 F3 SF3 X0 X1 RB0 B0 F4 SF4 RB1 B1 X2 RB2 B2 X3 RB3 B3 X4 RB4 B4"
     )
     assert not plan.microbatches(3, Kind.EXIT)  # the last stage waits for no gradient
     assert not plan.microbatches(1, Kind.EXIT)  # no exit there
@@ -177,7 +177,7 @@ def test_where_exits_go() -> None:
 def test_exits_beside_fill() -> None:
     plan = with_exits_in_bubbles(with_filled_bubbles(4, 6, {0, 1}), {0, 1})
     validate(plan, {0, 1})
-    assert plan.microbatches(0, Kind.EXIT) == [0, 1, 2, 3, 4]  # neither the last nor fill
+    assert plan.microbatches(0, Kind.EXIT) == [0, 1, 2, 3, 4, 5]  # but not of fill
     assert "B6p F3 SF3 X0 RB0 B0" in str(plan)  # one before the first backward: fill uses its time
 
 

@@ -50,7 +50,8 @@ def test_valid(text: str, exit_stages: set[int]) -> None:
     # Exits.
     (PLAN, "F2 SF2 RB1", "F2 SF2 X1 X1 RB1", {0}, "rank 0, action 10 (X1): was there before, as action 9"),
     (PLAN, "B2 SB2", "X2 B2 SB2", {0}, "rank 1, action 10 (X2): stage 1 has no exit"),
-    (PLAN, "RB2 B2\n", "X2 RB2 B2\n", {0}, "rank 0, action 11 (X2): exits of the last microbatch run in its backward"),
+    (PLAN, "RB1 B1", "X2 RB1 B1", {0}, "rank 0, action 9 (X2): gradients are synchronised from the exits of the "
+     "stage's last backward on, so these must come after B1, which is action 11"),
     (PLAN, "X0 RB0 B0", "RB0 B0 X0", {0}, "rank 0, action 5 (B0): must come after X0, which is action 6"),
     (PLAN, "F1 SF1 X0", "X1 F1 SF1 X0", {0}, "rank 0, action 2 (X1): must come after F1, which is action 3"),
     (FILLED, "F7p", "F7p X7p", {0, 1}, "rank 0, action 5 (X7p): exits of a microbatch that fills a bubble run in its"),
@@ -196,7 +197,7 @@ def test_changed_microbatches(built: tuple[Plan, set[int]], data: st.DataObject)
     actions = list(plan.ranks[rank])
     total = plan.num_microbatches + plan.num_fill
     other = data.draw(st.integers(0, total).filter(lambda number: number != actions[index].microbatch))
-    if actions[index].kind == Kind.EXIT and other < plan.num_microbatches - 1:
+    if actions[index].kind == Kind.EXIT and other < plan.num_microbatches:
         return  # another microbatch's exit may run there just as well
     actions[index] = replace(actions[index], microbatch=other, is_partial=other >= plan.num_microbatches)
     message = refusal(with_rank(plan, rank, actions), exit_stages)
@@ -213,6 +214,8 @@ def test_changed_kinds_and_chunks(built: tuple[Plan, set[int]], data: st.DataObj
     assume((kind, chunk) != (actions[index].kind, actions[index].chunk))
     assume(actions[index].kind != Kind.EXIT)  # may be moved to another chunk
     actions[index] = replace(actions[index], kind=kind, chunk=chunk)
+    # One stage, one microbatch, X in place of B: that is tuning.
+    assume(any(action.kind == Kind.BACKWARD for action in actions) or plan.num_ranks > 1)
     assert "rank" in refusal(with_rank(plan, rank, actions), exit_stages)
 
 
@@ -263,8 +266,13 @@ def is_in_order(plan: Plan) -> bool:
                 return has("RF") or not exists("RF")
             case "B":
                 return has("F") and all(has(kind) or not exists(kind) for kind in ("RB", "X"))
-            case "X" | "SF":
+            case "SF":
                 return has("F")
+            case "X":
+                # With those of the last backward the synchronisation of gradients begins: all others must be there.
+                backwards = plan.microbatches(stage, Kind.BACKWARD)
+                is_last = backwards and backwards[-1] == microbatch
+                return has("F") and (not is_last or all((stage, "B", other) in done for other in backwards[:-1]))
             case "SB":
                 return has("B")
             case "RF":

@@ -67,8 +67,8 @@ def with_exits_in_bubbles(
     exit_stages: stages that own exits. before_first_backward: for each rank how many microbatches' exits run before its
     first backward, where 1F1B leaves stage p idle for (P - 1 - p) backwards; see `exits_that_fit`. By default those of
     all microbatches that were forwarded, or of one where fill microbatches use this time. All other exits run right
-    before the receive of their own microbatch's gradient. That is never later than in the backward, whatever the costs,
-    and keeps one gradient buffer for a short time.
+    before the receive of their own microbatch's gradient. In 1F1B that is never later than in the backward, whatever
+    the costs, and keeps one gradient buffer for a short time (with several chunks on a rank it can be later).
 
     Left in the backward: exits of the last microbatch (gradients are synchronised in its backward), of microbatches
     that fill bubbles, on the last stage (which waits for no gradient), and with several chunks on a rank those whose
@@ -86,7 +86,7 @@ def with_exits_in_bubbles(
         else:
             most = before_first_backward[rank]
         chunks = {chunk for chunk in range(plan.num_chunks) if chunk * plan.num_ranks + rank in exit_stages}
-        ranks.append(_with_exits_in_bubbles(actions, chunks, plan.num_microbatches - 1, most))
+        ranks.append(_with_exits_in_bubbles(actions, chunks, most))
     return replace(plan, name=f"{plan.name}, exits in bubbles", ranks=tuple(ranks))
 
 
@@ -104,34 +104,29 @@ def exits_that_fit(num_ranks: int, exit_backward_ratio: float) -> tuple[int, ...
 
 
 def _with_exits_in_bubbles(
-    actions: Sequence[Action], chunks: Collection[int], last_microbatch: int, before_first_backward: int
+    actions: Sequence[Action], chunks: Collection[int], before_first_backward: int
 ) -> tuple[Action, ...]:
     """One rank's actions. chunks: those that own exits."""
+    last_backwards = {action.chunk: action for action in actions if action.kind == Kind.BACKWARD}
+    receives = [
+        index
+        for index, action in enumerate(actions)
+        if action.kind == Kind.RECEIVE_BACKWARD and action.chunk in chunks and not action.is_partial
+    ]
+    first = next((i for i, a in enumerate(actions) if a.kind == Kind.RECEIVE_BACKWARD and not a.is_partial), None)
+    backward_of = lambda receive: replace(actions[receive], kind=Kind.BACKWARD)
+    exit_of = lambda receive: replace(actions[receive], kind=Kind.EXIT)
 
-    def may_move(receive: Action) -> bool:
-        return (
-            receive.kind == Kind.RECEIVE_BACKWARD
-            and receive.chunk in chunks
-            and not receive.is_partial
-            and receive.microbatch != last_microbatch
-        )
+    def may_be_first(receive: int) -> bool:
+        is_forwarded = replace(actions[receive], kind=Kind.FORWARD) in actions[:first]
+        return is_forwarded and backward_of(receive) != last_backwards[actions[receive].chunk]
 
-    receives = [i for i, action in enumerate(actions) if action.kind == Kind.RECEIVE_BACKWARD and not action.is_partial]
-    if not receives:
-        return tuple(actions)
-    first = receives[0]
-    forwarded = {(action.microbatch, action.chunk) for action in actions[:first] if action.kind == Kind.FORWARD}
     # In the order in which their gradients come.
-    early = [r for r in receives if may_move(actions[r]) and (actions[r].microbatch, actions[r].chunk) in forwarded]
-    early = early[:before_first_backward]
-    exits_at: dict[int, list[Action]] = {first: [replace(actions[r], kind=Kind.EXIT) for r in early]}
-    for r in receives:
-        if (
-            r not in early
-            and may_move(actions[r])
-            and _next_pass(actions, r) == replace(actions[r], kind=Kind.BACKWARD)
-        ):
-            exits_at.setdefault(r, []).append(replace(actions[r], kind=Kind.EXIT))
+    early = [receive for receive in receives if may_be_first(receive)][:before_first_backward]
+    exits_at: dict[int | None, list[Action]] = {first: [exit_of(receive) for receive in early]}
+    for receive in receives:
+        if receive not in early and _next_pass(actions, receive) == backward_of(receive):
+            exits_at.setdefault(receive, []).append(exit_of(receive))
     return tuple(a for i, action in enumerate(actions) for a in (*exits_at.get(i, ()), action))
 
 

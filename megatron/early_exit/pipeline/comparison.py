@@ -196,11 +196,7 @@ def _filled(
     in_idle_time: Variant, early_exit_stages: Sequence[int], num_fill_warmup: int | None, num_fill_cooldown: int | None
 ) -> Variant:
     costs, plan = in_idle_time.costs, in_idle_time.plan
-    times = PassTimes(
-        tuple(cost.forward_sec for cost in costs),
-        tuple(cost.backward_sec + cost.exit_sec for cost in costs),
-        max(cost.communication_sec for cost in costs),
-    )
+    times = PassTimes.from_costs(costs)
 
     def build(warmup: int | None, cooldown: int | None) -> Variant:
         filled = with_filled_bubbles(plan.num_ranks, plan.num_microbatches, exit_stages(costs), times, warmup, cooldown)

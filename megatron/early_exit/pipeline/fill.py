@@ -27,6 +27,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from megatron.early_exit.pipeline.builders import one_f_one_b_passes
+from megatron.early_exit.pipeline.costs import StageCosts
 from megatron.early_exit.pipeline.messages import STEP, with_messages
 from megatron.early_exit.pipeline.plan import Action, Kind, Plan
 
@@ -59,6 +60,15 @@ class PassTimes:
     def uniform(cls, num_stages: int, backward_forward_ratio: float = 2.0) -> PassTimes:
         """Equal stages; a forward takes 1."""
         return cls((1.0,) * num_stages, (float(backward_forward_ratio),) * num_stages)
+
+    @classmethod
+    def from_costs(cls, costs: Sequence[StageCosts]) -> PassTimes:
+        """From the costs of all stages, exits in the backward."""
+        return cls(
+            tuple(cost.forward_sec for cost in costs),
+            tuple(cost.backward_sec + cost.exit_sec for cost in costs),
+            max(cost.communication_sec for cost in costs),
+        )
 
 
 def with_filled_bubbles(

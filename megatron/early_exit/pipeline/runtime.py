@@ -213,6 +213,8 @@ class PlanRuntime:
             self._end_reduction(action.chunk)
 
     def _exit(self, action: Action) -> None:
+        if self._last_backward.get(action.chunk) == self._with_kind(action, Kind.BACKWARD):
+            self._begin_reduction(action.chunk)
         self._exit_losses.num_microbatches = self._counts[action.chunk].exits or self.plan.num_microbatches
         for early in self._exits.pop((action.microbatch, action.chunk)):
             early.run()

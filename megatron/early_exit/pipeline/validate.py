@@ -152,16 +152,30 @@ class _Validator:
                 self._refuse(place, f"stage {key.stage} has no exit")
             if key.microbatch > last_regular:
                 self._refuse(place, "exits of a microbatch that fills a bubble run in its backward")
-            if self.is_training and key.microbatch == last_regular:
-                self._refuse(
-                    place, "exits of the last microbatch run in its backward, where gradients are synchronised"
-                )
+            if self.is_training:
+                self._check_synchronisation(key, place)
         if not self.is_training:
             for stage in sorted(self.exit_stages):
                 for microbatch in range(self.plan.num_microbatches):
                     self._require(
                         _Key(stage, Kind.EXIT, microbatch), "without a backward, exits need a step of their own"
                     )
+
+    def _check_synchronisation(self, exit_key: _Key, place: _Place) -> None:
+        """Gradients are synchronised from a stage's last backward on, or from its exits if these come before it."""
+        backwards = {
+            other.microbatch: where for other, where in self.places.items()
+            if other.stage == exit_key.stage and other.kind == Kind.BACKWARD
+        }  # fmt: skip
+        last = max(backwards, key=backwards.__getitem__)
+        later = sorted(where for microbatch, where in backwards.items() if microbatch != last and where > place)
+        if exit_key.microbatch == last and later:
+            action = self.plan.ranks[place.rank][later[0].index]
+            self._refuse(
+                place,
+                "gradients are synchronised from the exits of the stage's last backward on, so these must come after "
+                f"{action}, which is action {later[0].index}",
+            )
 
     # -- Messages
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -14,16 +14,12 @@ from megatron.core import parallel_state
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model
-from megatron.early_exit.pipeline.builders import (
-    forward_only_tuning,
-    interleaved,
-    one_f_one_b,
-    with_exits_in_bubbles,
-)
+from megatron.early_exit.pipeline.builders import forward_only_tuning, with_exits_in_bubbles
+from megatron.early_exit.pipeline.comparison import Variant, base_plan, exits_in_idle_time
 from megatron.early_exit.pipeline.costs import StageCosts
 from megatron.early_exit.pipeline.fill import PassTimes, with_filled_bubbles
 from megatron.early_exit.pipeline.links import StageLinks
-from megatron.early_exit.pipeline.plan import Kind, Plan
+from megatron.early_exit.pipeline.plan import Action, Kind, Plan
 from megatron.early_exit.pipeline.runtime import PlanRuntime
 from megatron.early_exit.pipeline.simulate import TimedAction, Timeline, simulate
 from megatron.early_exit.platform.distributed import on_rank_zero
@@ -42,29 +38,32 @@ def follows_plan(config: RunConfig) -> bool:
     return config.pipeline.is_planned or (config.training.tune_exit and config.parallel.num_stages > 1)
 
 
-def build_plan(config: RunConfig, num_microbatches: int, times: PassTimes | None) -> Plan:
-    """The plan of an iteration. times: of all stages where they are measured; None: filling waits until they are.
+def build_plan(config: RunConfig, num_microbatches: int, costs: Sequence[StageCosts] | None = None) -> Plan:
+    """The plan of an iteration. costs: of all stages where they are measured; without, filling waits until they are
+    (unless the flags say enough), and all exits that can run before the first gradient do.
 
     Raises ValueError if more microbatches are to fill bubbles than fit, with the largest number that works."""
     pipeline, num_ranks = config.pipeline, config.parallel.num_stages
     if config.training.tune_exit:
         return forward_only_tuning(num_ranks, num_microbatches, config.exit_stages)
-    num_chunks = config.parallel.num_model_chunks(config.model.num_layers)
-    given = _given_times(config)
-    if num_chunks > 1:
-        plan = interleaved(num_ranks, num_chunks, num_microbatches)
-    elif pipeline.fill_explicit_bubbles and (times or given) is not None:
+    times = _given_times(config) or (PassTimes.from_costs(costs) if costs is not None else None)
+    if pipeline.fill_explicit_bubbles and times is not None:
         plan = with_filled_bubbles(
             num_ranks,
             num_microbatches,
             config.exit_stages,
-            given or times,
+            times,
             pipeline.num_fill_warmup_microbatches,
             pipeline.num_fill_cooldown_microbatches,
         )
     else:
-        plan = one_f_one_b(num_ranks, num_microbatches)
-    return with_exits_in_bubbles(plan, config.exit_stages) if pipeline.exits_in_bubbles else plan
+        num_chunks = config.parallel.num_model_chunks(config.model.num_layers)
+        plan = base_plan(num_ranks, num_ranks * num_chunks, num_microbatches)
+    if not pipeline.exits_in_bubbles:
+        return plan
+    if costs is None:
+        return with_exits_in_bubbles(plan, config.exit_stages)
+    return exits_in_idle_time(Variant(plan.name, plan, tuple(costs)), config.exit_stages).plan
 
 
 def _given_times(config: RunConfig) -> PassTimes | None:
@@ -81,9 +80,11 @@ def check_plan(config: RunConfig, world_size: int) -> None:
     """Raise ValueError if no plan can be as the flags say, before anything is built."""
     training = config.training
     unit = training.micro_batch_size * config.parallel.data_parallel_size(world_size)
+    num_stages = config.parallel.num_stages * config.parallel.num_model_chunks(config.model.num_layers)
+    usual = [StageCosts(forward_sec=1.0, backward_sec=_USUAL_RATIO)] * num_stages
     # Fewer microbatches have less room for fill: the first batch of a ramp-up is the critical one.
     for batch_size in {*training.rampup_batch_size[:1], training.global_batch_size or unit}:
-        build_plan(config, batch_size // unit, PassTimes.uniform(config.parallel.num_stages, _USUAL_RATIO))
+        build_plan(config, batch_size // unit, usual)
 
 
 def most_fill(config: RunConfig, num_microbatches: int) -> int:
@@ -91,7 +92,7 @@ def most_fill(config: RunConfig, num_microbatches: int) -> int:
     if not config.pipeline.fill_explicit_bubbles:
         return 0
     if _given_times(config) is not None:
-        return build_plan(config, num_microbatches, None).num_fill
+        return build_plan(config, num_microbatches).num_fill
     return 2 * (config.parallel.num_stages - 1)  # fewer than (P - 1) r / (1 + r) of each kind
 
 
@@ -113,18 +114,19 @@ class PlannedPipeline:
         self._links = StageLinks(
             is_interleaved=len(model.chunks) > 1, timeout_minutes=config.parallel.distributed_timeout_minutes
         )
-        self._times: PassTimes | None = None
+        self._costs: list[StageCosts] | None = None
         self._num_run = 0
         self._traces: list[_Trace] = []
         self._runtime = cache(self._make_runtime)
-        self._measures = config.pipeline.fill_explicit_bubbles and _given_times(config) is None
+        fills_by_measure = config.pipeline.fill_explicit_bubbles and _given_times(config) is None
+        self._measures = fills_by_measure or config.pipeline.exits_in_bubbles
 
     def plan(self, num_microbatches: int) -> Plan:
         """Of the next iteration."""
         return self._runtime(num_microbatches).plan
 
     def _make_runtime(self, num_microbatches: int) -> PlanRuntime:
-        plan = build_plan(self._config, num_microbatches, self._times)
+        plan = build_plan(self._config, num_microbatches, self._costs)
         return PlanRuntime(
             plan, self._rank, config=self._model.config, chunks=self._model.wrapped,
             exit_losses=self._model.exit_losses, links=self._links, forward_step=forward_step,
@@ -158,30 +160,32 @@ class PlannedPipeline:
         return Timeline.of(plan.name, [row for rows in everywhere for row in rows])
 
     def _use_traces(self, num_microbatches: int) -> None:
-        """Choose the fill by what was measured, and draw."""
-        costs = measured_costs([trace.timeline for trace in self._traces], self._traces[-1].plan)
-        if self._measures:
-            self._measures = False
-            self._times = PassTimes(*self._agreed(costs))
-            self._runtime.cache_clear()
-            plan = self.plan(num_microbatches)
-            ratio = sum(self._times.backward) / sum(self._times.forward)
-            self._say(
-                f" measured: a backward takes {ratio:.2f} times as long as a forward; from now on bubbles are filled "
-                f"with {plan.num_fill_warmup} + {plan.num_fill_cooldown} microbatches in each iteration"
-            )
-            if self._config.pipeline.profile_pipeline is not None:
-                self._traces.clear()  # the profile is of iterations with fill
-                self._num_run = 0
-                return
-        if self._config.pipeline.profile_pipeline is not None:
+        """Make the plan that fits what was measured, or draw."""
+        costs = self._agreed(measured_costs([trace.timeline for trace in self._traces], self._traces[-1].plan))
+        if not self._measures:
             on_rank_zero(lambda: self._write_profile(costs))
+            return
+        self._measures, self._costs = False, costs
+        self._runtime.cache_clear()
+        plan = self.plan(num_microbatches)
+        times = PassTimes.from_costs(costs)
+        ratio = sum(times.backward) / sum(times.forward)
+        fill = f"{plan.num_fill_warmup} + {plan.num_fill_cooldown} microbatches fill bubbles"
+        exits = ", ".join(str(_exits_before_first_backward(actions)) for actions in plan.ranks)
+        parts = [fill] if self._config.pipeline.fill_explicit_bubbles else []
+        if self._config.pipeline.exits_in_bubbles:
+            parts.append(f"exits of {exits} microbatches run before the first gradient of each stage")
+        self._say(
+            f" measured: a backward takes {ratio:.2f} times as long as a forward; from now on {', and '.join(parts)}"
+        )
+        if self._config.pipeline.profile_pipeline is not None:
+            self._traces.clear()  # the profile is of iterations with the new plan
+            self._num_run = 0
 
-    def _agreed(self, costs: list[StageCosts]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(forward, backward with exits) of all stages: those of global rank 0's pipeline, so that all ranks of the
-        world build the same plan."""
-        times = [(cost.forward_sec for cost in costs), (cost.backward_sec + cost.exit_sec for cost in costs)]
-        agreed = [tuple(map(tuple, times))]
+    @staticmethod
+    def _agreed(costs: list[StageCosts]) -> list[StageCosts]:
+        """Those of global rank 0's pipeline, so that all ranks of the world build the same plan."""
+        agreed = [costs]
         torch.distributed.broadcast_object_list(agreed, src=0)
         return agreed[0]
 
@@ -209,6 +213,12 @@ class PlannedPipeline:
             f" profile of the pipeline: {picture} and {picture.with_suffix('.json').name}; an iteration took "
             f"{measured.iteration_sec * 1000:.1f} ms, predicted {predicted.iteration_sec * 1000:.1f} ms"
         )
+
+
+def _exits_before_first_backward(actions: Sequence[Action]) -> int:
+    kinds = [action.kind for action in actions if not action.is_partial]
+    first = kinds.index(Kind.BACKWARD) if Kind.BACKWARD in kinds else len(kinds)
+    return kinds[:first].count(Kind.EXIT)
 
 
 def measured_costs(timelines: list[Timeline], plan: Plan) -> list[StageCosts]:
