@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
 from megatron.early_exit.model import sizes
 from megatron.early_exit.pipeline.cases import CASES, setup_of_case
-from megatron.early_exit.pipeline.comparison import FREE, Setup, Variant, compare
-from megatron.early_exit.pipeline.plan import Kind
+from megatron.early_exit.pipeline.comparison import FREE, Setup, compare
 from megatron.early_exit.pipeline.planner import choose
 
 TIME_LIMIT, MEMORY_LIMIT = 0.01, 0.0
@@ -42,28 +40,10 @@ def all_cases() -> dict[str, Setup]:
     return setups
 
 
-def with_last_exits_early(variant: Variant, stages: Sequence[int]) -> Variant:
-    """Exits of the last microbatch run before its gradient arrives, too, where the plan has them in the backward."""
-    last = variant.plan.num_microbatches - 1
-    ranks = []
-    for rank, actions in enumerate(variant.plan.ranks):
-        done = {action.microbatch for action in actions if action.kind == Kind.EXIT}
-        moved = []
-        for action in actions:
-            is_last = action.kind == Kind.RECEIVE_BACKWARD and action.microbatch == last
-            if is_last and last not in done and rank in stages:
-                moved.append(replace(action, kind=Kind.EXIT))
-            moved.append(action)
-        ranks.append(tuple(moved))
-    return replace(variant, plan=replace(variant.plan, ranks=tuple(ranks)))
-
-
 def measure(setup: Setup) -> dict[str, Any]:
     """One row: the variants' times and memory against plain GPT's, and what the planner chooses."""
     plain, in_backward, in_idle_time, filled = compare(setup)
-    last_early = with_last_exits_early(in_idle_time, setup.early_exit_stages)
     choice = choose(setup)
-    chosen_early = with_last_exits_early(choice.variant, choice.setup.early_exit_stages)
     added = lambda variant: variant.iteration_sec / plain.iteration_sec - 1
     config, parallel = setup.config, setup.config.parallel
     vocab_size = config.model.padded_vocab_size
@@ -83,7 +63,6 @@ def measure(setup: Setup) -> dict[str, Any]:
         "added_flops_share": config.exits.num_exits * sizes.exit_flops_per_token(config, vocab_size) / flops,
         "time_added_in_backward": added(in_backward),
         "time_added_in_idle_time": added(in_idle_time),
-        "time_added_with_last_exits_early": added(last_early),
         "time_added_filled": added(filled),
         "fill": [filled.plan.num_fill_warmup, filled.plan.num_fill_cooldown],
         "idle_share_plain": idle(plain), "idle_share_in_idle_time": idle(in_idle_time),
@@ -96,7 +75,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         "chosen_exit_layer_nums": list(choice.setup.config.exits.exit_layer_nums),
         "chosen_pre_exit": choice.setup.config.exits.pre_exit,
         "time_added_chosen": choice.time_overhead,
-        "time_added_chosen_with_last_exits_early": added(chosen_early), "memory_added_chosen": choice.memory_overhead,
+        "memory_added_chosen": choice.memory_overhead,
         "reasons": list(choice.reasons),
     }  # fmt: skip
 
@@ -111,7 +90,6 @@ def goals(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
     return {
         "exits in idle time add at most 1% to the iteration": verdict("time_added_in_idle_time", TIME_LIMIT),
-        "the same with the last microbatch's exits early": verdict("time_added_with_last_exits_early", TIME_LIMIT),
         "exits add nothing to the fullest rank's memory": verdict("memory_added", MEMORY_LIMIT),
     }
 
@@ -128,14 +106,14 @@ def main() -> int:
         rows[name] = measure(setup)
     percent = lambda value: f"{value:+.2%}"
     header = [
-        "case", "GPUs", "DP", "microbatches", "plain s", "MFU", "FLOPs", "in backward", "in idle time", "last too",
-        "filled", "fill", "GiB", "memory", "fits", "chosen",
+        "case", "GPUs", "DP", "microbatches", "plain s", "MFU", "FLOPs", "in backward", "in idle time", "filled",
+        "fill", "GiB", "memory", "fits", "chosen",
     ]  # fmt: skip
     table = [
         [
             name, row["gpus"], row["dp"], row["num_microbatches"], f"{row['plain_sec']:.2f}", f"{row['plain_mfu']:.0%}",
             percent(row["added_flops_share"]), percent(row["time_added_in_backward"]),
-            percent(row["time_added_in_idle_time"]), percent(row["time_added_with_last_exits_early"]),
+            percent(row["time_added_in_idle_time"]),
             percent(row["time_added_filled"]), f"{row['fill'][0]} + {row['fill'][1]}",
             f"{max(row['peak_bytes_plain']) / 2**30:.1f}", percent(row["memory_added"]), row["fits"],
             percent(row["time_added_chosen"]),

@@ -114,7 +114,8 @@ class PlannedPipeline:
         self._links = StageLinks(
             is_interleaved=len(model.chunks) > 1, timeout_minutes=config.parallel.distributed_timeout_minutes
         )
-        self._costs: list[StageCosts] | None = None
+        self.costs: list[StageCosts] | None = None
+        """Of all stages, once they are measured."""
         self._num_run = 0
         self._traces: list[_Trace] = []
         self._runtime = cache(self._make_runtime)
@@ -126,7 +127,7 @@ class PlannedPipeline:
         return self._runtime(num_microbatches).plan
 
     def _make_runtime(self, num_microbatches: int) -> PlanRuntime:
-        plan = build_plan(self._config, num_microbatches, self._costs)
+        plan = build_plan(self._config, num_microbatches, self.costs)
         return PlanRuntime(
             plan, self._rank, config=self._model.config, chunks=self._model.wrapped,
             exit_losses=self._model.exit_losses, links=self._links, forward_step=forward_step,
@@ -165,7 +166,7 @@ class PlannedPipeline:
         if not self._measures:
             on_rank_zero(lambda: self._write_profile(costs))
             return
-        self._measures, self._costs = False, costs
+        self._measures, self.costs = False, costs
         self._runtime.cache_clear()
         plan = self.plan(num_microbatches)
         times = PassTimes.from_costs(costs)
