@@ -2,10 +2,10 @@
 
     python -m benchmarks.tuning_study --folder runs/study          (SmolLM2-135M, from the root of the repository)
 
-Each variant gets exits after the same layers, is tuned on the same text with the same number of tokens, and is evaluated
-on held-out text on the way: loss, and agreement with the final head, of every exit. At the end some decode with several
-thresholds, against the full model in the same run. The frozen layers' hidden states are computed once for all variants
-(`--cache-hidden-states`). A variant that is done is not run again, so the study can be interrupted.
+Each variant gets exits after the same layers, is tuned on the same text with the same number of tokens, and is
+evaluated on held-out text on the way: loss, and agreement with the final head, of every exit. At the end some decode
+with several thresholds, against the full model in the same run. The frozen layers' hidden states are computed once for
+all variants (`--cache-hidden-states`). A variant that is done is not run again, so the study can be interrupted.
 
 The last line is one JSON document, also written to benchmarks/results/, and drawn with --picture.
 """
