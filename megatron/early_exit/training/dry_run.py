@@ -97,6 +97,10 @@ def describe(config: RunConfig, world_size: int) -> str:
             f"cache       {cached_samples(config, drawn):,} samples in {training.cache_hidden_states}, "
             f"{gib(cache_bytes(config, drawn))} GiB on disk, drawn {drawn / cached_samples(config, drawn):.1f} times"
         )
+    if config.pipeline.is_planned:
+        from megatron.early_exit.training.plans import plan_text
+
+        lines.append(f"plan        {plan_text(config, batch // (training.micro_batch_size * dp))}")
     for number, one in enumerate(estimates):
         exits = f"; exits {', '.join(map(str, one.exits))}" if one.exits else ""
         lines.append(

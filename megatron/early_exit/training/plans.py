@@ -76,6 +76,20 @@ def _given_times(config: RunConfig) -> PassTimes | None:
     return None if ratio is None else PassTimes.uniform(config.parallel.num_stages, ratio)
 
 
+def plan_text(config: RunConfig, num_microbatches: int) -> str | None:
+    """What an iteration follows, in words; None for core's schedule."""
+    pipeline = config.pipeline
+    if not pipeline.is_planned:
+        return None
+    parts = ["exits in idle time"] if pipeline.exits_in_bubbles else []
+    if pipeline.fill_explicit_bubbles and _given_times(config) is None:
+        parts.append("bubbles filled when the stages are measured")
+    elif pipeline.fill_explicit_bubbles:
+        plan = build_plan(config, num_microbatches)
+        parts.append(f"bubbles filled with {plan.num_fill_warmup} + {plan.num_fill_cooldown} more microbatches")
+    return ", ".join(parts) or "core's order of passes, profiled"
+
+
 def check_plan(config: RunConfig, world_size: int) -> None:
     """Raise ValueError if no plan can be as the flags say, before anything is built."""
     training = config.training

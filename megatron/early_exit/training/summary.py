@@ -10,6 +10,7 @@ from megatron.early_exit.model.build import Model, params_dtype
 from megatron.early_exit.model.sizes import exit_flops_per_token, layer_flops_per_token, output_flops_per_token
 from megatron.early_exit.platform.device import backend, device, use_cuda
 from megatron.early_exit.training.microbatches import Microbatches
+from megatron.early_exit.training.plans import plan_text
 
 
 def start_up_summary(config: RunConfig, model: Model, microbatches: Microbatches) -> str:
@@ -31,6 +32,8 @@ def start_up_summary(config: RunConfig, model: Model, microbatches: Microbatches
         f"length      {_length(config, tokens)}",
         f"exits       {_exits(config)}{tuned}",
     ]
+    if plan := plan_text(config, microbatches.count):
+        lines.append(f"plan        {plan}")
     lines += [f"stage {stage:<5} {text}" for stage, text in enumerate(_stages(model))]
     lines += _warnings(config, model)
     width = max(map(len, lines))
