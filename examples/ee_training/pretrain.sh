@@ -3,6 +3,7 @@
 # its exits), TP, PP, MICRO_BATCH_SIZE, NNODES and CHECKPOINTS.
 #
 #   TOKENIZER=DIR DATA="PREFIX" CHECKPOINTS=DIR bash examples/ee_training/7B.sh [more flags]
+#   --exits-in-bubbles and --fill-explicit-bubbles use the pipeline's idle time (docs/pipeline_plans.md)
 #   several nodes: NNODES=4 NODE_RANK=0..3 MASTER_ADDR=host, the same command on each
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -127,6 +127,20 @@ def test_train_resume_and_generate(data: str, tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
+def test_training_in_idle_time(data: str, tmp_path: Path) -> None:
+    """Plans from the command line, with the picture of an iteration; the tool simulates with what was measured."""
+    flags = ["--data-path", data, "--pipeline-model-parallel-size", "2", "--eval-iters", "0", "--exits-in-bubbles",
+             "--fill-explicit-bubbles", "--profile-pipeline", str(tmp_path / "profile.svg")]  # fmt: skip
+    result = train(2, *flags, "--train-iters", "12", "--lr-decay-iters", "12")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "plan        exits in idle time, bubbles filled when the stages are measured" in result.stdout
+    assert "measured: a backward takes" in result.stdout and "profile of the pipeline: " in result.stdout
+    assert "iteration       12/      12" in result.stdout
+    assert (tmp_path / "profile.svg").read_text().count("rank 1") == 2  # predicted and measured
+    planned = run_tool("tools/plan_pipeline.py", "--costs", str(tmp_path / "profile.json"), "--num-microbatches", "4")
+    assert "exits in idle time" in planned.stdout
+
+
 def test_sigterm_saves_and_stops(data: str, tmp_path: Path) -> None:
     folder = tmp_path / "ck"
     command = [sys.executable, "pretrain_early_exit_gpt.py", *MODEL, *TRAINING, "--data-path", data,
@@ -192,6 +206,8 @@ def test_a_disk_that_takes_no_more_ends_all_ranks_and_keeps_the_last_checkpoint(
     (2, ["--no-such-flag", "1"], "--no-such-flag"),
     (2, ["--data-path", "/nowhere/prefix"], "/nowhere/prefix"),
     (1, ["--load", "/nowhere/checkpoints"], "/nowhere/checkpoints"),
+    (2, ["--pipeline-model-parallel-size", "2", "--fill-explicit-bubbles", "--num-fill-warmup-microbatches", "1",
+         "--num-fill-cooldown-microbatches", "0"], "Use at most 0"),
 ], ids=str)  # fmt: skip
 def test_bad_input_is_said_once_and_ends_all_ranks(data: str, world_size: int, flags: list[str], message: str) -> None:
     started = time.monotonic()

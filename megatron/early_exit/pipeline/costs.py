@@ -65,11 +65,14 @@ def write_costs(costs: Iterable[StageCosts], path: str | Path) -> None:
 
 
 def read_costs(path: str | Path) -> list[StageCosts]:
-    """Costs of all stages from `write_costs`' form; what an object leaves out is 0. Raises ValueError or OSError."""
+    """Costs of all stages from `write_costs`' form, or from a profile of training (`--profile-pipeline`), which has them
+    under `costs`; what an object leaves out is 0. Raises ValueError or OSError."""
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
+    if isinstance(rows, dict) and "costs" in rows:
+        rows = rows["costs"]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list with one object for each stage")
     known = [field.name for field in dataclasses.fields(StageCosts)]
