@@ -18,18 +18,10 @@ from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.run import RunConfig
 from tests.configs import make_config
 from tests.distributed.engines import HEADS, STYLES, head_logits
-from tests.distributed.test_conversion import MODELS, random_model
+from tests.distributed.test_conversion import EXIT_FLAGS, MODELS, random_model
 from tests.distributed.workers import run_distributed
 
 TOKENS = [[(5 * i + j * j) % 95 for j in range(12)] for i in range(2)]
-FLAGS = {
-    "tied": (),
-    "untied_norm": ("--untie-exit-output-weights", "--use-exit-norm"),
-    "mlp": ("--use-exit-mlp", "--use-exit-norm"),
-    "block": ("--use-exit-block", "--use-exit-norm", "--untie-exit-output-weights"),
-    "pre_exit": ("--pre-exit", "--use-exit-norm"),
-    "pre_exit_block": ("--pre-exit", "--use-exit-block"),
-}
 
 
 def save(cfg: RunConfig, folder: Path) -> None:
@@ -75,7 +67,7 @@ def test_the_parameters_are_those_of_a_model_trained_with_exits(head: str, style
     plain(tmp_path / "plain", style)
     cfg = make_config(exit_layer_nums=(1, 3), exit_layer_weight=(), **HEADS[head], **STYLES[style])
     run_distributed(1, save, cfg=cfg, folder=tmp_path / "trained")
-    words = ("--load", tmp_path / "plain", "--save", tmp_path / "added", "--exit-layer-nums", 1, 3, *FLAGS[head])
+    words = ("--load", tmp_path / "plain", "--save", tmp_path / "added", "--exit-layer-nums", 1, 3, *EXIT_FLAGS[head])
     assert run("add-exits", *words) == 0
     assert stored(tmp_path / "added") == stored(tmp_path / "trained")
     assert read(tmp_path / "added")[0] == cfg.exits
@@ -102,7 +94,7 @@ def test_a_copied_mlp_branch_is_the_layer_itself(tmp_path: Path) -> None:
 
 def test_parts_are_copied_or_drawn(tmp_path: Path) -> None:
     plain(tmp_path / "plain", "gpt2")
-    words = ("--load", tmp_path / "plain", "--exit-layer-nums", 2, *FLAGS["block"])
+    words = ("--load", tmp_path / "plain", "--exit-layer-nums", 2, *EXIT_FLAGS["block"])
     assert run("add-exits", *words, "--save", tmp_path / "copy") == 0
     for name in ("random", "again"):
         assert run("add-exits", *words, "--init", "random", "--save", tmp_path / name) == 0
@@ -248,6 +240,8 @@ def test_what_cannot_be_converted_leaves_nothing_behind(
     assert (checkpoint_folder(tmp_path / "ours") / ".metadata").read_bytes() == before
     assert run("to-hf", "--load", tmp_path / "ours", "--output", tmp_path / "good") == 2
     assert "is not empty" in capsys.readouterr().err
+    assert run("to-hf", "--load", tmp_path / "ours", "--output", tmp_path / "x", "--with-exits") == 2
+    assert "the model has no exits to write" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("raised", [OSError("the disk is gone"), KeyboardInterrupt()], ids=str)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron.early_exit.checkpoint import exits
 from megatron.early_exit.checkpoint.convert_command import main
+from megatron.early_exit.checkpoint.tensors import LazyTensor
+from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.parallel import ParallelConfig
-from tests.distributed.engines import head_logits
+from tests.distributed.engines import STYLES, head_logits
 from tests.distributed.workers import run_distributed
 
 SIZES = {
@@ -37,7 +41,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),
     "gpt2": ("gpt2", {}),
     "gpt2 with exact gelu": ("gpt2", {"activation_function": "gelu"}),
+    "gpt2 untied": ("gpt2", {"tie_word_embeddings": False}),
 }  # fmt: skip
+EXIT_FLAGS = {
+    "tied": (),
+    "untied_norm": ("--untie-exit-output-weights", "--use-exit-norm"),
+    "mlp": ("--use-exit-mlp", "--use-exit-norm"),
+    "block": ("--use-exit-block", "--use-exit-norm", "--untie-exit-output-weights"),
+    "pre_exit": ("--pre-exit", "--use-exit-norm"),
+    "pre_exit_block": ("--pre-exit", "--use-exit-block"),
+}
 TOKENS = [[(7 * i + 3 * j * j) % 93 for j in range(30)] for i in range(2)]
 
 
@@ -189,58 +202,147 @@ def test_shards_and_types(tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[key].bfloat16()) for key, value in back.state_dict().items())
 
 
-def our_early_exit(folder: Path, threshold: float, count: int) -> list[tuple[list[int], list[int]]]:
-    """(tokens, layers that they left at) for the prompts of `TOKENS`."""
+def our_early_exit(folder: Path, count: int) -> dict[float, list[tuple[list[int], list[int]]]]:
+    """By threshold: (tokens, layers that they left at) for the beginnings of `TOKENS`."""
     from megatron.early_exit.inference.llm import LLM
     from megatron.early_exit.inference.params import GenerationParams
 
     llm = LLM.load(str(folder), max_requests=2)
-    params = GenerationParams(
-        mode="early_exit", exit_thresholds=(threshold,), max_tokens=count, ignore_eod=True, max_deferred=1000
-    )
-    answers = llm.generate([tokens[:12] for tokens in TOKENS], params)
-    return [([t.token for t in answer.tokens], [t.exit_layer for t in answer.tokens]) for answer in answers]
+    answers = {}
+    for threshold in THRESHOLDS:
+        params = GenerationParams(
+            mode="early_exit", exit_thresholds=(threshold,), max_tokens=count, ignore_eod=True, max_deferred=1000
+        )
+        answers[threshold] = [
+            ([t.token for t in answer.tokens], [t.exit_layer for t in answer.tokens])
+            for answer in llm.generate([tokens[:12] for tokens in TOKENS], params)
+        ]
+    return answers
 
 
-@pytest.mark.parametrize(("name", "flags"), [
-    ("llama", ("--use-exit-norm", "--use-exit-mlp")),
-    ("mistral", ("--use-exit-norm", "--untie-exit-output-weights")),
-    ("qwen2", ("--use-exit-norm", "--pre-exit")),
-    ("qwen3", ("--use-exit-mlp",)),
-], ids=str)  # fmt: skip
-def test_exits_in_transformers(name: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+def assert_same_early_exit(model: Any, ours: dict[float, list[tuple[list[int], list[int]]]]) -> None:
+    for threshold, answers in ours.items():
+        for prompt, answer in zip(TOKENS, answers, strict=True):
+            ids = torch.tensor([prompt[:12]])
+            ids = model.generate(ids, exit_threshold=threshold, max_new_tokens=len(answer[0]), eos_token_id=None)
+            assert (ids[0, 12:].tolist(), model.last_exit_layers) == answer, threshold
+
+
+# Not 1: there an exit is taken where its probability rounds to 1, and roundings differ.
+THRESHOLDS = (0.0, 0.1, 0.2, 0.4, 0.6, 0.9, 0.999)
+
+
+def write_with_exits(
+    name: str, flags: tuple[str, ...], layers: tuple[int, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of `MODELS` with exits that each say something else: `exits` is ours, `back` that of transformers."""
+
+    def shaken(like: LazyTensor, model: ModelConfig, name: str, seed: int) -> LazyTensor:
+        def shake(tensor: torch.Tensor) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(len(name) + seed)
+            return tensor + 0.5 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+
+        return like.then(like.shape, shake)
+
+    monkeypatch.setattr(exits, "_random", shaken)
+    random_model(*MODELS[name], folder / "theirs")
+    convert("from-hf", "--input", folder / "theirs", "--save", folder / "plain")
+    words = ("--load", folder / "plain", "--save", folder / "exits", "--exit-layer-nums", *layers, *flags)
+    convert("add-exits", *words, "--init", "random")
+    convert("to-hf", "--load", folder / "exits", "--output", folder / "back", "--with-exits")
+
+
+@pytest.mark.parametrize(("name", "head"), [
+    *((name, head) for name in ("llama", "qwen3", "gpt2") for head in ("tied", "untied_norm", "mlp", "block")),
+    ("llama", "pre_exit"), ("mistral", "untied_norm"), ("qwen2", "pre_exit_block"), ("gpt2 untied", "pre_exit_block"),
+    ("gpt2 with exact gelu", "mlp"),
+])  # fmt: skip
+def test_exits_in_transformers(name: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
-    random_model(*MODELS[name], tmp_path / "theirs")
-    convert("from-hf", "--input", tmp_path / "theirs", "--save", tmp_path / "plain")
-    words = ("--load", tmp_path / "plain", "--save", tmp_path / "exits", "--exit-layer-nums", 2, 3, *flags)
-    convert("add-exits", *words, "--init", "random")
-    convert("to-hf", "--load", tmp_path / "exits", "--output", tmp_path / "back", "--with-exits")
+    write_with_exits(name, EXIT_FLAGS[head], (1, 2, 3), tmp_path, monkeypatch)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", trust_remote_code=True)
-    model.generation_config.eos_token_id = None
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", trust_remote_code=False)
     assert type(plain).__name__ != type(model).__name__ == "EarlyExitForCausalLM"
     assert torch.equal(their_logits(tmp_path / "back"), their_logits(tmp_path / "theirs"))
-    seen = set()
-    # Not 1: there an exit is taken where its probability rounds to 1, and roundings differ.
-    for threshold in (0.0, 0.03, 0.06, 0.2, 0.6, 0.9, 0.999):
-        ours = run_distributed(1, our_early_exit, folder=tmp_path / "exits", threshold=threshold, count=30)[0]
-        for prompt, (tokens, layers) in zip(TOKENS, ours, strict=True):
-            ids = model.generate(torch.tensor([prompt[:12]]), max_new_tokens=30, exit_threshold=threshold)
-            assert ids[0, 12:].tolist() == tokens and model.last_exit_layers == layers, threshold
-            seen |= set(layers)
-    assert {2, 4} <= seen
-    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    ours = run_distributed(1, our_early_exit, folder=tmp_path / "exits", count=30)[0]
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        assert_same_early_exit(model, ours)
+    # Or the comparison would not show what waiting rows do.
+    ways = {tuple(layers) for answers in ours.values() for _, layers in answers}
+    assert {1, 2, 3, 4} == {layer for layers in ways for layer in layers}
+    assert sum(len(set(layers)) > 2 for layers in ways) > 2
+    settings = {"max_new_tokens": 30, "eos_token_id": None}
     ids = model.generate(torch.tensor([TOKENS[0][:12]]), **settings)
     assert torch.equal(ids, plain.generate(torch.tensor([TOKENS[0][:12]]), **settings))
-    with pytest.raises(ValueError, match="one sequence, greedily"):
-        model.generate(torch.tensor(TOKENS), exit_threshold=0.5)
-    with pytest.raises(ValueError, match="it is a probability"):
-        model.generate(torch.tensor([TOKENS[0]]), exit_threshold=5.0)
 
 
-def test_a_model_trained_here(tmp_path: Path) -> None:
-    """Ids and vocabulary are those of its tokenizer, not the defaults of the architecture."""
+def test_settings_of_generate_act_on_early_exit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    write_with_exits("gpt2", EXIT_FLAGS["block"], (2, 3), tmp_path, monkeypatch)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, plain = (load(tmp_path / "back", trust_remote_code=trust) for trust in (True, False))
+    ids = torch.tensor([TOKENS[0][:12]])
+
+    def sampled(one: Any, **settings: Any) -> list[int]:
+        torch.manual_seed(3)
+        settings = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "eos_token_id": None, **settings}
+        return one.generate(ids, max_new_tokens=30, **settings)[0].tolist()
+
+    # No exit is sure: the same draws as without exits, which are not the greedy choice.
+    tokens = sampled(model, exit_threshold=1.0)
+    assert model.last_exit_layers == [4] * 30 and tokens == sampled(plain)
+    assert tokens != sampled(plain, top_k=1)
+    # All leave at the first exit: tokens are drawn from what that exit says.
+    tokens = sampled(model, exit_threshold=0.0, top_k=3)
+    said = run_distributed(1, head_logits, folder=tmp_path / "exits", tokens=[tokens])[0]["exit_2"][0, :, :93]
+    ranks = [int((row > row[token]).sum()) for row, token in zip(said[11:], tokens[12:], strict=False)]
+    assert model.last_exit_layers == [2] * 30 and set(ranks) == {0, 1, 2}
+    assert sampled(model, exit_threshold=0.0, top_k=1) == sampled(model, exit_threshold=0.0, do_sample=False)
+    # Processors and criteria.
+    penalised = model.generate(ids, exit_threshold=0.5, no_repeat_ngram_size=1, max_length=40, eos_token_id=None)
+    assert penalised.size(1) == 40 and len(set(penalised[0, 12:].tolist())) == 28
+    streamed: list[int] = []
+    streamer = SimpleNamespace(put=lambda ids: streamed.extend(ids.flatten().tolist()), end=lambda: streamed.append(-1))
+    assert [*sampled(model, exit_threshold=0.6, streamer=streamer), -1] == streamed
+    end = tokens[15]
+    assert sampled(model, exit_threshold=0.0, top_k=3, eos_token_id=end) == tokens[: tokens.index(end, 12) + 1]
+    model.generation_config.eos_token_id = end
+    assert model.generate(ids, exit_threshold=1.0, forced_eos_token_id=end, max_new_tokens=5)[0, -1] == end
+    # Exits go along to another type.
+    assert model.to(torch.float64).generate(ids, exit_threshold=0.0, max_new_tokens=3, eos_token_id=None).size(1) == 15
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"exit_threshold": 5.0}, "exit_threshold is 5.0; it is a probability"),
+    ({"inputs": torch.tensor(TOKENS)}, "2 sequences; generate them one by one"),
+    ({"num_beams": 2}, "the generation mode beam_search"),
+    ({"prompt_lookup_num_tokens": 2}, "the generation mode assisted_generation"),
+    ({"do_sample": True, "num_return_sequences": 3}, "3 sequences"),
+    ({"attention_mask": torch.tensor([[0] + [1] * 29])}, "an attention_mask with zeros; leave padding out"),
+    ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+    ({"inputs": None, "inputs_embeds": torch.zeros(1, 3, 42)}, "inputs_embeds cannot be used with exit_threshold"),
+], ids=str)  # fmt: skip
+def test_early_exit_in_transformers_refuses(settings: dict, message: str, early_exit_model: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        early_exit_model.generate(**{"inputs": torch.tensor(TOKENS[:1]), "exit_threshold": 0.5, **settings})
+
+
+@pytest.fixture(scope="module")
+def early_exit_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    import transformers
+
+    folder = tmp_path_factory.mktemp("model")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        write_with_exits("llama", (), (2,), folder, monkeypatch)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "back", trust_remote_code=True)
+
+
+@pytest.mark.parametrize("style", ["llama", "gpt2"])
+def test_a_model_trained_here(style: str, tmp_path: Path) -> None:
+    """Ids and vocabulary are those of its tokenizer, not the defaults of the architecture; exits have temperatures."""
     import transformers
 
     from tests.configs import make_config
@@ -250,9 +352,11 @@ def test_a_model_trained_here(tmp_path: Path) -> None:
     data = {
         "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(tmp_path / "tokenizer"), "vocab_size": None,
     }  # fmt: skip
-    run_distributed(1, save, cfg=make_config(max_position_embeddings=64, **data), folder=tmp_path / "ours")
-    convert("to-hf", "--load", tmp_path / "ours", "--output", tmp_path / "theirs")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    heads = {"use_exit_block": True, "exit_layer_temperature": (0.05, 0.02)}
+    cfg = make_config(max_position_embeddings=64, **data, **heads, **STYLES[style])
+    run_distributed(1, save, cfg=cfg, folder=tmp_path / "ours")
+    convert("to-hf", "--load", tmp_path / "ours", "--output", tmp_path / "theirs", "--with-exits")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", trust_remote_code=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
     assert model.config.eos_token_id == tokenizer.eos_token_id == 92
     assert model.config.bos_token_id is None and model.config.vocab_size == len(tokenizer) == 93
@@ -260,6 +364,9 @@ def test_a_model_trained_here(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = model(torch.tensor([[1, 2, 3, 4, 5]])).logits[0]
     assert_same_logits(said[:, : model.config.vocab_size], logits)
+    answers = run_distributed(1, our_early_exit, folder=tmp_path / "ours", count=30)[0]
+    assert_same_early_exit(model, answers)
+    assert {2, 3, 4} == {layer for of_threshold in answers.values() for _, layers in of_threshold for layer in layers}
 
 
 def test_vocabulary_for_many_ranks(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 from megatron.early_exit.checkpoint.families import (
     Family,
     family_of,
+    model_output_weight,
     pad_vocabulary,
     standard_model_type,
     vocabulary_rows,
@@ -35,6 +37,17 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+# By family: modules that the class of `remote_code/` needs to find, where the architectures differ.
+_MODULES = {
+    "llama": {
+        "layers": "model.layers", "mlp_norm": "post_attention_layernorm", "final_norm": "model.norm",
+        "rotary": "model.rotary_emb",
+    },
+    "gpt2": {
+        "layers": "transformer.h", "mlp_norm": "ln_2", "final_norm": "transformer.ln_f",
+        "positions": "transformer.wpe",
+    },
 }  # fmt: skip
 
 
@@ -191,14 +204,12 @@ def write_hugging_face(
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     theirs = family.theirs(without_exits(tensors), model)
-    if exits is not None and model_type == "gpt2":
-        raise ValueError("exits of a gpt2 cannot be written for transformers; leave them out")
     with _partial(output) as partial:
         dtype = next(iter(theirs.values())).dtype
         _write_config(partial, family, model_type, model, source, rows, dtype)
         _write_safetensors(partial, theirs, max_shard_bytes, progress)
         if exits is not None:
-            _write_exits(partial, tensors, exits)
+            _write_exits(partial, tensors, model, exits, family)
         for file in tokenizer_files(tokenizer) if tokenizer is not None else []:
             if file.name != "config.json":
                 shutil.copyfile(file, partial / file.name)
@@ -287,42 +298,65 @@ def _write_safetensors(folder: Path, tensors: Tensors, max_shard_bytes: int, pro
 
 def _check_exits(exits: ExitConfig) -> None:
     if not exits.num_exits:
-        raise ValueError("the model has no exits to write")
-    if exits.use_exit_block:
-        raise ValueError("exits with a transformer block cannot be written for transformers; leave them out")
+        raise ValueError("the model has no exits to write (--with-exits); leave --with-exits out, or add-exits first")
 
 
-def _write_exits(folder: Path, tensors: Tensors, exits: ExitConfig) -> None:
+def _write_exits(folder: Path, tensors: Tensors, model: ModelConfig, exits: ExitConfig, family: Family) -> None:
     """The exits' weights, their settings in config.json, and the class that uses both."""
     from safetensors.torch import save_file
 
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    names = {"norm.weight": "norm.weight", "output_layer.weight": "output.weight", "mlp.linear_fc2.weight":
-             "mlp.down_proj.weight"}  # fmt: skip
+    modules = _MODULES[family.model_types[0]]
     state = {}
     for index, layer in enumerate(exits.exit_layer_nums):
-        prefix = f"decoder.layers.{layer - 1}{EXIT_HEAD}"
-        for name, tensor in tensors.items():
-            if not name.startswith(prefix):
-                continue
-            part, value = name.removeprefix(prefix), tensor.read().to(tensor.dtype)
-            if part == "mlp.linear_fc1.weight":
-                gate, up = value.chunk(2)
-                state |= {f"{index}.mlp.gate_proj.weight": gate.clone(), f"{index}.mlp.up_proj.weight": up.clone()}
-            else:
-                state[f"{index}.{names[part]}"] = value.clone()
+        for name, tensor in _their_exit(tensors, model, exits, family, layer).items():
+            state[f"{index}.{name}"] = tensor.read().to(tensor.dtype).contiguous().clone()
     save_file(state, folder / "exits.safetensors", metadata={"format": "pt"})
     config["early_exits"] = {
-        "layers": list(exits.exit_layer_nums), "pre_exit": exits.pre_exit, "norm": exits.use_exit_norm,
-        "mlp": exits.use_exit_mlp, "own_output": exits.untie_exit_output_weights,
-        "temperatures": [exits.temperature_of(index) for index in range(exits.num_exits)],
+        "layers": list(exits.exit_layer_nums), "pre_exit": exits.pre_exit, "block": exits.use_exit_block,
+        "mlp": exits.use_exit_mlp, "norm": exits.use_exit_norm, "own_output": exits.untie_exit_output_weights,
+        "temperatures": [exits.temperature_of(index) for index in range(exits.num_exits)], "modules": modules,
     }  # fmt: skip
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_early_exit.EarlyExitForCausalLM"}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     code = (Path(__file__).parent / "remote_code" / "modeling_early_exit.py").read_text(encoding="utf-8")
     base = config["architectures"][0]
     (folder / "modeling_early_exit.py").write_text(code.replace("LlamaForCausalLM as Base", f"{base} as Base"))
+
+
+def _their_exit(tensors: Tensors, model: ModelConfig, exits: ExitConfig, family: Family, layer_number: int) -> Tensors:
+    """The own parameters of the exit at a layer, as `remote_code/` names them.
+
+    They are converted as those of a model of one layer: the exit's block, or its layer with the exit's MLP, and the
+    exit's norm and output as the final ones."""
+    layer = f"decoder.layers.{layer_number - 1}"
+    head = _below(tensors, f"{layer}{EXIT_HEAD}")
+    one_layer = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.layers.")}
+    one_layer["output_layer.weight"] = head.get("output_layer.weight", model_output_weight(tensors))
+    one_layer |= {f"decoder.final_layernorm.{name}": tensor for name, tensor in _below(head, "norm.").items()}
+    parts = _below(without_exits(tensors), f"{layer}.") | _below(head, "block.")
+    parts |= {f"mlp.{name}": tensor for name, tensor in _below(head, "mlp.").items()}
+    one_layer |= {f"decoder.layers.0.{name}": tensor for name, tensor in parts.items()}
+    theirs = family.theirs(one_layer, replace(model, num_layers=1, untie_embeddings_and_output_weights=True))
+    modules = _MODULES[family.model_types[0]]
+    sources = {
+        "block": (exits.use_exit_block, f"{modules['layers']}.0."),
+        "mlp": (exits.use_exit_mlp, f"{modules['layers']}.0.mlp."),
+        "norm": (exits.use_exit_norm, f"{modules['final_norm']}."),
+        "output": (exits.untie_exit_output_weights, "lm_head."),
+    }
+    return {
+        f"{part}.{name}": tensor
+        for part, (is_there, prefix) in sources.items()
+        if is_there
+        for name, tensor in _below(theirs, prefix).items()
+    }
+
+
+def _below(tensors: Tensors, prefix: str) -> Tensors:
+    """Those whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def without_exits(tensors: Tensors) -> Tensors:
