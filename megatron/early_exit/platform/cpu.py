@@ -49,6 +49,9 @@ def adapt_core_to_cpu() -> None:
             "if the CPU is what you want."
         )
     _adapted = True
+    # GPUs flush them in matrix products. On a CPU a softmax that is sure fills its gradients, and then Adam's moments,
+    # with denormal numbers: seven times slower for the gradients of one head (docs/decisions.md).
+    torch.set_flush_denormal(True)
     # Core's fused kernels are for GPUs; compiling them for the CPU costs minutes.
     importlib.import_module("megatron.core.jit").disable_jit_fuser()
     _replace_cuda_functions()
