@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.families import model_output_weight
-from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
+from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, below
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.serialize import EXIT_STRUCTURE_FIELDS
@@ -96,7 +96,7 @@ def _prefix(layer: int) -> str:
 
 def _copied(tensors: Tensors, model: ModelConfig, exits: ExitConfig, layer: int) -> Tensors:
     """The head's parameters by their name in the head, each as what it is a copy of."""
-    of = lambda module: _below(tensors, f"{module}.")
+    of = lambda module: below(tensors, f"{module}.")
     own, last = f"decoder.layers.{layer - 1}", f"decoder.layers.{model.num_layers - 1}"
     head: Tensors = {}
     if exits.use_exit_block:
@@ -109,10 +109,6 @@ def _copied(tensors: Tensors, model: ModelConfig, exits: ExitConfig, layer: int)
     if exits.untie_exit_output_weights:
         head["output_layer.weight"] = model_output_weight(tensors)
     return head
-
-
-def _below(tensors: Tensors, prefix: str) -> Tensors:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _random(like: LazyTensor, model: ModelConfig, name: str, seed: int) -> LazyTensor:

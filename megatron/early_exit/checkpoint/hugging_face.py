@@ -25,7 +25,7 @@ from megatron.early_exit.checkpoint.families import (
     vocabulary_rows,
 )
 from megatron.early_exit.checkpoint.store import Progress
-from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors, with_rows
+from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors, below, with_rows
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.data.tokenizer import HUGGING_FACE_FILES, MODEL_FILES
@@ -331,12 +331,12 @@ def _their_exit(tensors: Tensors, model: ModelConfig, exits: ExitConfig, family:
     They are converted as those of a model of one layer: the exit's block, or its layer with the exit's MLP, and the
     exit's norm and output as the final ones."""
     layer = f"decoder.layers.{layer_number - 1}"
-    head = _below(tensors, f"{layer}{EXIT_HEAD}")
+    head = below(tensors, f"{layer}{EXIT_HEAD}")
     one_layer = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.layers.")}
     one_layer["output_layer.weight"] = head.get("output_layer.weight", model_output_weight(tensors))
-    one_layer |= {f"decoder.final_layernorm.{name}": tensor for name, tensor in _below(head, "norm.").items()}
-    parts = _below(without_exits(tensors), f"{layer}.") | _below(head, "block.")
-    parts |= {f"mlp.{name}": tensor for name, tensor in _below(head, "mlp.").items()}
+    one_layer |= {f"decoder.final_layernorm.{name}": tensor for name, tensor in below(head, "norm.").items()}
+    parts = below(without_exits(tensors), f"{layer}.") | below(head, "block.")
+    parts |= {f"mlp.{name}": tensor for name, tensor in below(head, "mlp.").items()}
     one_layer |= {f"decoder.layers.0.{name}": tensor for name, tensor in parts.items()}
     theirs = family.theirs(one_layer, replace(model, num_layers=1, untie_embeddings_and_output_weights=True))
     modules = _MODULES[family.model_types[0]]
@@ -350,13 +350,8 @@ def _their_exit(tensors: Tensors, model: ModelConfig, exits: ExitConfig, family:
         f"{part}.{name}": tensor
         for part, (is_there, prefix) in sources.items()
         if is_there
-        for name, tensor in _below(theirs, prefix).items()
+        for name, tensor in below(theirs, prefix).items()
     }
-
-
-def _below(tensors: Tensors, prefix: str) -> Tensors:
-    """Those whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def without_exits(tensors: Tensors) -> Tensors:

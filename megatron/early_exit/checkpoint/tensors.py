@@ -61,6 +61,11 @@ class LazyTensor:
 Tensors = dict[str, LazyTensor]
 
 
+def below(tensors: Tensors, prefix: str) -> Tensors:
+    """Those whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def combined(parts: Sequence[LazyTensor], shape: Sequence[int], function: Callable[..., Tensor]) -> LazyTensor:
     """`function` of several tensors of one type; it has `shape`."""
     return LazyTensor(tuple(shape), parts[0].dtype, lambda: function(*(part.read() for part in parts)))
