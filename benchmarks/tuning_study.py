@@ -196,7 +196,7 @@ def draw(results: Sequence[dict[str, Any]], layers: Sequence[int], path: Path) -
             for row, key, scale in ((0, "loss", 1), (1, "agreement", 100)):
                 axes[row][column].plot(tokens, [scale * point["heads"][column][key] for point in curve], **style)
         axes[0][column].set_title(f"exit after layer {layer}")
-        axes[0][column].set_ylim(2, 14)
+        axes[0][column].set_yscale("log")
         axes[1][column].set_xlabel("thousand tokens seen")
         for row in (0, 1):
             axes[row][column].grid(alpha=0.3)
