@@ -56,6 +56,16 @@ def test_the_same_losses_and_weights_to_the_last_bit(
     assert file.stat().st_size == 48 * 12 * 32 * (2 if settings.get("bf16") else 4)
 
 
+@pytest.mark.parametrize(("world_size", "layout"), [(1, {}), (2, {}), (2, {"pipeline_model_parallel_size": 2})],
+                         ids=str)  # fmt: skip
+def test_a_number_of_samples_that_no_batch_divides(data: str, tmp_path: Path, world_size: int, layout: dict) -> None:
+    base = base_model(data, tmp_path / "base", **HEADS["norm"])
+    cache = {"cache_hidden_states": str(tmp_path / "cache")}
+    length = {"train_iters": None, "train_samples": 33, "lr_decay_iters": None, "lr_warmup_iters": 0}
+    log = tune(data, tmp_path / "tuned", base, world_size, **HEADS["norm"], **cache, **length, **layout)
+    assert log[-1]["consumed_samples"] == 40
+
+
 def test_several_passes_stop_and_resume(data: str, tmp_path: Path) -> None:
     """Sixteen samples, three times; the run that is stopped draws what the other draws. Losses fall faster than over
     new samples at the second pass: these are the samples of the first."""

@@ -120,8 +120,11 @@ def run_plan(cfg: RunConfig, plan: Plan, iterations: int = 1) -> None:
             batches = make_batches(cfg, VOCAB_SIZE, count, seed=iteration)
             replicas = [batches[replica::dp_size] for replica in range(dp_size)]
             model.exit_losses.begin_iteration(plan.num_microbatches, weights, model.config.grad_scale_func)
+            mine = replicas[parallel_state.get_data_parallel_rank()]
+            # Drawn first: what fills the warmup.
+            order = [*plan.fill_warmup, *range(plan.num_microbatches), *plan.fill_cooldown]
             runtime.run(
-                iterators(model, replicas[parallel_state.get_data_parallel_rank()]),
+                iterators(model, [mine[microbatch] for microbatch in order]),
                 micro_batch_size=cfg.training.micro_batch_size, seq_length=cfg.training.seq_length,
             )  # fmt: skip
             expected: dict[str, Any] = defaultdict(float)
@@ -215,6 +218,70 @@ def test_filled_bubbles_with_recomputation() -> None:
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     cfg = config(4, use_exit_norm=True, **recompute)
     run_distributed(4, run_plan, cfg=cfg, plan=with_filled_bubbles(4, 5, exit_stages(cfg)))
+
+
+def test_mean_over_the_tokens_of_the_batch() -> None:
+    """--calculate-per-token-loss: core divides by the last stage's tokens."""
+    cfg = config(2, use_exit_norm=True, calculate_per_token_loss=True)
+    plan = with_exits_in_bubbles(one_f_one_b(2, 3), exit_stages(cfg))
+    run_distributed(2, compare_per_token, cfg=cfg, plan=plan)
+
+
+def compare_per_token(cfg: RunConfig, plan: Plan) -> None:
+    from megatron.core import parallel_state
+
+    from megatron.early_exit.pipeline.links import StageLinks
+    from megatron.early_exit.pipeline.runtime import PlanRuntime
+    from megatron.early_exit.training.step import forward_step
+    from tests.distributed.parallel_model import (
+        build_with_reference_parameters,
+        compare_gradients,
+        iterators,
+        layout,
+    )
+
+    weights = cfg.exits.weights_at(10**9)
+    with layout(cfg):
+        model = build_with_reference_parameters(cfg)
+        runtime = PlanRuntime(
+            plan, parallel_state.get_pipeline_model_parallel_rank(), config=model.config, chunks=model.wrapped,
+            exit_losses=model.exit_losses, links=StageLinks(is_interleaved=False, timeout_minutes=1),
+            forward_step=forward_step,
+        )  # fmt: skip
+        for chunk in model.wrapped:
+            chunk.zero_grad_buffer()
+        batches = make_batches(cfg, VOCAB_SIZE, plan.num_microbatches)
+        model.exit_losses.begin_iteration(plan.num_microbatches, weights)
+        runtime.run(iterators(model, batches), micro_batch_size=2, seq_length=cfg.training.seq_length)
+        gradients, _ = ReferenceModel(cfg, VOCAB_SIZE).gradients(batches, weights)
+        compare_gradients(cfg, model, gradients, 2e-5)
+
+
+def sends_that_are_kept(plan: Plan) -> int:
+    """The most messages that this rank holds at the end of an iteration, with nothing but plans."""
+    from types import SimpleNamespace
+
+    from megatron.early_exit.pipeline.runtime import PlanRuntime
+
+    kept = 0
+    for rank in range(plan.num_ranks):
+        runtime = PlanRuntime(
+            plan, rank, config=None, chunks=[], exit_losses=None, links=SimpleNamespace(), forward_step=None
+        )
+        sent = {action for action in plan.ranks[rank] if action.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)}
+        shown = [message for messages in runtime._shown_by.values() for message in messages]
+        assert len(shown) == len(set(shown)) and set(shown) <= sent
+        kept = max(kept, len(sent) - len(shown))
+    return kept
+
+
+@pytest.mark.parametrize("plan", [
+    one_f_one_b(4, 64), with_exits_in_bubbles(one_f_one_b(2, 9), [0]), interleaved(2, 2, 8), interleaved(4, 2, 16),
+    with_filled_bubbles(4, 12, [1, 2]),
+], ids=lambda plan: plan.name)  # fmt: skip
+def test_messages_are_known_to_have_arrived(plan: Plan) -> None:
+    """What comes back shows nearly all; else they and their memory would stay until the end of the iteration."""
+    assert sends_that_are_kept(plan) <= 2 * plan.num_ranks * plan.num_chunks
 
 
 def tune_by_plan(cfg: RunConfig, plan: Plan) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.validate import problems
+from megatron.early_exit.config.validate import _ITERATIONS_UNTIL_MEASURED, problems, warnings
 from megatron.early_exit.pipeline.costs import StageCosts
 from megatron.early_exit.pipeline.plan import Kind, Plan
 from megatron.early_exit.pipeline.simulate import Timeline, simulate
-from megatron.early_exit.training.plans import build_plan, check_plan, measured_costs, most_fill
+from megatron.early_exit.training.plans import NUM_UNTIL_MEASURED, build_plan, check_plan, measured_costs, most_fill
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files
 from tests.distributed.training_runs import training_run
@@ -46,6 +46,33 @@ def test_exits_in_idle_time_change_no_loss(data: str, tmp_path: Path, changes: d
         for key in ("lm_loss", "exit_loss/layer_2", "exit_loss/layer_3", "grad_norm"):
             # Gradients of the two exits' microbatches are added in another order.
             assert two[key] == pytest.approx(one[key], rel=2e-3 if "fp16" in changes else 1e-5)
+
+
+def test_replicas_plan_alike_and_validate_on_the_way(data: str, tmp_path: Path) -> None:
+    """DP 2 x PP 2, overlapped reduction, masks that every stage needs: the plan changes after the fifth iteration, and
+    validations in between follow core's schedule."""
+    settings = {
+        "pipeline_model_parallel_size": 2, "use_exit_norm": True, "overlap_grad_reduce": True, "train_iters": 8,
+        "lr_decay_iters": 8, "reset_attention_mask": True, "eval_iters": 1, "eval_interval": 2,
+        "use_distributed_optimizer": True,
+    }  # fmt: skip
+    plain = train(data, tmp_path / "plain", 4, **settings)
+    early = train(data, tmp_path / "early", 4, **settings, exits_in_bubbles=True)
+    assert [line["kind"] for line in early].count("valid") == 4 and len(early) == len(plain)
+    for one, two in zip(plain, early, strict=True):
+        for key in ("lm_loss", "exit_loss/layer_2", "exit_loss/layer_3"):
+            assert two[key] == pytest.approx(one[key], rel=1e-5)
+
+
+def test_a_batch_that_grows(data: str, tmp_path: Path) -> None:
+    """--rampup-batch-size: a plan for each number of microbatches."""
+    settings = {"pipeline_model_parallel_size": 2, "rampup_batch_size": (4, 4, 16), "train_iters": 7}
+    plain = train(data, tmp_path / "plain", 2, **settings)
+    early = train(data, tmp_path / "early", 2, **settings, exits_in_bubbles=True)
+    assert [line["consumed_samples"] for line in early] == [line["consumed_samples"] for line in plain]
+    assert len({line["global_batch_size"] for line in early}) == 2
+    for one, two in zip(plain, early, strict=True):
+        assert two["lm_loss"] == pytest.approx(one["lm_loss"], rel=1e-5)
 
 
 def test_filled_bubbles_count_and_resume(data: str, tmp_path: Path) -> None:
@@ -118,6 +145,8 @@ def config(num_stages: int, **changes: Any) -> RunConfig:
     (2, {**FILL, "backward_forward_ratio": 0.0}, "must be above 0"),
     (2, {"num_fill_cooldown_microbatches": 1}, "without --fill-explicit-bubbles"),
     (2, {"profile_pipeline": "x.txt"}, "give the name of a .png"),
+    (2, {"profile_pipeline": "x.png", "tune_exit": True, "use_exit_norm": True, "cache_hidden_states": "x"},
+     "exits are tuned without a pipeline"),
     (2, {**FILL, "tune_exit": True, "use_exit_norm": True}, "tuning has no backward passes"),
 ])  # fmt: skip
 def test_what_is_refused(num_stages: int, changes: dict, message: str) -> None:
@@ -135,6 +164,22 @@ def test_too_many_are_refused_with_the_largest_number() -> None:
         check_plan(without, 4)
 
 
+def test_one_given_number_is_checked_before_training() -> None:
+    """Not against what is measured later: it would end a run that has begun."""
+    cfg = config(4, **FILL, num_fill_cooldown_microbatches=2, global_batch_size=12)
+    check_plan(cfg, 4)
+    slow_end = [StageCosts(1.0, 2.0)] * 3 + [StageCosts(1.2, 2.4)]
+    assert build_plan(cfg, 6, slow_end).num_fill_cooldown == 2
+
+
+def test_runs_that_are_too_short_are_told() -> None:
+    text = "\n".join(warnings(config(4, **FILL, train_iters=5, profile_pipeline="x.png")))
+    assert "--fill-explicit-bubbles has no effect in 5 iterations" in text
+    assert "--profile-pipeline has no effect in 5 iterations: it needs 10" in text
+    assert not list(warnings(config(4, **FILL, train_iters=10, profile_pipeline="x.png")))
+    assert _ITERATIONS_UNTIL_MEASURED == NUM_UNTIL_MEASURED
+
+
 def test_data_are_there_for_the_largest_fill() -> None:
     assert most_fill(config(4), 6) == 0
     assert most_fill(config(4, **FILL, backward_forward_ratio=2.0), 6) == 3  # exits on stages 1 and 2: 1 + 2
@@ -145,11 +190,12 @@ def test_data_are_there_for_the_largest_fill() -> None:
 
 
 def gradients_of_draws(
-    cfg: RunConfig, plan: Plan, num_draws: int, num_batches: int, one_divisor: bool
+    cfg: RunConfig, plan: Plan, num_draws: int, num_batches: int, most_fill: int, one_divisor: bool
 ) -> dict[str, torch.Tensor]:
     """[draws, elements] of some parameters' gradients, each draw of other microbatches out of the same `num_batches`.
 
-    one_divisor: every pass counts 1 / N, whichever stages it reaches (the original's weights)."""
+    most_fill: draw so many for fill, so that the batch is the same whether a plan has fill or not. one_divisor: every
+    pass counts 1 / N, whichever stages it reaches (the original's weights)."""
     from megatron.core import parallel_state
 
     from megatron.early_exit.pipeline.links import StageLinks
@@ -171,7 +217,10 @@ def gradients_of_draws(
         generator = torch.Generator().manual_seed(5)
         draws: dict[str, list[torch.Tensor]] = {}
         for _ in range(num_draws):
-            numbers = torch.randint(0, num_batches, (plan.num_microbatches + plan.num_fill,), generator=generator)
+            numbers = torch.randint(0, num_batches, (plan.num_microbatches + most_fill,), generator=generator).tolist()
+            batch, fill = numbers[: plan.num_microbatches], numbers[plan.num_microbatches :]
+            # In the order in which they are drawn.
+            numbers = [*fill[: plan.num_fill_warmup], *batch, *fill[plan.num_fill_warmup : plan.num_fill]]
             for chunk in model.wrapped:
                 chunk.zero_grad_buffer()
             model.exit_losses.begin_iteration(plan.num_microbatches, cfg.exits.weights_at(10**9))
@@ -200,7 +249,7 @@ def test_filled_bubbles_are_unbiased_and_vary_less() -> None:
     for case, plan in (("plain", plain), ("filled", filled), ("one divisor", filled)):
         ranks = run_distributed(
             3, gradients_of_draws, cfg=cfg, plan=plan, num_draws=num_draws, num_batches=num_batches,
-            one_divisor=case == "one divisor",
+            most_fill=filled.num_fill, one_divisor=case == "one divisor",
         )  # fmt: skip
         for stage, draws in enumerate(ranks):
             scores = {name: z_score(values, expected[name]) for name, values in draws.items()}
@@ -212,8 +261,13 @@ def test_filled_bubbles_are_unbiased_and_vary_less() -> None:
             assert scores and max(scores.values()) < 2, (case, stage, scores)
             spread.setdefault(case, {}).update({name: values.var(dim=0).sum().item() for name, values in draws.items()})
     assert wrong_stages == [0, 2]  # in the middle nothing is filled
-    lower = [spread["filled"][name] / spread["plain"][name] for name in spread["plain"]]
-    assert sum(lower) / len(lower) < 0.9 and max(lower) < 1.1, lower
+    ratios: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    for name, value in spread["filled"].items():
+        layer = int(name.split(".")[2]) if name.startswith("decoder.layers") else 5
+        ratios[layer // 2].append(value / spread["plain"][name])
+    assert max(ratios[2]) < 0.9, ratios  # N + 1 of N microbatches
+    assert all(ratio == pytest.approx(1.0) for ratio in ratios[1]), ratios
+    assert sum(ratios[0]) / len(ratios[0]) < 1.0, ratios  # the exit's share of the gradient alone has a sample more
 
 
 def z_score(draws: torch.Tensor, expected: torch.Tensor) -> float:

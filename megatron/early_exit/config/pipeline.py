@@ -24,7 +24,7 @@ class PipelineConfig:
 
     backward_forward_ratio: float | None = None
     """With --fill-explicit-bubbles: time of a stage's backward over that of its forward, equal on all stages. Default:
-    every stage is measured in the first iterations, which have no fill; 2 if both numbers of microbatches are given."""
+    every stage is measured in the first five iterations, which have no fill; 2 if a number of microbatches is given."""
 
     profile_pipeline: str | None = None
     """Picture (.png, .svg or .pdf) of what every stage did in an iteration, beside what its plan predicts; the times

@@ -309,6 +309,8 @@ def _plan_problems(cfg: RunConfig) -> Iterator[str]:
         )
     if pipeline.profile_pipeline and not pipeline.profile_pipeline.endswith((".png", ".svg", ".pdf")):
         yield f"--profile-pipeline {pipeline.profile_pipeline}: give the name of a .png, .svg or .pdf file"
+    if pipeline.profile_pipeline and training.cache_hidden_states:
+        yield "--profile-pipeline with --cache-hidden-states: exits are tuned without a pipeline; drop one of them"
     if pipeline.fill_explicit_bubbles:
         yield from _fill_problems(cfg)
 
@@ -333,7 +335,7 @@ def _fill_problems(cfg: RunConfig) -> Iterator[str]:
             yield f"{flag(name)} {value}: must be at least 0"
     ratio = pipeline.backward_forward_ratio
     if ratio is not None and not 0 < ratio < 100:
-        yield f"--backward-forward-ratio {ratio}: must be above 0; 2 is usual, 3 with full recomputation"
+        yield f"--backward-forward-ratio {ratio}: must be above 0 and below 100; 2 is usual, 3 with full recomputation"
 
 
 def _cache_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
@@ -655,6 +657,7 @@ def warnings(cfg: RunConfig) -> list[str]:
     return [
         *_model_warnings(cfg),
         *_tuning_warnings(cfg),
+        *_plan_warnings(cfg),
         *_exit_warnings(cfg),
         *_training_warnings(cfg),
         *_saving_warnings(cfg),
@@ -693,6 +696,26 @@ def _tuning_warnings(cfg: RunConfig) -> Iterator[str]:
         yield "--recompute-granularity has no effect with --tune-exit: the frozen layers keep no activations"
     if cfg.parallel.overlap_grad_reduce:
         yield "--overlap-grad-reduce has no effect with --tune-exit"
+
+
+_ITERATIONS_UNTIL_MEASURED = 5  # training.plans.NUM_UNTIL_MEASURED
+
+
+def _plan_warnings(cfg: RunConfig) -> Iterator[str]:
+    pipeline, iterations = cfg.pipeline, cfg.training.train_iters
+    if not pipeline.is_planned or iterations is None:
+        return
+    numbers = (pipeline.num_fill_warmup_microbatches, pipeline.num_fill_cooldown_microbatches)
+    fills_by_measure = pipeline.fill_explicit_bubbles and (*numbers, pipeline.backward_forward_ratio) == (None,) * 3
+    measures = fills_by_measure or pipeline.exits_in_bubbles
+    if fills_by_measure and iterations <= _ITERATIONS_UNTIL_MEASURED:
+        yield (
+            f"--fill-explicit-bubbles has no effect in {iterations} iterations: stages are measured in the first"
+            f" {_ITERATIONS_UNTIL_MEASURED}; give --backward-forward-ratio, or more iterations"
+        )
+    needed = _ITERATIONS_UNTIL_MEASURED * (1 + measures)
+    if pipeline.profile_pipeline and iterations < needed:
+        yield f"--profile-pipeline has no effect in {iterations} iterations: it needs {needed}"
 
 
 def _exit_warnings(cfg: RunConfig) -> Iterator[str]:

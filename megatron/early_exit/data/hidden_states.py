@@ -12,6 +12,7 @@ Ranks write their samples at their place in the files, with plain writes that wo
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import os
@@ -38,7 +39,7 @@ class CacheContent:
     hidden_size: int
     dtype: str
     layers: Mapping[str, float]
-    """A sum over the weights of each frozen layer, by its number; "0" is the embedding."""
+    """A sum over the weights of each frozen layer, by its number; "0" is the embedding, "final" the final norm."""
     samples: Mapping[str, str]
     """Digests of some samples, by their number."""
 
@@ -53,7 +54,8 @@ class CacheContent:
         # Summed in another order by another layout, so not the same to the last bit.
         layers = [key for key in common if not math.isclose(self.layers[key], other.layers[key], rel_tol=1e-9)]
         if layers:
-            names = ", ".join("embedding" if key == "0" else key for key in sorted(layers, key=int)[:5])
+            in_order = sorted(layers, key=lambda key: (not key.isdecimal(), int(key) if key.isdecimal() else 0))
+            names = ", ".join({"0": "embedding", "final": "final norm"}.get(key, key) for key in in_order[:5])
             found.append(f"other weights (layers {names}{', ...' if len(layers) > 5 else ''})")
         if any(self.samples[key] != other.samples[key] for key in self.samples.keys() & other.samples.keys()):
             found.append("other data, or their order")
@@ -102,6 +104,11 @@ class HiddenStateCache:
         partial.rename(description)
 
     @property
+    def is_there(self) -> bool:
+        """Whether this rank sees the folder that was made."""
+        return (self.folder / _DESCRIPTION).is_file()
+
+    @property
     def _sample_bytes(self) -> int:
         return self.content.seq_length * self._row_bytes
 
@@ -144,7 +151,8 @@ class HiddenStateCache:
         first, last, _ = rows.indices(self.content.seq_length)
         with self._path(point).open("rb", buffering=0) as file:
             file.seek(sample * self._sample_bytes + first * self._row_bytes)
-            data = bytearray(file.read((last - first) * self._row_bytes))
+            data = bytearray((last - first) * self._row_bytes)
+            _read_all(file, data)
         return torch.frombuffer(data, dtype=self._dtype).view(last - first, self.content.hidden_size)
 
 
@@ -155,7 +163,16 @@ def _make_room(path: Path, size: int) -> None:
         os.truncate(path, size)
 
 
-def _write_all(file: object, data: bytes) -> None:
+def _read_all(file: io.FileIO, data: bytearray) -> None:
+    view = memoryview(data)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"{file.name} ends early; remove its folder, and it is made again")
+        view = view[count:]
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]

@@ -7,6 +7,7 @@ Source of the deferral: EE-LLM (arXiv:2312.04916), section 3. A stage back-propa
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from megatron.core.tensor_parallel import random as tensor_parallel_random
@@ -108,11 +109,10 @@ class ExitLosses:
             torch.autograd.backward(sums.objective * (scale * self.weights[position]))
 
         def backpropagate_in_own_stream(hidden_states: Tensor) -> None:
-            # Core runs layers inside this fork, so that each TP rank draws other dropout for its part of the sequence.
-            with tensor_parallel_random.get_cuda_rng_tracker().fork():
+            with _own_random_stream(is_sequence_parallel):
                 backpropagate(hidden_states)
 
-        early = EarlyExit(hidden_states, backpropagate_in_own_stream if is_sequence_parallel else backpropagate)
+        early = EarlyExit(hidden_states, backpropagate_in_own_stream)
         if self.waiting is not None:
             self.waiting.append(early)
         return _DeferredLoss.apply(hidden_states, early)
@@ -123,6 +123,7 @@ class ExitLosses:
         position: int,
         loss_mask: Tensor,
         compute: Callable[..., LossSums],
+        is_sequence_parallel: bool = False,
     ) -> None:
         """Back-propagate the exit's loss now, into its own parameters alone; arguments as of `defer`.
 
@@ -137,10 +138,14 @@ class ExitLosses:
                 self.add_statistics(position, sums.statistics)
                 torch.autograd.backward(sums.objective * (scale * self.weights[position]))
 
+        def backpropagate_later(**teacher: Teacher) -> None:
+            with _own_random_stream(is_sequence_parallel):
+                backpropagate(**teacher)
+
         if self.distillation_share:
-            self._waiting_for_teacher.append(lambda teacher: backpropagate(teacher=teacher))
+            self._waiting_for_teacher.append(lambda teacher: backpropagate_later(teacher=teacher))
         elif self.waiting is not None:
-            self.waiting.append(EarlyExit(hidden_states, lambda _: backpropagate()))
+            self.waiting.append(EarlyExit(hidden_states, lambda _: backpropagate_later()))
         else:
             backpropagate()
 
@@ -157,6 +162,12 @@ class ExitLosses:
         with torch.no_grad():
             one = torch.ones((), device=hidden_states.device)
             self.add_statistics(position, compute(hidden_states, one).statistics)
+
+
+def _own_random_stream(is_sequence_parallel: bool) -> AbstractContextManager:
+    """Core runs layers inside this fork, so that each TP rank draws other dropout for its part of the sequence; what
+    runs later than its layer enters it again."""
+    return tensor_parallel_random.get_cuda_rng_tracker().fork() if is_sequence_parallel else nullcontext()
 
 
 class EarlyExit:

@@ -94,7 +94,7 @@ class EarlyExitTransformerLayer(TransformerLayer):
             return self.exit_head.loss(hidden_states, labels, loss_mask, gradient_scale, **teacher, **head_arguments)
 
         if self.exit_losses.is_tuning:
-            self.exit_losses.tune(hidden_states, position, loss_mask, compute)
+            self.exit_losses.tune(hidden_states, position, loss_mask, compute, self.config.sequence_parallel)
             return hidden_states
         if not self.training:
             self.exit_losses.evaluate(hidden_states, position, compute)

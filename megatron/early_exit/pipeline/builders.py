@@ -70,10 +70,10 @@ def with_exits_in_bubbles(
     before the receive of their own microbatch's gradient. In 1F1B that is never later than in the backward, whatever
     the costs, and keeps one gradient buffer for a short time (with several chunks on a rank it can be later).
 
-    Left in the backward: exits of the last microbatch (gradients are synchronised in its backward), of microbatches
-    that fill bubbles, on the last stage (which waits for no gradient), and with several chunks on a rank those whose
-    gradient is received long before it is used. The result depends on nothing but the arguments, so it is the same on
-    all ranks of a tensor-parallel group.
+    So do those of a chunk's last backward, since gradients are synchronised from there on. Left in the backward: exits
+    of microbatches that fill bubbles, on the last stage (which waits for no gradient), and with several chunks on a
+    rank those whose gradient is received long before it is used. The result depends on nothing but the arguments, so it
+    is the same on all ranks of a tensor-parallel group.
     """
     _require_stages(exit_stages, plan.num_stages)
     if before_first_backward is not None and len(before_first_backward) != plan.num_ranks:

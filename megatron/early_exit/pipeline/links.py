@@ -49,9 +49,29 @@ class StageLinks:
                     self._groups[edge] = group
         self._sent: deque[tuple[object, torch.distributed.Work, Tensor]] = deque()
         self._expected: dict[object, tuple[torch.distributed.Work, Tensor]] = {}
+        self._connect()
+
+    def _connect(self) -> None:
+        """One message over every edge, pair after pair in the order of all ranks.
+
+        NCCL connects two ranks at their first message and blocks the processor until both are there. A plan's first
+        messages come in another order on every rank, and would wait for each other."""
+        me, last = torch.distributed.get_rank(), len(self._ranks) - 1
+        tensor = torch.zeros(1, device=device())
+        for edge, group in self._groups.items():
+            step = 1 if edge.is_forward else -1
+            wrap = [(last, 0) if edge.is_forward else (0, last)]
+            inside = [(rank, rank + step) for rank in range(last + 1) if 0 <= rank + step <= last]
+            for sender, receiver in wrap if edge.is_wrap else inside:
+                if me == self._ranks[sender]:
+                    torch.distributed.isend(tensor, self._ranks[receiver], group=group, tag=edge.tag).wait()
+                elif me == self._ranks[receiver]:
+                    torch.distributed.irecv(tensor, self._ranks[sender], group=group, tag=edge.tag).wait()
 
     def send(self, name: object, edge: Edge, tensor: Tensor, peer: int) -> None:
         """Start to send `tensor` to pipeline rank `peer`; it must not change until `arrived(name)`."""
+        while self._sent and self._sent[0][1].is_completed():  # NCCL knows; gloo only after a wait
+            self._sent.popleft()
         work = torch.distributed.isend(tensor, self._ranks[peer], group=self._groups[edge], tag=edge.tag)
         self._sent.append((name, work, tensor))
 
@@ -77,8 +97,12 @@ class StageLinks:
                 kept.append((name, work, tensor))
         self._sent = kept
 
-    def wait_for_all(self) -> None:
-        """Until everything that was sent has arrived."""
-        while self._sent:
+    def wait_for_all_but(self, number: int) -> None:
+        """Until of everything that was sent all but the last `number` messages have arrived."""
+        while len(self._sent) > number:
             _, work, _ = self._sent.popleft()
             work.wait()
+
+    def wait_for_all(self) -> None:
+        """Until everything that was sent has arrived."""
+        self.wait_for_all_but(0)

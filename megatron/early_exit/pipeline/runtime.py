@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +29,22 @@ from megatron.early_exit.pipeline.links import Edge, StageLinks
 from megatron.early_exit.pipeline.messages import MESSAGE_AFTER
 from megatron.early_exit.pipeline.plan import Action, Kind, Plan
 from megatron.early_exit.pipeline.simulate import TimedAction
-from megatron.early_exit.platform.device import use_cuda
+from megatron.early_exit.platform.device import device, use_cuda
 
 ForwardStep = Callable[[Iterator | None, torch.nn.Module], tuple[Tensor, Callable | None]]
 """(batches, chunk) -> (hidden states or sum of losses, function of the latter that gives (sum, tokens, ...))"""
 
 _Key = tuple[int, int]  # microbatch, chunk
+
+_COUNTERPART = {
+    Kind.SEND_FORWARD: Kind.RECEIVE_FORWARD,
+    Kind.RECEIVE_FORWARD: Kind.SEND_FORWARD,
+    Kind.SEND_BACKWARD: Kind.RECEIVE_BACKWARD,
+    Kind.RECEIVE_BACKWARD: Kind.SEND_BACKWARD,
+}
+
+_MOST_UNANSWERED = 4
+"""Messages that may be on their way to a stage from which nothing comes back."""
 
 
 class PassCounts(NamedTuple):
@@ -88,7 +98,7 @@ class PlanRuntime:
         self._receives = [
             action for action in self._actions if action.kind in (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
         ]
-        self._shown_by = {receive: self._sends_shown_by(receive) for receive in self._receives}
+        self._shown_by = self._sends_shown_by_receives()
         self._handlers: Mapping[Kind, Callable[[Action], None]] = {
             Kind.FORWARD: self._forward,
             Kind.BACKWARD: self._backward,
@@ -115,16 +125,19 @@ class PlanRuntime:
         is given the time of every action (on CUDA the processor waits for each, which costs time)."""
         tp_size = self._config.tensor_model_parallel_size if self._config.sequence_parallel else 1
         self._shape = (seq_length // tp_size, micro_batch_size, self._config.hidden_size)
-        self._batches = [None if i is None else _Batches(i) for i in iterators]
+        self._batches = [None if i is None else _Batches(i, self.plan) for i in iterators]
         self._inputs: dict[_Key, Tensor] = {}
         self._outputs: dict[_Key, Tensor] = {}
         self._gradients: dict[_Key, Tensor] = {}
         self._leaving: dict[_Key, Tensor] = {}
         self._exits: dict[_Key, list[EarlyExit]] = {}
-        self._num_tokens: Tensor | int = 0
+        self._num_tokens = torch.zeros((), dtype=torch.int, device=device())
         self._pending = {edge: iter(receives) for edge, receives in self._receives_by_edge().items()}
         for edge in self._pending:
             self._expect_next(edge)
+        timers = self._config.timers
+        if timers is not None:
+            timers("forward-backward", log_level=1).start(barrier=self._config.barrier_with_L1_time)
         origin = time.perf_counter()
         with ExitStack() as unsynchronised:
             self._no_sync = {}
@@ -134,20 +147,35 @@ class PlanRuntime:
                     self._no_sync[index].enter_context(chunk.no_sync())
             for action in self._actions:
                 start = time.perf_counter()
-                self._handlers[action.kind](action)
+                with self._timed(action):
+                    self._handlers[action.kind](action)
                 if trace is not None:
                     if use_cuda():
-                        torch.cuda.synchronize()
+                        # Not the other streams, on which messages are awaited that come after this action.
+                        torch.cuda.current_stream().synchronize()
                     trace.append(TimedAction(self.rank, action, start - origin, time.perf_counter() - origin))
         self._links.wait_for_all()
         for batches in self._batches:
             if batches is not None:
-                batches.draw_up_to(self.plan.num_microbatches + self.plan.num_fill)
-        left = {"inputs": self._inputs, "outputs": self._outputs, "gradients": self._gradients}
-        assert not any(left.values()), f"the plan is over and there are { ({k: list(v) for k, v in left.items()}) }"
+                batches.draw_all()
+        left = [*self._inputs, *self._outputs, *self._gradients, *self._leaving]
+        assert not left, f"the plan is over, and microbatches (and chunks) {left} are not"
         if self._config.finalize_model_grads_func is not None and self._last_backward:
             total = self._num_tokens if self._config.calculate_per_token_loss else None
             self._config.finalize_model_grads_func(self._chunks, total)
+        if timers is not None:
+            timers("forward-backward").stop()
+
+    @contextmanager
+    def _timed(self, action: Action) -> Iterator[None]:
+        """Core's timers of passes, where they are asked for."""
+        name = {Kind.FORWARD: "forward-compute", Kind.BACKWARD: "backward-compute"}.get(action.kind)
+        if self._config.timers is None or name is None:
+            yield
+            return
+        self._config.timers(name, log_level=2).start()
+        yield
+        self._config.timers(name).stop()
 
     # -- Passes
 
@@ -239,6 +267,9 @@ class PlanRuntime:
         output = self._outputs[key]
         # The links hold the data until they have arrived; the graph needs none of them.
         self._links.send(action, edge, output.detach(), peer)
+        if not self._last_backward:
+            # Of a forward-only plan nothing comes back that shows what has arrived.
+            self._links.wait_for_all_but(_MOST_UNANSWERED)
         if self._with_kind(action, Kind.BACKWARD) in self._has:
             deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
         else:
@@ -266,19 +297,27 @@ class PlanRuntime:
             by_edge.setdefault(self._edge(action), []).append(action)
         return by_edge
 
-    def _sends_shown_by(self, receive: Action) -> set[Action]:
-        """Messages of this rank to the sender of `receive` that had arrived when it was sent."""
-        peer = self._peer(receive)
-        theirs = self.plan.ranks[peer]
-        position = theirs.index(_counterpart(receive, self._peer_chunk(receive)))
-        before = set(theirs[:position])
-        return {
-            action
-            for action in self._actions
-            if action.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
-            and self._peer(action) == peer
-            and _counterpart(action, self._peer_chunk(action)) in before
-        }
+    def _sends_shown_by_receives(self) -> dict[Action, set[Action]]:
+        """For each receive, messages of this rank that must have arrived when it does, and that no earlier one shows:
+        its sender had received them before it sent."""
+        mine = {self._theirs(action): action for action in self._actions if action.kind.is_message}
+        shown_by: dict[Action, set[Action]] = {}
+        for peer in {(self.rank - 1) % self.plan.num_ranks, (self.rank + 1) % self.plan.num_ranks}:
+            received: set[Action] = set()
+            for action in self.plan.ranks[peer]:
+                ours = mine.get((peer, action))
+                if ours is None:
+                    continue
+                if ours.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD):
+                    received.add(ours)
+                else:
+                    shown_by[ours], received = received, set()
+        return shown_by
+
+    def _theirs(self, message: Action) -> tuple[int, Action]:
+        """(peer, the peer's half of a message)"""
+        half = Action(_COUNTERPART[message.kind], message.microbatch, self._peer_chunk(message), message.is_partial)
+        return self._peer(message), half
 
     # -- Where things are
 
@@ -308,31 +347,26 @@ class PlanRuntime:
         return Action(kind, action.microbatch, action.chunk, action.is_partial)
 
 
-def _counterpart(message: Action, peer_chunk: int) -> Action:
-    """The peer's half of a message."""
-    kinds = {
-        Kind.SEND_FORWARD: Kind.RECEIVE_FORWARD,
-        Kind.RECEIVE_FORWARD: Kind.SEND_FORWARD,
-        Kind.SEND_BACKWARD: Kind.RECEIVE_BACKWARD,
-        Kind.RECEIVE_BACKWARD: Kind.SEND_BACKWARD,
-    }
-    return Action(kinds[message.kind], message.microbatch, peer_chunk, message.is_partial)
-
-
 class _Batches:
-    """Batches by the number of their microbatch, whatever the order in which a plan runs them."""
+    """Batches by the number of their microbatch, whatever the order in which a plan runs them.
 
-    def __init__(self, iterator: Iterator) -> None:
+    Every stage draws the same: first those that fill the warmup, which runs before most of the batch, then the batch,
+    then those that fill the cooldown."""
+
+    def __init__(self, iterator: Iterator, plan: Plan) -> None:
         self._iterator = iterator
+        self._order = iter([*plan.fill_warmup, *range(plan.num_microbatches), *plan.fill_cooldown])
         self._drawn: dict[int, Any] = {}
-        self._num_drawn = 0
 
     def take(self, microbatch: int) -> Any:
-        self.draw_up_to(microbatch + 1)
+        while microbatch not in self._drawn:
+            self._draw(next(self._order))
         return self._drawn.pop(microbatch)
 
-    def draw_up_to(self, count: int) -> None:
-        """Draw the first `count` batches of the iteration: every stage goes on with the same one in the next."""
-        while self._num_drawn < count:
-            self._drawn[self._num_drawn] = next(self._iterator)
-            self._num_drawn += 1
+    def draw_all(self) -> None:
+        """Go on to the next iteration's, also on a stage that does not see all of them."""
+        for microbatch in self._order:
+            self._draw(microbatch)
+
+    def _draw(self, microbatch: int) -> None:
+        self._drawn[microbatch] = next(self._iterator)

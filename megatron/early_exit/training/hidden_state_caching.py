@@ -15,6 +15,7 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.data.datasets import Batch, TokenDataset, build_iterator
 from megatron.early_exit.data.hidden_states import CacheContent, CachedSamples, HiddenStateCache
 from megatron.early_exit.model.build import Model, params_dtype
+from megatron.early_exit.model.exit_losses import FINAL
 from megatron.early_exit.platform.device import device
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.training.step import run_schedule
@@ -46,6 +47,8 @@ class HiddenStateCaching:
         torch.distributed.all_gather_object(everywhere, self.points)
         all_points = sorted({point for points in everywhere for point in points})
         on_rank_zero(lambda: self.cache.create(all_points))
+        if not _smallest(int(self.cache.is_there)):
+            raise OSError(f"--cache-hidden-states {folder}: not all ranks see this folder; give one on a shared disk")
         self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
         part = seq_length // parallel_state.get_tensor_model_parallel_world_size()
         is_split = config.parallel.sequence_parallel
@@ -153,20 +156,28 @@ def _smallest(value: int) -> int:
 
 
 def _sums_of_layers(model: Model, num_layers: int) -> dict[str, float]:
-    """The sum of absolute values of each frozen layer's weights, and of the embedding's, over all ranks of the model.
+    """The sum of absolute values of each frozen layer's weights, of the embedding's and of the final norm's, over all
+    ranks of the model.
 
     Tells one model from another under any layout."""
-    sums = torch.zeros(num_layers + 1, dtype=torch.float64, device=device())
+    sums = torch.zeros(num_layers + 2, dtype=torch.float64, device=device())
     is_first_tp_rank = parallel_state.get_tensor_model_parallel_rank() == 0
     for chunk in model.chunks:
         modules = [(layer.layer_number, layer) for layer in chunk.decoder.layers]
-        for number, module in [*modules, *([(0, chunk.embedding)] if chunk.pre_process else [])]:
+        if chunk.pre_process:
+            modules.append((0, chunk.embedding))
+        if chunk.post_process:
+            modules.append((num_layers + 1, chunk.decoder.final_layernorm))
+        for number, module in modules:
             for name, parameter in module.named_parameters():
                 is_counted = is_first_tp_rank or getattr(parameter, "tensor_model_parallel", False)
                 if is_counted and not f".{name}".startswith(EXIT_HEAD):
                     sums[number] += torch.linalg.vector_norm(parameter.detach(), ord=1, dtype=torch.float64)
     torch.distributed.all_reduce(sums, group=parallel_state.get_model_parallel_group())
-    return {str(number): value for number, value in enumerate(sums.tolist())}
+    *layers, final_norm = sums.tolist()
+    named = {str(number): value for number, value in enumerate(layers)}
+    # Without the final head it is not there, and nothing depends on it.
+    return named | ({FINAL: final_norm} if final_norm else {})
 
 
 def _digests(dataset: TokenDataset, num_samples: int) -> dict[str, str]:

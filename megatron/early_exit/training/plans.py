@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +26,12 @@ from megatron.early_exit.pipeline.simulate import TimedAction, Timeline, simulat
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.training.step import forward_step
 
+NUM_UNTIL_MEASURED = 5
+"""Iterations until stages are measured, and until a profile is written of the plan that follows."""
+
 # The first iterations of a process are slow (caches, allocations, compiled kernels) and are not measured.
 _WARMUP_ITERATIONS = 2
-_MEASURED_ITERATIONS = 3
+_MEASURED_ITERATIONS = NUM_UNTIL_MEASURED - _WARMUP_ITERATIONS
 
 _USUAL_RATIO = 2.0
 
@@ -71,8 +75,8 @@ def _given_times(config: RunConfig) -> PassTimes | None:
     pipeline = config.pipeline
     ratio = pipeline.backward_forward_ratio
     numbers = (pipeline.num_fill_warmup_microbatches, pipeline.num_fill_cooldown_microbatches)
-    if ratio is None and None not in numbers:
-        ratio = _USUAL_RATIO
+    if ratio is None and numbers != (None, None):
+        ratio = _USUAL_RATIO  # what was asked for is checked, or refused, before training
     return None if ratio is None else PassTimes.uniform(config.parallel.num_stages, ratio)
 
 
@@ -96,7 +100,7 @@ def check_plan(config: RunConfig, world_size: int) -> None:
     unit = training.micro_batch_size * config.parallel.data_parallel_size(world_size)
     num_stages = config.parallel.num_stages * config.parallel.num_model_chunks(config.model.num_layers)
     usual = [StageCosts(forward_sec=1.0, backward_sec=_USUAL_RATIO)] * num_stages
-    # Fewer microbatches have less room for fill: the first batch of a ramp-up is the critical one.
+    # Few microbatches have little room for fill: of a ramp-up, the first batch is looked at as well.
     for batch_size in {*training.rampup_batch_size[:1], training.global_batch_size or unit}:
         build_plan(config, batch_size // unit, usual)
 
@@ -135,6 +139,8 @@ class PlannedPipeline:
         self._runtime = cache(self._make_runtime)
         fills_by_measure = config.pipeline.fill_explicit_bubbles and _given_times(config) is None
         self._measures = fills_by_measure or config.pipeline.exits_in_bubbles
+        if config.pipeline.profile_pipeline is not None:
+            on_rank_zero(lambda: _check_writable(Path(config.pipeline.profile_pipeline)))
 
     def plan(self, num_microbatches: int) -> Plan:
         """Of the next iteration."""
@@ -178,7 +184,11 @@ class PlannedPipeline:
         """Make the plan that fits what was measured, or draw."""
         costs = self._agreed(measured_costs([trace.timeline for trace in self._traces], self._traces[-1].plan))
         if not self._measures:
-            on_rank_zero(lambda: self._write_profile(costs))
+            if torch.distributed.get_rank() == 0:
+                try:
+                    self._write_profile(costs)
+                except OSError as error:  # not worth the end of a training run
+                    self._say(f" the profile of the pipeline could not be written: {error}")
             return
         self._measures, self.costs = False, costs
         self._runtime.cache_clear()
@@ -228,6 +238,12 @@ class PlannedPipeline:
             f" profile of the pipeline: {picture} and {picture.with_suffix('.json').name}; an iteration took "
             f"{measured.iteration_sec * 1000:.1f} ms, predicted {predicted.iteration_sec * 1000:.1f} ms"
         )
+
+
+def _check_writable(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise OSError(f"--profile-pipeline {path}: {path.parent} cannot be written; give another folder")
 
 
 def _exits_before_first_backward(actions: Sequence[Action]) -> int:

@@ -169,8 +169,9 @@ def _num_training_samples(config: RunConfig, global_batch_size: int) -> int:
     training = config.training
     unit = training.micro_batch_size * parallel_state.get_data_parallel_world_size()
     in_iteration = global_batch_size + unit * most_fill(config, global_batch_size // unit)
-    # The last batch of --train-samples may go beyond it.
-    return (training.train_samples or 0) + in_iteration * (training.train_iters or 1)
+    # The last batch of --train-samples may go beyond it; and microbatches are whole.
+    samples = (training.train_samples or 0) + in_iteration * (training.train_iters or 1)
+    return -(-samples // unit) * unit
 
 
 def train(run: Run) -> bool:
