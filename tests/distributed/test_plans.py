@@ -157,7 +157,7 @@ def test_what_is_refused(num_stages: int, changes: dict, message: str) -> None:
 
 def test_too_many_are_refused_with_the_largest_number() -> None:
     cfg = config(4, **FILL, num_fill_warmup_microbatches=3, num_fill_cooldown_microbatches=0, global_batch_size=12)
-    with pytest.raises(ValueError, match=r"num_fill_warmup = 3.*Use at most \d"):
+    with pytest.raises(ValueError, match=r"--num-fill-warmup-microbatches 3.*Use at most \d"):
         check_plan(cfg, 4)
     without = config(4, **FILL, exit_layer_nums=(), exit_layer_weight=(), global_batch_size=12)
     with pytest.raises(ValueError, match="the model has no exits"):

@@ -131,7 +131,8 @@ def test_training_in_idle_time(data: str, tmp_path: Path) -> None:
     """Plans from the command line, with the picture of an iteration; the tool simulates with what was measured."""
     flags = ["--data-path", data, "--pipeline-model-parallel-size", "2", "--eval-iters", "0", "--exits-in-bubbles",
              "--fill-explicit-bubbles", "--profile-pipeline", str(tmp_path / "profile.svg"),
-             "--metrics-file", str(tmp_path / "metrics.jsonl")]  # fmt: skip
+             "--metrics-file", str(tmp_path / "metrics.jsonl"),
+             "--num-workers", "1"]  # fmt: skip
     result = train(2, *flags, "--train-iters", "12", "--lr-decay-iters", "12")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "plan        exits in idle time, bubbles filled when the stages are measured" in result.stdout

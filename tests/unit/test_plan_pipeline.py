@@ -292,3 +292,11 @@ def test_bad_input(words: list[str], message: str, capsys: pytest.CaptureFixture
 def test_stage_costs_without_exits() -> None:
     cost = StageCosts(1.0, 2.0, exit_sec=3.0, exit_head_bytes=4, state_bytes=5)
     assert asdict(cost.without_exits()) == asdict(StageCosts(1.0, 2.0, state_bytes=5))
+
+
+def test_other_exit_layers_of_a_case_are_as_they_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """A case has exits before its layers; `8 16` are after these, and `--pre-exit` can be given again."""
+    assert main(["--case", "7B", "--exit-layer-nums", "8", "16"]) == 0
+    assert "exits after layers 8, 16" in capsys.readouterr().out
+    assert main(["--case", "7B", "--exit-layer-nums", "9", "17", "--pre-exit"]) == 0
+    assert "exits before layers 9, 17" in capsys.readouterr().out

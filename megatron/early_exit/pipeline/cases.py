@@ -46,6 +46,13 @@ class Case:
     layers_per_stage: tuple[int, ...] | None = None
     """Default: as training splits them."""
 
+    def flags_with(self, more: Sequence[str]) -> list[str]:
+        """With more flags, which win. Other exit layers are as they are named: --pre-exit goes with the case's own."""
+        own = self.flags.split()
+        if any(flag.partition("=")[0] == "--exit-layer-nums" for flag in more):
+            own = [flag for flag in own if flag != "--pre-exit"]
+        return [*own, *more]
+
 
 CASES = {
     "1.3B": Case(
@@ -96,7 +103,7 @@ def case_named(name: str) -> Case:
 def setup_of_case(name: str, more_flags: Sequence[str] = ()) -> Setup:
     """more_flags: of training; they win over the case's."""
     case = case_named(name)
-    return setup_from_flags([*case.flags.split(), *more_flags], case.world_size, case.gpu, case.layers_per_stage)
+    return setup_from_flags(case.flags_with(more_flags), case.world_size, case.gpu, case.layers_per_stage)
 
 
 def setup_from_flags(

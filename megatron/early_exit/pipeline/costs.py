@@ -67,6 +67,8 @@ def write_costs(costs: Iterable[StageCosts], path: str | Path) -> None:
 def read_costs(path: str | Path) -> list[StageCosts]:
     """Costs of all stages from `write_costs`' form, or from a profile of training (`--profile-pipeline`), which has
     them under `costs`; what an object leaves out is 0. Raises ValueError or OSError."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; give a JSON file")
     try:
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

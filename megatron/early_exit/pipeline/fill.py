@@ -119,8 +119,8 @@ def _check_arguments(
     if not exit_stages and num_fill_warmup != 0:
         asked = "as many as fit" if num_fill_warmup is None else num_fill_warmup
         raise ValueError(
-            f"num_fill_warmup = {asked}: a warmup fill runs through the first stages only and trains what their exits "
-            "give gradients to, but the model has no exits; add exits, or use num_fill_warmup = 0"
+            f"--num-fill-warmup-microbatches {asked}: these run through the first stages only and train what their "
+            "exits give gradients to, but the model has no exits; add exits, or use 0"
         )
 
 
@@ -178,9 +178,9 @@ class _FillBuilder:
         found = len(fill.last_stages)
         if number is not None and found < number:
             raise ValueError(
-                f"num_fill_warmup = {number}: with {self._world}, the time before the first backward of the stages up "
-                f"to one with an exit ({', '.join(map(str, exit_stages))}) holds {found} microbatches; more would "
-                f"lengthen the iteration. Use at most {found}"
+                f"--num-fill-warmup-microbatches {number}: with {self._world}, {found} fit before the first backward "
+                f"of the stages up to one with an exit ({', '.join(map(str, exit_stages))}); more would lengthen the "
+                f"iteration. Use at most {found}"
             )
         return fill
 
@@ -249,9 +249,9 @@ class _FillBuilder:
         found = len(fill.first_backward_stages)
         if number is not None and found < number:
             raise ValueError(
-                f"num_fill_cooldown = {number}: with {self._world} and {num_warmup} warmup fills, the cooldown holds "
-                f"{found} forwards and, after the last stage's last regular backward, backwards; more would lengthen "
-                f"the iteration. Use at most {found}"
+                f"--num-fill-cooldown-microbatches {number}: with {self._world} and {num_warmup} in the warmup, "
+                f"{found} fit behind the last stage's last backward; more would lengthen the iteration. Use at most "
+                f"{found}"
             )
         return fill
 

@@ -104,19 +104,20 @@ def _run(args: argparse.Namespace, flags: list[str]) -> None:
 
 def _plan_model(args: argparse.Namespace, flags: list[str]) -> None:
     setup = _setup(args, flags)
-    print(_headline(setup))
-    if setup.config.training.tune_exit:
-        variants = [tuning_variant(setup)]
-    else:
-        if args.choose:
-            choice = choose(setup)
-            print("\n" + "\n".join(f"- {reason}" for reason in choice.reasons))
-            print(
-                f"- All in all {choice.time_overhead:+.2%} time and {choice.memory_overhead:+.2%} memory of the "
-                "fullest rank, against plain GPT as it was given."
-            )
-            setup = choice.setup
-        variants = compare(setup, args.num_fill_warmup_microbatches, args.num_fill_cooldown_microbatches)
+    headline = _headline(setup)
+    is_tuning = setup.config.training.tune_exit
+    choice = choose(setup) if args.choose and not is_tuning else None
+    setup = setup if choice is None else choice.setup
+    fill = (args.num_fill_warmup_microbatches, args.num_fill_cooldown_microbatches)
+    variants = [tuning_variant(setup)] if is_tuning else compare(setup, *fill)
+    print(headline)
+    if choice is not None:
+        print("\n" + "\n".join(f"- {reason}" for reason in choice.reasons))
+        print(
+            f"- All in all {choice.time_overhead:+.2%} time and {choice.memory_overhead:+.2%} memory of the "
+            "fullest rank, against plain GPT with the layers that were given; the table is against plain GPT with the "
+            "chosen ones."
+        )
     print("\n" + rank_table(variants[-1], setup))
     print("\n" + variant_table(variants))
     full = max(variants[-1].peak_bytes)
@@ -140,7 +141,7 @@ def _setup(args: argparse.Namespace, flags: list[str]) -> Setup:
     is_overridden = any(word.startswith(("--num-layers", "--pipeline-model-parallel-size")) for word in flags)
     if case and is_overridden and not args.layers_per_stage:
         given_layers = None
-    words = [*(case.flags.split() if case else []), *flags]
+    words = case.flags_with(flags) if case else flags
     needed = {"--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length"}
     missing = sorted(needed - {word.partition("=")[0] for word in words})
     if missing and not any(word.startswith("--config") for word in words):

@@ -158,6 +158,8 @@ class PlanRuntime:
         for batches in self._batches:
             if batches is not None:
                 batches.draw_all()
+        # Loaders end with their iterators, so nothing may hold these when training is over.
+        self._batches = []
         left = [*self._inputs, *self._outputs, *self._gradients, *self._leaving]
         assert not left, f"the plan is over, and microbatches (and chunks) {left} are not"
         if self._config.finalize_model_grads_func is not None and self._last_backward:

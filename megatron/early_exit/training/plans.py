@@ -35,6 +35,8 @@ _MEASURED_ITERATIONS = NUM_UNTIL_MEASURED - _WARMUP_ITERATIONS
 
 _USUAL_RATIO = 2.0
 
+_SHARED = " (much less: do ranks share processors, or are messages slow?)"
+
 
 def follows_plan(config: RunConfig) -> bool:
     """Whether iterations follow a plan instead of core's schedule. Tuning over several stages does: there a stage sends
@@ -237,6 +239,7 @@ class PlannedPipeline:
         self._say(
             f" profile of the pipeline: {picture} and {picture.with_suffix('.json').name}; an iteration took "
             f"{measured.iteration_sec * 1000:.1f} ms, predicted {predicted.iteration_sec * 1000:.1f} ms"
+            f"{_SHARED if measured.iteration_sec > 1.2 * predicted.iteration_sec else ''}"
         )
 
 
