@@ -14,8 +14,11 @@ from torch import Tensor
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model, build_model
+from megatron.early_exit.pipeline.links import StageLinks
+from megatron.early_exit.pipeline.plan import Plan
+from megatron.early_exit.pipeline.runtime import PlanRuntime
 from megatron.early_exit.platform.distributed import initialize_model_parallel
-from megatron.early_exit.training.step import connect_gradient_reduction, run_schedule
+from megatron.early_exit.training.step import connect_gradient_reduction, forward_step, run_schedule
 from tests.configs import VOCAB_SIZE
 from tests.reference import ReferenceBatch, ReferenceModel, make_batches, parameter_value
 
@@ -90,6 +93,19 @@ def iterators(model: Model, batches: list[ReferenceBatch]) -> list[Iterator | No
     """One iterator per chunk; chunks that need no data get none."""
     needs_data = lambda c: c.pre_process or c.post_process or c.exit_heads() or batches[0].attention_mask is not None
     return [iter(batches) if needs_data(chunk) else None for chunk in model.chunks]
+
+
+def plan_runtime(model: Model, plan: Plan) -> PlanRuntime:
+    """This rank's part of a plan over the model's chunks."""
+    return PlanRuntime(
+        plan,
+        parallel_state.get_pipeline_model_parallel_rank(),
+        config=model.config,
+        chunks=model.wrapped,
+        exit_losses=model.exit_losses,
+        links=StageLinks(is_interleaved=plan.num_chunks > 1, timeout_minutes=1),
+        forward_step=forward_step,
+    )
 
 
 def my_batches(batches: list[ReferenceBatch]) -> list[ReferenceBatch]:

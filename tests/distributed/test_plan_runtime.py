@@ -94,24 +94,18 @@ def run_plan(cfg: RunConfig, plan: Plan, iterations: int = 1) -> None:
     """Gradients of every parameter equal the reference's; every iteration has other batches."""
     from megatron.core import parallel_state
 
-    from megatron.early_exit.pipeline.links import StageLinks
-    from megatron.early_exit.pipeline.runtime import PlanRuntime
-    from megatron.early_exit.training.step import forward_step
     from tests.distributed.parallel_model import (
         build_with_reference_parameters,
         compare_gradients,
         iterators,
         layout,
+        plan_runtime,
     )
 
     weights = cfg.exits.weights_at(10**9)
     with layout(cfg):
         model = build_with_reference_parameters(cfg)
-        links = StageLinks(is_interleaved=plan.num_chunks > 1, timeout_minutes=1)
-        runtime = PlanRuntime(
-            plan, parallel_state.get_pipeline_model_parallel_rank(), config=model.config, chunks=model.wrapped,
-            exit_losses=model.exit_losses, links=links, forward_step=forward_step,
-        )  # fmt: skip
+        runtime = plan_runtime(model, plan)
         for iteration in range(iterations):
             for chunk in model.wrapped:
                 chunk.zero_grad_buffer()
@@ -228,26 +222,19 @@ def test_mean_over_the_tokens_of_the_batch() -> None:
 
 
 def compare_per_token(cfg: RunConfig, plan: Plan) -> None:
-    from megatron.core import parallel_state
 
-    from megatron.early_exit.pipeline.links import StageLinks
-    from megatron.early_exit.pipeline.runtime import PlanRuntime
-    from megatron.early_exit.training.step import forward_step
     from tests.distributed.parallel_model import (
         build_with_reference_parameters,
         compare_gradients,
         iterators,
         layout,
+        plan_runtime,
     )
 
     weights = cfg.exits.weights_at(10**9)
     with layout(cfg):
         model = build_with_reference_parameters(cfg)
-        runtime = PlanRuntime(
-            plan, parallel_state.get_pipeline_model_parallel_rank(), config=model.config, chunks=model.wrapped,
-            exit_losses=model.exit_losses, links=StageLinks(is_interleaved=False, timeout_minutes=1),
-            forward_step=forward_step,
-        )  # fmt: skip
+        runtime = plan_runtime(model, plan)
         for chunk in model.wrapped:
             chunk.zero_grad_buffer()
         batches = make_batches(cfg, VOCAB_SIZE, plan.num_microbatches)
@@ -286,20 +273,16 @@ def test_messages_are_known_to_have_arrived(plan: Plan) -> None:
 
 def tune_by_plan(cfg: RunConfig, plan: Plan) -> None:
     """A tuning plan gives the gradients and losses of core's forward-only schedule."""
-    from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
 
-    from megatron.early_exit.pipeline.links import StageLinks
-    from megatron.early_exit.pipeline.runtime import PlanRuntime
-    from megatron.early_exit.training.step import accumulate_gradients, forward_step
-    from tests.distributed.parallel_model import build_with_reference_parameters, iterators, layout
+    from megatron.early_exit.training.step import accumulate_gradients
+    from tests.distributed.parallel_model import build_with_reference_parameters, iterators, layout, plan_runtime
 
     weights, sizes = cfg.exits.weights_at(10**9), {"micro_batch_size": 2, "seq_length": cfg.training.seq_length}
     with layout(cfg):
         model = build_with_reference_parameters(cfg)
         batches = make_batches(cfg, VOCAB_SIZE, plan.num_microbatches)
         gradients = []
-        links = StageLinks(is_interleaved=False, timeout_minutes=1)
         for by_plan in (False, True):
             for chunk in model.wrapped:
                 chunk.zero_grad_buffer()
@@ -309,10 +292,7 @@ def tune_by_plan(cfg: RunConfig, plan: Plan) -> None:
                 )
             else:
                 model.exit_losses.begin_iteration(plan.num_microbatches, weights, is_tuning=True)
-                runtime = PlanRuntime(
-                    plan, parallel_state.get_pipeline_model_parallel_rank(), config=model.config, chunks=model.wrapped,
-                    exit_losses=model.exit_losses, links=links, forward_step=forward_step,
-                )  # fmt: skip
+                runtime = plan_runtime(model, plan)
                 runtime.run(iterators(model, batches), **sizes)
                 finalize_model_grads(model.wrapped)
             trained = {n: p for n, p in model.chunks[0].named_parameters() if p.requires_grad}

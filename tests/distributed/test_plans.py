@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.validate import _ITERATIONS_UNTIL_MEASURED, problems, warnings
+from megatron.early_exit.config.validate import problems, warnings
 from megatron.early_exit.pipeline.costs import StageCosts
 from megatron.early_exit.pipeline.plan import Kind, Plan
 from megatron.early_exit.pipeline.simulate import Timeline, simulate
-from megatron.early_exit.training.plans import NUM_UNTIL_MEASURED, build_plan, check_plan, measured_costs, most_fill
+from megatron.early_exit.training.plans import build_plan, check_plan, measured_costs, most_fill
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files
 from tests.distributed.training_runs import training_run
@@ -177,7 +177,6 @@ def test_runs_that_are_too_short_are_told() -> None:
     assert "--fill-explicit-bubbles has no effect in 5 iterations" in text
     assert "--profile-pipeline has no effect in 5 iterations: it needs 10" in text
     assert not list(warnings(config(4, **FILL, train_iters=10, profile_pipeline="x.png")))
-    assert _ITERATIONS_UNTIL_MEASURED == NUM_UNTIL_MEASURED
 
 
 def test_data_are_there_for_the_largest_fill() -> None:
@@ -196,21 +195,20 @@ def gradients_of_draws(
 
     most_fill: draw so many for fill, so that the batch is the same whether a plan has fill or not. one_divisor: every
     pass counts 1 / N, whichever stages it reaches (the original's weights)."""
-    from megatron.core import parallel_state
 
-    from megatron.early_exit.pipeline.links import StageLinks
-    from megatron.early_exit.pipeline.runtime import PassCounts, PlanRuntime
-    from megatron.early_exit.training.step import forward_step
-    from tests.distributed.parallel_model import build_with_reference_parameters, global_name, iterators, layout
+    from megatron.early_exit.pipeline.runtime import PassCounts
+    from tests.distributed.parallel_model import (
+        build_with_reference_parameters,
+        global_name,
+        iterators,
+        layout,
+        plan_runtime,
+    )
     from tests.reference import make_batches
 
     with layout(cfg):
         model = build_with_reference_parameters(cfg)
-        runtime = PlanRuntime(
-            plan, parallel_state.get_pipeline_model_parallel_rank(), config=model.config, chunks=model.wrapped,
-            exit_losses=model.exit_losses, links=StageLinks(is_interleaved=False, timeout_minutes=1),
-            forward_step=forward_step,
-        )  # fmt: skip
+        runtime = plan_runtime(model, plan)
         if one_divisor:
             runtime._counts = [PassCounts(plan.num_microbatches, plan.num_microbatches, gradient_factor=1.0)]
         batches = make_batches(cfg, VOCAB_SIZE, num_batches)

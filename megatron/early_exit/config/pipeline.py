@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+USUAL_BACKWARD_FORWARD_RATIO = 2.0
+
+ITERATIONS_UNTIL_MEASURED = 5
+"""Iterations until stages are measured, and until a profile is written of the plan that follows."""
+
 
 @dataclass(frozen=True)
 class PipelineConfig:
@@ -34,3 +39,22 @@ class PipelineConfig:
     def is_planned(self) -> bool:
         """Whether training follows a plan of ours instead of core's schedule."""
         return self.exits_in_bubbles or self.fill_explicit_bubbles or self.profile_pipeline is not None
+
+    @property
+    def given_ratio(self) -> float | None:
+        """Backward over forward, as filling takes it; None: stages are measured. A number of microbatches that was
+        asked for is checked, or refused, before training, so it goes by the usual ratio if none is given."""
+        asked = (self.num_fill_warmup_microbatches, self.num_fill_cooldown_microbatches)
+        if self.backward_forward_ratio is None and asked != (None, None):
+            return USUAL_BACKWARD_FORWARD_RATIO
+        return self.backward_forward_ratio
+
+    @property
+    def fills_by_measure(self) -> bool:
+        """Whether how much fills the bubbles depends on measured stages."""
+        return self.fill_explicit_bubbles and self.given_ratio is None
+
+    @property
+    def measures_stages(self) -> bool:
+        """Whether the first iterations are timed for the plan of the later ones."""
+        return self.fills_by_measure or self.exits_in_bubbles

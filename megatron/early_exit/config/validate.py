@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.config.data import DataConfig, parse_blend, split_shares
+from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED
 from megatron.early_exit.config.run import RunConfig
 
 TOKENIZERS_WITHOUT_MODEL = ("ByteLevelTokenizer", "NullTokenizer")
@@ -698,22 +699,16 @@ def _tuning_warnings(cfg: RunConfig) -> Iterator[str]:
         yield "--overlap-grad-reduce has no effect with --tune-exit"
 
 
-_ITERATIONS_UNTIL_MEASURED = 5  # training.plans.NUM_UNTIL_MEASURED
-
-
 def _plan_warnings(cfg: RunConfig) -> Iterator[str]:
     pipeline, iterations = cfg.pipeline, cfg.training.train_iters
     if not pipeline.is_planned or iterations is None:
         return
-    numbers = (pipeline.num_fill_warmup_microbatches, pipeline.num_fill_cooldown_microbatches)
-    fills_by_measure = pipeline.fill_explicit_bubbles and (*numbers, pipeline.backward_forward_ratio) == (None,) * 3
-    measures = fills_by_measure or pipeline.exits_in_bubbles
-    if fills_by_measure and iterations <= _ITERATIONS_UNTIL_MEASURED:
+    if pipeline.fills_by_measure and iterations <= ITERATIONS_UNTIL_MEASURED:
         yield (
             f"--fill-explicit-bubbles has no effect in {iterations} iterations: stages are measured in the first"
-            f" {_ITERATIONS_UNTIL_MEASURED}; give --backward-forward-ratio, or more iterations"
+            f" {ITERATIONS_UNTIL_MEASURED}; give --backward-forward-ratio, or more iterations"
         )
-    needed = _ITERATIONS_UNTIL_MEASURED * (1 + measures)
+    needed = ITERATIONS_UNTIL_MEASURED * (1 + pipeline.measures_stages)
     if pipeline.profile_pipeline and iterations < needed:
         yield f"--profile-pipeline has no effect in {iterations} iterations: it needs {needed}"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 
+from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED, USUAL_BACKWARD_FORWARD_RATIO
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.pipeline.builders import forward_only_tuning, with_exits_in_bubbles
@@ -26,14 +27,9 @@ from megatron.early_exit.pipeline.simulate import TimedAction, Timeline, simulat
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.training.step import forward_step
 
-NUM_UNTIL_MEASURED = 5
-"""Iterations until stages are measured, and until a profile is written of the plan that follows."""
-
 # The first iterations of a process are slow (caches, allocations, compiled kernels) and are not measured.
 _WARMUP_ITERATIONS = 2
-_MEASURED_ITERATIONS = NUM_UNTIL_MEASURED - _WARMUP_ITERATIONS
-
-_USUAL_RATIO = 2.0
+_MEASURED_ITERATIONS = ITERATIONS_UNTIL_MEASURED - _WARMUP_ITERATIONS
 
 _SHARED = " (much less: do ranks share processors, or are messages slow?)"
 
@@ -74,11 +70,7 @@ def build_plan(config: RunConfig, num_microbatches: int, costs: Sequence[StageCo
 
 def _given_times(config: RunConfig) -> PassTimes | None:
     """What the flags say of the stages' times, all equal."""
-    pipeline = config.pipeline
-    ratio = pipeline.backward_forward_ratio
-    numbers = (pipeline.num_fill_warmup_microbatches, pipeline.num_fill_cooldown_microbatches)
-    if ratio is None and numbers != (None, None):
-        ratio = _USUAL_RATIO  # what was asked for is checked, or refused, before training
+    ratio = config.pipeline.given_ratio
     return None if ratio is None else PassTimes.uniform(config.parallel.num_stages, ratio)
 
 
@@ -88,7 +80,7 @@ def plan_text(config: RunConfig, num_microbatches: int) -> str | None:
     if not pipeline.is_planned:
         return None
     parts = ["exits in idle time"] if pipeline.exits_in_bubbles else []
-    if pipeline.fill_explicit_bubbles and _given_times(config) is None:
+    if pipeline.fills_by_measure:
         parts.append("bubbles filled when the stages are measured")
     elif pipeline.fill_explicit_bubbles:
         plan = build_plan(config, num_microbatches)
@@ -101,7 +93,7 @@ def check_plan(config: RunConfig, world_size: int) -> None:
     training = config.training
     unit = training.micro_batch_size * config.parallel.data_parallel_size(world_size)
     num_stages = config.parallel.num_stages * config.parallel.num_model_chunks(config.model.num_layers)
-    usual = [StageCosts(forward_sec=1.0, backward_sec=_USUAL_RATIO)] * num_stages
+    usual = [StageCosts(forward_sec=1.0, backward_sec=USUAL_BACKWARD_FORWARD_RATIO)] * num_stages
     # Few microbatches have little room for fill: of a ramp-up, the first batch is looked at as well.
     for batch_size in {*training.rampup_batch_size[:1], training.global_batch_size or unit}:
         build_plan(config, batch_size // unit, usual)
@@ -111,7 +103,7 @@ def most_fill(config: RunConfig, num_microbatches: int) -> int:
     """The most microbatches that an iteration may run beyond its batch."""
     if not config.pipeline.fill_explicit_bubbles:
         return 0
-    if _given_times(config) is not None:
+    if not config.pipeline.fills_by_measure:
         return build_plan(config, num_microbatches).num_fill
     return 2 * (config.parallel.num_stages - 1)  # fewer than (P - 1) r / (1 + r) of each kind
 
@@ -139,8 +131,7 @@ class PlannedPipeline:
         self._num_run = 0
         self._traces: list[_Trace] = []
         self._runtime = cache(self._make_runtime)
-        fills_by_measure = config.pipeline.fill_explicit_bubbles and _given_times(config) is None
-        self._measures = fills_by_measure or config.pipeline.exits_in_bubbles
+        self._measures = config.pipeline.measures_stages
         if config.pipeline.profile_pipeline is not None:
             on_rank_zero(lambda: _check_writable(Path(config.pipeline.profile_pipeline)))
 
