@@ -199,7 +199,7 @@ def measure(settings: Settings, num_stages: int, pictures: str | None) -> dict[s
 
 def predict(built: Built, settings: Settings) -> float:
     """Iteration time of the plan by simulation, with the costs that were measured before the plan was made."""
-    from megatron.early_exit.pipeline.simulate import simulate
+    from megatron.early_exit.schedules.simulate import simulate
 
     return simulate(built.planned.plan(settings.num_microbatches), built.planned.costs).iteration_sec
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.pipeline_simulation
 
-No GPU takes part. Times come from FLOPs and bytes over data-sheet figures (pipeline/cost_model.py); the cases stand in
+No GPU takes part. Times come from FLOPs and bytes over data-sheet figures (schedules/cost_model.py); the cases stand in
 pipeline/cases.py. Prints ratios, ends with one line of JSON and writes it to results/pipeline_simulation_DATE.json.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks import common
 from megatron.early_exit.model import sizes
-from megatron.early_exit.pipeline.cases import CASES, setup_of_case
-from megatron.early_exit.pipeline.comparison import FREE, Setup, compare
-from megatron.early_exit.pipeline.planner import choose
+from megatron.early_exit.schedules.cases import CASES, setup_of_case
+from megatron.early_exit.schedules.comparison import FREE, Setup, compare
+from megatron.early_exit.schedules.planner import choose
 
 TIME_LIMIT, MEMORY_LIMIT = 0.01, 0.0
 """Of what exits may add to plain GPT's iteration, and to its fullest rank."""

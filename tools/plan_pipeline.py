@@ -3,7 +3,7 @@
 
 import sys
 
-from megatron.early_exit.pipeline.plan_command import main
+from megatron.early_exit.schedules.plan_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

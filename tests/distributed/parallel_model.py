@@ -14,10 +14,10 @@ from torch import Tensor
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model, build_model
-from megatron.early_exit.pipeline.links import StageLinks
-from megatron.early_exit.pipeline.plan import Plan
-from megatron.early_exit.pipeline.runtime import PlanRuntime
 from megatron.early_exit.platform.distributed import initialize_model_parallel
+from megatron.early_exit.schedules.links import StageLinks
+from megatron.early_exit.schedules.plan import Plan
+from megatron.early_exit.schedules.runtime import PlanRuntime
 from megatron.early_exit.training.step import connect_gradient_reduction, forward_step, run_schedule
 from tests.configs import VOCAB_SIZE
 from tests.reference import ReferenceBatch, ReferenceModel, make_batches, parameter_value

@@ -20,8 +20,8 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from megatron.early_exit.pipeline.builders import interleaved, one_f_one_b
-from megatron.early_exit.pipeline.plan import Action, Kind
+from megatron.early_exit.schedules.builders import interleaved, one_f_one_b
+from megatron.early_exit.schedules.plan import Action, Kind
 from tests.distributed.workers import run_distributed
 
 _SHAPE = (2, 1, 1)  # [s, b, h]: the microbatch's number and the stage

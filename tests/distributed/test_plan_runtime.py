@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.pipeline.builders import forward_only_tuning, interleaved, one_f_one_b, with_exits_in_bubbles
-from megatron.early_exit.pipeline.fill import PassTimes, with_filled_bubbles
-from megatron.early_exit.pipeline.plan import Kind, Plan
+from megatron.early_exit.schedules.builders import forward_only_tuning, interleaved, one_f_one_b, with_exits_in_bubbles
+from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
+from megatron.early_exit.schedules.plan import Kind, Plan
 from tests.configs import VOCAB_SIZE, make_config
 from tests.distributed.test_tuning import tuning_config
 from tests.distributed.workers import run_distributed
@@ -248,7 +248,7 @@ def sends_that_are_kept(plan: Plan) -> int:
     """The most messages that this rank holds at the end of an iteration, with nothing but plans."""
     from types import SimpleNamespace
 
-    from megatron.early_exit.pipeline.runtime import PlanRuntime
+    from megatron.early_exit.schedules.runtime import PlanRuntime
 
     kept = 0
     for rank in range(plan.num_ranks):

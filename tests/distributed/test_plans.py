@@ -11,9 +11,9 @@ import torch
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.validate import problems, warnings
-from megatron.early_exit.pipeline.costs import StageCosts
-from megatron.early_exit.pipeline.plan import Kind, Plan
-from megatron.early_exit.pipeline.simulate import Timeline, simulate
+from megatron.early_exit.schedules.costs import StageCosts
+from megatron.early_exit.schedules.plan import Kind, Plan
+from megatron.early_exit.schedules.simulate import Timeline, simulate
 from megatron.early_exit.training.plans import build_plan, check_plan, measured_costs, most_fill
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files
@@ -196,7 +196,7 @@ def gradients_of_draws(
     most_fill: draw so many for fill, so that the batch is the same whether a plan has fill or not. one_divisor: every
     pass counts 1 / N, whichever stages it reaches (the original's weights)."""
 
-    from megatron.early_exit.pipeline.runtime import PassCounts
+    from megatron.early_exit.schedules.runtime import PassCounts
     from tests.distributed.parallel_model import (
         build_with_reference_parameters,
         global_name,

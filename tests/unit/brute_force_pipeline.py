@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
 
 
 class NeverEndsError(Exception):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import pipeline_simulation
-from megatron.early_exit.pipeline.cases import CASES, setup_of_case
-from megatron.early_exit.pipeline.comparison import compare
+from megatron.early_exit.schedules.cases import CASES, setup_of_case
+from megatron.early_exit.schedules.comparison import compare
 
 
 def test_cases_have_the_papers_tensor_parallel_sizes() -> None:

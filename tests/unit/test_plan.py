@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
 
 TEXT = """# made up: 2 ranks, 2 chunks, 1 microbatch, 1 + 1 fill
 F0 SF0 RF0.1 F0.1 SF0.1 F1p B1p

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.early_exit.pipeline.builders import (
+from megatron.early_exit.schedules.builders import (
     exits_that_fit,
     forward_only_tuning,
     interleaved,
     one_f_one_b,
     with_exits_in_bubbles,
 )
-from megatron.early_exit.pipeline.fill import PassTimes, end_times, uniform_fill, with_filled_bubbles
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
-from megatron.early_exit.pipeline.validate import validate
+from megatron.early_exit.schedules.fill import PassTimes, end_times, uniform_fill, with_filled_bubbles
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.validate import validate
 from tests.unit.brute_force_pipeline import Costs, iteration_time, most_in_flight
 from tests.unit.brute_force_pipeline import end_times as brute_force_end_times
 

@@ -9,21 +9,21 @@ import pytest
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.model import sizes
-from megatron.early_exit.pipeline.cases import CASES, setup_from_flags, setup_of_case
-from megatron.early_exit.pipeline.comparison import FREE, Setup, compare, exits_in_backward, plain_gpt
-from megatron.early_exit.pipeline.cost_model import (
+from megatron.early_exit.schedules.cases import CASES, setup_from_flags, setup_of_case
+from megatron.early_exit.schedules.comparison import FREE, Setup, compare, exits_in_backward, plain_gpt
+from megatron.early_exit.schedules.cost_model import (
     GPUS,
     Assumptions,
     model_costs,
     stage_layers,
     stages_with_early_exits,
 )
-from megatron.early_exit.pipeline.costs import StageCosts, read_costs, write_costs
-from megatron.early_exit.pipeline.draw import draw_timelines
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
-from megatron.early_exit.pipeline.plan_command import main
-from megatron.early_exit.pipeline.planner import choose
-from megatron.early_exit.pipeline.simulate import Timeline
+from megatron.early_exit.schedules.costs import StageCosts, read_costs, write_costs
+from megatron.early_exit.schedules.draw import draw_timelines
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.plan_command import main
+from megatron.early_exit.schedules.planner import choose
+from megatron.early_exit.schedules.simulate import Timeline
 
 SMALL = (
     "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 128 --micro-batch-size 2 --bf16 "

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatron.early_exit.pipeline.builders import (
+from megatron.early_exit.schedules.builders import (
     forward_only_tuning,
     interleaved,
     one_f_one_b,
     with_exits_in_bubbles,
 )
-from megatron.early_exit.pipeline.fill import with_filled_bubbles
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
-from megatron.early_exit.pipeline.validate import validate
+from megatron.early_exit.schedules.fill import with_filled_bubbles
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.validate import validate
 from tests.unit.brute_force_pipeline import Costs, NeverEndsError, end_times
 
 # -- By hand

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.early_exit.pipeline.builders import (
+from megatron.early_exit.schedules.builders import (
     forward_only_tuning,
     interleaved,
     one_f_one_b,
     with_exits_in_bubbles,
 )
-from megatron.early_exit.pipeline.costs import StageCosts
-from megatron.early_exit.pipeline.fill import PassTimes, with_filled_bubbles
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
-from megatron.early_exit.pipeline.simulate import (
+from megatron.early_exit.schedules.costs import StageCosts
+from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.simulate import (
     DeadlockError,
     peak_activation_bytes,
     simulate,

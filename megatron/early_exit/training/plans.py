@@ -16,15 +16,15 @@ from megatron.core import parallel_state
 from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED, USUAL_BACKWARD_FORWARD_RATIO
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model
-from megatron.early_exit.pipeline.builders import forward_only_tuning, with_exits_in_bubbles
-from megatron.early_exit.pipeline.comparison import Variant, base_plan, exits_in_idle_time
-from megatron.early_exit.pipeline.costs import StageCosts
-from megatron.early_exit.pipeline.fill import PassTimes, with_filled_bubbles
-from megatron.early_exit.pipeline.links import StageLinks
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
-from megatron.early_exit.pipeline.runtime import PlanRuntime
-from megatron.early_exit.pipeline.simulate import TimedAction, Timeline, simulate
 from megatron.early_exit.platform.distributed import on_rank_zero
+from megatron.early_exit.schedules.builders import forward_only_tuning, with_exits_in_bubbles
+from megatron.early_exit.schedules.comparison import Variant, base_plan, exits_in_idle_time
+from megatron.early_exit.schedules.costs import StageCosts
+from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
+from megatron.early_exit.schedules.links import StageLinks
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.runtime import PlanRuntime
+from megatron.early_exit.schedules.simulate import TimedAction, Timeline, simulate
 from megatron.early_exit.training.step import forward_step
 
 # The first iterations of a process are slow (caches, allocations, compiled kernels) and are not measured.
@@ -208,7 +208,7 @@ class PlannedPipeline:
         return agreed[0]
 
     def _write_profile(self, costs: list[StageCosts]) -> None:
-        from megatron.early_exit.pipeline.draw import draw_timelines
+        from megatron.early_exit.schedules.draw import draw_timelines
 
         # The iteration of median time stands for all.
         trace = sorted(self._traces, key=lambda trace: trace.timeline.iteration_sec)[len(self._traces) // 2]

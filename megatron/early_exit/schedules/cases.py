@@ -16,8 +16,8 @@ from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.run import RunConfig, with_tuned_stages
 from megatron.early_exit.config.serialize import read_yaml
 from megatron.early_exit.config.validate import ConfigError
-from megatron.early_exit.pipeline.comparison import Setup
-from megatron.early_exit.pipeline.cost_model import DEFAULT_ASSUMPTIONS, Assumptions, gpu_named
+from megatron.early_exit.schedules.comparison import Setup
+from megatron.early_exit.schedules.cost_model import DEFAULT_ASSUMPTIONS, Assumptions, gpu_named
 
 VOCAB_SIZE = 32000
 """Assumed where no vocabulary is given."""

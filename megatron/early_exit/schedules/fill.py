@@ -26,10 +26,10 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from megatron.early_exit.pipeline.builders import one_f_one_b_passes
-from megatron.early_exit.pipeline.costs import StageCosts
-from megatron.early_exit.pipeline.messages import STEP, with_messages
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.builders import one_f_one_b_passes
+from megatron.early_exit.schedules.costs import StageCosts
+from megatron.early_exit.schedules.messages import STEP, with_messages
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
 
 _Passes = list[list[Action]]  # of each stage, in order
 _PassKey = tuple[int, Kind, int]  # stage, kind, microbatch

@@ -25,11 +25,11 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron.early_exit.model.exit_losses import EarlyExit, ExitLosses
-from megatron.early_exit.pipeline.links import Edge, StageLinks
-from megatron.early_exit.pipeline.messages import MESSAGE_AFTER
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
-from megatron.early_exit.pipeline.simulate import TimedAction
 from megatron.early_exit.platform.device import device, use_cuda
+from megatron.early_exit.schedules.links import Edge, StageLinks
+from megatron.early_exit.schedules.messages import MESSAGE_AFTER
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.simulate import TimedAction
 
 ForwardStep = Callable[[Iterator | None, torch.nn.Module], tuple[Tensor, Callable | None]]
 """(batches, chunk) -> (hidden states or sum of losses, function of the latter that gives (sum, tokens, ...))"""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron.early_exit.pipeline.comparison import (
+from megatron.early_exit.schedules.comparison import (
     FREE,
     Setup,
     Variant,
@@ -18,7 +18,7 @@ from megatron.early_exit.pipeline.comparison import (
     exits_in_idle_time,
     plain_gpt,
 )
-from megatron.early_exit.pipeline.fill import uniform_fill
+from megatron.early_exit.schedules.fill import uniform_fill
 
 GIB = 2**30
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.early_exit.pipeline.plan import Kind
-from megatron.early_exit.pipeline.simulate import TimedAction, Timeline
+from megatron.early_exit.schedules.plan import Kind
+from megatron.early_exit.schedules.simulate import TimedAction, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from megatron.early_exit.pipeline.messages import with_messages
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.messages import with_messages
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> Plan:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model import sizes
-from megatron.early_exit.pipeline.costs import StageCosts
+from megatron.early_exit.schedules.costs import StageCosts
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from functools import cached_property
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.pipeline.builders import (
+from megatron.early_exit.schedules.builders import (
     forward_only_tuning,
     interleaved,
     one_f_one_b,
     with_exits_in_bubbles,
 )
-from megatron.early_exit.pipeline.cost_model import (
+from megatron.early_exit.schedules.cost_model import (
     DEFAULT_ASSUMPTIONS,
     Assumptions,
     Gpu,
@@ -23,10 +23,10 @@ from megatron.early_exit.pipeline.cost_model import (
     stage_layers,
     stages_with_early_exits,
 )
-from megatron.early_exit.pipeline.costs import StageCosts, exit_stages
-from megatron.early_exit.pipeline.fill import PassTimes, with_filled_bubbles
-from megatron.early_exit.pipeline.plan import Kind, Plan
-from megatron.early_exit.pipeline.simulate import Timeline, peak_activation_bytes, simulate, state_bytes
+from megatron.early_exit.schedules.costs import StageCosts, exit_stages
+from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
+from megatron.early_exit.schedules.plan import Kind, Plan
+from megatron.early_exit.schedules.simulate import Timeline, peak_activation_bytes, simulate, state_bytes
 
 FREE = 0.001
 """What lengthens an iteration by at most this share costs no time."""

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron.early_exit.pipeline.costs import StageCosts
-from megatron.early_exit.pipeline.messages import STEP
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.costs import StageCosts
+from megatron.early_exit.schedules.messages import STEP
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
 
 
 class TimedAction(NamedTuple):

@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, NoReturn
 
-from megatron.early_exit.pipeline.costs import StageCosts
-from megatron.early_exit.pipeline.messages import MESSAGE_AFTER, MESSAGE_BEFORE, STEP
-from megatron.early_exit.pipeline.plan import Action, Kind, Plan
-from megatron.early_exit.pipeline.simulate import simulate
+from megatron.early_exit.schedules.costs import StageCosts
+from megatron.early_exit.schedules.messages import MESSAGE_AFTER, MESSAGE_BEFORE, STEP
+from megatron.early_exit.schedules.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.simulate import simulate
 
 _BEFORE_ON_A_STAGE = (
     (Kind.RECEIVE_FORWARD, Kind.FORWARD),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.early_exit.pipeline.plan import Action, Kind
+from megatron.early_exit.schedules.plan import Action, Kind
 
 MESSAGE_AFTER = {Kind.FORWARD: Kind.SEND_FORWARD, Kind.BACKWARD: Kind.SEND_BACKWARD}
 """The message that carries away what a pass returned."""

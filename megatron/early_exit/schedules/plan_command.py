@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.early_exit.config.validate import ConfigError
-from megatron.early_exit.pipeline.cases import CASES, case_named, given_number, setup_from_flags
-from megatron.early_exit.pipeline.comparison import (
+from megatron.early_exit.schedules.cases import CASES, case_named, given_number, setup_from_flags
+from megatron.early_exit.schedules.comparison import (
     FILLED,
     IN_BACKWARD,
     IN_IDLE_TIME,
@@ -21,10 +21,10 @@ from megatron.early_exit.pipeline.comparison import (
     compare_costs,
     tuning_variant,
 )
-from megatron.early_exit.pipeline.cost_model import GPUS, Assumptions
-from megatron.early_exit.pipeline.costs import StageCosts, exit_stages, read_costs, write_costs
-from megatron.early_exit.pipeline.draw import check_outputs, draw_timelines
-from megatron.early_exit.pipeline.planner import choose
+from megatron.early_exit.schedules.cost_model import GPUS, Assumptions
+from megatron.early_exit.schedules.costs import StageCosts, exit_stages, read_costs, write_costs
+from megatron.early_exit.schedules.draw import check_outputs, draw_timelines
+from megatron.early_exit.schedules.planner import choose
 
 GIB = 2**30
 PLANS = {"plain": PLAIN, "backward": IN_BACKWARD, "idle": IN_IDLE_TIME, "filled": FILLED}
