@@ -1,0 +1,100 @@
+"""Our checkpoints looked into, and padded for other layouts: inspect, reshard."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from megatron.early_exit.checkpoint.commands.common import (
+    add_source,
+    add_target,
+    add_vocabulary,
+    listed,
+    read,
+    save_changed,
+    with_length,
+)
+
+if TYPE_CHECKING:
+    from megatron.early_exit.config.exits import ExitConfig
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    one = commands.add_parser(
+        "reshard", help="pad the vocabulary for a tensor-parallel size (nothing else depends on it)"
+    )
+    add_source(one)
+    add_target(one, "--save", with_dtype=False)
+    add_vocabulary(one)
+    one.set_defaults(run=reshard)
+
+    one = commands.add_parser("inspect", help="architecture, exits and sizes")
+    add_source(one)
+    one.add_argument("--tensors", action="store_true", help="every tensor with shape and type")
+    one.set_defaults(run=inspect)
+
+
+def reshard(args: argparse.Namespace) -> None:
+    config, tensors, folder = read(args)
+    config = replace(config, model=replace(config.model, padded_vocab_size=None))
+    save_changed(args, folder, config, tensors)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    from megatron.early_exit.checkpoint.families import standard_model_type, vocabulary_rows
+    from megatron.early_exit.checkpoint.store import has_training_state
+    from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
+
+    config, tensors, folder = read(args)
+    model, exits = config.model, config.exits
+    try:
+        like = f"as {standard_model_type(model)} of transformers"
+    except ValueError:
+        like = "no architecture of transformers"
+    count = lambda names: sum(_numel(tensors[name].shape) for name in names)
+    size = sum(tensor.num_bytes for tensor in tensors.values())
+    of_exits = [name for name in tensors if EXIT_HEAD in name]
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    rows = [
+        ("checkpoint", f"{folder}, {'with' if has_training_state(folder) else 'without'} training state"),
+        ("architecture", f"{model.num_layers} layers of width {model.hidden_size}, {like}"),
+        (
+            "attention",
+            f"{model.num_attention_heads} heads of {model.head_size}, {model.num_kv_heads} of keys and values, "
+            f"{model.position_embedding_type}, up to {with_length(config).max_position_embeddings} positions",
+        ),
+        ("vocabulary", f"{vocabulary_rows(tensors)} rows, {_divisors(vocabulary_rows(tensors))}"),
+        ("parameters", f"{count(tensors):,}, {size / 2**20:,.0f} MiB in {', '.join(dtypes)}"),
+        ("exits", f"after layers {listed(exits.exit_layer_nums)}" if exits.num_exits else "none"),
+    ]
+    if exits.num_exits:
+        before = "before" if exits.pre_exit else "after"
+        rows[-1] = ("exits", f"{before} layers {listed(exits.exit_layer_nums)}: {_kind(exits)}")
+        rows.append(("of exits", f"{count(of_exits):,} parameters of their own"))
+    for name, text in rows:
+        print(f"{name:<14}{text}")
+    if args.tensors:
+        width = max(map(len, tensors))
+        for name, tensor in tensors.items():
+            print(f"{name:<{width}}  {list(tensor.shape)!s:<16} {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def _kind(exits: ExitConfig) -> str:
+    parts = [
+        ("transformer block", exits.use_exit_block), ("MLP branch", exits.use_exit_mlp), ("norm", exits.use_exit_norm),
+        ("own output projection", exits.untie_exit_output_weights),
+        ("the model's output projection", not exits.untie_exit_output_weights),
+    ]  # fmt: skip
+    return ", ".join(name for name, is_on in parts if is_on)
+
+
+def _divisors(rows: int) -> str:
+    sizes = [size for size in (1, 2, 4, 8, 16, 32) if rows % size == 0]
+    return f"for tensor parallel sizes up to {max(sizes)}"
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    import math
+
+    return math.prod(shape)
