@@ -40,6 +40,7 @@ def comparable(record: dict) -> dict:
     {**PP2, "hidden_dropout": 0.1, "attention_dropout": 0.1},
     {**TP2, "hidden_dropout": 0.1, "attention_dropout": 0.1},
     {**VP2},
+    {"hidden_dropout": 0.1, "attention_dropout": 0.1, "eval_interval": 3, "eval_iters": 2},
     {**DISTRIBUTED, **BF16},
     {**PP2, **BF16},
     {"fp16": True, "initial_loss_scale": 256.0, "loss_scale_window": 2},

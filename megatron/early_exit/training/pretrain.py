@@ -33,7 +33,7 @@ from megatron.early_exit.training.checkpointing import (
     load_checkpoint,
 )
 from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching, cached_samples
-from megatron.early_exit.training.metrics import LossMetrics, collect_losses
+from megatron.early_exit.training.metrics import collect_losses
 from megatron.early_exit.training.microbatches import Microbatches
 from megatron.early_exit.training.optimizer import build_optimizer, build_scheduler
 from megatron.early_exit.training.plans import PlannedPipeline, follows_plan, most_fill
@@ -64,6 +64,9 @@ class Run:
     """With --cache-hidden-states."""
     planned: PlannedPipeline | None
     """With plans of the pipeline in place of core's schedules."""
+    stop: StopConditions
+    saved_iteration: int | None = None
+    """The last one that this run has saved."""
 
 
 def pretrain(config: RunConfig) -> None:
@@ -73,8 +76,7 @@ def pretrain(config: RunConfig) -> None:
     initialize_distributed(config.parallel.distributed_timeout_minutes)
     run = build_run(config)
     try:
-        is_complete = train(run)
-        if is_complete and run.config.training.eval_iters and run.datasets[2] is not None:
+        if train(run):
             evaluate(run, "test", run.datasets[2])
     finally:
         run.reporter.close()
@@ -123,8 +125,9 @@ def build_run(config: RunConfig) -> Run:
         timers = model.config.timers = optimizer.config.timers = Timers(log_level=2, log_option="max")
     planned = PlannedPipeline(config, model, reporter.text) if follows_plan(config) and caching is None else None
     return Run(
-        config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers, caching, planned
-    )
+        config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers, caching, planned,
+        StopConditions(config.training),
+    )  # fmt: skip
 
 
 def _find_start(config: RunConfig) -> tuple[RunConfig, Path | None]:
@@ -175,11 +178,11 @@ def _num_training_samples(config: RunConfig, global_batch_size: int) -> int:
 
 
 def train(run: Run) -> bool:
-    """Iterate until the end, or until a stop condition; save on the way and at the end. Returns whether it ended.
+    """Iterate until the end, or until a stop condition; save on the way and at the end. Returns whether it ran to the
+    end.
 
     Raises FloatingPointError when the gradients are no numbers any more, before such weights are saved."""
-    config, state = run.config, run.state
-    stop = StopConditions(config.training)
+    config, state, stop = run.config, run.state, run.stop
     if run.caching is None:
         iterators = _iterators(run, run.datasets[0], state.consumed_train_samples)
     elif run.caching.fill(run.reporter.text, stop.interruption):
@@ -188,27 +191,31 @@ def train(run: Run) -> bool:
         return False
     window = LogWindow(run.model.exit_losses)
 
-    while not _is_finished(run):
+    stop_reason = None
+    while not (stop_reason or _is_finished(run)):
         result = _one_iteration(run, iterators)
         window.num_iterations += 1
 
-        # Once in a while: log, evaluate, save, stop.
+        # Once in a while: log, save, evaluate, stop. What is due to be saved is saved before a long evaluation.
         if _is_due(config.logging.log_interval, state.iteration) or _is_finished(run):
             _log(run, result, window)
-        stop_reason = stop.reason(state.iteration)
+        stop_reason = stop.interruption()
         with window.paused():
             if run.saver is not None:
                 run.saver.finalize()
-            if _is_due(config.training.eval_interval, state.iteration) and run.datasets[1] is not None:
-                evaluate(run, "validation", run.datasets[1])
             if stop_reason or _is_finished(run) or _is_due(config.checkpoint.save_interval, state.iteration):
                 _save(run)
-        if stop_reason:
-            run.reporter.text(f" stopped after iteration {state.iteration}: {stop_reason}")
-            break
+            if not stop_reason and _is_due(config.training.eval_interval, state.iteration):
+                stop_reason = evaluate(run, "validation", run.datasets[1])
+            if not _is_finished(run):
+                stop_reason = stop_reason or stop.due(state.iteration)
+            if stop_reason:
+                _save(run)
+    if stop_reason:
+        run.reporter.text(f" stopped after iteration {state.iteration}: {stop_reason}")
     if run.saver is not None:
         run.saver.close()
-    return _is_finished(run)
+    return _is_finished(run) and not stop_reason
 
 
 class LogWindow:
@@ -300,17 +307,36 @@ def _iterators(
     ]
 
 
-def evaluate(run: Run, name: str, dataset: TokenDataset) -> LossMetrics:
-    """Losses and accuracies of all exits over `--eval-iters` global batches, always the same ones."""
+def evaluate(run: Run, name: str, dataset: TokenDataset | None) -> str | None:
+    """Losses and accuracies of all exits over `--eval-iters` global batches, always the same ones; nothing without
+    data. Returns why it was interrupted (then nothing is reported), or None."""
     config, model = run.config, run.model
+    if dataset is None or not config.training.eval_iters:
+        return None
     run.microbatches.update(run.state.consumed_train_samples)
+    model.eval()
+    interruption = _run_evaluation(run, dataset)
+    model.train()
+    if interruption:
+        run.reporter.text(f" {name} at iteration {run.state.iteration} is left out: {interruption}")
+        return interruption
+    losses = collect_losses(model.exit_losses, config.exits)
+    run.reporter.record("valid" if name == "validation" else name, run.state.iteration, losses.as_dict())
+    run.reporter.text(evaluation_line(name, run.state.iteration, losses.as_dict()))
+    return None
+
+
+def _run_evaluation(run: Run, dataset: TokenDataset) -> str | None:
+    """The passes of an evaluation; losses are then in `exit_losses`. Returns why it was interrupted, or None."""
+    config, model = run.config, run.model
     per_replica = run.microbatches.target_global_batch_size // parallel_state.get_data_parallel_world_size()
     num_microbatches = per_replica // config.training.micro_batch_size
-    model.eval()
     iterators = _iterators(run, dataset, consumed_samples=0, is_cyclic=True)
     model.exit_losses.reset_statistics()
     with torch.no_grad():
-        for _ in range(config.training.eval_iters):
+        for index in range(config.training.eval_iters):
+            if index and (interruption := run.stop.interruption()):
+                return interruption
             model.exit_losses.begin_iteration(num_microbatches)
             run_schedule(
                 model,
@@ -320,11 +346,7 @@ def evaluate(run: Run, name: str, dataset: TokenDataset) -> LossMetrics:
                 seq_length=config.training.seq_length,
                 forward_only=True,
             )
-    model.train()
-    losses = collect_losses(model.exit_losses, config.exits)
-    run.reporter.record("valid" if name == "validation" else name, run.state.iteration, losses.as_dict())
-    run.reporter.text(evaluation_line(name, run.state.iteration, losses.as_dict()))
-    return losses
+    return None
 
 
 def _log(run: Run, result: StepResult, window: LogWindow) -> None:
@@ -366,7 +388,9 @@ def _timer_values(timers: Timers) -> dict[str, float]:
 
 
 def _save(run: Run) -> None:
-    if run.saver is None:
+    """Save this iteration, unless it is saved already."""
+    if run.saver is None or run.saved_iteration == run.state.iteration:
         return
     run.saver.save(run.model, run.optimizer, run.scheduler, run.state)
+    run.saved_iteration = run.state.iteration
     run.reporter.text(f" saved iteration {run.state.iteration} in {run.saver.folder}")

@@ -25,14 +25,13 @@ class StopConditions:
     def _remember_signal(self, number: int, frame: FrameType | None) -> None:
         self._got_signal = True
 
-    def reason(self, iteration: int) -> str | None:
-        """Why to save and stop after `iteration`, or None. All ranks must call it together."""
+    def due(self, iteration: int) -> str | None:
+        """Why to stop after `iteration`, by its number, or None."""
         interval = self._training.exit_interval
-        is_due = interval and iteration % interval == 0
-        return self.interruption() or (f"--exit-interval {interval}" if is_due else None)
+        return f"--exit-interval {interval}" if interval and iteration % interval == 0 else None
 
     def interruption(self) -> str | None:
-        """Why to stop at any moment, or None. All ranks must call it together."""
+        """Why to stop now: a signal, or the end of the time; or None. All ranks must call it together."""
         training = self._training
         if training.exit_signal_handler or training.exit_duration_in_mins is not None:
             minutes = (time.monotonic() - self._start) / 60
