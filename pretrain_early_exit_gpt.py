@@ -16,6 +16,8 @@ import time
 import traceback
 from typing import NoReturn
 
+from megatron.early_exit.platform.processes import die_with_torchrun
+
 # More than ranks that start together on a busy host lag behind each other.
 SECONDS_FOR_RANK_0 = 15
 
@@ -23,6 +25,7 @@ SECONDS_FOR_RANK_0 = 15
 def main() -> int:
     """Exit status: 0 done, 1 failed while running, 2 refused settings."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    die_with_torchrun()
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(levelname)s: %(message)s")
     from megatron.early_exit.config.flags import parse_run_config
 

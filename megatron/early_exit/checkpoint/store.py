@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
+from megatron.early_exit.checkpoint.safe_pickle import SafeReader, UnsafeFileError, first_failure, read_metadata
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Origin, Tensors
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.config.run import RunConfig
@@ -73,34 +74,31 @@ def read_checkpoint(folder: Path) -> tuple[RunConfig, Tensors]:
     Raises OSError if its files cannot be read."""
     config = load_run_config(folder / RUN_CONFIG_FILE)
     tensors: Tensors = {}
-    for name, stored in _read_metadata(folder).state_dict_metadata.items():
+    metadata = read_metadata(folder)
+    for name, stored in metadata.state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata) and not name.startswith(_NOT_PARAMETERS):
             shape, dtype = tuple(stored.size), stored.properties.dtype
-            read = lambda name=name, shape=shape, dtype=dtype: _read_tensor(folder, name, shape, dtype)
+            read = lambda name=name, shape=shape, dtype=dtype: _read_tensor(folder, metadata, name, shape, dtype)
             tensors[name] = LazyTensor(shape, dtype, read, Origin(folder, name))
     return config, tensors
 
 
 def has_training_state(folder: Path) -> bool:
     """Whether the checkpoint holds more than weights."""
-    return any(name.startswith(_NOT_PARAMETERS) for name in _read_metadata(folder).state_dict_metadata)
+    return any(name.startswith(_NOT_PARAMETERS) for name in read_metadata(folder).state_dict_metadata)
 
 
-def _read_metadata(folder: Path) -> Metadata:
-    try:
-        return FileSystemReader(folder).read_metadata()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise OSError(f"the checkpoint {folder} cannot be read: {error}") from error
-
-
-def _read_tensor(folder: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _read_tensor(
+    folder: Path, metadata: Metadata, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
     state = {name: torch.empty(shape, dtype=dtype)}
     try:
-        dcp.load(state, storage_reader=FileSystemReader(folder), no_dist=True)
-    except BaseException as error:  # PyTorch's CheckpointException is no Exception
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise OSError(f"{name} of the checkpoint {folder} cannot be read, it may be damaged: {error}") from error
+        dcp.load(state, storage_reader=SafeReader(folder, metadata), no_dist=True)
+    except (Exception, CheckpointException) as error:
+        cause = first_failure(error)
+        if isinstance(cause, KeyboardInterrupt | UnsafeFileError):
+            raise cause from None
+        raise OSError(f"{name} of the checkpoint {folder} cannot be read, it may be damaged: {cause}") from error
     return state[name]
 
 
@@ -233,7 +231,7 @@ def _write_tensors(folder: Path, tensors: Tensors, progress: Progress | None) ->
             no_dist=True,
         )
     except CheckpointException as error:  # no Exception, and it hides what happened
-        cause = next(iter(error.failures.values()))[0]
+        cause = first_failure(error)
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         raise OSError(f"{folder} cannot be written: {cause}") from cause
@@ -261,15 +259,15 @@ def _linked(tensors: Tensors, save: Path) -> dict[str, Origin]:
 
 def link_rest(target: Path, base: Path) -> None:
     """Let the checkpoint that is being made in `target` have all parameters of `base` that it does not have itself."""
-    present = FileSystemReader(target).read_metadata().state_dict_metadata
+    present = read_metadata(target).state_dict_metadata
     _, tensors = read_checkpoint(base)
     _link(target, {name: tensor.origin for name, tensor in tensors.items() if name not in present})
 
 
 def _link(target: Path, linked: dict[str, Origin]) -> None:
     """Let the checkpoint in `target` have the tensors `linked` as well, from the files they lie in."""
-    ours, source = FileSystemReader(target).read_metadata(), next(iter(linked.values())).folder
-    theirs = FileSystemReader(source).read_metadata()
+    ours, source = read_metadata(target), next(iter(linked.values())).folder
+    theirs = read_metadata(source)
     keep = set(linked) | {_extra_state(name) for name in linked if _has_extra_state(name)}
     keep &= set(theirs.state_dict_metadata)
     renamed: dict[str, str] = {}

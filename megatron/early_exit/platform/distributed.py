@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.platform import device as device_module
 from megatron.early_exit.platform.cpu import adapt_core_to_cpu
+from megatron.early_exit.platform.processes import die_with_torchrun
 
 
 def initialize_distributed(timeout_minutes: float = 10.0) -> None:
@@ -19,6 +20,7 @@ def initialize_distributed(timeout_minutes: float = 10.0) -> None:
 
     A collective that takes longer than `timeout_minutes` ends the process, so that a dead rank ends the run.
     """
+    die_with_torchrun()
     if device_module.use_cuda():
         local_rank, visible = device_module.device().index, torch.cuda.device_count()
         if local_rank >= visible:

@@ -31,6 +31,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron.early_exit.checkpoint.core_loading import load_common, load_sharded
+from megatron.early_exit.checkpoint.safe_pickle import UnsafeFileError, first_failure
 from megatron.early_exit.checkpoint.store import (
     CONTENT_METADATA,
     TOKENIZER_FOLDER,
@@ -62,13 +64,14 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def _saying(what: str, advice: str) -> Iterator[None]:
-    """Turn any failure of core's checkpoint code into an OSError that says what failed and what to do.
-
-    PyTorch's CheckpointException, with the errors of all ranks, is no Exception but a BaseException."""
+    """Turn any failure of core's checkpoint code into an OSError that says what failed and what to do."""
     try:
         yield
     except (Exception, CheckpointException) as error:
-        raise OSError(f"{what} ({type(error).__name__}: {error}). {advice}") from error
+        cause = first_failure(error)
+        if isinstance(cause, UnsafeFileError):
+            raise cause from error
+        raise OSError(f"{what} ({type(cause).__name__}: {cause}). {advice}") from error
 
 
 class CheckpointSaver:
@@ -273,7 +276,7 @@ def load_checkpoint(
     damaged = f"the checkpoint {folder} cannot be read"
     advice = "It may be damaged: choose another with --load-iteration."
     with _saying(damaged, advice):
-        common = dist_checkpointing.load_common_state_dict(str(folder))
+        common = load_common(folder)
     with_optimizer = optimizer is not None and not (weights_only or settings.no_load_optim)
     if with_optimizer and "optimizer" not in common:
         raise ValueError(
@@ -301,7 +304,7 @@ def load_checkpoint(
         model, optimizer if with_optimizer else None, None, None, with_rng=with_rng, is_loading=True
     )
     with _saying(damaged, advice):
-        loaded = dist_checkpointing.load(sharded, str(folder))
+        loaded = load_sharded(sharded, folder)
     for index, chunk in enumerate(model.chunks):
         chunk.load_state_dict(loaded[f"model{index}"])
     if with_optimizer:
