@@ -12,7 +12,7 @@ from megatron.early_exit.config.run import RunConfig, with_tuned_stages
 from megatron.early_exit.config.validate import problems
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files
-from tests.distributed.test_tuning import HEADS, TP2, base_model, tune, weights_of
+from tests.distributed.test_tuning import HEADS, TP2, UNTIED, base_model, tune, weights_of
 from tests.distributed.workers import run_distributed
 
 POINTS = {"mlp": "attention"}  # what exits read; all others the layer's output
@@ -26,7 +26,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(("head", "world_size", "changes"), [
     ("norm", 1, {}),
     ("untied", 1, {"eval_iters": 1, "eval_interval": 2, "split": "70,30,0"}),
-    ("mlp", 1, {"tune_exit_distillation": 0.5}),
+    ("mlp", 1, {**UNTIED, "tune_exit_distillation": 0.5}),
+    ("norm", 2, {**UNTIED, "pipeline_model_parallel_size": 2}),
     ("block", 1, {}),
     ("pre_exit", 1, {"reset_attention_mask": True}),
     ("dynamic", 2, {"use_distributed_optimizer": True}),
@@ -40,8 +41,8 @@ def test_the_same_losses_and_weights_to_the_last_bit(
     data: str, tmp_path: Path, head: str, world_size: int, changes: dict
 ) -> None:
     settings = {**HEADS[head], **changes}
-    of_model = {key: settings[key] for key in settings if key in (*HEADS[head], "exit_layer_nums", "exit_layer_weight",
-                                                                  "bf16")}  # fmt: skip
+    of_model = {key: settings[key] for key in settings if key in (*HEADS[head], *UNTIED, "exit_layer_nums",
+                                                                  "exit_layer_weight", "bf16")}  # fmt: skip
     base = base_model(data, tmp_path / "base", **of_model)
     cache = {"cache_hidden_states": str(tmp_path / "cache")}
     plain = tune(data, tmp_path / "plain", base, world_size, **settings)

@@ -18,6 +18,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
 VP2 = {**PP2, "num_layers_per_virtual_pipeline_stage": 1}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 BF16 = {"bf16": True}
+UNTIED = {"untie_embeddings_and_output_weights": True}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def comparable(record: dict) -> dict:
     {**TP2, "hidden_dropout": 0.1, "attention_dropout": 0.1},
     {**VP2},
     {"hidden_dropout": 0.1, "attention_dropout": 0.1, "eval_interval": 3, "eval_iters": 2},
+    {**VP2, **UNTIED, "exit_layer_nums": (1, 2, 3), "exit_layer_weight": (0.25, 0.5, 0.5)},
     {**DISTRIBUTED, **BF16},
     {**PP2, **BF16},
     {"fp16": True, "initial_loss_scale": 256.0, "loss_scale_window": 2},
@@ -62,7 +64,8 @@ def test_same_layout_is_bit_equal(data: str, tmp_path: Path, settings: dict) -> 
     ({}, (2, TP2), (2, VP2)),
     ({}, (2, VP2), (2, {})),
     ({"use_exit_mlp": True, "untie_exit_output_weights": True}, (2, TP2), (2, PP2)),
-    ({"untie_embeddings_and_output_weights": True, "use_exit_norm": True}, (2, PP2), (2, TP2)),
+    ({**UNTIED, "use_exit_norm": True}, (2, PP2), (2, TP2)),
+    (UNTIED, (2, TP2), (2, VP2)),
     (DISTRIBUTED, (2, {}), (2, PP2)),
     (DISTRIBUTED, (4, PP2), (2, TP2)),
     (DISTRIBUTED, (2, VP2), (4, {**PP2})),

@@ -49,8 +49,12 @@ def tuning_config(**changes: Any) -> RunConfig:
     return with_tuned_stages(make_config(tune_exit=True, **changes))
 
 
-def compare_with_reference(cfg: RunConfig) -> dict[str, Any]:
-    """Gradients and losses of the exits equal plain autograd's; returns what this rank has built."""
+def compare_with_reference(cfg: RunConfig, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Gradients and losses of the exits equal plain autograd's; returns what this rank has built.
+
+    checkpoint: folder to load the reference's parameters from; otherwise they are set."""
+    from megatron.early_exit.model.build import build_model
+    from megatron.early_exit.training.checkpointing import load_checkpoint
     from megatron.early_exit.training.step import accumulate_gradients
     from tests.distributed.parallel_model import (
         build_with_reference_parameters,
@@ -66,7 +70,11 @@ def compare_with_reference(cfg: RunConfig) -> dict[str, Any]:
 
     weights = cfg.exits.weights_at(10**9)
     with layout(cfg):
-        model = build_with_reference_parameters(cfg)
+        if checkpoint is None:
+            model = build_with_reference_parameters(cfg)
+        else:
+            model = build_model(cfg, VOCAB_SIZE)
+            load_checkpoint(checkpoint, cfg, model)
         for chunk in model.wrapped:
             chunk.zero_grad_buffer()
         batches = make_batches(cfg, VOCAB_SIZE, 4)
@@ -109,6 +117,40 @@ def test_gradients_in_all_layouts(name: str) -> None:
     layers = sorted({layer for one in built for layer in one["layers"]})
     assert layers == list(range(1, cfg.exits.exit_layer_nums[-1] + 1))
     assert not any(one["has_final_head"] for one in built)
+
+
+UNTIED = {"untie_embeddings_and_output_weights": True}
+# Exits that use an output weight whose stage is not built, on the stages that have one.
+SHARED_OUTPUT: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "exits on all layers": (1, {"exit_layer_nums": (1, 2, 3, 4), **HEADS["mlp"]}),
+    "exit on the last layer": (1, {"exit_layer_nums": (4,), **HEADS["block"], "untie_exit_output_weights": False}),
+    "pre-exit": (1, HEADS["pre_exit"]),
+    "dp 2": (2, {}),
+    "tp 2": (2, {**TP2, "sequence_parallel": True}),
+    "one of two stages": (1, {"pipeline_model_parallel_size": 2, "exit_layer_nums": (1, 2)}),
+    "two of two stages, exits on both": (2, {"pipeline_model_parallel_size": 2}),
+    "two of two stages, exits on the last": (2, {"pipeline_model_parallel_size": 2, "exit_layer_nums": (3, 4)}),
+    "two of four stages": (2, {"pipeline_model_parallel_size": 4, "exit_layer_nums": (1, 2)}),
+    "tp 2, two of four stages": (4, {**TP2, "pipeline_model_parallel_size": 4, "exit_layer_nums": (2,)}),
+}
+
+
+@pytest.mark.parametrize(("name", "tied"), [
+    *((name, False) for name in SHARED_OUTPUT),
+    *((name, True) for name in ("tp 2", "two of two stages, exits on both", "two of four stages")),
+], ids=lambda value: {True: "tied", False: "untied"}.get(value, value))  # fmt: skip
+def test_exits_have_the_output_weight_of_the_checkpoint(name: str, tied: bool, tmp_path: Path) -> None:
+    """Also where the stage that owns it is not built: losses and gradients after loading are plain autograd's."""
+    from tests.distributed.test_added_exits import save
+
+    world_size, changes = SHARED_OUTPUT[name]
+    changes = {"use_exit_norm": True, **({} if tied else UNTIED), **changes}
+    cfg = tuning_config(**changes)
+    whole = {key: value for key, value in changes.items() if "parallel" not in key and "distributed" not in key}
+    run_distributed(1, save, cfg=make_config(exit_layer_weight=cfg.exits.exit_layer_weight, **whole), folder=tmp_path)
+    built = run_distributed(world_size, compare_with_reference, cfg=cfg, checkpoint=checkpoint_folder(tmp_path))
+    assert not any(one["has_final_head"] for one in built) and any(one["exits"] for one in built)
 
 
 def compare_distillation(cfg: RunConfig) -> None:
@@ -194,25 +236,33 @@ def weights_of(folder: str | Path, iteration: int | None = None) -> dict[str, to
     return {name: tensor.read() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [
-    (1, {}),
-    (2, {"use_distributed_optimizer": True}),
-    (2, {**TP2, "sequence_parallel": True}),
-    (3, {"pipeline_model_parallel_size": 4}),
-    (3, {"pipeline_model_parallel_size": 4, "use_distributed_optimizer": True}),
-    (4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True, "bf16": True}),
+OWN_OUTPUT = {"untie_exit_output_weights": True}
+
+
+@pytest.mark.parametrize(("output", "world_size", "layout"), [
+    (OWN_OUTPUT, 1, {}),
+    (OWN_OUTPUT, 2, {"use_distributed_optimizer": True}),
+    (OWN_OUTPUT, 2, {**TP2, "sequence_parallel": True}),
+    (OWN_OUTPUT, 3, {"pipeline_model_parallel_size": 4}),
+    (OWN_OUTPUT, 3, {"pipeline_model_parallel_size": 4, "use_distributed_optimizer": True}),
+    (OWN_OUTPUT, 4, {"pipeline_model_parallel_size": 2, "use_distributed_optimizer": True, "bf16": True}),
+    (UNTIED, 1, {}),
+    (UNTIED, 2, {**TP2, "sequence_parallel": True}),
+    (UNTIED, 3, {"pipeline_model_parallel_size": 4, "use_distributed_optimizer": True, "bf16": True}),
 ], ids=str)  # fmt: skip
 def test_a_tuned_model_is_the_old_one_with_other_exits(
-    data: str, tmp_path: Path, world_size: int, layout: dict
+    data: str, tmp_path: Path, output: dict, world_size: int, layout: dict
 ) -> None:
     """The run, stopped and resumed half-way, gives the exits of the one that never stopped; nothing else changes."""
-    head = {**HEADS["mlp"], "exit_layer_nums": (3,), "exit_layer_weight": (1.0,), "untie_exit_output_weights": True}
+    head = {**HEADS["mlp"], "exit_layer_nums": (3,), "exit_layer_weight": (1.0,), **output}
     head |= {"bf16": True} if "bf16" in layout else {}
     base = base_model(data, tmp_path / "base", **head)
     layout = {**head, **layout}
     log = tune(data, tmp_path / "whole", base, world_size, save_interval=3, **layout)
     assert [line["iteration"] for line in log] == [1, 2, 3, 4, 5, 6]
-    assert log[-1]["exit_loss/layer_3"] < log[0]["exit_loss/layer_3"] and "lm_loss" not in log[0]
+    # Six iterations teach an output projection something, but little to an MLP branch before a random one.
+    assert output is UNTIED or log[-1]["exit_loss/layer_3"] < log[0]["exit_loss/layer_3"]
+    assert "lm_loss" not in log[0]
     before, half, after = weights_of(base), weights_of(tmp_path / "whole/ck", 3), weights_of(tmp_path / "whole/ck")
     assert set(before) == set(half) == set(after)
     for name in before:

@@ -172,6 +172,7 @@ def _build_chunk(
     chunk = EarlyExitGPTModel(
         exits=config.exits,
         exit_losses=exit_losses,
+        has_final_head=config.builds_final_head,
         config=core_config,
         transformer_layer_spec=block_spec(core_config, config.exits, exit_losses, vocab_size, model, vp_stage),
         vocab_size=vocab_size,

@@ -27,9 +27,11 @@ class EarlyExitGPTModel(GPTModel):
     tied exits use on a stage which would not hold one, and computes the final loss with the code of the exits.
     """
 
-    def __init__(self, *, exits: ExitConfig, exit_losses: ExitLosses, **kwargs: Any) -> None:
+    def __init__(self, *, exits: ExitConfig, exit_losses: ExitLosses, has_final_head: bool, **kwargs: Any) -> None:
+        """has_final_head: whether some chunk of the pipeline has the final head; tuning may do without."""
         super().__init__(**kwargs)
         self.exits = exits
+        self.has_final_head = has_final_head
         self.exit_losses = exit_losses
         self.exit_output_layer: ColumnParallelLinear | None = None
         tied_heads = [head for head in self.exit_heads() if head.is_tied]
@@ -89,8 +91,13 @@ class EarlyExitGPTModel(GPTModel):
 
     @property
     def owns_output_weight(self) -> bool:
-        """Whether the copy on this chunk is the one that the others follow."""
-        return self.pre_process if self.share_embeddings_and_output_weights else self.post_process
+        """Whether the copy on this chunk is the one that the others follow: the embedding, the output layer, or where
+        no chunk has the final head the copy of the first exit."""
+        if self.share_embeddings_and_output_weights:
+            return self.pre_process
+        if self.has_final_head:
+            return self.post_process
+        return any(layer.layer_number == self.exits.exit_layer_nums[0] for layer in self._layers_with_exits())
 
     def forward(
         self,
@@ -140,13 +147,15 @@ class EarlyExitGPTModel(GPTModel):
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.exit_output_layer is not None:
-            # A copy: it is saved and loaded under the key of the weight that it follows.
+            # A copy: it is saved and loaded under the key of the weight that it follows. Core wants each key to have an
+            # owner (replica 0) among all ranks, when it loads too.
             key = "embedding.word_embeddings" if self.share_embeddings_and_output_weights else "output_layer"
+            replica = 0 if self.owns_output_weight else 1
             state.pop(f"{prefix}exit_output_layer._extra_state", None)
             state[f"{prefix}exit_output_layer.weight"] = make_tp_sharded_tensor_for_checkpoint(
                 tensor=self.exit_output_layer.weight,
                 key=f"{prefix}{key}.weight",
-                replica_id=(1, 0, metadata["dp_cp_group"].rank()),
+                replica_id=(replica, 0, metadata["dp_cp_group"].rank()),
                 allow_shape_mismatch=True,
                 tp_group=self.tp_group,
                 dp_cp_group=metadata["dp_cp_group"],
