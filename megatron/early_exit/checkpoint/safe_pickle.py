@@ -71,6 +71,11 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     },
     ("pathlib", "PosixPath"): pathlib.PurePosixPath,
     ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,
+    # In metadata that were read here and written again, with links to what lies in another checkpoint.
+    ("pathlib", "PurePosixPath"): pathlib.PurePosixPath,
+    ("pathlib", "PureWindowsPath"): pathlib.PureWindowsPath,
+    ("pathlib._local", "PurePosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PureWindowsPath"): pathlib.PureWindowsPath,
     ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,  # Python 3.13
     ("pathlib._local", "WindowsPath"): pathlib.PureWindowsPath,
     (_CORE_STRATEGIES, "MCoreMetadata"): _OldMetadata,
