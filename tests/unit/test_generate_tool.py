@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.inference import report
-from megatron.early_exit.inference.command_line import main
+from megatron.early_exit.inference.command_line import _lines, _typed_lines, main
 from megatron.early_exit.inference.llm import Answer
 from megatron.early_exit.inference.results import GeneratedToken, HeadReading, PromptToken, RequestResult, Statistics
 from megatron.early_exit.inference.text import StopStrings, TextStream, pieces
@@ -117,7 +119,8 @@ def test_json_survives_a_round_trip():
         (["--use-early-exit", "--early-exit-thres", "1.5"], "threshold is 1.5"),
         (["--mode", "self_speculative", "--draft-length", "0"], "draft_length is 0"),
         (["--tensor-model-parallel-size", "2"], "is 2 but 1 processes were started"),
-        (["--prompt-file", "missing.txt"], "--prompt-file missing.txt is not a file"),
+        (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read: No such file or directory"),
+        (["--prompt-file", "."], "--prompt-file . cannot be read: Is a directory"),
         (["--chat"], "--chat reads from standard input"),
         (["--samples", "2"], "greedy answers are all equal"),
         (["--stop", ""], "a stop string is empty"),
@@ -133,3 +136,33 @@ def test_flags_are_checked_before_loading(flags, message, capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert main(["--load", "nowhere", "--prompt", "x", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"good\ngr\xfcn\n", "prompts.txt:2: not UTF-8 text"),
+        (b"", "holds no prompt: all lines are empty"),
+        (b"\xef\xbb\xbf\r\n \n", "holds no prompt: all lines are empty"),
+    ],
+)
+def test_prompt_files_are_read_before_loading(content, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert main(["--load", "nowhere", "--prompt-file", str(tmp_path / "prompts.txt")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_prompts_from_files_pipes_and_standard_input_are_lines_of_text(tmp_path, monkeypatch):
+    content = "\ufeffone \u2028 prompt \x0c in all\r\n\n \nlast".encode()
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert _lines(tmp_path / "prompts.txt") == ["one \u2028 prompt \x0c in all", "last"]
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    os.close(writing)
+    assert _lines(f"/dev/fd/{reading}") == ["one \u2028 prompt \x0c in all", "last"]
+    os.close(reading)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content + b"\ngr\xfcn\n")))
+    # What is not UTF-8 comes as in arguments, and is refused by the tokenizer, alone.
+    assert list(_typed_lines(True)) == ["one \u2028 prompt \x0c in all", "last", "gr\udcfcn"]

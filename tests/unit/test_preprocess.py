@@ -19,10 +19,12 @@ from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.data import preprocess as preprocess_module
 from megatron.early_exit.data.corpus import docstrings_and_comments, write_stdlib_corpus
 from megatron.early_exit.data.preprocess import PreprocessConfig, Progress, preprocess
-from megatron.early_exit.data.tokenizer import build_tokenizer
+from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.early_exit.data.train_tokenizer import train_tokenizer
 
 BYTES = DataConfig(tokenizer_type="ByteLevelTokenizer")
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> str:
@@ -107,6 +109,47 @@ def test_several_keys_have_files_of_their_own(tmp_path: Path) -> None:
     path.write_text('{"title": "T", "body": "B1"}\n{"title": "", "body": "B2"}\n')
     title, body = run(tmp_path, str(path), json_keys=("title", "body"))
     assert (documents_of(title.prefix), documents_of(body.prefix)) == (["T"], ["B1", "B2"])
+
+
+def test_half_a_surrogate_pair_is_replaced_and_the_rest_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "cut.jsonl").write_text('{"text": "a small"}\n{"text": "cut \\ud83d"}\n')
+    [result] = run(tmp_path, str(tmp_path / "cut.jsonl"), data=byte_level_bpe(tmp_path / "tokenizer"))
+    assert result.num_documents == 2
+    tokenizer, dataset = build_tokenizer(byte_level_bpe(tmp_path / "tokenizer")), IndexedDataset(result.prefix)
+    assert tokenizer.detokenize(dataset[1].tolist()) == "cut \ufffd"
+
+
+def byte_level_bpe(folder: Path) -> DataConfig:
+    if not folder.exists():
+        train_tokenizer([write_jsonl(folder.with_suffix(".jsonl"), ["some text"])], folder, 257)
+    return DataConfig(tokenizer_model=str(folder))
+
+
+class Panic(BaseException):
+    """What pyo3 raises for a panic in Rust."""
+
+
+@pytest.mark.parametrize("error", [TypeError("TextEncodeInput"), IndexError("index"), Panic("a panic")])
+def test_whatever_a_tokenizer_raises_names_file_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(self: Tokenizer, text: str) -> list[int]:
+        raise error
+
+    monkeypatch.setattr(Tokenizer, "tokenize", fail)
+    with pytest.raises(ValueError, match=rf"a\.jsonl:1: cannot be tokenized: {type(error).__name__}: {error}"):
+        run(tmp_path, write_jsonl(tmp_path / "a.jsonl", ["x"]))
+    assert leftovers(tmp_path) == []
+
+
+def test_standard_input_and_progress_without_a_size(tmp_path: Path) -> None:
+    flags = ["--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "ByteLevelTokenizer"]
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", "-", "--log-interval-sec", "0"]
+    records = "".join(json.dumps({"text": text}) + "\n" for text in ("one", "two"))
+    done = subprocess.run([*command, *flags], input=records, text=True, capture_output=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert documents_of(f"{tmp_path}/out_text_document") == ["one", "two"]
+    assert "2 documents" in done.stderr and "ETA" not in done.stderr
 
 
 @pytest.mark.parametrize("workers", [1, 2])

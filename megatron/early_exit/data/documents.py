@@ -1,23 +1,36 @@
 """Reads documents from JSONL and plain text files, one at a time, in a fixed order.
 
-It knows files and lines, not tokens. Files that end in `.gz` are read through gzip.
+It knows files and lines, not tokens. Compressed files (gzip) and pipes are read as they come.
 """
 
 from __future__ import annotations
 
 import glob
 import gzip
-import json
+import io
+import re
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
+
+from megatron.early_exit.data.text_files import decode, parse_json, split_lines
 
 InputFormat = Literal["auto", "jsonl", "text"]
 SplitBy = Literal["file", "blank-line", "line"]
 
 JSONL_SUFFIXES = (".jsonl", ".json")
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
+
+STANDARD_INPUT = "/dev/stdin"
+
+_HEAD_BYTES = 4096  # what is looked at to tell what a file is
+_BUFFER_BYTES = 1 << 17
+_GZIP_MAGIC = b"\x1f\x8b"
+_OTHER_COMPRESSIONS = {b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"), b"\xfd7zXZ\x00": ("xz", "xz -dc")}
+_JQ = "`jq -c '.[]' FILE` makes lines of a list, `jq -c . FILE` of an object"
+_JSON_BEGINNING = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"')
 
 
 class Document(NamedTuple):
@@ -36,13 +49,15 @@ class Document(NamedTuple):
 
 
 def find_input_files(inputs: Sequence[str]) -> list[Path]:
-    """Files named by `inputs`: files, glob patterns, and folders (searched for text and JSONL), sorted within each.
+    """Files named by `inputs`: files, pipes, glob patterns, and folders (searched for text and JSONL), sorted within
+    each; `-` is standard input.
 
     Raises ValueError if an input names nothing or every file is empty.
     """
     files: list[Path] = []
     for pattern in inputs:
         # A name that exists is taken literally, even with [ or * in it.
+        pattern = STANDARD_INPUT if pattern == "-" else pattern
         names = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         matches = [Path(name) for name in names]
         found = [file for match in matches for file in (_files_in(match) if match.is_dir() else [match])]
@@ -51,36 +66,44 @@ def find_input_files(inputs: Sequence[str]) -> list[Path]:
             raise ValueError(f"--input {pattern}: no such file, or a folder without {suffixes} files")
         files += found
     files = list(dict.fromkeys(files))  # a file named twice is read once
-    if not any(path.stat().st_size for path in files):
+    if all(file_bytes(path) == 0 for path in files):
         raise ValueError(f"all {len(files)} input files are empty: {', '.join(map(str, files[:5]))}")
     return files
 
 
-def is_jsonl(path: Path, input_format: InputFormat) -> bool:
-    """Whether `path` is read as JSON lines; `auto` goes by the suffix."""
-    if input_format != "auto":
-        return input_format == "jsonl"
-    return _suffix(path) in JSONL_SUFFIXES
+def file_bytes(path: Path) -> int | None:
+    """Size of a regular file; None for a pipe, whose size nobody knows."""
+    return path.stat().st_size if path.is_file() else None
+
+
+def holds_json_lines(path: Path, input_format: InputFormat) -> bool | None:
+    """Whether `path` is read as JSON lines; None for a pipe, which says so only when it is read.
+
+    Raises ValueError for a damaged gzip file."""
+    if input_format != "auto" or _suffix(path) in JSONL_SUFFIXES:
+        return input_format != "text"
+    if not path.is_file():
+        return None
+    with _opened(path) as source:
+        return source.begins_with_json
 
 
 def read_documents(path: Path, input_format: InputFormat = "auto", split_by: SplitBy = "file") -> Iterator[Document]:
-    """Documents of one file: its non-blank lines for JSONL; for text the file, its paragraphs or its lines.
+    """Documents of one file or pipe: its non-blank lines for JSONL; for text the file, its paragraphs or its lines.
 
     Raises ValueError for a damaged gzip file; JSON is not parsed here.
     """
-    with path.open("rb") as raw:
-        stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        try:
-            if is_jsonl(path, input_format):
-                yield from _read_lines(path, raw, stream, is_json=True)
-            elif split_by == "line":
-                yield from _read_lines(path, raw, stream, is_json=False)
-            elif split_by == "blank-line":
-                yield from _read_paragraphs(path, raw, stream)
-            else:
-                yield Document(f"{path}:1", stream.read(), False, raw.tell())
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: not a whole gzip file ({error})") from error
+    with _opened(path) as source:
+        is_json = input_format == "jsonl" or (
+            input_format == "auto" and (_suffix(path) in JSONL_SUFFIXES or source.begins_with_json)
+        )
+        if is_json or split_by == "line":
+            yield from _read_lines(source, is_json)
+        elif split_by == "blank-line":
+            yield from _read_paragraphs(source)
+        else:
+            content = source.stream.read()
+            yield Document(f"{path}:1", content, False, source.file.num_read_bytes)
 
 
 def document_texts(document: Document, json_keys: Sequence[str]) -> dict[str, str]:
@@ -88,25 +111,33 @@ def document_texts(document: Document, json_keys: Sequence[str]) -> dict[str, st
 
     Raises ValueError with FILE:LINE for bad UTF-8, bad JSON, a missing key, or a value that is not a string.
     """
-    try:
-        content = document.content.decode("utf-8-sig")  # a byte-order mark at the start of a file is not text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{document.location}: not UTF-8 text ({error})") from error
     if not document.is_json:
-        return {"text": content}
+        if tuple(json_keys) != ("text",):
+            raise ValueError(
+                f"{document.location}: --json-keys {' '.join(json_keys)} has no meaning for plain text; leave it out, "
+                "or say --input-format jsonl"
+            )
+        return {"text": decode(document.content, document.location)}
     try:
-        record = json.loads(content)
-    except json.JSONDecodeError as error:
-        start = content.strip()[:80]
-        raise ValueError(f"{document.location}: bad JSON: {error.msg} (column {error.colno}): {start!r}") from error
+        record = parse_json(document.content, document.location)
+    except ValueError as error:
+        raise ValueError(f"{error}{_format_hint(document.content)}") from error
     if problem := _record_problem(record, json_keys):
         raise ValueError(f"{document.location}: {problem}")
     return {key: record[key] for key in json_keys}
 
 
+def _format_hint(content: bytes) -> str:
+    """What to do with a file that was taken for JSON lines and is none."""
+    if content.strip() in (b"{", b"[", b"[{"):
+        return f"; each line must hold one whole JSON object ({_JQ})"
+    return "" if content.lstrip().startswith(b"{") else "; if the file is plain text, say --input-format text"
+
+
 def _record_problem(record: Any, json_keys: Sequence[str]) -> str | None:
     if not isinstance(record, dict):
-        return f"each line must be a JSON object, this is a {type(record).__name__}"
+        hint = f"; {_JQ}" if isinstance(record, list) else ""
+        return f"each line must be a JSON object, this is a {type(record).__name__}{hint}"
     for key in json_keys:
         if key not in record:
             return f"no key {key!r}; it has {sorted(record)}; choose with --json-keys"
@@ -125,24 +156,92 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in known if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def _read_lines(path: Path, raw: IO[bytes], stream: IO[bytes], is_json: bool) -> Iterator[Document]:
+class _CountedFile(io.RawIOBase):
+    """A file or pipe that counts what was read of it."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw, self.num_read_bytes = raw, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        count = self._raw.readinto(buffer) or 0
+        self.num_read_bytes += count
+        return count
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream whose first bytes have been read already; a pipe cannot be read twice."""
+
+    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
+        self._head, self._rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        if not self._head:
+            return self._rest.readinto(buffer)
+        count = min(len(buffer), len(self._head))
+        buffer[:count], self._head = self._head[:count], self._head[count:]
+        return count
+
+
+class _Source(NamedTuple):
+    """An input file that is open."""
+
+    path: Path
+    file: _CountedFile
+    stream: IO[bytes]
+    """Its bytes, decompressed if need be."""
+
+    begins_with_json: bool
+    """Whether what is not blank begins with a JSON object that has a key, or with a list of them."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Source]:
+    with path.open("rb", buffering=0) as raw:
+        file = _CountedFile(raw)
+        head, stream = _peek(io.BufferedReader(file))
+        for magic, (name, command) in _OTHER_COMPRESSIONS.items():
+            if head.startswith(magic):
+                raise ValueError(
+                    f"{path} is compressed with {name}, which is not read: give --input <({command} {path})"
+                )
+        try:
+            if path.suffix == ".gz" or head.startswith(_GZIP_MAGIC):
+                head, stream = _peek(gzip.GzipFile(fileobj=stream))
+            yield _Source(path, file, stream, bool(_JSON_BEGINNING.match(head)))
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}: not a whole gzip file ({error})") from error
+
+
+def _peek(stream: IO[bytes]) -> tuple[bytes, IO[bytes]]:
+    """The first bytes of `stream`, and the whole of it again."""
+    head = stream.read(_HEAD_BYTES)
+    return head, io.BufferedReader(_Rejoined(head, stream), _BUFFER_BYTES)
+
+
+def _read_lines(source: _Source, is_json: bool) -> Iterator[Document]:
     position = 0
-    for line_number, line in enumerate(stream, start=1):
-        if line.strip():
-            now = raw.tell()
-            yield Document(f"{path}:{line_number}", line if is_json else line.rstrip(b"\r\n"), is_json, now - position)
+    for line in split_lines(source.stream, source.path):
+        if not line.is_blank:
+            now = source.file.num_read_bytes
+            yield Document(line.location, line.content, is_json, now - position)
             position = now
 
 
-def _read_paragraphs(path: Path, raw: IO[bytes], stream: IO[bytes]) -> Iterator[Document]:
-    position, start, lines = 0, 1, []
-    for line_number, line in enumerate(stream, start=1):
-        if line.strip():
-            start = start if lines else line_number
-            lines.append(line)
+def _read_paragraphs(source: _Source) -> Iterator[Document]:
+    position, location, lines = 0, "", []
+    for line in split_lines(source.stream, source.path):
+        if not line.is_blank:
+            location = location if lines else line.location
+            lines.append(line.raw)
         elif lines:
-            now = raw.tell()
-            yield Document(f"{path}:{start}", b"".join(lines), False, now - position)
+            now = source.file.num_read_bytes
+            yield Document(location, b"".join(lines), False, now - position)
             position, lines = now, []
     if lines:
-        yield Document(f"{path}:{start}", b"".join(lines), False, raw.tell() - position)
+        yield Document(location, b"".join(lines), False, source.file.num_read_bytes - position)

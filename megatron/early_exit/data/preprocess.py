@@ -29,8 +29,9 @@ from megatron.early_exit.data.documents import (
     InputFormat,
     SplitBy,
     document_texts,
+    file_bytes,
     find_input_files,
-    is_jsonl,
+    holds_json_lines,
     read_documents,
 )
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
@@ -62,7 +63,8 @@ class PreprocessConfig:
     """End every document with the tokenizer's end-of-document id."""
 
     input_format: InputFormat = "auto"
-    """How to read the files; `auto` takes .jsonl and .json as JSON lines and all others as text."""
+    """How to read the files; `auto` takes .jsonl, .json and what begins with a JSON object as JSON lines, all others as
+    text."""
 
     split_by: SplitBy = "file"
     """What one document is in a text file."""
@@ -122,7 +124,8 @@ def preprocess(config: PreprocessConfig) -> list[PreprocessResult]:
     Path(config.output_prefix).parent.mkdir(parents=True, exist_ok=True)
 
     documents = (doc for path in files for doc in read_documents(path, config.input_format, config.split_by))
-    progress = Progress(sum(path.stat().st_size for path in files), config.log_interval_sec)
+    sizes = [file_bytes(path) for path in files]
+    progress = Progress(None if None in sizes else sum(sizes), config.log_interval_sec)
     with _partial_outputs(prefixes, tokenizer.vocab_size) as writers:
         for chunk in _encode_all(chunks_of(documents), config, tokenizer):
             for key, writer in writers.items():
@@ -177,8 +180,10 @@ class Encoder:
         """Ids of one document, int64; empty if the text has no token. Raises ValueError with the location."""
         try:
             ids = self.tokenizer.tokenize(text)
-        except ValueError as error:
-            raise ValueError(f"{location}: cannot be tokenized: {error}") from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever a library raises; a panic in Rust is not even an Exception
+            raise ValueError(f"{location}: cannot be tokenized: {type(error).__name__}: {error}") from error
         if ids and not 0 <= min(ids) <= max(ids) < self.tokenizer.vocab_size:
             largest = self.tokenizer.vocab_size - 1
             raise ValueError(f"{location}: token ids {min(ids)}..{max(ids)} are not in 0..{largest}")
@@ -308,7 +313,8 @@ def _partial_outputs(prefixes: dict[str, str], vocab_size: int) -> Iterator[dict
 class Progress:
     """Lines on standard error with documents, rates and the time left."""
 
-    def __init__(self, total_bytes: int, interval_sec: float) -> None:
+    def __init__(self, total_bytes: int | None, interval_sec: float) -> None:
+        """total_bytes: None if nobody knows, as of a pipe."""
         self.total_bytes = total_bytes
         self.interval_sec = interval_sec
         self.start = self.last = time.monotonic()
@@ -326,12 +332,15 @@ class Progress:
     def line(self, seconds: float) -> str:
         seconds = max(seconds, 1e-9)
         rate = max(self.read_bytes, 1) / seconds
+        rates = (
+            f"{self.num_documents:,} documents  {self.num_documents / seconds:,.0f} docs/s  "
+            f"{rate / 1e6:.2f} MB/s  {self.num_tokens / seconds:,.0f} tokens/s"
+        )
+        if self.total_bytes is None:
+            return rates
         share = min(self.read_bytes / self.total_bytes, 1.0)
         remaining = max(self.total_bytes - self.read_bytes, 0) / rate
-        return (
-            f"{share:4.0%}  {self.num_documents:,} documents  {self.num_documents / seconds:,.0f} docs/s  "
-            f"{rate / 1e6:.2f} MB/s  {self.num_tokens / seconds:,.0f} tokens/s  ETA {_clock(remaining)}"
-        )
+        return f"{share:4.0%}  {rates}  ETA {_clock(remaining)}"
 
     def finish(self) -> None:
         seconds = time.monotonic() - self.start
@@ -357,8 +366,10 @@ def _refuse_existing(prefixes: Iterable[str], overwrite: bool) -> None:
 
 
 def _check_keys_fit_format(config: PreprocessConfig, files: list[Path]) -> None:
-    text_files = [path for path in files if not is_jsonl(path, config.input_format)]
-    if text_files and config.json_keys != ("text",):
+    if config.json_keys == ("text",):
+        return
+    text_files = [path for path in files if holds_json_lines(path, config.input_format) is False]
+    if text_files:
         raise ValueError(
             f"--json-keys {' '.join(config.json_keys)} has no meaning for plain text such as {text_files[0]}; "
             f"leave it out, or say --input-format jsonl"
@@ -369,14 +380,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="preprocess_data.py", description="Tokenize JSONL or plain text into .bin/.idx files for --data-path."
     )
-    parser.add_argument("--input", nargs="+", required=True, help="files, quoted patterns or folders, also .gz")
+    parser.add_argument("--input", nargs="+", required=True, help="files, pipes, quoted patterns or folders, also .gz")
     parser.add_argument("--output-prefix", required=True, help="output is PREFIX_KEY_document.bin and .idx")
     parser.add_argument("--tokenizer-type", default=DataConfig.tokenizer_type, choices=_tokenizer_types())
     parser.add_argument("--tokenizer-model", help="folder (Hugging Face) or .model file (SentencePiece)")
     parser.add_argument("--vocab-size", type=int, help="number of ids, for NullTokenizer")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys to tokenize, each into files of its own")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document id")
-    parser.add_argument("--input-format", choices=get_args(InputFormat), default="auto", help="default: by suffix")
+    parser.add_argument("--input-format", choices=get_args(InputFormat), default="auto", help="default: by content")
     parser.add_argument("--split-by", choices=get_args(SplitBy), default="file", help="documents in a text file")
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")

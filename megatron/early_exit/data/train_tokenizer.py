@@ -110,11 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_tokenizer.py", description="Train a byte-level BPE tokenizer and write it as a Hugging Face folder."
     )
-    parser.add_argument("--input", nargs="+", required=True, help="files, quoted patterns or folders, also .gz")
+    parser.add_argument("--input", nargs="+", required=True, help="files, pipes, quoted patterns or folders, also .gz")
     parser.add_argument("--output", required=True, help="folder to write, for --tokenizer-model")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, at least 257")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the JSON objects to train on")
-    parser.add_argument("--input-format", choices=get_args(InputFormat), default="auto", help="default: by suffix")
+    parser.add_argument("--input-format", choices=get_args(InputFormat), default="auto", help="default: by content")
     parser.add_argument("--split-by", choices=get_args(SplitBy), default="file", help="documents in a text file")
     parser.add_argument("--overwrite", action="store_true", help="replace files in the output folder")
     return parser

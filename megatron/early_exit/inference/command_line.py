@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megatron.early_exit.data.text_files import read_text_lines, split_lines
 
 # What needs core is imported in the functions: --help and wrong flags should not wait for it.
 if TYPE_CHECKING:
@@ -91,13 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     is_speaker = os.environ.get("RANK", "0") == "0"
     try:
+        prompts = [*args.prompt, *_lines(args.prompt_file)]
         params, llm = _prepare(args)
     except (ValueError, OSError) as error:
         if is_speaker:
             print(f"generate.py: {error}", file=sys.stderr, flush=True)
         _leave()
         return 2
-    prompts = [*args.prompt, *_lines(args.prompt_file)]
     try:
         if _is_interactive(args):
             all_answered = _converse(args, params, llm, is_speaker)
@@ -180,8 +183,6 @@ def _checked_mode(args: argparse.Namespace) -> str:
     for needed, flags in needs.items():
         useless = [flag for flag, value in flags.items() if value is not None and mode != needed]
         problems += [f"{flag} has no effect without --mode {needed}" for flag in useless]
-    if args.prompt_file is not None and not args.prompt_file.is_file():
-        problems.append(f"--prompt-file {args.prompt_file} is not a file")
     if args.chat and (args.prompt or args.prompt_file):
         problems.append("--chat reads from standard input; leave out --prompt and --prompt-file")
     if args.samples > 1 and _is_interactive(args):
@@ -196,7 +197,16 @@ def _is_interactive(args: argparse.Namespace) -> bool:
 
 
 def _lines(path: Path | None) -> list[str]:
-    return [] if path is None else [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """The prompts of a file or pipe. Raises ValueError if there are none, or one is not text."""
+    if path is None:
+        return []
+    try:
+        lines = read_text_lines(path)
+    except OSError as error:
+        raise ValueError(f"--prompt-file {path} cannot be read: {error.strerror}") from error
+    if not lines:
+        raise ValueError(f"--prompt-file {path} holds no prompt: all lines are empty")
+    return lines
 
 
 def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM, is_speaker: bool) -> bool:
@@ -222,20 +232,28 @@ def _typed_lines(is_speaker: bool) -> Iterator[str]:
     """The lines of rank 0's standard input, on all ranks; empty ones are skipped."""
     import torch
 
+    own_lines = _lines_of_standard_input()
     while True:
-        line = None
-        if is_speaker:
-            try:
-                line = input("prompt> " if sys.stdin.isatty() else "")
-            except (EOFError, KeyboardInterrupt):
-                line = None
-        lines = [line]
+        lines = [next(own_lines, None) if is_speaker else None]
         if torch.distributed.get_world_size() > 1:
             torch.distributed.broadcast_object_list(lines, src=0)
         if lines[0] is None:
             return
         if lines[0]:
             yield lines[0]
+
+
+def _lines_of_standard_input() -> Iterator[str]:
+    """Bytes that are not UTF-8 become what Python makes of them in arguments, and the prompt is refused like those."""
+    try:
+        if sys.stdin.isatty():
+            sys.stdin.reconfigure(errors="surrogateescape")
+            while True:
+                yield input("prompt> ")
+        for line in split_lines(sys.stdin.buffer, "standard input"):
+            yield "" if line.is_blank else line.content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
+    except (EOFError, KeyboardInterrupt):
+        return
 
 
 def _show_live(
