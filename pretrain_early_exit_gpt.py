@@ -8,14 +8,20 @@ All flags: docs/flags.md. Recipes: examples/ee_training/.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
+from megatron.early_exit.config.flags import parse_run_config
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.validate import LATEST_FILE
+from megatron.early_exit.platform.command_line import STATUS_INTERRUPTED, output_is_closed, run_program
+from megatron.early_exit.platform.failures import lost_peer, os_error_in_words
 from megatron.early_exit.platform.processes import die_with_torchrun
 
 # More than ranks that start together on a busy host lag behind each other.
@@ -23,12 +29,9 @@ SECONDS_FOR_RANK_0 = 15
 
 
 def main() -> int:
-    """Exit status: 0 done, 1 failed while running, 2 refused settings."""
+    """Exit status: 0 done, 1 failed while running, 2 refused settings, 130 interrupted by Ctrl-C."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     die_with_torchrun()
-    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(levelname)s: %(message)s")
-    from megatron.early_exit.config.flags import parse_run_config
-
     try:
         config = parse_run_config(sys.argv[1:], world_size=world_size)
         if config.pipeline.is_planned:
@@ -37,7 +40,7 @@ def main() -> int:
             check_plan(config, world_size)
     except ValueError as error:
         leave_the_word_to_rank_0(rank)
-        print(message(rank, error), file=sys.stderr, flush=True)
+        print(message(rank, str(error)), file=sys.stderr, flush=True)
         return 2
 
     if config.training.dry_run:
@@ -47,18 +50,47 @@ def main() -> int:
             print(describe(config, world_size), flush=True)
         return 0
 
-    from megatron.early_exit.training.pretrain import pretrain
-
     try:
+        train(config, rank)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
+        if rank == 0:
+            print(f"interrupted; {last_checkpoint(config)}", file=sys.stderr, flush=True)
+        end_at_once(STATUS_INTERRUPTED)
+    return 0
+
+
+def train(config: RunConfig, rank: int) -> None:
+    """Train, or say why not and end this process."""
+    try:
+        from megatron.early_exit.training.pretrain import pretrain
+
         pretrain(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         leave_the_word_to_rank_0(rank)
-        print(message(rank, error), file=sys.stderr, flush=True)
+        if isinstance(error, OSError):
+            is_closed = rank == 0 and output_is_closed()
+            text = "standard output is closed" if is_closed else os_error_in_words(error)
+            text += f"; {last_checkpoint(config)}" if is_closed else ""
+        else:
+            text = str(error)
+        print(message(rank, text), file=sys.stderr, flush=True)
         end_at_once()
-    except BaseException:
-        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    except Exception as error:
+        found = lost_peer(error, rank, config.parallel.distributed_timeout_minutes)
+        text = f"error: {found}\n" if found else f"rank {rank} failed:\n"
+        print(text + traceback.format_exc(), file=sys.stderr, flush=True)
         end_at_once()
-    return 0
+
+
+def last_checkpoint(config: RunConfig) -> str:
+    """What a run that ends before its time can be resumed from, in words."""
+    folder = config.checkpoint.save
+    try:
+        iteration = (Path(folder) / LATEST_FILE).read_text(encoding="utf-8").strip() if folder else None
+    except OSError:
+        iteration = None
+    return f"last checkpoint: iteration {iteration} in {folder}" if iteration else "no checkpoint was saved"
 
 
 def leave_the_word_to_rank_0(rank: int) -> None:
@@ -72,16 +104,16 @@ def leave_the_word_to_rank_0(rank: int) -> None:
         time.sleep(SECONDS_FOR_RANK_0)
 
 
-def message(rank: int, error: Exception) -> str:
-    return f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}"
+def message(rank: int, text: str) -> str:
+    return f"error: {text}" if rank == 0 else f"error on rank {rank}: {text}"
 
 
-def end_at_once() -> NoReturn:
+def end_at_once(status: int = 1) -> NoReturn:
     """Exit without waiting for other ranks, which lets torchrun end them; leave no process of our own behind."""
     for child in multiprocessing.active_children():
         child.kill()
-    os._exit(1)
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -4,6 +4,7 @@
 import sys
 
 from megatron.early_exit.evaluation.evaluate_command import main
+from megatron.early_exit.platform.command_line import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -3,7 +3,8 @@
 
 import sys
 
+from megatron.early_exit.platform.command_line import run_program
 from megatron.early_exit.schedules.plan_command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

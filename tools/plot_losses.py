@@ -7,9 +7,11 @@ python tools/plot_losses.py early_exit=a/metrics.jsonl plain=b/metrics.jsonl --k
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from megatron.early_exit.evaluation.loss_curves import draw_loss_curves
+from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 
 
 def main() -> None:
@@ -17,6 +19,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FILE", help="metrics.jsonl of a run")
     parser.add_argument("--output", default="losses.png", help="picture to write; the suffix says the format")
     parser.add_argument("--kind", default="train", choices=["train", "valid"])
+    add_verbose_flag(parser)
     arguments = parser.parse_args()
     runs = []
     for run in arguments.runs:
@@ -29,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

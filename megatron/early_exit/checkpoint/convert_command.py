@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron.early_exit.checkpoint.commands import exits, hugging_face, inspection, legacy
+from megatron.early_exit.platform.command_line import add_verbose_flag
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,6 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
         "a model need not fit into memory, and no GPU is needed. Our checkpoints load under any tensor, pipeline and "
         "data parallel size.",
     )
+    add_verbose_flag(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (hugging_face, legacy, exits, inspection):
         module.add_commands(commands)
@@ -29,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
+    except BrokenPipeError:  # the reader of the output has ended: `run_program` deals with it
+        raise
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint.py: {error}", file=sys.stderr)
         return 2

@@ -152,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("-v", "--verbose", action="store_true", help="show what the libraries have to say")
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same names; flags win over it")
     fields = config_fields()
     for section, section_class in section_classes().items():

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from megatron.early_exit.platform.command_line import add_verbose_flag
+
 Content = Literal["all", "source", "prose"]
 
 SKIPPED_FOLDERS = {
@@ -150,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="JSONL file to write")
     parser.add_argument("--content", choices=get_args(Content), default="all", help="default: sources and prose")
     parser.add_argument("--max-mb", type=float, help="stop at so many million bytes of text")
+    add_verbose_flag(parser)
     return parser
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -35,6 +34,7 @@ from megatron.early_exit.data.documents import (
     read_documents,
 )
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.early_exit.platform.command_line import add_verbose_flag
 
 # A chunk is what a worker gets at once: enough to hide the cost of sending it, little enough to keep progress smooth.
 CHUNK_DOCUMENTS = 256
@@ -392,6 +392,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
     parser.add_argument("--log-interval-sec", type=float, default=5.0, help="seconds between progress lines")
+    add_verbose_flag(parser)
     return parser
 
 
@@ -400,7 +401,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(build_parser().parse_args(argv))
     # SIGTERM becomes an exception, so that temporary files are removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed")  # of no use here
     tokenizer_flags = {name: args.pop(name) for name in ("tokenizer_type", "tokenizer_model", "vocab_size")}
     args |= {"input": tuple(args["input"]), "json_keys": tuple(args["json_keys"])}
     try:

@@ -22,6 +22,7 @@ from megatron.early_exit.data.documents import (
     find_input_files,
     read_documents,
 )
+from megatron.early_exit.platform.command_line import add_verbose_flag
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB_SIZE = 257  # 256 bytes and the end of text
@@ -117,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input-format", choices=get_args(InputFormat), default="auto", help="default: by content")
     parser.add_argument("--split-by", choices=get_args(SplitBy), default="file", help="documents in a text file")
     parser.add_argument("--overwrite", action="store_true", help="replace files in the output folder")
+    add_verbose_flag(parser)
     return parser
 
 
@@ -125,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(build_parser().parse_args(argv))
     asked = args["vocab_size"]
     try:
-        got = train_tokenizer(args.pop("input"), args.pop("output"), args.pop("vocab_size"), show_progress=True, **args)
+        sources, output, size = args.pop("input"), args.pop("output"), args.pop("vocab_size")
+        got = train_tokenizer(sources, output, size, show_progress=sys.stderr.isatty(), **args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

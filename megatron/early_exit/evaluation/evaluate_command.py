@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron.early_exit.platform.command_line import add_verbose_flag, show_progress
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -27,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--answer-tokens", type=int, default=48, metavar="N", help="of each answer; default 48")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="default: that of the training")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all numbers as JSON")
+    add_verbose_flag(parser)
     return parser
 
 
@@ -35,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         results = [evaluate(args, path) for path in args.load]
+    except BrokenPipeError:  # the reader of the output has ended: `run_program` deals with it
+        raise
     except (ValueError, OSError) as error:
         print(f"evaluate_exits.py: {error}", file=sys.stderr)
         return 2
@@ -64,7 +69,7 @@ def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
     if not 2 <= length <= decoder.num_positions:
         raise ValueError(f"--sequence-length is {length}; the model takes 2 to {decoder.num_positions}")
     sequences = sample_sequences(args.data_path, decoder.vocab_size, args.tokens, length)
-    heads = exit_quality(decoder, sequences, _show_progress("text"))
+    heads = exit_quality(decoder, sequences, show_progress("text"))
     rows = [("head", "loss", "perplexity", "accuracy", "agreement", "confidence")]
     for head in heads:
         name = "final" if head.is_final else f"exit {head.layer}"
@@ -91,7 +96,7 @@ def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
     prompts = [sequence[:32] for sequence in sequences if len(sequence) >= 32][: args.prompts]
     if not prompts or decoder.num_positions < 32 + args.answer_tokens:
         raise ValueError("decoding needs prompts of 32 tokens and room for the answers; give longer sequences")
-    ways = decoding_quality(llm, prompts, settings, _show_progress("answers"))
+    ways = decoding_quality(llm, prompts, settings, show_progress("answers"))
     rows = [("decoding", "tokens/s", "speed", "layer runs saved", "agreement", "perplexity")]
     for way in ways:
         rows.append((
@@ -100,12 +105,3 @@ def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
         ))  # fmt: skip
     print(f"\n{aligned(rows)}")
     return result | {"decoding": [asdict(way) for way in ways]}
-
-
-def _show_progress(what: str) -> Any:
-    def show(done: int, total: int) -> None:
-        end = "\r" if sys.stderr.isatty() and done < total else "\n"
-        if end == "\r" or done == total:
-            print(f"{what}: {done}/{total}", end=end, file=sys.stderr, flush=True)
-
-    return show

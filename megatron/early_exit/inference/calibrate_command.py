@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.early_exit.platform.command_line import add_verbose_flag, show_progress
+
 _MAX_COUNTED = 50_000_000
 """Tokens of the corpus that are counted for the shortlist."""
 
@@ -26,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shortlist-size", type=int, metavar="N", help="default: a sixth of the vocabulary")
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="to run the exits over; default 8192")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="default: 256, or what the model takes")
+    add_verbose_flag(parser)
     return parser
 
 
@@ -34,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         calibrate(args)
+    except BrokenPipeError:  # the reader of the output has ended: `run_program` deals with it
+        raise
     except (ValueError, OSError) as error:
         print(f"calibrate_exits.py: {error}", file=sys.stderr)
         return 2
@@ -73,16 +78,10 @@ def calibrate(args: argparse.Namespace) -> None:
         if counts.sum() > _MAX_COUNTED:
             break
     shortlist, coverage = frequent_tokens(counts, size)
-    confidences, agrees = observe_exits(decoder, sequences, _show_progress)
+    confidences, agrees = observe_exits(decoder, sequences, show_progress("sequences"))
     layers = tuple(one.layer_number for one in decoder.exits)
     calibration = ExitCalibration(shortlist, coverage, layers, confidences, agrees)
     folder: Path = find_checkpoint(args.load, args.load_iteration)
     calibration.save(folder)
     print(f"\n{len(shortlist)} frequent tokens cover {coverage:.2%} of {counts.sum():,} counted")
     print(f"exits on {len(confidences):,} tokens:\n{aligned(calibration.table())}\nwrote {folder / CALIBRATION_FILE}")
-
-
-def _show_progress(done: int, total: int) -> None:
-    end = "\r" if sys.stderr.isatty() and done < total else "\n"
-    if end == "\r" or done == total or done % max(total // 10, 1) == 0:
-        print(f"{done}/{total} sequences", end=end, file=sys.stderr, flush=True)

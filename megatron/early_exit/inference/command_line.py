@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.early_exit.data.text_files import read_text_lines, split_lines
+from megatron.early_exit.platform.command_line import add_verbose_flag
 
 # What needs core is imported in the functions: --help and wrong flags should not wait for it.
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="one JSON document a line for each answer")
     output.add_argument("--print-max-prob", action="store_true", help="what every asked exit said about each token")
     output.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="colour text by exit")
+    add_verbose_flag(parser)
     return parser
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.early_exit.config.validate import ConfigError
+from megatron.early_exit.platform.command_line import add_verbose_flag
 from megatron.early_exit.schedules.cases import CASES, case_named, given_number, setup_from_flags
 from megatron.early_exit.schedules.comparison import (
     FILLED,
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--plan-output", type=Path, metavar="FILE", help="text of the plan that --plan says")
     group.add_argument("--plan", choices=PLANS, help="default: the last of the table")
     group.add_argument("--costs-output", type=Path, metavar="FILE", help="costs of all stages as JSON")
+    add_verbose_flag(parser)
     return parser
 
 
@@ -79,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, flags = build_parser().parse_known_args(argv)
     try:
         _run(args, flags)
+    except BrokenPipeError:  # the reader of the output has ended: `run_program` deals with it
+        raise
     except ConfigError as error:
         print("plan_pipeline.py: " + "\n".join(error.problems), file=sys.stderr)
         return 2

@@ -115,7 +115,10 @@ def build_run(config: RunConfig) -> Run:
     state = TrainingState()
     if checkpoint_folder is not None:
         state = load_checkpoint(checkpoint_folder, config, model, optimizer, scheduler)
-        reporter.text(f" loaded {checkpoint_folder}, training goes on at iteration {state.iteration}")
+        if state.iteration:
+            reporter.text(f" loaded {checkpoint_folder}, training goes on at iteration {state.iteration}")
+        else:
+            reporter.text(f" loaded the weights of {checkpoint_folder}")
     caching = None
     if config.training.cache_hidden_states is not None:
         num_samples = _num_training_samples(config, microbatches.target_global_batch_size)
