@@ -6,6 +6,7 @@ computed, so that there and back again gives the same bits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, combined, concatenated, with_rows
+from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors, combined, concatenated, with_rows
 from megatron.early_exit.config.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -21,20 +22,37 @@ if TYPE_CHECKING:
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
+THEIR_OUTPUT = "lm_head.weight"
+
+Shapes = dict[str, tuple[str, ...]]
+"""By parameter: each dimension as a product of settings and numbers, such as "num_key_value_heads*head_dim"."""
+
 
 @dataclass(frozen=True)
 class Family:
     """Both directions of the conversion of some model types."""
 
     model_types: tuple[str, ...]
-    model_config: Callable[[PretrainedConfig], ModelConfig]
-    """Our settings. Raises ValueError for what our model cannot express."""
+    model_config: Callable[[PretrainedConfig, int], ModelConfig]
+    """Our settings, for sequences up to a length. Raises ValueError for what our model cannot express."""
     ours: Callable[[Tensors, ModelConfig], Tensors]
     """Our parameters from theirs, vocabulary not padded. Raises KeyError for one that is missing."""
     theirs: Callable[[Tensors, ModelConfig], Tensors]
     """The inverse."""
     settings: Callable[[ModelConfig], dict[str, Any]]
     """Their config's fields."""
+    shapes: Callable[[PretrainedConfig], Shapes]
+    """All their parameters; without that of the output if it is tied."""
+    sizes: Callable[[PretrainedConfig], dict[str, int]]
+    """The settings that shapes are made of."""
+    settings_read: frozenset[str]
+    """Fields of their config that `model_config` reads or refuses."""
+    base_prefix: str
+    """What the names of all parameters but the output's begin with."""
+    embedding: str
+    """Their name of the word embedding."""
+    derived: re.Pattern[str]
+    """Names of tensors that older files hold and that follow from the settings."""
 
 
 def family_of(model_type: str) -> Family:
@@ -81,6 +99,11 @@ def model_output_weight(tensors: Tensors) -> LazyTensor:
     return tensors.get(_OUTPUT, tensors[_EMBEDDING])
 
 
+def without_exits(tensors: Tensors) -> Tensors:
+    """The parameters of the plain model."""
+    return {name: tensor for name, tensor in tensors.items() if EXIT_HEAD not in name}
+
+
 def _take(tensors: Mapping[str, LazyTensor], name: str) -> LazyTensor:
     try:
         return tensors[name]
@@ -91,20 +114,28 @@ def _take(tensors: Mapping[str, LazyTensor], name: str) -> LazyTensor:
 # Llama and what is like it
 
 
-def _llama_config(config: PretrainedConfig) -> ModelConfig:
+def _llama_config(config: PretrainedConfig, max_length: int) -> ModelConfig:
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act {config.hidden_act} is not supported: only silu is")
     if getattr(config, "mlp_bias", False) or (
         config.model_type != "qwen2" and getattr(config, "attention_bias", False)
     ):
         raise ValueError("attention_bias and mlp_bias are not supported")
-    if getattr(config, "use_sliding_window", config.model_type == "mistral"):
-        window = getattr(config, "sliding_window", None)
-        if window is not None and window < config.max_position_embeddings:
-            raise ValueError(
-                f"the model attends to the last {window} tokens only (sliding_window), which is not supported; up to "
-                f"that length it makes no difference: give --max-position-embeddings {window} or less"
-            )
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) if config.model_type != "llama" else None
+    is_windowed = layer_types is None or "sliding_attention" in layer_types
+    if is_windowed and window is not None and window < max_length:
+        raise ValueError(
+            f"the model attends to the last {window} tokens only (sliding_window), which is not supported; up to "
+            f"that length it makes no difference: give --max-position-embeddings {window} or less"
+        )
+    if layer_types is not None and set(layer_types) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types {sorted(set(layer_types))} are not supported: only full_attention is")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads {config.num_attention_heads} is not a multiple of num_key_value_heads "
+            f"{config.num_key_value_heads}"
+        )
     is_grouped = config.num_key_value_heads != config.num_attention_heads
     return ModelConfig(
         num_layers=config.num_hidden_layers,
@@ -114,7 +145,7 @@ def _llama_config(config: PretrainedConfig) -> ModelConfig:
         kv_channels=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         group_query_attention=is_grouped,
         num_query_groups=config.num_key_value_heads if is_grouped else 1,
-        max_position_embeddings=config.max_position_embeddings,
+        max_position_embeddings=max_length,
         position_embedding_type="rope",
         **_rope_settings(config.rope_parameters),
         normalization="RMSNorm",
@@ -125,12 +156,13 @@ def _llama_config(config: PretrainedConfig) -> ModelConfig:
         add_qkv_bias=config.model_type == "qwen2",
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
         hidden_dropout=0.0,
-        attention_dropout=0.0,
+        attention_dropout=config.attention_dropout,
+        init_method_std=config.initializer_range,
     )
 
 
 # What core's scaling has built in.
-_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def _rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,9 +173,9 @@ def _rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "linear":
         settings["rotary_seq_len_interpolation_factor"] = float(rope["factor"])
     elif kind == "llama3":
-        others = {name: rope[name] for name in _LLAMA3_ROPE}
-        if others != _LLAMA3_ROPE:
-            raise ValueError(f"llama3 rope_parameters {others} are not supported: only {_LLAMA3_ROPE} are")
+        others = {name: rope[name] for name in LLAMA3_ROPE}
+        if others != LLAMA3_ROPE:
+            raise ValueError(f"llama3 rope_parameters {others} are not supported: only {LLAMA3_ROPE} are")
         settings |= {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
     elif kind != "default":
         raise ValueError(f"rope_type {kind} is not supported: only default, linear and llama3 are")
@@ -153,7 +185,7 @@ def _rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
 def _llama_settings(model: ModelConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_theta": float(model.rotary_base), "rope_type": "default"}
     if model.use_rope_scaling:
-        rope |= {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3_ROPE}
+        rope |= {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3_ROPE}
     elif model.rotary_seq_len_interpolation_factor is not None:
         rope |= {"rope_type": "linear", "factor": model.rotary_seq_len_interpolation_factor}
     return {
@@ -165,7 +197,51 @@ def _llama_settings(model: ModelConfig) -> dict[str, Any]:
         "intermediate_size": model.ffn_size,
         "rms_norm_eps": model.norm_epsilon,
         "rope_parameters": rope,
+        "attention_dropout": model.attention_dropout,
+        "initializer_range": model.init_method_std,
     }
+
+
+_LLAMA_SETTINGS = frozenset((
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
+    "vocab_size", "max_position_embeddings", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "hidden_act",
+    "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "attention_dropout", "initializer_range",
+))  # fmt: skip
+_LLAMA_SHAPES = {
+    "input_layernorm.weight": ("hidden_size",),
+    "self_attn.q_proj.weight": ("num_attention_heads*head_dim", "hidden_size"),
+    "self_attn.k_proj.weight": ("num_key_value_heads*head_dim", "hidden_size"),
+    "self_attn.v_proj.weight": ("num_key_value_heads*head_dim", "hidden_size"),
+    "self_attn.o_proj.weight": ("hidden_size", "num_attention_heads*head_dim"),
+    "post_attention_layernorm.weight": ("hidden_size",),
+    "mlp.gate_proj.weight": ("intermediate_size", "hidden_size"),
+    "mlp.up_proj.weight": ("intermediate_size", "hidden_size"),
+    "mlp.down_proj.weight": ("hidden_size", "intermediate_size"),
+}
+_LLAMA_SHAPES_OF_TYPE = {
+    "qwen2": {
+        "self_attn.q_proj.bias": ("num_attention_heads*head_dim",),
+        "self_attn.k_proj.bias": ("num_key_value_heads*head_dim",),
+        "self_attn.v_proj.bias": ("num_key_value_heads*head_dim",),
+    },
+    "qwen3": {"self_attn.q_norm.weight": ("head_dim",), "self_attn.k_norm.weight": ("head_dim",)},
+}
+
+
+def _llama_shapes(config: PretrainedConfig) -> Shapes:
+    table = ("vocab_size", "hidden_size")
+    shapes: Shapes = {"model.embed_tokens.weight": table, "model.norm.weight": ("hidden_size",)}
+    of_layer = _LLAMA_SHAPES | _LLAMA_SHAPES_OF_TYPE.get(config.model_type, {})
+    for index in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in of_layer.items()}
+    return shapes if config.tie_word_embeddings else shapes | {THEIR_OUTPUT: table}
+
+
+def _llama_sizes(config: PretrainedConfig) -> dict[str, int]:
+    names = ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {name: getattr(config, name) for name in names} | {"head_dim": head_dim}
 
 
 _LLAMA_OUTSIDE_OF_LAYERS = {
@@ -257,17 +333,19 @@ def by_kind(fused: LazyTensor, model: ModelConfig) -> list[LazyTensor]:
 # GPT-2
 
 
-def _gpt2_config(config: PretrainedConfig) -> ModelConfig:
+def _gpt2_config(config: PretrainedConfig, max_length: int) -> ModelConfig:
     if config.activation_function not in ("gelu", "gelu_new", "gelu_pytorch_tanh"):
         raise ValueError(f"activation_function {config.activation_function} is not supported: gelu and gelu_new are")
     if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
         raise ValueError("scale_attn_by_inverse_layer_idx, and scale_attn_weights false, are not supported")
+    if config.n_embd % config.n_head:
+        raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
     return ModelConfig(
         num_layers=config.n_layer,
         hidden_size=config.n_embd,
         num_attention_heads=config.n_head,
         ffn_hidden_size=config.n_inner or 4 * config.n_embd,
-        max_position_embeddings=config.n_positions,
+        max_position_embeddings=max_length,
         position_embedding_type="learned_absolute",
         normalization="LayerNorm",
         norm_epsilon=config.layer_norm_epsilon,
@@ -275,6 +353,7 @@ def _gpt2_config(config: PretrainedConfig) -> ModelConfig:
         untie_embeddings_and_output_weights=not config.tie_word_embeddings,
         hidden_dropout=config.resid_pdrop,
         attention_dropout=config.attn_pdrop,
+        init_method_std=config.initializer_range,
     )
 
 
@@ -286,7 +365,42 @@ def _gpt2_settings(model: ModelConfig) -> dict[str, Any]:
         "n_inner": model.ffn_size,
         "layer_norm_epsilon": model.norm_epsilon,
         "activation_function": "gelu_new" if model.openai_gelu else "gelu",
+        "resid_pdrop": model.hidden_dropout,
+        "embd_pdrop": model.hidden_dropout,
+        "attn_pdrop": model.attention_dropout,
+        "initializer_range": model.init_method_std,
     }
+
+
+_GPT2_SETTINGS = frozenset((
+    "n_layer", "n_embd", "n_head", "n_inner", "n_positions", "vocab_size", "layer_norm_epsilon", "activation_function",
+    "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "tie_word_embeddings", "resid_pdrop", "attn_pdrop",
+    "embd_pdrop", "initializer_range",
+))  # fmt: skip
+_GPT2_SHAPES = {
+    "ln_1.weight": ("n_embd",), "ln_1.bias": ("n_embd",),
+    "attn.c_attn.weight": ("n_embd", "3*n_embd"), "attn.c_attn.bias": ("3*n_embd",),
+    "attn.c_proj.weight": ("n_embd", "n_embd"), "attn.c_proj.bias": ("n_embd",),
+    "ln_2.weight": ("n_embd",), "ln_2.bias": ("n_embd",),
+    "mlp.c_fc.weight": ("n_embd", "n_inner"), "mlp.c_fc.bias": ("n_inner",),
+    "mlp.c_proj.weight": ("n_inner", "n_embd"), "mlp.c_proj.bias": ("n_embd",),
+}  # fmt: skip
+
+
+def _gpt2_shapes(config: PretrainedConfig) -> Shapes:
+    table = ("vocab_size", "n_embd")
+    shapes: Shapes = {
+        "transformer.wte.weight": table, "transformer.wpe.weight": ("n_positions", "n_embd"),
+        "transformer.ln_f.weight": ("n_embd",), "transformer.ln_f.bias": ("n_embd",),
+    }  # fmt: skip
+    for index in range(config.n_layer):
+        shapes |= {f"transformer.h.{index}.{name}": shape for name, shape in _GPT2_SHAPES.items()}
+    return shapes if config.tie_word_embeddings else shapes | {THEIR_OUTPUT: table}
+
+
+def _gpt2_sizes(config: PretrainedConfig) -> dict[str, int]:
+    names = ("vocab_size", "n_embd", "n_positions")
+    return {name: getattr(config, name) for name in names} | {"n_inner": config.n_inner or 4 * config.n_embd}
 
 
 # Our name -> theirs; and whether theirs is the transpose.
@@ -320,9 +434,8 @@ def _gpt2_names(model: ModelConfig) -> dict[str, tuple[str, bool]]:
 
 def _gpt2_ours(theirs: Tensors, model: ModelConfig) -> Tensors:
     ours = {}
-    prefix = "" if "transformer.wte.weight" in theirs else "transformer."  # older files leave it out
     for name, (other, is_transposed) in _gpt2_names(model).items():
-        tensor = _take(theirs, other.removeprefix(prefix))
+        tensor = _take(theirs, other)
         tensor = tensor.transposed() if is_transposed else tensor
         if "linear_qkv" in name:
             third = (tensor.shape[0] // 3, *tensor.shape[1:])
@@ -343,6 +456,30 @@ def _gpt2_theirs(ours: Tensors, model: ModelConfig) -> Tensors:
 
 
 FAMILIES = (
-    Family(("llama", "mistral", "qwen2", "qwen3"), _llama_config, _llama_ours, _llama_theirs, _llama_settings),
-    Family(("gpt2",), _gpt2_config, _gpt2_ours, _gpt2_theirs, _gpt2_settings),
+    Family(
+        model_types=("llama", "mistral", "qwen2", "qwen3"),
+        model_config=_llama_config,
+        ours=_llama_ours,
+        theirs=_llama_theirs,
+        settings=_llama_settings,
+        shapes=_llama_shapes,
+        sizes=_llama_sizes,
+        settings_read=_LLAMA_SETTINGS,
+        base_prefix="model.",
+        embedding="model.embed_tokens.weight",
+        derived=re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+    ),
+    Family(
+        model_types=("gpt2",),
+        model_config=_gpt2_config,
+        ours=_gpt2_ours,
+        theirs=_gpt2_theirs,
+        settings=_gpt2_settings,
+        shapes=_gpt2_shapes,
+        sizes=_gpt2_sizes,
+        settings_read=_GPT2_SETTINGS,
+        base_prefix="transformer.",
+        embedding="transformer.wte.weight",
+        derived=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
+    ),
 )

@@ -163,5 +163,11 @@ def progress_shown(what: str) -> Iterator[Callable[[int, int], None]]:
         print(file=sys.stderr)
 
 
+def show_notes(notes: Sequence[str]) -> None:
+    """Lines on what is not as a user might think."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def listed(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))

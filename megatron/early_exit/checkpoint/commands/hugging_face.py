@@ -19,6 +19,7 @@ from megatron.early_exit.checkpoint.commands.common import (
     read,
     run_config,
     save,
+    show_notes,
     with_length,
 )
 
@@ -49,13 +50,13 @@ def from_hugging_face(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
     from megatron.early_exit.checkpoint.store import check_target
     from megatron.early_exit.config.data import DataConfig
-    from megatron.early_exit.config.exits import ExitConfig
 
     check_target(args.save, args.force)
-    model, tensors, their_config = read_hugging_face(args.input, args.max_position_embeddings)
-    with _tokenizer_folder(args.input, their_config) as folder:
+    source = read_hugging_face(args.input, args.max_position_embeddings)
+    show_notes(source.notes)
+    with _tokenizer_folder(args.input, source.config) as folder:
         data = DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
-        save(args, run_config(model, ExitConfig(), data, tensors), tensors)
+        save(args, run_config(source.model, source.exits, data, source.tensors), source.tensors)
 
 
 def to_hugging_face(args: argparse.Namespace) -> None:

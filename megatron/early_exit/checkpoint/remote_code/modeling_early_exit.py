@@ -4,7 +4,8 @@
     ids = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=20, exit_threshold=0.9)
     model.last_exit_layers      # the layer that each of these tokens left at
 
-Without `exit_threshold` it generates as the plain model does, and without `trust_remote_code` it is the plain model.
+Without `exit_threshold` it generates as the plain model does. Without `trust_remote_code` it is the plain model; the
+exits are then reported as parameters that are not used.
 With a threshold: one sequence, greedily or by sampling; all settings of `generate` for logits and for stopping act. A
 token leaves at the first exit whose largest probability (before temperature and other such settings) reaches it.
 
@@ -17,18 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 from transformers import LlamaForCausalLM as Base
 from transformers.generation import GenerationMode
-from transformers.utils import cached_file
-
-EXITS_FILE = "exits.safetensors"
 
 
 class ExitHead(nn.Module):
@@ -66,24 +62,9 @@ class EarlyExitForCausalLM(Base):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.last_exit_layers: list[int] = []
-        # Not registered: the weights of the plain model are loaded by themselves.
-        self.__dict__["exits"] = None
-
-    @classmethod
-    def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> EarlyExitForCausalLM:
-        loaded = super().from_pretrained(path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        exits = nn.ModuleList(ExitHead(model, index) for index in range(len(model.config.early_exits["layers"])))
-        file = Path(path) / EXITS_FILE if Path(path).is_dir() else cached_file(path, EXITS_FILE)
-        exits.load_state_dict(load_file(file))
-        model.__dict__["exits"] = exits.to(device=model.device, dtype=model.dtype).eval().requires_grad_(False)
-        return loaded
-
-    def _apply(self, *args: Any, **kwargs: Any) -> EarlyExitForCausalLM:
-        """Exits go along to another device or type."""
-        if self.__dict__.get("exits") is not None:
-            self.exits._apply(*args, **kwargs)
-        return super()._apply(*args, **kwargs)
+        # Parameters like all others: loaded, moved, saved and pushed with the model.
+        self.exits = nn.ModuleList(ExitHead(self, index) for index in range(len(config.early_exits["layers"])))
+        self.post_init()
 
     # Modules that architectures call by different names; config.json says which.
 
