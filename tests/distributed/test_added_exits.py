@@ -27,7 +27,7 @@ TOKENS = [[(5 * i + j * j) % 95 for j in range(12)] for i in range(2)]
 def save(cfg: RunConfig, folder: Path) -> None:
     """A checkpoint of weights as training writes it."""
     from megatron.early_exit.config.checkpoint import CheckpointConfig
-    from megatron.early_exit.training.checkpointing import CheckpointSaver
+    from megatron.early_exit.training.saving import CheckpointSaver
     from megatron.early_exit.training.state import TrainingState
     from tests.configs import VOCAB_SIZE
     from tests.distributed.parallel_model import build_with_reference_parameters, layout

@@ -39,7 +39,7 @@ def training_run(cfg: RunConfig) -> str:
                     digest.update(parameter.detach().float().numpy().tobytes())
             return digest.hexdigest()
         finally:
-            run.reporter.close()
+            run.close()
     finally:
         release_models()
         parallel_state.destroy_model_parallel()  # a case may run several

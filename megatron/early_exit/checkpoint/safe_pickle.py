@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.futures import Future
 
+from megatron.early_exit.checkpoint.checksums import Checksums, DamagedFileError, Extent
+
 METADATA_FILE = ".metadata"
 
 
@@ -69,15 +71,14 @@ _ALLOWED: dict[tuple[str, str], Any] = {
         )
         for name in names
     },
-    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
-    ("pathlib", "WindowsPath"): pathlib.PureWindowsPath,
-    # In metadata that were read here and written again, with links to what lies in another checkpoint.
-    ("pathlib", "PurePosixPath"): pathlib.PurePosixPath,
-    ("pathlib", "PureWindowsPath"): pathlib.PureWindowsPath,
-    ("pathlib._local", "PurePosixPath"): pathlib.PurePosixPath,
-    ("pathlib._local", "PureWindowsPath"): pathlib.PureWindowsPath,
-    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,  # Python 3.13
-    ("pathlib._local", "WindowsPath"): pathlib.PureWindowsPath,
+    # Where a checkpoint was written. Python 3.13 has another name for the module, and the pure ones are written where
+    # metadata that were read here are written again, with links to what lies in another checkpoint.
+    **{
+        (module, prefix + name): getattr(pathlib, "Pure" + name)
+        for module in ("pathlib", "pathlib._local")
+        for prefix in ("", "Pure")
+        for name in ("PosixPath", "WindowsPath")
+    },
     (_CORE_STRATEGIES, "MCoreMetadata"): _OldMetadata,
     (_CORE_STRATEGIES, "MCoreSavePlan"): _OldSavePlan,
 }  # fmt: skip
@@ -101,6 +102,7 @@ def read_metadata(folder: Path) -> Metadata:
 
     Raises UnsafeFileError if its pickle names more than metadata need, OSError if it cannot be read."""
     file = Path(folder) / METADATA_FILE
+    Checksums.read(folder).check_file(folder, METADATA_FILE)
     try:
         with file.open("rb") as stream:
             read = _MetadataUnpickler(stream, file).load()
@@ -159,17 +161,29 @@ def _check_extra_state(value: Any, file: str) -> None:
 
 
 class SafeReader(FileSystemReader):
-    """PyTorch's reader of checkpoint folders, for PyTorch's functions and core's strategies, without their risk."""
+    """PyTorch's reader of checkpoint folders, for PyTorch's functions and core's strategies, which runs no code that
+    lies in them, and raises DamagedFileError where a checksum says that the bytes are not those that were written.
 
-    def __init__(self, path: str | Path, metadata: Metadata | None = None) -> None:
-        """metadata: of this folder, if `read_metadata` has read it already."""
+    It reads metadata and checksums once, and can be used for many loads."""
+
+    def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        self._metadata = metadata
+        self._metadata: Metadata | None = None
+        self._checksums: Checksums | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
             self._metadata = read_metadata(Path(self.path))
+            self._checksums = Checksums.read(Path(self.path))
         return self._metadata
+
+    def _slice_file(self, file: BinaryIO, sinfo: Any) -> Any:
+        """Called by PyTorch for each tensor or object that is read."""
+        if self._checksums.is_damaged(file, Extent(sinfo.relative_path, sinfo.offset, sinfo.length)):
+            name = next(index.fqn for index, info in self.storage_data.items() if info == sinfo)
+            path = Path(self.path) / sinfo.relative_path
+            raise DamagedFileError(f"{path} is damaged: the bytes of {name} are not those that were written")
+        return super()._slice_file(file, sinfo)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         return super().read_data(plan, _SafeObjects(planner, self))

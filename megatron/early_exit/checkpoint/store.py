@@ -22,22 +22,31 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
 
-from megatron.early_exit.checkpoint.safe_pickle import SafeReader, UnsafeFileError, first_failure, read_metadata
+from megatron.early_exit.checkpoint import folders
+from megatron.early_exit.checkpoint.checksums import Checksums, DamagedFileError, Extent
+from megatron.early_exit.checkpoint.folders import checkpoint_folder as checkpoint_folder
+from megatron.early_exit.checkpoint.safe_pickle import (
+    METADATA_FILE,
+    SafeReader,
+    UnsafeFileError,
+    first_failure,
+    read_metadata,
+)
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Origin, Tensors
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import (
     RUN_CONFIG_FILE,
-    checkpoint_iteration,
     iteration_folder,
     load_run_config,
     save_run_config,
 )
 from megatron.early_exit.config.validate import LATEST_FILE
 from megatron.early_exit.data.tokenizer import saved_tokenizer_config
+from megatron.early_exit.platform.folder_lock import FolderLock
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -56,29 +65,17 @@ Progress = Callable[[int, int], None]
 """(bytes written, bytes in all)"""
 
 
-def checkpoint_folder(load: str | Path, iteration: int | None = None) -> Path:
-    """Folder of a checkpoint below the folder of a run.
-
-    Raises ConfigError or FileNotFoundError with what is missing."""
-    folder = iteration_folder(load, checkpoint_iteration(load, iteration))
-    if not folder.exists() and _replaced(folder).exists():
-        folder = _replaced(folder)  # killed between two renames, see `publish`
-    if not (folder / RUN_CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds no finished checkpoint ({RUN_CONFIG_FILE} is missing).")
-    return folder
-
-
 def read_checkpoint(folder: Path) -> tuple[RunConfig, Tensors]:
     """Settings and parameters of the checkpoint in `folder`; parameters are read when asked for.
 
     Raises OSError if its files cannot be read."""
     config = load_run_config(folder / RUN_CONFIG_FILE)
     tensors: Tensors = {}
-    metadata = read_metadata(folder)
-    for name, stored in metadata.state_dict_metadata.items():
+    reader = SafeReader(folder)
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata) and not name.startswith(_NOT_PARAMETERS):
             shape, dtype = tuple(stored.size), stored.properties.dtype
-            read = lambda name=name, shape=shape, dtype=dtype: _read_tensor(folder, metadata, name, shape, dtype)
+            read = lambda name=name, shape=shape, dtype=dtype: _read_tensor(reader, name, shape, dtype)
             tensors[name] = LazyTensor(shape, dtype, read, Origin(folder, name))
     return config, tensors
 
@@ -88,17 +85,15 @@ def has_training_state(folder: Path) -> bool:
     return any(name.startswith(_NOT_PARAMETERS) for name in read_metadata(folder).state_dict_metadata)
 
 
-def _read_tensor(
-    folder: Path, metadata: Metadata, name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> torch.Tensor:
+def _read_tensor(reader: SafeReader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     state = {name: torch.empty(shape, dtype=dtype)}
     try:
-        dcp.load(state, storage_reader=SafeReader(folder, metadata), no_dist=True)
+        dcp.load(state, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:
         cause = first_failure(error)
-        if isinstance(cause, KeyboardInterrupt | UnsafeFileError):
+        if isinstance(cause, KeyboardInterrupt | UnsafeFileError | DamagedFileError):
             raise cause from None
-        raise OSError(f"{name} of the checkpoint {folder} cannot be read, it may be damaged: {cause}") from error
+        raise OSError(f"{name} of the checkpoint {reader.path} cannot be read, it may be damaged: {cause}") from error
     return state[name]
 
 
@@ -117,17 +112,32 @@ def write_checkpoint(
     copy_tokenizer: puts the tokenizer into the folder it is given. The checkpoint gets its name when it is complete.
     Raises FileExistsError if `save` holds a checkpoint and not `force`, OSError if there is no room."""
     check_target(save, force)
-    final = iteration_folder(save, 0)
-    partial = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     linked = _linked(tensors, save)
     new = {name: tensor for name, tensor in tensors.items() if name not in linked}
     _check_room(save, sum(tensor.num_bytes for tensor in new.values()))
+    save.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(save)
     try:
-        partial.mkdir(parents=True)
+        folders.clean_up(save)
+        return _write(save, config, new, linked, copy_tokenizer, progress)
+    finally:
+        lock.release()
+
+
+def _write(
+    save: Path,
+    config: RunConfig,
+    new: Tensors,
+    linked: dict[str, Origin],
+    copy_tokenizer: Callable[[Path], object] | None,
+    progress: Progress | None,
+) -> Path:
+    partial = folders.begin(save, 0)
+    try:
         _write_tensors(partial, new, progress)
+        checksums = _checksums_of_tensors(partial)
         if linked:
-            _link(partial, linked)
+            checksums |= _link(partial, linked)
         (partial / "metadata.json").write_text(
             json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
                         "common_backend_version": 1})
@@ -135,35 +145,25 @@ def write_checkpoint(
         torch.save({"content_metadata": dict(CONTENT_METADATA)}, partial / "common.pt")
         if copy_tokenizer is not None:
             copy_tokenizer(partial / TOKENIZER_FOLDER)
-            config = replace(config, data=_tokenizer_data(config.data, partial, final))
+            config = replace(config, data=_tokenizer_data(config.data, partial, iteration_folder(save, 0)))
         save_run_config(config, partial / RUN_CONFIG_FILE)
+        write_checksums(partial, checksums)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # nothing half-written is left
         raise
-    publish(partial, final, 0)
-    return final
+    return folders.publish(partial, 0)
 
 
-def publish(partial: Path, final: Path, iteration: int) -> None:
-    """Give a complete checkpoint its name, in place of one that has it, and make it the latest of its run."""
-    replaced = _replaced(final)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    partial.rename(final)
-    tracker = final.parent / LATEST_FILE
-    temporary = tracker.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(str(iteration))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(tracker)
-    shutil.rmtree(replaced, ignore_errors=True)
+def _checksums_of_tensors(folder: Path) -> Checksums:
+    """Of all that lies in the `.distcp` files of `folder`."""
+    stored = read_metadata(folder).storage_data.values()
+    return Checksums.of_extents(folder, [Extent(info.relative_path, info.offset, info.length) for info in stored])
 
 
-def _replaced(final: Path) -> Path:
-    """Where the checkpoint that had the name is while `publish` gives it to another."""
-    return final.with_name(final.name + ".replaced")
+def write_checksums(folder: Path, of_tensors: Checksums) -> None:
+    """Write `of_tensors` and the checksums of the other files that are no text into `folder`."""
+    names = [name for name in (METADATA_FILE, "common.pt") if (folder / name).exists()]
+    (of_tensors | Checksums.of_files(folder, names)).write(folder)
 
 
 def _tokenizer_data(data: DataConfig, partial: Path, final: Path) -> DataConfig:
@@ -234,7 +234,7 @@ def _write_tensors(folder: Path, tensors: Tensors, progress: Progress | None) ->
         cause = first_failure(error)
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        raise OSError(f"{folder} cannot be written: {cause}") from cause
+        raise OSError(f"{folder} cannot be written: {folders.why_not_written(cause, folder)}") from cause
 
 
 def _has_extra_state(name: str) -> bool:
@@ -257,14 +257,16 @@ def _linked(tensors: Tensors, save: Path) -> dict[str, Origin]:
     return origins if can_link else {}
 
 
-def link_rest(target: Path, base: Path) -> None:
-    """Let the checkpoint that is being made in `target` have all parameters of `base` that it does not have itself."""
+def link_rest(target: Path, base: Path) -> Checksums:
+    """Let the checkpoint that is being made in `target` have all parameters of `base` that it does not have itself.
+
+    Returns the checksums of what it has from there."""
     present = read_metadata(target).state_dict_metadata
     _, tensors = read_checkpoint(base)
-    _link(target, {name: tensor.origin for name, tensor in tensors.items() if name not in present})
+    return _link(target, {name: tensor.origin for name, tensor in tensors.items() if name not in present})
 
 
-def _link(target: Path, linked: dict[str, Origin]) -> None:
+def _link(target: Path, linked: dict[str, Origin]) -> Checksums:
     """Let the checkpoint in `target` have the tensors `linked` as well, from the files they lie in."""
     ours, source = read_metadata(target), next(iter(linked.values())).folder
     theirs = read_metadata(source)
@@ -281,6 +283,7 @@ def _link(target: Path, linked: dict[str, Origin]) -> None:
     ours.state_dict_metadata |= {name: theirs.state_dict_metadata[name] for name in keep}
     with (target / ".metadata").open("wb") as file:
         pickle.dump(ours, file)
+    return Checksums.read(source).renamed(renamed)
 
 
 def _link_file(source: Path, target: Path) -> None:

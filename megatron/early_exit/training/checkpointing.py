@@ -1,20 +1,12 @@
-"""Saves and loads training checkpoints in core's `torch_dist` format, readable under any TP/PP/DP layout.
+"""The state that a training checkpoint holds, and how it is loaded; `training/saving.py` writes it.
 
-    SAVE/latest_checkpointed_iteration.txt      number of the last finished checkpoint
-    SAVE/iter_0000100/                          a finished checkpoint: core's files, plus
-        run_config.yaml                         all settings of the run
-        tokenizer/                              the tokenizer, so that the folder stands alone
-    SAVE/iter_0000100.partial/                  a checkpoint that is being written, or whose writer was killed
-
-A checkpoint gets its final name only when it is complete, so a killed save never damages an older one.
+Core's `torch_dist` format is readable under any TP/PP/DP layout.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,22 +15,18 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.early_exit.checkpoint.core_loading import load_common, load_sharded
+from megatron.early_exit.checkpoint.folders import checkpoint_folder, in_a_line
 from megatron.early_exit.checkpoint.safe_pickle import UnsafeFileError, first_failure
 from megatron.early_exit.checkpoint.store import (
     CONTENT_METADATA,
     TOKENIZER_FOLDER,
-    checkpoint_folder,
-    link_rest,
-    publish,
 )
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
 from megatron.early_exit.config.parallel import ParallelConfig
@@ -46,18 +34,13 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import (
     RUN_CONFIG_FILE,
     architecture_differences,
-    iteration_folder,
     load_run_config,
-    save_run_config,
 )
 from megatron.early_exit.config.validate import LATEST_FILE
-from megatron.early_exit.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from megatron.early_exit.data.tokenizer import Tokenizer, load_tokenizer
 from megatron.early_exit.model.build import Model, build_model
-from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.platform.optimizer_state import allocate_optimizer_state
 from megatron.early_exit.training.state import TrainingState
-
-_UNTOUCHED = "Earlier checkpoints are untouched: make room and resume with --load."
 
 log = logging.getLogger(__name__)
 
@@ -71,122 +54,10 @@ def _saying(what: str, advice: str) -> Iterator[None]:
         cause = first_failure(error)
         if isinstance(cause, UnsafeFileError):
             raise cause from error
-        raise OSError(f"{what} ({type(cause).__name__}: {cause}). {advice}") from error
+        raise OSError(f"{what} ({in_a_line(cause)}). {advice}") from error
 
 
-class CheckpointSaver:
-    """Writes checkpoints of one run, at once or in the background (`--async-save`). All ranks call it together."""
-
-    def __init__(self, config: RunConfig, base: Path | None = None) -> None:
-        """config: with the vocabulary size resolved (`padded_vocab_size`), as it is saved beside the weights. base: of
-        a run that tunes exits, the checkpoint with everything else; the files of that are linked, so that checkpoints
-        of the exits alone are whole ones."""
-        self.config, self._base = config, base
-        self.folder = Path(config.checkpoint.save)
-        self._queue = AsyncCallsQueue() if config.checkpoint.async_save else None
-
-    def check_folder(self, checkpoint_bytes: int) -> None:
-        """Raise OSError on all ranks if the folder cannot be written or cannot hold one checkpoint."""
-        on_rank_zero(lambda: self._check_folder(checkpoint_bytes))
-
-    def _check_folder(self, checkpoint_bytes: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        probe = self.folder / ".write_test"
-        probe.write_bytes(b"")
-        probe.unlink()
-        free = shutil.disk_usage(self.folder).free
-        if free < checkpoint_bytes:
-            raise OSError(
-                f"--save {self.folder} has {free / 2**30:.2f} GiB free, one checkpoint takes about "
-                f"{checkpoint_bytes / 2**30:.2f} GiB. Free some space or choose another folder."
-            )
-
-    def save(
-        self,
-        model: Model,
-        optimizer: MegatronOptimizer | None,
-        scheduler: OptimizerParamScheduler | None,
-        state: TrainingState,
-    ) -> None:
-        """Write the checkpoint of `state.iteration`. With asynchronous saving it is finished by a later call, or by
-        `finalize`. Raises OSError if it cannot be written; the checkpoints before it are as they were."""
-        self.finalize(wait=True)  # one save at a time
-        with _saying(f"saving iteration {state.iteration} in {self.folder} failed", _UNTOUCHED):
-            self._save(model, optimizer, scheduler, state)
-
-    def _save(
-        self,
-        model: Model,
-        optimizer: MegatronOptimizer | None,
-        scheduler: OptimizerParamScheduler | None,
-        state: TrainingState,
-    ) -> None:
-        checkpoint = self.config.checkpoint
-        final = iteration_folder(self.folder, state.iteration)
-        partial = final.with_name(final.name + ".partial")
-        on_rank_zero(lambda: self._prepare(partial))
-        sharded_state = _sharded_state(
-            model,
-            None if checkpoint.no_save_optim else optimizer,
-            None if checkpoint.no_save_optim else scheduler,
-            state,
-            with_rng=not checkpoint.no_save_rng,
-        )
-        if self._base is not None:
-            _keep_exits_alone(sharded_state)
-        request = dist_checkpointing.save(
-            sharded_state,
-            str(partial),
-            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
-            async_sharded_save=self._queue is not None,
-            content_metadata=dict(CONTENT_METADATA),
-        )
-        publish = lambda: self._publish(partial, final, state.iteration)
-        if request is None:
-            publish()
-        else:
-            request.add_finalize_fn(publish)
-            self._queue.schedule_async_request(request)
-
-    def finalize(self, wait: bool = False) -> None:
-        """Finish asynchronous saves that are written; with `wait`, all of them."""
-        if self._queue is not None:
-            with _saying(f"an asynchronous save in {self.folder} failed", _UNTOUCHED):
-                self._queue.maybe_finalize_async_calls(blocking=wait)
-
-    def close(self) -> None:
-        """Wait for what is being written and end the background process."""
-        self.finalize(wait=True)
-        if self._queue is not None:
-            self._queue.close()
-
-    @staticmethod
-    def _prepare(partial: Path) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def _publish(self, partial: Path, final: Path, iteration: int) -> None:
-        def rename() -> None:
-            if self._base is not None:
-                link_rest(partial, self._base)
-            save_run_config(self.config, partial / RUN_CONFIG_FILE)
-            if not self.config.data.mock_data:
-                save_tokenizer(self.config.data, partial / TOKENIZER_FOLDER)
-            publish(partial, final, iteration)
-            if self.config.checkpoint.keep_last is not None:
-                _remove_old(self.folder, self.config.checkpoint.keep_last, iteration)
-
-        on_rank_zero(rename)
-
-
-def _remove_old(folder: Path, keep_last: int, newest: int) -> None:
-    """Remove finished checkpoints of iterations before `newest`, but for the last ones."""
-    iterations = [int(m[1]) for path in folder.iterdir() if (m := re.fullmatch(r"iter_(\d{7,})", path.name))]
-    for iteration in sorted(i for i in iterations if i <= newest)[:-keep_last]:
-        shutil.rmtree(iteration_folder(folder, iteration))
-
-
-def _sharded_state(
+def sharded_state(
     model: Model,
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
@@ -195,6 +66,7 @@ def _sharded_state(
     with_rng: bool,
     is_loading: bool = False,
 ) -> dict[str, Any]:
+    """What core saves and loads, with the places of all tensors in the whole model."""
     sharded: dict[str, Any] = {
         f"model{index}": chunk.sharded_state_dict(metadata=dict(CONTENT_METADATA))
         for index, chunk in enumerate(model.chunks)
@@ -213,7 +85,7 @@ def _sharded_state(
     return sharded
 
 
-def _keep_exits_alone(sharded_state: dict[str, Any]) -> None:
+def keep_exits_alone(sharded_state: dict[str, Any]) -> None:
     """Drop from the model's state what tuning does not change."""
     for key in [key for key in sharded_state if key.startswith("model")]:
         state = sharded_state[key]
@@ -300,7 +172,7 @@ def load_checkpoint(
 
     if with_optimizer:
         allocate_optimizer_state(optimizer)
-    sharded = _sharded_state(
+    sharded = sharded_state(
         model, optimizer if with_optimizer else None, None, None, with_rng=with_rng, is_loading=True
     )
     with _saying(damaged, advice):

@@ -27,17 +27,14 @@ from megatron.early_exit.platform.distributed import (
     initialize_distributed,
     initialize_model_parallel,
 )
-from megatron.early_exit.training.checkpointing import (
-    CheckpointSaver,
-    find_checkpoint,
-    load_checkpoint,
-)
+from megatron.early_exit.training.checkpointing import find_checkpoint, load_checkpoint
 from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching, cached_samples
 from megatron.early_exit.training.metrics import collect_losses
 from megatron.early_exit.training.microbatches import Microbatches
 from megatron.early_exit.training.optimizer import build_optimizer, build_scheduler
 from megatron.early_exit.training.plans import PlannedPipeline, follows_plan, most_fill
 from megatron.early_exit.training.reporting import Reporter, evaluation_line, training_line
+from megatron.early_exit.training.saving import CheckpointSaver, SaveFolder
 from megatron.early_exit.training.state import TrainingState
 from megatron.early_exit.training.step import StepResult, connect_gradient_reduction, run_schedule, train_step
 from megatron.early_exit.training.stopping import StopConditions
@@ -65,8 +62,15 @@ class Run:
     planned: PlannedPipeline | None
     """With plans of the pipeline in place of core's schedules."""
     stop: StopConditions
+    save_folder: SaveFolder | None
     saved_iteration: int | None = None
     """The last one that this run has saved."""
+
+    def close(self) -> None:
+        """Write what is reported and let other runs save into the folder."""
+        self.reporter.close()
+        if self.save_folder is not None:
+            self.save_folder.release()
 
 
 def pretrain(config: RunConfig) -> None:
@@ -79,7 +83,7 @@ def pretrain(config: RunConfig) -> None:
         if train(run):
             evaluate(run, "test", run.datasets[2])
     finally:
-        run.reporter.close()
+        run.close()
     destroy_distributed()
 
 
@@ -87,6 +91,7 @@ def build_run(config: RunConfig) -> Run:
     """Data first, since it fails fastest; then the model, the optimizer, and what a checkpoint brings."""
     initialize_model_parallel(config.parallel, config.model.num_layers, config.training.seed)
     is_main = torch.distributed.get_rank() == 0
+    save_folder = None if config.checkpoint.save is None else SaveFolder(config.checkpoint.save)
     config, checkpoint_folder = _find_start(config)
     tokenizer = build_tokenizer(config.data)
     config = _with_padded_vocab_size(config, tokenizer.vocab_size, checkpoint_folder)
@@ -104,13 +109,15 @@ def build_run(config: RunConfig) -> Run:
     connect_gradient_reduction(model)
     optimizer = build_optimizer(config, model)
     scheduler = build_scheduler(config, optimizer, microbatches.target_global_batch_size)
-    saver = None
-    if config.checkpoint.save is not None:
-        saver = CheckpointSaver(config, checkpoint_folder if config.training.tune_exit else None)
-    needed_bytes = checkpoint_bytes(config, model)
-    if saver is not None:
-        saver.check_folder(needed_bytes)
+    if save_folder is not None:
+        save_folder.check_room(checkpoint_bytes(config, model))
     reporter = Reporter(config, is_main)
+    saver = None
+    if save_folder is not None:
+        base = checkpoint_folder if config.training.tune_exit else None
+        saver = CheckpointSaver(config, base, reporter.text)
+        for done in save_folder.cleared:
+            reporter.text(f" {save_folder.path}: {done}")
     reporter.text(start_up_summary(config, model, microbatches))
     state = TrainingState()
     if checkpoint_folder is not None:
@@ -129,7 +136,7 @@ def build_run(config: RunConfig) -> Run:
     planned = PlannedPipeline(config, model, reporter.text) if follows_plan(config) and caching is None else None
     return Run(
         config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers, caching, planned,
-        StopConditions(config.training),
+        StopConditions(config.training), save_folder,
     )  # fmt: skip
 
 
@@ -217,7 +224,7 @@ def train(run: Run) -> bool:
     if stop_reason:
         run.reporter.text(f" stopped after iteration {state.iteration}: {stop_reason}")
     if run.saver is not None:
-        run.saver.close()
+        run.saver.finalize(wait=True)
     return _is_finished(run) and not stop_reason
 
 
@@ -396,4 +403,3 @@ def _save(run: Run) -> None:
         return
     run.saver.save(run.model, run.optimizer, run.scheduler, run.state)
     run.saved_iteration = run.state.iteration
-    run.reporter.text(f" saved iteration {run.state.iteration} in {run.saver.folder}")

@@ -1,0 +1,168 @@
+"""Names and renames in the folder of a run, which hold whenever its writer is killed.
+
+SAVE/latest_checkpointed_iteration.txt      number of the last finished checkpoint
+SAVE/iter_0000100/                          a finished checkpoint
+SAVE/iter_0000100.partial/                  one that is being written, or whose writer was killed
+SAVE/iter_0000100.replaced/                 one whose name another is getting
+SAVE/iter_0000100.removed/                  an old one that is being removed
+SAVE/run.lock                               who writes here
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron.early_exit.checkpoint.safe_pickle import first_failure
+from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, checkpoint_iteration, iteration_folder
+from megatron.early_exit.config.validate import LATEST_FILE
+
+_PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
+_FULL_BYTES = 2**20
+"""A disk with less than this free is full: files are written in larger pieces."""
+_LINE = 400
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+def checkpoint_folder(load: str | Path, iteration: int | None = None) -> Path:
+    """Folder of a checkpoint below the folder of a run.
+
+    Raises ConfigError or FileNotFoundError with what is missing and what to load instead."""
+    number = checkpoint_iteration(load, iteration)
+    folder = iteration_folder(load, number)
+    replaced = folder.with_name(folder.name + _REPLACED)
+    if not folder.exists() and replaced.exists():
+        folder = replaced  # killed between two renames, see `publish`
+    if _is_finished(folder):
+        return folder
+    what = f"{folder} holds no finished checkpoint ({RUN_CONFIG_FILE} is missing)"
+    if not folder.exists():
+        what = f"{Path(load) / LATEST_FILE} names iteration {number}, but {folder} does not exist"
+    newest = max(finished_iterations(Path(load)), default=None)
+    if newest is None:
+        raise FileNotFoundError(f"{what}, and there is no other checkpoint in {load}.")
+    raise FileNotFoundError(
+        f"{what}. The newest finished checkpoint there is that of iteration {newest}: load it with --load-iteration "
+        f"{newest}, or write {newest} into {LATEST_FILE} to go on from it."
+    )
+
+
+def finished_iterations(save: Path) -> list[int]:
+    """Iterations of all finished checkpoints in the folder of a run, in order."""
+    matches = [(path, _ITERATION.fullmatch(path.name)) for path in save.glob("iter_*")]
+    return sorted(int(match[1]) for path, match in matches if match and _is_finished(path))
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / RUN_CONFIG_FILE).is_file()
+
+
+def partial_folder(save: Path, iteration: int) -> Path:
+    """Where a checkpoint is until it is complete."""
+    final = iteration_folder(save, iteration)
+    return final.with_name(final.name + _PARTIAL)
+
+
+def begin(save: Path, iteration: int) -> Path:
+    """An empty folder to write the checkpoint of `iteration` into, which `publish` gives its name."""
+    partial = partial_folder(save, iteration)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish(partial: Path, iteration: int) -> Path:
+    """Give a complete checkpoint its name, in place of one that has it, and make it the latest. Returns its folder."""
+    _flush(partial)
+    final = iteration_folder(partial.parent, iteration)
+    replaced = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    partial.rename(final)
+    _make_latest(final.parent, iteration)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def _make_latest(save: Path, iteration: int) -> None:
+    tracker = save / LATEST_FILE
+    temporary = tracker.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(tracker)
+
+
+def _flush(folder: Path) -> None:
+    """Have all files on the disk, so that the name of a checkpoint never gets there before its content."""
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_old(save: Path, keep_last: int, newest: int) -> None:
+    """Remove finished checkpoints of iterations before `newest`, but for the last ones."""
+    for iteration in [i for i in finished_iterations(save) if i <= newest][:-keep_last]:
+        folder = iteration_folder(save, iteration)
+        removed = folder.with_name(folder.name + _REMOVED)  # half of a checkpoint must not look like one
+        folder.rename(removed)
+        shutil.rmtree(removed)
+
+
+def clean_up(save: Path) -> list[str]:
+    """Finish the renames of a run that was killed and remove what it left half done. Returns what was done, in words.
+
+    Nobody else may be writing into `save`."""
+    done = []
+    for path in sorted(save.glob("iter_*")):
+        stem, suffix = path.stem, path.suffix
+        if not _ITERATION.fullmatch(stem) or suffix not in (_PARTIAL, _REPLACED, _REMOVED):
+            continue
+        if suffix == _REPLACED and not (save / stem).exists():
+            path.rename(save / stem)
+            done.append(f"restored {stem}, which a killed run was about to replace")
+        else:
+            shutil.rmtree(path)
+            done.append(f"removed {path.name}, which a killed run left")
+    (save / LATEST_FILE).with_suffix(".tmp").unlink(missing_ok=True)
+    if not (save / LATEST_FILE).exists() and (iterations := finished_iterations(save)):
+        _make_latest(save, iterations[-1])
+        done.append(f"made iteration {iterations[-1]} the latest: {LATEST_FILE} was missing")
+    return done
+
+
+def why_not_written(error: BaseException, folder: Path) -> str:
+    """What kept a checkpoint from being written into `folder`, in a line.
+
+    Only some of the writers say that a disk is full: PyTorch says which line of its code failed."""
+    error = first_failure(error)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    numbers = {getattr(cause, "errno", None) for cause in _causes(error)}
+    if errno.EDQUOT in numbers:
+        return f"no space is left for it: the disk quota of {existing} is used up"
+    if errno.ENOSPC in numbers or "No space left" in str(error) or free < _FULL_BYTES:
+        return f"no space is left on its disk ({free / 2**20:,.1f} MiB free)"
+    return in_a_line(error)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def in_a_line(error: BaseException) -> str:
+    """The error without the pages that PyTorch adds to some."""
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0] if len(lines[0]) <= _LINE else lines[0][:_LINE] + " ..."
+    return text if isinstance(error, OSError) else f"{type(error).__name__}: {text}"
