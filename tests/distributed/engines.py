@@ -279,7 +279,7 @@ def walk_at_random(cfg: RunConfig, num_steps: int = 60, seed: int = 0, **changes
     """Requests of all modes come, go and are cancelled; after every step the caches are what the reference computes."""
     random.seed(seed)
     with layout(cfg):
-        engine = make_engine(cfg, **{"num_slots": 3, "prefill_chunk": 7, "eod": 5, **changes})
+        engine = make_engine(cfg, **{"num_slots": 3, "prefill_chunk": 7, "ends": {5}, **changes})
         modes = ["full", "early_exit", "self_speculative"]
         for step in range(num_steps):
             if random.random() < 0.4:

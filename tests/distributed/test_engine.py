@@ -160,7 +160,7 @@ def fuzz(cfg: RunConfig, num_requests: int, seed: int) -> Counter:
     """Requests join, leave and are cancelled as chance has it. Returns how they ended."""
     random.seed(seed)
     with layout(cfg):
-        engine = make_engine(cfg, num_slots=5, prefill_chunk=9, eod=5, max_waiting=6)
+        engine = make_engine(cfg, num_slots=5, prefill_chunk=9, ends={5}, max_waiting=6)
         added, ended, refused = set(), {}, 0
         while len(added) < num_requests or engine.has_work:
             for _ in range(random.choice([0, 0, 1, 3]) if len(added) < num_requests else 0):
@@ -411,9 +411,9 @@ def test_end_of_document_stops() -> None:
     full = checked(cfg, GenerationParams(max_tokens=20))
     end = full.token_ids[4]
     until = full.token_ids[: full.token_ids.index(end) + 1]
-    stopped = checked(cfg, GenerationParams(max_tokens=20), eod=end)
+    stopped = checked(cfg, GenerationParams(max_tokens=20), ends={end})
     assert (stopped.token_ids, stopped.finish_reason, full.finish_reason) == (until, "eod", "max_tokens")
-    assert checked(cfg, GenerationParams(max_tokens=20, ignore_eod=True), eod=end).token_ids == full.token_ids
+    assert checked(cfg, GenerationParams(max_tokens=20, ignore_eod=True), ends={end}).token_ids == full.token_ids
 
 
 @pytest.mark.parametrize("style", ["llama", "gpt2"])

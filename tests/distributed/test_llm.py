@@ -21,8 +21,13 @@ MODES = ("full", "early_exit", "self_speculative")
 class Characters:
     """Ids 0 to 93 are printable characters."""
 
+    cleans_up_spaces = False
+
     def tokenize(self, text: str) -> list[int]:
         return [ord(character) - 33 for character in text]
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenize(text)
 
     def detokenize(self, ids: list[int]) -> str:
         return "".join(chr(33 + token) for token in ids)

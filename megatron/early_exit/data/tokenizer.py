@@ -1,4 +1,4 @@
-"""Tokenizers: core's own, behind the few methods and ids that training and generation need.
+"""Tokenizers: `transformers`, SentencePiece and bytes, behind the few methods and ids that training and generation need.
 
 Token ids are never altered: one that does not fit the model's vocabulary is an error (`check_ids_fit`).
 """
@@ -10,8 +10,9 @@ import importlib.util
 import json
 import shutil
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from megatron.early_exit.config.data import DataConfig
 
@@ -29,38 +30,76 @@ SETTINGS_FILE = "tokenizer_settings.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 
+class Library(Protocol):
+    """What one kind of tokenizer does with text. Ids are the library's own, never looked up by a token's spelling."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Ids of `text`, with what begins (or ends) every text for a model if `add_special_tokens`."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`; special tokens leave no text."""
+
+
 class Tokenizer:
     """One tokenizer with what core's datasets ask of it.
 
     vocab_size: number of ids, special ones included; eod (also eos): id that ends a document; bos: id or None.
-    library: core's tokenizer object, for what is special to one library (chat templates, pieces).
+    ends: ids that end an answer, by default the end of a document alone.
     """
 
     pad = -1
     """Core's datasets replace this id by 0 and give it no loss, so it must be none that text can have."""
 
-    def __init__(self, library: Any, *, vocab_size: int, eod: int, bos: int | None, fingerprint: str) -> None:
+    def __init__(
+        self,
+        library: Library,
+        *,
+        vocab_size: int,
+        eod: int,
+        bos: int | None,
+        fingerprint: str,
+        ends: Iterable[int] = (),
+    ) -> None:
         self.library = library
         self.vocab_size = vocab_size
         self.eod = self.eos = eod
         self.bos = bos
         self.fingerprint = fingerprint
+        self.ends = frozenset(token for token in ends if 0 <= token < vocab_size) or frozenset({eod})
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of `text`, with no begin or end of document added."""
-        return self.library.text_to_ids(text)
+        """Ids of the document `text`, with no begin or end added. Raises ValueError if it cannot be tokenized."""
+        return self._encode(text, add_special_tokens=False)
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a prompt: those of `tokenizer(text)` in transformers, so with the begin of text if the tokenizer adds
+        one. Raises ValueError if it cannot be tokenized."""
+        return self._encode(text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        check_unicode(text)
+        return self.library.encode(text, add_special_tokens)
 
     def detokenize(self, ids: list[int]) -> str:
         """Text of `ids`; special tokens leave no text."""
-        return self.library.ids_to_text(ids)
+        return self.library.decode(ids)
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+    @property
+    def cleans_up_spaces(self) -> bool:
+        """Whether decoding removes a space again when what comes after it is known ("a ." becomes "a.")."""
+        return getattr(self.library, "cleans_up_spaces", False)
+
+    def chat(self, messages: list[dict[str, str]], add_special_tokens: bool = True) -> list[int]:
         """The ids that ask for an answer to a conversation of {"role": ..., "content": ...}: by the tokenizer's chat
-        template, or the contents one after the other if it has none."""
-        library = getattr(self.library, "tokenizer", None)
-        if getattr(library, "chat_template", None):
-            return list(library.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        return self.tokenize("\n".join(message["content"] for message in messages) + "\n")
+        template, which writes all special tokens itself, or the contents one after the other if it has none.
+
+        Raises ValueError if the template refuses the conversation."""
+        if isinstance(self.library, HuggingFaceLibrary) and self.library.has_chat_template:
+            for message in messages:
+                check_unicode(message["content"])
+            return self.library.chat(messages)
+        text = "\n".join(message["content"] for message in messages) + "\n"
+        return self.encode_prompt(text, add_special_tokens)
 
     @property
     def unique_identifiers(self) -> OrderedDict:
@@ -78,11 +117,74 @@ class ByteLibrary:
     eod = 256
     vocab_size = 257
 
-    def text_to_ids(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def ids_to_text(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
         return bytes(token for token in ids if token < self.eod).decode("utf-8", errors="replace")
+
+
+class NumberLibrary:
+    """Text that is numbers between spaces."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [int(number) for number in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+class SentencePieceLibrary:
+    """A SentencePiece model. The begin of text is added to prompts with `Llama2Tokenizer` alone, as Megatron and
+    transformers do for Llama; the file itself does not say."""
+
+    def __init__(self, path: Path, adds_bos: bool) -> None:
+        import sentencepiece
+
+        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self._adds_bos = adds_bos and self.model.bos_id() >= 0
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self.model.encode(text, add_bos=self._adds_bos and add_special_tokens)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.model.decode(ids)
+
+
+class HuggingFaceLibrary:
+    """A tokenizer of `transformers`.
+
+    Not core's wrapper of it: that looks ids up by the spelling of tokens, which added tokens with lstrip, rstrip or
+    normalized do not have in a text, and empties the list of special tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
+        self.cleans_up_spaces = self._cleans_up_spaces()
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids of a conversation that asks for an answer. Raises ValueError if the template refuses it."""
+        try:
+            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except Exception as error:  # a template is a program of its own
+            raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error
+
+    def _cleans_up_spaces(self) -> bool:
+        # Asked by example: the setting alone does not say, since transformers ignores it for some models.
+        ids = self.tokenizer.encode("a . a , a", add_special_tokens=False)
+        kept = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids) != kept
 
 
 def build_tokenizer(data: DataConfig) -> Tokenizer:
@@ -98,11 +200,23 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
     if data.tokenizer_type == "HuggingFaceTokenizer":
         return _build_hugging_face(_existing_model(data))
     if data.tokenizer_type in SENTENCEPIECE_TYPES:
-        return _build_sentencepiece(_existing_model(data))
+        return _build_sentencepiece(_existing_model(data), data.tokenizer_type == "Llama2Tokenizer")
     raise ValueError(
         f"--tokenizer-type {data.tokenizer_type} is not known; use HuggingFaceTokenizer, ByteLevelTokenizer, "
         f"NullTokenizer or one of {', '.join(SENTENCEPIECE_TYPES)}"
     )
+
+
+def check_unicode(text: str) -> None:
+    """Raise ValueError if `text` cannot be written as UTF-8: half of a surrogate pair, as in cut JSON strings, or what
+    Python makes of a byte that is not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is not valid Unicode: {text[error.start]!r} at character {error.start + 1} is half of a "
+            "surrogate pair, or a byte that is not UTF-8"
+        ) from None
 
 
 def check_ids_fit(vocab_size: int, padded_vocab_size: int) -> None:
@@ -185,51 +299,63 @@ def _hugging_face_files(folder: Path) -> list[Path]:
     return files
 
 
-def _from_core(library: str, path: Path | None, **kwargs: Any) -> Any:
-    """Core's tokenizer library object. Imported here because importing core takes seconds."""
-    from megatron.core.tokenizers import MegatronTokenizer
-
-    tokenizer = MegatronTokenizer.from_pretrained(
-        tokenizer_path=None if path is None else str(path), metadata_path={"library": library}, **kwargs
-    )
-    return tokenizer._tokenizer
-
-
 def _build_hugging_face(folder: Path) -> Tokenizer:
     files = _hugging_face_files(folder)
     _require("transformers")
     try:
-        library = _from_core("huggingface", folder, use_fast=True)
+        library = HuggingFaceLibrary(folder)
     except Exception as error:
         raise ValueError(f"--tokenizer-model {folder} cannot be read as a Hugging Face tokenizer: {error}") from error
-    if library.eod is None:
+    theirs = library.tokenizer
+    # Tokenizers of the BERT family have a separator and a class in these places.
+    eod = theirs.eos_token_id if theirs.eos_token_id is not None else theirs.sep_token_id
+    bos = theirs.bos_token_id if theirs.bos_token_id is not None else theirs.cls_token_id
+    if eod is None:
         raise ValueError(
             f"the tokenizer in {folder} has no eos_token, which ends documents; set it in its tokenizer_config.json"
         )
-    # Ids may have holes, so the largest id counts, not how many there are.
-    largest = max(library.tokenizer.get_vocab().values())
     return Tokenizer(
         library,
-        vocab_size=max(library.vocab_size, largest + 1),
-        eod=library.eod,
-        bos=library.bos_id,
+        # Ids may have holes, so the largest id counts, not how many there are.
+        vocab_size=max(len(theirs), max(theirs.get_vocab().values()) + 1),
+        eod=eod,
+        bos=bos,
         fingerprint=_fingerprint([path for path in files if path.name not in MODEL_FILES]),
+        ends=_ends_of_model(folder),
     )
 
 
-def _build_sentencepiece(path: Path) -> Tokenizer:
+def _ends_of_model(folder: Path) -> list[int]:
+    """Ids that end an answer by the model's own files, as transformers reads them: generation_config.json, else
+    config.json. Empty if neither says. Raises ValueError if one is damaged."""
+    for name in ("generation_config.json", "config.json"):
+        if not (folder / name).is_file():
+            continue
+        try:
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{folder / name} is not JSON: {error}") from error
+        for section in (settings, settings.get("text_config") or {}):
+            ends = section.get("eos_token_id")
+            if ends is not None:
+                return [ends] if isinstance(ends, int) else list(ends)
+    return []
+
+
+def _build_sentencepiece(path: Path, adds_bos: bool) -> Tokenizer:
     _require("sentencepiece")
     try:
-        library = _from_core("sentencepiece", path)
+        library = SentencePieceLibrary(path, adds_bos)
     except Exception as error:
         raise ValueError(f"--tokenizer-model {path} cannot be read as a SentencePiece model: {error}") from error
-    if library.eos_id < 0:
+    model = library.model
+    if model.eos_id() < 0:
         raise ValueError(f"the SentencePiece model {path} has no eos piece, which ends documents; train it with one")
     return Tokenizer(
         library,
-        vocab_size=library.vocab_size,
-        eod=library.eos_id,
-        bos=library.bos_id if library.bos_id >= 0 else None,
+        vocab_size=model.get_piece_size(),
+        eod=model.eos_id(),
+        bos=model.bos_id() if model.bos_id() >= 0 else None,
         fingerprint=_fingerprint([path]),
     )
 
@@ -240,8 +366,8 @@ def _build_null(data: DataConfig) -> Tokenizer:
             f"NullTokenizer (also of --mock-data without --tokenizer-model) needs --vocab-size of at least 1, "
             f"not {data.vocab_size}"
         )
-    library = _from_core("null", None, vocab_size=data.vocab_size)
-    return Tokenizer(library, vocab_size=library.vocab_size, eod=library.eod, bos=None, fingerprint="numbers")
+    size = data.vocab_size
+    return Tokenizer(NumberLibrary(), vocab_size=size + 1, eod=size, bos=None, fingerprint="numbers")
 
 
 def _require(package: str) -> None:

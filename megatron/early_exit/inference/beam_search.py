@@ -42,14 +42,14 @@ def beam_search(
 ) -> list[Beam]:
     """The `num_return` best continuations of `prompt_ids`, best first.
 
-    It borrows slots 0 to beam_width - 1 of the engine, which must have nothing to do. stop_token: default the engine's
-    end of document. Raises ValueError for settings that do not fit, RuntimeError if the engine is busy."""
+    It borrows slots 0 to beam_width - 1 of the engine, which must have nothing to do. stop_token: default any of the
+    engine's ends. Raises ValueError for settings that do not fit, RuntimeError if the engine is busy."""
     decoder, prompt = engine.decoder, list(prompt_ids)
     check_prompt(prompt, decoder.num_positions, decoder.vocab_size)
     _check(decoder, beam_width, max_tokens, length_penalty, num_return)
     if engine.has_work:
         raise RuntimeError("beam search needs the engine's slots: wait until all requests have ended")
-    stop_token = engine.eod if stop_token is None else stop_token
+    ends = engine.ends if stop_token is None else {stop_token}
     # The last token is not fed back.
     max_tokens = min(max_tokens, decoder.num_positions - len(prompt) + 1)
     score = lambda log_prob, length: log_prob / length**length_penalty
@@ -59,11 +59,12 @@ def beam_search(
     finished: list[Beam] = []
     length = 0
     while True:
-        candidates = _extend(beams, output, 2 * beam_width)
+        # Of one beam's candidates all ends may come first, and still `beam_width` others are needed.
+        candidates = _extend(beams, output, max(2, 1 + len(ends)) * beam_width)
         parents, survivors = [], []
         for rank, (parent, token, log_prob) in enumerate(candidates):
             tokens = (*beams[parent][0], token)
-            if token == stop_token:
+            if token in ends:
                 # One that ends counts if it is among the first `beam_width`, as in transformers and Megatron.
                 if rank < beam_width:
                     finished.append(Beam(tokens, log_prob, score(log_prob, len(tokens)), True))

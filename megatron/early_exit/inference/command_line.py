@@ -49,6 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; empty lines are skipped")
+    prompts.add_argument(
+        "--no-special-tokens", action="store_true",
+        help="give the prompt's text alone, without the begin-of-text token that the tokenizer may add",
+    )  # fmt: skip
     prompts.add_argument("--chat", action="store_true", help="talk: each answer sees the conversation before it")
     sampling = parser.add_argument_group("sampling (the default is greedy)")
     sampling.add_argument("--tokens-to-generate", type=int, default=64, metavar="N")
@@ -137,6 +141,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
         plan_exits=args.plan_exits,
         draft_exit=args.draft_exit,
         draft_length=args.draft_length,
+        add_special_tokens=not args.no_special_tokens,
         stop=tuple(args.stop),
         n=args.samples,
     )
@@ -187,6 +192,8 @@ def _checked_mode(args: argparse.Namespace) -> str:
         problems += [f"{flag} has no effect without --mode {needed}" for flag in useless]
     if args.chat and (args.prompt or args.prompt_file):
         problems.append("--chat reads from standard input; leave out --prompt and --prompt-file")
+    if args.chat and args.no_special_tokens:
+        problems.append("--no-special-tokens has no effect with --chat: the chat template writes special tokens itself")
     if args.samples > 1 and _is_interactive(args):
         problems.append("--samples needs --prompt or --prompt-file")
     if problems:
@@ -216,17 +223,21 @@ def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM, is_s
     messages: list[dict[str, str]] = []
     all_answered = True
     for line in _typed_lines(is_speaker):
-        prompt: str | list[int] = line
-        if args.chat:
-            messages.append({"role": "user", "content": line})
-            prompt = llm.tokenizer.chat(messages)
-        answer = _show_live(args, "" if args.chat else line, prompt, params, llm, is_speaker)
+        if not args.chat:
+            all_answered &= _show_live(args, line, line, params, llm, is_speaker) is not None
+            continue
+        turn = [*messages, {"role": "user", "content": line}]
+        try:
+            prompt_ids = llm.tokenizer.chat(turn)
+        except ValueError as error:
+            _refuse(line, str(error), is_speaker)
+            all_answered = False
+            continue
+        answer = _show_live(args, line, prompt_ids, params, llm, is_speaker)
         if answer is None:
             all_answered = False
-            if args.chat:
-                messages.pop()
-        elif args.chat:
-            messages.append({"role": "assistant", "content": answer.text})
+        else:
+            messages = [*turn, {"role": "assistant", "content": answer.text}]
     return all_answered
 
 
@@ -259,23 +270,25 @@ def _lines_of_standard_input() -> Iterator[str]:
 
 
 def _show_live(
-    args: argparse.Namespace, shown: str, prompt: str | list[int], params: GenerationParams, llm: LLM, is_speaker: bool
+    args: argparse.Namespace, typed: str, prompt: str | list[int], params: GenerationParams, llm: LLM, is_speaker: bool
 ) -> Answer | None:
-    """Answer one prompt and show the text as it comes, on rank 0. None if the prompt was refused."""
+    """Answer one prompt and show the text as it comes, on rank 0, after what was typed unless it is a chat. None if the
+    prompt was refused."""
     from megatron.early_exit.inference import report
 
     in_colour, num_layers = _in_colour(args.color), llm.engine.decoder.num_layers
     quiet = args.json or not is_speaker
+    before = "" if args.chat else typed
     update: Update | None = None
     for update in llm.stream(prompt, params):
         if update.answer.result is None and update.answer.error is not None:
-            _refuse(shown or str(prompt), update.answer, is_speaker)
+            _refuse(typed, update.answer.error, is_speaker)
             return None
         if quiet:
             continue
-        if shown is not None:
-            print(shown, end="", flush=True)
-            shown = None
+        if before:
+            print(before, end="", flush=True)
+            before = ""
         if in_colour and update.tokens:
             pieces = update.answer.pieces[len(update.answer.tokens) - len(update.tokens) :]
             text = report.coloured_text(update.text, pieces, update.tokens, num_layers)
@@ -284,10 +297,10 @@ def _show_live(
         print(text, end="", flush=True)
     answer = update.answer
     if answer.error is not None:
-        _refuse(str(prompt), answer, is_speaker)
+        _refuse(typed, answer.error, is_speaker)
         return None
     if args.json and is_speaker:
-        print(json.dumps(report.as_json(str(prompt), answer), ensure_ascii=False), flush=True)
+        print(json.dumps(report.as_json(typed, answer), ensure_ascii=False), flush=True)
     elif is_speaker:
         print("\n")
         _print_tables(args, answer, llm, in_colour)
@@ -322,7 +335,7 @@ def _answer_all(
             following = next(expected, None)
             if answer.error is not None:
                 all_answered = False
-                _refuse(prompt, answer, is_speaker)
+                _refuse(prompt, answer.error, is_speaker)
             if not is_speaker:
                 continue
             if args.json:
@@ -336,9 +349,9 @@ def _answer_all(
     return all_answered
 
 
-def _refuse(prompt: str, answer: Answer, is_speaker: bool) -> None:
+def _refuse(prompt: str, error: str, is_speaker: bool) -> None:
     if is_speaker:
-        print(f"generate.py: prompt {prompt[:40]!r} was refused: {answer.error}", file=sys.stderr, flush=True)
+        print(f"generate.py: prompt {prompt[:40]!r} was refused: {error}", file=sys.stderr, flush=True)
 
 
 def _in_colour(choice: str) -> bool:

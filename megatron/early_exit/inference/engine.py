@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,19 +70,19 @@ class Engine:
         decoder: Decoder,
         exits: ExitConfig,
         *,
-        eod: int | None = None,
+        ends: Collection[int] = (),
         max_waiting: int | None = None,
         prefill_chunk: int = 256,
         costs: StepCosts | None = None,
         calibration: ExitCalibration | None = None,
     ) -> None:
-        """eod: the id that ends a document. max_waiting: requests that may queue for a slot, default any number.
+        """ends: ids that end an answer. max_waiting: requests that may queue for a slot, default any number.
         prefill_chunk: rows of prompts in one step, so that long prompts do not stop the others. costs: of layers and
         heads, for drafts of adaptive length and planned exits; measured here when first needed by default. calibration:
         needed for planned exits."""
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk is {prefill_chunk}; it must be at least 1")
-        self.decoder, self.exits, self.eod = decoder, exits, eod
+        self.decoder, self.exits, self.ends = decoder, exits, frozenset(ends)
         self.max_waiting, self.prefill_chunk = max_waiting, prefill_chunk
         self._costs, self._calibration = costs, calibration
         self._walk = Walk(decoder)
@@ -390,7 +390,7 @@ class Engine:
         )
         event.tokens.append(generated)
         request.tokens_of_prefill += feed.is_prefill
-        reason = request.emit(generated, self.eod)
+        reason = request.emit(generated, self.ends)
         if reason is not None:
             self._end(request, reason)
         return reason is not None

@@ -165,7 +165,7 @@ class LLM:
             use_graphs=None if cuda_graphs else False,
         )  # fmt: skip
         engine = Engine(
-            decoder, config.exits, eod=tokenizer.eod, max_waiting=max_waiting, prefill_chunk=prefill_chunk,
+            decoder, config.exits, ends=tokenizer.ends, max_waiting=max_waiting, prefill_chunk=prefill_chunk,
             calibration=calibration,
         )  # fmt: skip
         return cls(engine, tokenizer, config.exits)
@@ -233,16 +233,21 @@ class LLM:
             settings.drafting_exit(self.exits)
         for prompt_index, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
             for sample_index in range(settings.n):
-                prompt_ids = self.tokenizer.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-                answer = Answer(prompt_index, sample_index, prompt_ids)
+                answer = Answer(prompt_index, sample_index, [])
                 try:
-                    request_id = self.engine.add(prompt_ids, settings, seed_offset=sample_index)
+                    answer.prompt_ids = self._ids_of(prompt, settings)
+                    request_id = self.engine.add(answer.prompt_ids, settings, seed_offset=sample_index)
                 except (ValueError, RuntimeError) as error:
                     answer.error = str(error)
                     yield Update(answer, "", (), is_finished=True)
                 else:
                     growing[request_id] = _Growing(answer, self.tokenizer, settings)
                     self._owned.add(request_id)
+
+    def _ids_of(self, prompt: Prompt, settings: GenerationParams) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_prompt(prompt, settings.add_special_tokens)
+        return list(prompt)
 
     def _update(self, event: Event, growing: dict[int, _Growing]) -> Update:
         one, result = growing[event.request_id], event.result

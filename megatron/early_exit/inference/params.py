@@ -51,6 +51,10 @@ class GenerationParams:
     max_draft_length: int = 12
     """self_speculative: longest draft if the length adapts."""
 
+    add_special_tokens: bool = True
+    """A prompt that is text begins (or ends) as the tokenizer lets every text do, with its begin of text for instance;
+    the text alone otherwise. Chat templates write such tokens themselves."""
+
     stop_tokens: tuple[int, ...] = ()
     """Stop after one of these ids."""
 
@@ -58,7 +62,7 @@ class GenerationParams:
     """Stop when the text of the answer holds one of these; it is cut before it."""
 
     ignore_eod: bool = False
-    """Go on after the end of a document."""
+    """Go on after what ends an answer by the model's own files: the end of a document, of a turn."""
 
     top_log_probs: int = 0
     """Report this many of the most probable tokens, with log-probabilities, beside each token."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 FinishReason = Literal["eod", "stop", "max_tokens", "max_positions", "cancelled", "error"]
-"""eod: the end of the document; stop: a stop token or string; max_positions: the model takes no longer sequence."""
+"""eod: one of the model's ends (of a document, of a turn); stop: a stop token or string; max_positions: the model takes
+no longer sequence."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -98,13 +99,13 @@ class RunningRequest:
             first, hidden = before.first, torch.cat([before.hidden, hidden])
         self.waiting[depth] = WaitingRows(first, hidden)
 
-    def emit(self, token: GeneratedToken, eod: int | None) -> FinishReason | None:
-        """Add a token to the answer. Returns why the answer ends with it, if it does."""
+    def emit(self, token: GeneratedToken, ends: Collection[int]) -> FinishReason | None:
+        """Add a token to the answer. Returns why the answer ends with it, if it does. ends: ids that end any answer."""
         self.last_token = time.perf_counter()
         self.first_token = self.first_token or self.last_token
         self.tokens.append(token.token)
         self.generated.append(token)
-        if token.token == eod and not self.params.ignore_eod:
+        if token.token in ends and not self.params.ignore_eod:
             return "eod"
         if token.token in self.stop_tokens:
             return "stop"
