@@ -1,4 +1,4 @@
-"""Tokenizers: `transformers`, SentencePiece and bytes, behind the few methods and ids that training and generation need.
+"""Tokenizers: `transformers`, SentencePiece and bytes, behind the few methods that training and generation need.
 
 Token ids are never altered: one that does not fit the model's vocabulary is an error (`check_ids_fit`).
 """
