@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from megatron.early_exit.checkpoint import folders
 from megatron.early_exit.checkpoint.checksums import Checksums, DamagedFileError, Extent
 from megatron.early_exit.checkpoint.folders import checkpoint_folder as checkpoint_folder
+from megatron.early_exit.checkpoint.key_names import check_keys, key_of, name_of
 from megatron.early_exit.checkpoint.safe_pickle import (
     METADATA_FILE,
     SafeReader,
@@ -66,17 +67,19 @@ Progress = Callable[[int, int], None]
 
 
 def read_checkpoint(folder: Path) -> tuple[RunConfig, Tensors]:
-    """Settings and parameters of the checkpoint in `folder`; parameters are read when asked for.
+    """Settings and parameters, by name, of the checkpoint in `folder`; parameters are read when asked for.
 
-    Raises OSError if its files cannot be read."""
+    Raises OSError if its files cannot be read, ValueError for exits that can no longer be built."""
     config = load_run_config(folder / RUN_CONFIG_FILE)
     tensors: Tensors = {}
     reader = SafeReader(folder)
-    for name, stored in reader.read_metadata().state_dict_metadata.items():
-        if isinstance(stored, TensorStorageMetadata) and not name.startswith(_NOT_PARAMETERS):
+    stored_by_key = reader.read_metadata().state_dict_metadata
+    check_keys(stored_by_key, folder)
+    for key, stored in stored_by_key.items():
+        if isinstance(stored, TensorStorageMetadata) and not key.startswith(_NOT_PARAMETERS):
             shape, dtype = tuple(stored.size), stored.properties.dtype
-            read = lambda name=name, shape=shape, dtype=dtype: _read_tensor(reader, name, shape, dtype)
-            tensors[name] = LazyTensor(shape, dtype, read, Origin(folder, name))
+            read = lambda key=key, shape=shape, dtype=dtype: _read_tensor(reader, key, shape, dtype)
+            tensors[name_of(key)] = LazyTensor(shape, dtype, read, Origin(folder, key))
     return config, tensors
 
 
@@ -85,16 +88,16 @@ def has_training_state(folder: Path) -> bool:
     return any(name.startswith(_NOT_PARAMETERS) for name in read_metadata(folder).state_dict_metadata)
 
 
-def _read_tensor(reader: SafeReader, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    state = {name: torch.empty(shape, dtype=dtype)}
+def _read_tensor(reader: SafeReader, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    state = {key: torch.empty(shape, dtype=dtype)}
     try:
         dcp.load(state, storage_reader=reader, no_dist=True)
     except (Exception, CheckpointException) as error:
         cause = first_failure(error)
         if isinstance(cause, KeyboardInterrupt | UnsafeFileError | DamagedFileError):
             raise cause from None
-        raise OSError(f"{name} of the checkpoint {reader.path} cannot be read, it may be damaged: {cause}") from error
-    return state[name]
+        raise OSError(f"{key} of the checkpoint {reader.path} cannot be read, it may be damaged: {cause}") from error
+    return state[key]
 
 
 def write_checkpoint(
@@ -218,11 +221,12 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 
 def _write_tensors(folder: Path, tensors: Tensors, progress: Progress | None) -> None:
+    tensors = {key_of(name): tensor for name, tensor in tensors.items()}
     state: dict[str, Any] = {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
+        key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in tensors.items()
     }
     # Core's linear layers ask for a state beside their parameters, which is empty.
-    state |= {_extra_state(name): [None] for name in tensors if _has_extra_state(name)}
+    state |= {_extra_state(key): [None] for key in tensors if _has_extra_state(key)}
     try:
         dcp.save(
             state,
@@ -237,17 +241,17 @@ def _write_tensors(folder: Path, tensors: Tensors, progress: Progress | None) ->
         raise OSError(f"{folder} cannot be written: {folders.why_not_written(cause, folder)}") from cause
 
 
-def _has_extra_state(name: str) -> bool:
-    return name.endswith(".weight") and name.split(".")[-2].startswith("linear_")
+def _has_extra_state(key: str) -> bool:
+    return key.endswith(".weight") and key.split(".")[-2].startswith("linear_")
 
 
-def _extra_state(name: str) -> str:
-    return f"{name.removesuffix('.weight')}._extra_state/shard_0_1"
+def _extra_state(key: str) -> str:
+    return f"{key.removesuffix('.weight')}._extra_state/shard_0_1"
 
 
 def _linked(tensors: Tensors, save: Path) -> dict[str, Origin]:
     """Tensors that need not be written: those of the checkpoint that most come from, if files can be linked."""
-    origins = {name: t.origin for name, t in tensors.items() if t.origin is not None and t.origin.name == name}
+    origins = {name: t.origin for name, t in tensors.items() if t.origin is not None and name_of(t.origin.key) == name}
     folders = {origin.folder for origin in origins.values()}
     if len(folders) != 1:
         return {}
@@ -263,24 +267,26 @@ def link_rest(target: Path, base: Path) -> Checksums:
     Returns the checksums of what it has from there."""
     present = read_metadata(target).state_dict_metadata
     _, tensors = read_checkpoint(base)
-    return _link(target, {name: tensor.origin for name, tensor in tensors.items() if name not in present})
+    return _link(target, {name: tensor.origin for name, tensor in tensors.items() if key_of(name) not in present})
 
 
 def _link(target: Path, linked: dict[str, Origin]) -> Checksums:
-    """Let the checkpoint in `target` have the tensors `linked` as well, from the files they lie in."""
+    """Let the checkpoint in `target` have the tensors `linked` (by name) as well, from the files they lie in."""
     ours, source = read_metadata(target), next(iter(linked.values())).folder
     theirs = read_metadata(source)
-    keep = set(linked) | {_extra_state(name) for name in linked if _has_extra_state(name)}
-    keep &= set(theirs.state_dict_metadata)
+    keys = {origin.key: key_of(name) for name, origin in linked.items()}  # in the source -> here
+    keys |= {_extra_state(key): _extra_state(key) for key in keys if _has_extra_state(key)}
+    keys = {key: here for key, here in keys.items() if key in theirs.state_dict_metadata}
     renamed: dict[str, str] = {}
     for index, info in theirs.storage_data.items():
-        if index.fqn not in keep:
+        if index.fqn not in keys:
             continue
         if info.relative_path not in renamed:
             renamed[info.relative_path] = f"linked_{len(renamed)}.distcp"
             _link_file(source / info.relative_path, target / renamed[info.relative_path])
-        ours.storage_data[index] = replace(info, relative_path=renamed[info.relative_path])
-    ours.state_dict_metadata |= {name: theirs.state_dict_metadata[name] for name in keep}
+        here = replace(index, fqn=keys[index.fqn])
+        ours.storage_data[here] = replace(info, relative_path=renamed[info.relative_path])
+    ours.state_dict_metadata |= {here: theirs.state_dict_metadata[key] for key, here in keys.items()}
     with (target / ".metadata").open("wb") as file:
         pickle.dump(ours, file)
     return Checksums.read(source).renamed(renamed)

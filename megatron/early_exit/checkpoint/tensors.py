@@ -22,7 +22,7 @@ class Origin(NamedTuple):
     """A tensor that lies unchanged in one of our checkpoints."""
 
     folder: Path
-    name: str
+    key: str
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron.early_exit.checkpoint.key_names import KEYS_OF_NORMS
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.model.attention import SdpaAttention
@@ -52,28 +53,46 @@ def local_layer_spec(qk_layernorm: bool = False) -> ModuleSpec:
                 module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
             ),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(KEYS_OF_NORMS),
         ),
     )
 
 
-def layer_spec(model: ModelConfig) -> tuple[ModuleSpec, type]:
+def layer_spec(model: ModelConfig, has_mlp_branch: bool = False) -> tuple[ModuleSpec, type]:
     """(spec of a layer, norm class) for `--transformer-impl local` or `transformer_engine`.
 
-    Raises ImportError if Transformer Engine is asked for and not installed."""
+    has_mlp_branch: of a layer whose exit has one. Raises ImportError if Transformer Engine is asked for and not
+    installed."""
     if model.transformer_impl == "local":
         return local_layer_spec(model.qk_layernorm), TorchNorm
     try:
-        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
         if TENorm is None:
             raise ImportError("TENorm is missing")
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm), TENorm
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+        return (with_mlp_norm(spec, TENorm, TEColumnParallelLinear) if has_mlp_branch else spec), TENorm
     except ImportError as error:
         raise ImportError(
             "--transformer-impl is transformer_engine, but Transformer Engine is not installed "
             f"({error}). Install the extra `te` on a CUDA machine, or use --transformer-impl local."
         ) from error
+
+
+def with_mlp_norm(spec: ModuleSpec, norm: type, linear_fc1: type) -> ModuleSpec:
+    """A layer whose norm before the MLP is fused with `linear_fc1`, with the two apart: the same function, with the
+    same keys in checkpoints, and an MLP branch can read what the norm gives."""
+    submodules, mlp = spec.submodules, spec.submodules.mlp
+    return replace(
+        spec,
+        submodules=replace(
+            submodules,
+            pre_mlp_layernorm=norm,
+            mlp=replace(mlp, submodules=replace(mlp.submodules, linear_fc1=linear_fc1)),
+            sharded_state_dict_keys_map={**submodules.sharded_state_dict_keys_map, **KEYS_OF_NORMS},
+        ),
+    )
 
 
 def block_spec(
@@ -88,14 +107,15 @@ def block_spec(
 
     vocab_size: rows of the output projections, padded. Needs core's process groups."""
     plain, norm = layer_spec(model)
+    with_exit, _ = layer_spec(model, has_mlp_branch=exits.use_exit_mlp)
     first = get_transformer_layer_offset(config, vp_stage) + 1
     numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
     layer_specs = [plain] * len(numbers)
     for index, layer_number in enumerate(numbers):
         position = exits.position_of(layer_number)
         if position is not None:
-            head = exit_head_spec(exits, position, plain, norm, vocab_size)
-            layer_specs[index] = replace_module(plain, exit_head=head, exit_losses=exit_losses)
+            head = exit_head_spec(exits, position, with_exit, norm, vocab_size)
+            layer_specs[index] = replace_module(with_exit, exit_head=head, exit_losses=exit_losses)
     return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=norm)
 
 

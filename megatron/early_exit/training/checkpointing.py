@@ -222,6 +222,8 @@ def load_model_for_inference(
     saved = load_run_config(folder / RUN_CONFIG_FILE)
     config = replace(
         saved,
+        # Whatever modules trained it: decoding has its own, and takes the weights from these.
+        model=replace(saved.model, transformer_impl="local"),
         parallel=ParallelConfig(tensor_model_parallel_size=tensor_parallel_size),
         training=replace(saved.training, tune_exit=False),  # all layers
     )
