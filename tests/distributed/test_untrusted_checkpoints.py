@@ -138,11 +138,15 @@ def test_objects_when_training_and_generating(trained: Path, data: str, tmp_path
 def load_extra_state(folder: Path, name: str) -> None:
     """As layers of Transformer Engine ask for theirs."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from torch.distributed.checkpoint.api import CheckpointException
 
     from megatron.early_exit.checkpoint.core_loading import load_sharded
 
     state = ShardedObject(name.split("/")[0], torch.empty(0, dtype=torch.uint8), (1,), (0,))
-    load_sharded({"state": state}, folder)
+    try:
+        load_sharded({"state": state}, folder)
+    except CheckpointException as error:
+        raise safe_pickle.first_failure(error) from None
 
 
 def test_state_beside_parameters(trained: Path, tmp_path: Path) -> None:
