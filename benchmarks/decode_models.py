@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch
 
 from benchmarks import smollm2
 from megatron.early_exit.checkpoint.hugging_face import from_transformers
-from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.data import TokenizerConfig
+from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.config.optimization import OptimizerConfig, TrainingConfig
 from megatron.early_exit.config.parallel import ParallelConfig
-from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.run import BuildConfig
 from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.decoder import Decoder
 from megatron.early_exit.inference.engine import Engine
@@ -39,17 +40,16 @@ class TwinModel:
         self.theirs.generation_config.eos_token_id = None
         self.vocab_size = self.theirs.config.vocab_size
         model, parameters = from_transformers(self.theirs, self.vocab_size)
-        self.config = RunConfig(
-            model=model,
+        self.config = ModelDescription(
+            model=replace(model, padded_vocab_size=self.vocab_size),
             exits=ExitConfig(exit_layer_nums=exit_layers, use_exit_norm=True),
-            parallel=ParallelConfig(),
-            training=TrainingConfig(seq_length=1024, micro_batch_size=1),
-            optimizer=OptimizerConfig(lr=1e-3),
-            data=DataConfig(mock_data=True, vocab_size=self.theirs.config.vocab_size),
+            tokenizer=TokenizerConfig("NullTokenizer", vocab_size=self.vocab_size - 1),
+            dtype="fp32",
         )
         initialize_distributed()
-        initialize_model_parallel(self.config.parallel, self.config.model.num_layers, seed=1)
-        chunk = build_model(self.config, self.vocab_size, wrap_with_ddp=False).chunks[0].eval()
+        initialize_model_parallel(ParallelConfig(), model.num_layers, seed=1)
+        build = BuildConfig(model, self.config.exits, self.config.dtype)
+        chunk = build_model(build, self.vocab_size, wrap_with_ddp=False).chunks[0].eval()
         for layer in exit_layers:
             parameters[f"decoder.layers.{layer - 1}.exit_head.norm.weight"] = self.theirs.model.norm.weight
         missing = set(dict(chunk.named_parameters())) ^ set(parameters)
@@ -81,7 +81,7 @@ class SmolLM2(TwinModel):
 
 def make_engine(
     chunk: EarlyExitGPTModel,
-    config: RunConfig,
+    config: ModelDescription,
     vocab_size: int,
     kind: str = "fp32",
     num_slots: int = 16,

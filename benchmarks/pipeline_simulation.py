@@ -46,7 +46,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     choice = choose(setup)
     added = lambda variant: variant.iteration_sec / plain.iteration_sec - 1
     config, parallel = setup.config, setup.config.parallel
-    vocab_size = config.model.padded_vocab_size
+    vocab_size = config.description.padded_vocab_size
     of_layers = config.model.num_layers * sizes.layer_flops_per_token(config)
     flops = of_layers + sizes.output_flops_per_token(config, vocab_size)
     tokens = config.training.global_batch_size * config.training.seq_length

@@ -186,7 +186,7 @@ def measure_layout(settings: Settings, num_stages: int) -> list[dict[str, Any]]:
         rows.append({
             "num_stages": num_stages, "num_exits": num_exits,
             "exit_layers": list(tune.config.exits.exit_layer_nums),
-            "built_layers": tune.config.num_built_layers, "seconds": seconds, "memory": memory,
+            "built_layers": tune.config.build.num_built_layers, "seconds": seconds, "memory": memory,
         })  # fmt: skip
         del plain, tune, train, actions, built
         gc.collect()

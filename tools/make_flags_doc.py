@@ -27,8 +27,8 @@ unknown flag is an error. All problems with the settings are reported at once, b
 
 `--config FILE` reads the same settings from a YAML file. Keys are flag names without the dashes, with `-` or `_`, alone
 or below the name of their section (the headings below). Flags win over the file. Unknown keys, wrong types and keys
-that stand twice are errors. The `run_config.yaml` that is saved with every checkpoint is such a file, with every
-setting in it.
+that stand twice are errors. The `run_config.yaml` that is saved with every checkpoint of a run is such a file, with
+every setting in it.
 
 ```yaml
 num-layers: 12

@@ -33,7 +33,7 @@ def save(cfg: RunConfig, folder: Path) -> None:
     from tests.distributed.parallel_model import build_with_reference_parameters, layout
 
     settings = CheckpointConfig(save=str(folder), no_save_optim=True, no_save_rng=True)
-    cfg = replace(cfg, checkpoint=settings, model=replace(cfg.model, padded_vocab_size=VOCAB_SIZE))
+    cfg = replace(cfg, checkpoint=settings).resolved(VOCAB_SIZE)
     with layout(cfg):
         model = build_with_reference_parameters(cfg, wrap_with_ddp=False)
         CheckpointSaver(cfg).save(model, None, None, TrainingState())
@@ -50,8 +50,8 @@ def run(*words: object) -> int:
 
 
 def read(folder: Path) -> tuple[ExitConfig, Tensors]:
-    config, tensors = read_checkpoint(checkpoint_folder(folder))
-    return config.exits, tensors
+    description, tensors = read_checkpoint(checkpoint_folder(folder))
+    return description.exits, tensors
 
 
 def stored(folder: Path) -> dict[str, tuple | None]:
@@ -229,7 +229,7 @@ def test_what_cannot_be_converted_leaves_nothing_behind(
         patch.setattr(store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
         assert "GiB free, the checkpoint takes" in refused(tmp_path / "good")
     with monkeypatch.context() as patch:
-        patch.setattr(store, "save_run_config", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(store, "save_description", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run("from-hf", "--input", tmp_path / "good", "--save", tmp_path / "ours") == 130
         assert not any((tmp_path / "ours").iterdir())
     capsys.readouterr()
@@ -247,9 +247,9 @@ def test_what_cannot_be_converted_leaves_nothing_behind(
 @pytest.mark.parametrize("raised", [OSError("the disk is gone"), KeyboardInterrupt()], ids=str)
 def test_a_conversion_that_breaks_off_leaves_what_was_there(tmp_path: Path, raised: BaseException) -> None:
     plain(tmp_path / "plain")
-    config, tensors = read_checkpoint(checkpoint_folder(tmp_path / "plain"))
+    description, tensors = read_checkpoint(checkpoint_folder(tmp_path / "plain"))
     tensors = {name: replace(tensor, origin=None) for name, tensor in tensors.items()}
-    store.write_checkpoint(tmp_path / "x", config, tensors)
+    store.write_checkpoint(tmp_path / "x", description, tensors)
     before = stored(tmp_path / "x")
 
     def read() -> torch.Tensor:
@@ -258,12 +258,12 @@ def test_a_conversion_that_breaks_off_leaves_what_was_there(tmp_path: Path, rais
     name = "decoder.final_layernorm.weight"
     broken = tensors | {name: replace(tensors[name], read=read)}
     with pytest.raises(type(raised), match=str(raised)):
-        store.write_checkpoint(tmp_path / "x", config, broken, force=True)
+        store.write_checkpoint(tmp_path / "x", description, broken, force=True)
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
         "iter_0000000", "latest_checkpointed_iteration.txt",
     ]  # fmt: skip
     assert stored(tmp_path / "x") == before
-    store.write_checkpoint(tmp_path / "x", config, tensors, force=True)
+    store.write_checkpoint(tmp_path / "x", description, tensors, force=True)
     assert stored(tmp_path / "x") == before and len(list((tmp_path / "x").iterdir())) == 2
 
 

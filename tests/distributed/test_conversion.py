@@ -103,22 +103,20 @@ def our_logits(folder: Path, tp_size: int = 1) -> torch.Tensor:
 
 def trained_logits(folder: Path, parallel: ParallelConfig) -> torch.Tensor | None:
     """What the training model says under a layout, on the last stage; as `their_logits`."""
-    from dataclasses import replace
-
     from megatron.core import parallel_state
 
-    from megatron.early_exit.config.checkpoint import CheckpointConfig
-    from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config
+    from megatron.early_exit.config.run import BuildConfig
+    from megatron.early_exit.config.serialize import read_description
     from megatron.early_exit.model.build import build_model
     from megatron.early_exit.platform.distributed import initialize_model_parallel
-    from megatron.early_exit.training.checkpointing import find_checkpoint, load_checkpoint
+    from megatron.early_exit.training.checkpointing import find_checkpoint, load_weights
 
     path = find_checkpoint(str(folder), None)
-    config = replace(load_run_config(path / RUN_CONFIG_FILE), parallel=parallel)
-    config = replace(config, checkpoint=CheckpointConfig(finetune=True))
-    initialize_model_parallel(parallel, config.model.num_layers, seed=1)
-    model = build_model(config, config.model.padded_vocab_size, wrap_with_ddp=False)
-    load_checkpoint(path, config, model)
+    description = read_description(path)
+    initialize_model_parallel(parallel, description.model.num_layers, seed=1)
+    build = BuildConfig(description.model, description.exits, description.dtype, parallel)
+    model = build_model(build, description.padded_vocab_size, wrap_with_ddp=False)
+    load_weights(path, model)
     chunk = model.chunks[0].eval()
     tokens = torch.tensor(TOKENS)
     positions = torch.arange(tokens.size(1)).expand_as(tokens)
@@ -127,7 +125,7 @@ def trained_logits(folder: Path, parallel: ParallelConfig) -> torch.Tensor | Non
     group = parallel_state.get_pipeline_model_parallel_group()
     with torch.no_grad():
         if stage > 0:
-            hidden = torch.empty(tokens.size(1), tokens.size(0), config.model.hidden_size)
+            hidden = torch.empty(tokens.size(1), tokens.size(0), description.model.hidden_size)
             torch.distributed.recv(hidden, group_src=stage - 1, group=group)
             chunk.set_input_tensor(hidden)
         out = chunk(tokens, positions, None)
@@ -378,9 +376,9 @@ def test_vocabulary_for_many_ranks(tmp_path: Path) -> None:
     )  # fmt: skip
     from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
 
-    config, tensors = read_checkpoint(checkpoint_folder(tmp_path / "wide"))
+    description, tensors = read_checkpoint(checkpoint_folder(tmp_path / "wide"))
     embedding = tensors["embedding.word_embeddings.weight"].read()
-    assert config.model.padded_vocab_size == len(embedding) == 150
+    assert description.padded_vocab_size == len(embedding) == 150
     assert torch.equal(embedding[:93], weights["model.embed_tokens.weight"]) and not embedding[93:].any()
     expected = their_logits(tmp_path / "theirs")
     for logits in run_distributed(2, our_logits, folder=tmp_path / "wide", tp_size=2):

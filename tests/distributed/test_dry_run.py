@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,8 +47,7 @@ def built(cfg: RunConfig) -> tuple[int, list[int], int, int]:
     (3, {"tune_exit": True, "pipeline_model_parallel_size": 4, "use_exit_norm": True}),
 ], ids=str)  # fmt: skip
 def test_parameters_are_counted(world_size: int, changes: dict[str, Any]) -> None:
-    cfg = make_config(**changes)
-    cfg = replace(cfg, model=replace(cfg.model, padded_vocab_size=VOCAB_SIZE))
+    cfg = make_config(**changes).resolved(VOCAB_SIZE)
     cfg = with_tuned_stages(cfg) if cfg.training.tune_exit else cfg
     estimates = stages(cfg, world_size)
     for stage, layers, parameters, trained in run_distributed(world_size, built, cfg=cfg):

@@ -19,7 +19,7 @@ def names_and_losses(cfg: RunConfig) -> tuple[dict, dict, float, float]:
     """(core's parameter shapes, ours, core's mean loss, ours) on one process."""
     with layout(cfg):
         ours = build_with_reference_parameters(cfg)
-        core_config = transformer_config(cfg)
+        core_config = transformer_config(cfg.build)
         core = GPTModel(
             config=core_config,
             transformer_layer_spec=block_spec(

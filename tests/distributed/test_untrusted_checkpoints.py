@@ -218,9 +218,13 @@ def test_settings_beside_the_weights_run_nothing(trained: Path, data: str, tmp_p
     assert not (tmp_path / "attacked").exists()
 
 
-def test_settings_of_the_run_run_nothing(trained: Path, tmp_path: Path) -> None:
+def test_settings_run_nothing(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "ck")
-    file = tmp_path / "ck" / "iter_0000001" / "run_config.yaml"
-    file.write_text(f"!!python/object/apply:os.system ['touch {tmp_path / 'attacked'}']\n")
+    folder = tmp_path / "ck" / "iter_0000001"
+    attack = f"!!python/object/apply:os.system ['touch {tmp_path / 'attacked'}']\n"
+    (folder / "model.yaml").write_text(attack)
+    assert main(["inspect", "--load", str(tmp_path / "ck")]) == 2
+    (folder / "model.yaml").unlink()  # as earlier versions wrote checkpoints
+    (folder / "run_config.yaml").write_text(attack)
     assert main(["inspect", "--load", str(tmp_path / "ck")]) == 2
     assert not (tmp_path / "attacked").exists()

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.data import TokenizerConfig
+from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.config.optimization import OptimizerConfig, TrainingConfig
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, save_run_config
+from megatron.early_exit.config.serialize import save_description
 from megatron.early_exit.config.validate import LATEST_FILE
+from megatron.early_exit.data.tokenizer import save_tokenizer
 from megatron.early_exit.training.dry_run import describe, stages
 
 ROOT = Path(__file__).parents[2]
@@ -84,16 +85,15 @@ def converted(folder: Path, exits: tuple[int, ...], sizes: dict[str, Any]) -> No
         normalization="RMSNorm", swiglu=True, add_bias_linear=False, add_qkv_bias=sizes["qkv_bias"],
         untie_embeddings_and_output_weights=sizes["untied"], padded_vocab_size=sizes["vocab"],
     )  # fmt: skip
-    config = RunConfig(
-        model=model,
-        exits=ExitConfig(exit_layer_nums=exits, use_exit_norm=True, use_exit_mlp=True),
-        training=TrainingConfig(seq_length=sizes["positions"]),
-        optimizer=OptimizerConfig(lr=1e-4),
-        data=DataConfig(tokenizer_type="NullTokenizer", vocab_size=1000),
+    description = ModelDescription(
+        model,
+        ExitConfig(exit_layer_nums=exits, use_exit_norm=True, use_exit_mlp=True),
+        TokenizerConfig("NullTokenizer", vocab_size=1000),
+        "bf16",
     )
     for name in ("base", "exits"):
-        (folder / name / "iter_0000000").mkdir(parents=True)
-        save_run_config(config, folder / name / "iter_0000000" / RUN_CONFIG_FILE)
+        save_tokenizer(description.tokenizer, folder / name / "iter_0000000/tokenizer")
+        save_description(description, folder / name / "iter_0000000")
         (folder / name / LATEST_FILE).write_text("0")
 
 
@@ -112,7 +112,7 @@ def test_tuning_recipes(tmp_path: Path, name: str) -> None:
         num_stages == 1 and f"layers 1 to {exits[-1]}; exits {exits[0]}, {exits[1]}" in text
     )
     # It fits into 80 GB with room for what is not counted.
-    assert all(one.total_bytes < 64 * 2**30 for one in stages(cfg, world_size))
+    assert all(one.total_bytes < 64 * 2**30 for one in stages(cfg.resolved(1000), world_size))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.s[hb]*")), ids=lambda path: path.name)

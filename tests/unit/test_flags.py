@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron.early_exit.config.data import TokenizerConfig
+from megatron.early_exit.config.description import ModelDescription, architecture_differences
 from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED
 from megatron.early_exit.config.flags import (
     build_parser,
@@ -21,18 +23,19 @@ from megatron.early_exit.config.flags import (
 )
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import (
-    architecture_differences,
-    checkpoint_run_config,
+    checkpoint_description,
     config_fields,
     from_dict,
     load_run_config,
     overlay_architecture,
+    save_description,
     save_run_config,
     section_classes,
     to_dict,
     type_name,
 )
 from megatron.early_exit.config.validate import ConfigError
+from megatron.early_exit.data.tokenizer import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -419,10 +422,15 @@ def test_broken_saved_configuration_names_file_and_all_problems(tmp_path):
 
 
 def save_checkpoint(folder: Path, cfg: RunConfig, iteration: int, latest: bool = True) -> None:
-    (folder / f"iter_{iteration:07d}").mkdir(parents=True)
-    save_run_config(cfg, folder / f"iter_{iteration:07d}" / "run_config.yaml")
+    checkpoint = folder / f"iter_{iteration:07d}"
+    save_tokenizer(cfg.data.tokenizer, checkpoint / "tokenizer")
+    save_description(described(cfg), checkpoint)
     if latest:
         (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+def described(cfg: RunConfig) -> ModelDescription:
+    return cfg.describe(vocab_size=129)
 
 
 WITHOUT_SIZES = "--seq-length 16 --lr 1e-4 --train-iters 5 --mock-data --use-checkpoint-args"
@@ -434,7 +442,7 @@ def test_use_checkpoint_args_takes_model_exits_and_tokenizer(tmp_path):
     save_checkpoint(tmp_path, parse("--exit-layer-nums 1"), 10, latest=False)
 
     cfg = parse(f"{WITHOUT_SIZES} --load {tmp_path}", base="")
-    assert cfg.model == dataclasses.replace(saved.model, max_position_embeddings=32)
+    assert cfg.model == described(saved).model
     assert cfg.exits == saved.exits
     assert cfg.data.vocab_size == 128
     assert (cfg.training.seq_length, cfg.optimizer.lr) == (16, 1e-4)
@@ -470,14 +478,45 @@ def test_use_checkpoint_args_names_what_is_missing(tmp_path):
     latest.write_text("release")
     assert "it holds 'release'" in problems_of(f"{WITHOUT_SIZES} --load {folder}", base="")[0]
     latest.write_text("3\n")
-    path = folder / "iter_0000003" / "run_config.yaml"
-    assert f"{path} is missing" in problems_of(f"{WITHOUT_SIZES} --load {folder}", base="")[0]
+    checkpoint = folder / "iter_0000003"
+    assert f"{checkpoint / 'model.yaml'} is missing" in problems_of(f"{WITHOUT_SIZES} --load {folder}", base="")[0]
     assert (
         "iter_0000007 does not exist" in problems_of(f"{WITHOUT_SIZES} --load {folder} --load-iteration 7", base="")[0]
     )
-    path.parent.mkdir()
-    save_run_config(parse(), path)
-    assert checkpoint_run_config(folder) == parse()
+    save_checkpoint(folder, parse(), 3)
+    assert checkpoint_description(folder) == described(parse())
+    (checkpoint / "tokenizer/tokenizer_settings.json").unlink()
+    assert "tokenizer_settings.json is missing" in problems_of(f"{WITHOUT_SIZES} --load {folder}", base="")[0]
+
+
+def test_broken_description_names_file_and_problems(tmp_path):
+    save_checkpoint(tmp_path, parse(), 3)
+    path = tmp_path / "iter_0000003/model.yaml"
+    whole = path.read_text()
+    for old, new, problem in (
+        ("dtype: fp32", "dtype: int3", "dtype: expected one of fp32, bf16, fp16, got 'int3'"),
+        ("dtype: fp32\n", "", "dtype: expected one of fp32, bf16, fp16, got nothing"),
+        ("padded_vocab_size: 256", "padded_vocab_size: null", "model.padded_vocab_size is missing"),
+        ("num_layers: 4", "num_layers: four", "model.num_layers: expected an integer"),
+        ("exits:", "exit:", "unknown section exit; did you mean exits?"),
+    ):
+        assert old in whole
+        path.write_text(whole.replace(old, new))
+        with pytest.raises(ConfigError) as error:
+            checkpoint_description(tmp_path)
+        assert error.value.problems[0].startswith(f"{path}: {problem}")
+
+
+def test_settings_of_earlier_checkpoints_are_read():
+    """Version 0.1 wrote run_config.yaml, of converted checkpoints too, and no model.yaml."""
+    folder = ROOT / "tests/fixtures/settings_of_0.1"
+    words = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --lr 1e-3 --train-iters 1 --bf16 \
+        --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --exit-layer-nums 2 3 --exit-layer-weight 0.1 0.2 \
+        --use-exit-norm"
+    assert checkpoint_description(folder) == described(parse(words, base=""))
+    cfg = parse(f"{WITHOUT_SIZES} --load {folder}", base="")
+    assert cfg.exits.exit_layer_nums == (2, 3) and cfg.model.padded_vocab_size == 256
+    assert cfg.data.tokenizer == TokenizerConfig("NullTokenizer", vocab_size=128)
 
 
 @pytest.mark.parametrize(
@@ -505,17 +544,20 @@ def test_use_checkpoint_args_names_what_is_missing(tmp_path):
     ],
 )
 def test_architecture_differences(flags, expected):
-    assert architecture_differences(parse(flags), parse()) == expected
+    present = parse().describe(vocab_size=129)
+    assert architecture_differences(parse(flags).describe(129, present), present) == expected
 
 
 def test_rope_models_may_differ_in_length_but_not_in_base():
     rope = "--position-embedding-type rope"
     longer = parse(f"{rope} --max-position-embeddings 4096 --rotary-base 500000")
-    assert architecture_differences(longer, parse(rope)) == ["rotary_base: checkpoint 10000, flags 500000"]
+    assert architecture_differences(described(longer), described(parse(rope))) == [
+        "rotary_base: checkpoint 10000, flags 500000"
+    ]
 
 
 def test_overlay_lets_a_rope_model_grow_longer():
-    saved = parse("--position-embedding-type rope")
+    saved = described(parse("--position-embedding-type rope"))
     longer = parse("--max-position-embeddings 4096")
     assert overlay_architecture(longer, saved).model.max_position_embeddings == 32
     grown = overlay_architecture(longer, saved, given={"max_position_embeddings"})

@@ -111,7 +111,7 @@ def test_null_tokenizer_reads_numbers_and_adds_one_id() -> None:
     assert tokenizer.tokenize("7 99 0") == [7, 99, 0]
     assert tokenizer.detokenize([7, 99, 0]) == "7 99 0"
     assert (tokenizer.vocab_size, tokenizer.eod) == (101, 100)
-    assert build_tokenizer(DataConfig(mock_data=True, vocab_size=100)).vocab_size == 101
+    assert build_tokenizer(DataConfig(mock_data=True, vocab_size=100).tokenizer).vocab_size == 101
 
 
 def test_bad_settings_are_clear_errors(tmp_path: Path, sentencepiece_model: str) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.families import model_output_weight
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, below
+from megatron.early_exit.config.description import EXIT_STRUCTURE_FIELDS
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.config.serialize import EXIT_STRUCTURE_FIELDS
 
 Init = Literal["copy", "random"]
 

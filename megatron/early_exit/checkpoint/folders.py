@@ -18,7 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.early_exit.checkpoint.safe_pickle import first_failure
-from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, checkpoint_iteration, iteration_folder
+from megatron.early_exit.config.serialize import (
+    DESCRIPTION_FILE,
+    checkpoint_iteration,
+    is_checkpoint,
+    iteration_folder,
+)
 from megatron.early_exit.config.validate import LATEST_FILE
 
 _PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
@@ -37,9 +42,9 @@ def checkpoint_folder(load: str | Path, iteration: int | None = None) -> Path:
     replaced = folder.with_name(folder.name + _REPLACED)
     if not folder.exists() and replaced.exists():
         folder = replaced  # killed between two renames, see `publish`
-    if _is_finished(folder):
+    if is_checkpoint(folder):
         return folder
-    what = f"{folder} holds no finished checkpoint ({RUN_CONFIG_FILE} is missing)"
+    what = f"{folder} holds no finished checkpoint ({DESCRIPTION_FILE} is missing)"
     if not folder.exists():
         what = f"{Path(load) / LATEST_FILE} names iteration {number}, but {folder} does not exist"
     newest = max(finished_iterations(Path(load)), default=None)
@@ -54,11 +59,7 @@ def checkpoint_folder(load: str | Path, iteration: int | None = None) -> Path:
 def finished_iterations(save: Path) -> list[int]:
     """Iterations of all finished checkpoints in the folder of a run, in order."""
     matches = [(path, _ITERATION.fullmatch(path.name)) for path in save.glob("iter_*")]
-    return sorted(int(match[1]) for path, match in matches if match and _is_finished(path))
-
-
-def _is_finished(folder: Path) -> bool:
-    return (folder / RUN_CONFIG_FILE).is_file()
+    return sorted(int(match[1]) for path, match in matches if match and is_checkpoint(path))
 
 
 def partial_folder(save: Path, iteration: int) -> Path:

@@ -18,9 +18,8 @@ from megatron.early_exit.checkpoint.families import vocabulary_rows
 from megatron.early_exit.checkpoint.legacy import PartialCheckpoint
 from megatron.early_exit.checkpoint.store import Progress
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors
+from megatron.early_exit.config.description import ModelDescription, architecture_differences
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import architecture_differences
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -28,14 +27,14 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 class Merged(NamedTuple):
     """A whole model with the tuned exits."""
 
-    config: RunConfig
+    description: ModelDescription
     tensors: Tensors
     left_out: list[tuple[tuple[int, ...], str]]
     """(layers, why they have no exit now), of exits that one side has or names."""
 
 
 def merge_partial(
-    partial: PartialCheckpoint, base: RunConfig, base_tensors: Tensors, progress: Progress | None = None
+    partial: PartialCheckpoint, base: ModelDescription, base_tensors: Tensors, progress: Progress | None = None
 ) -> Merged:
     """The base with the exits of `partial` on the layers that this holds; behind these, the base keeps its exits.
 
@@ -51,7 +50,7 @@ def merge_partial(
     return Merged(replace(base, exits=exits), tensors, _left_out(partial, base.exits, later))
 
 
-def _check_architecture(partial: PartialCheckpoint, base: RunConfig, base_tensors: Tensors) -> None:
+def _check_architecture(partial: PartialCheckpoint, base: ModelDescription, base_tensors: Tensors) -> None:
     rows = vocabulary_rows(partial.tensors)
     mine = replace(base, model=replace(partial.model, padded_vocab_size=rows), exits=ExitConfig())
     differences = architecture_differences(mine, replace(base, exits=ExitConfig()), names=("tuned", "base"))

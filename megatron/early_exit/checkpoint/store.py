@@ -37,19 +37,16 @@ from megatron.early_exit.checkpoint.safe_pickle import (
     read_metadata,
 )
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Origin, Tensors
-from megatron.early_exit.config.data import DataConfig
-from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.serialize import (
-    RUN_CONFIG_FILE,
+    TOKENIZER_FOLDER,
     iteration_folder,
-    load_run_config,
-    save_run_config,
+    read_description,
+    save_description,
 )
 from megatron.early_exit.config.validate import LATEST_FILE
-from megatron.early_exit.data.tokenizer import saved_tokenizer_config
+from megatron.early_exit.data.tokenizer import save_tokenizer
 from megatron.early_exit.platform.folder_lock import FolderLock
-
-TOKENIZER_FOLDER = "tokenizer"
 
 # How core lays out the state: layers with exits are not alike; optimizer state readable under any layout.
 CONTENT_METADATA = {
@@ -66,11 +63,10 @@ Progress = Callable[[int, int], None]
 """(bytes written, bytes in all)"""
 
 
-def read_checkpoint(folder: Path) -> tuple[RunConfig, Tensors]:
-    """Settings and parameters, by name, of the checkpoint in `folder`; parameters are read when asked for.
+def read_checkpoint(folder: Path) -> tuple[ModelDescription, Tensors]:
+    """Description and parameters, by name, of the checkpoint in `folder`; parameters are read when asked for.
 
     Raises OSError if its files cannot be read, ValueError for exits that can no longer be built."""
-    config = load_run_config(folder / RUN_CONFIG_FILE)
     tensors: Tensors = {}
     reader = SafeReader(folder)
     stored_by_key = reader.read_metadata().state_dict_metadata
@@ -80,7 +76,7 @@ def read_checkpoint(folder: Path) -> tuple[RunConfig, Tensors]:
             shape, dtype = tuple(stored.size), stored.properties.dtype
             read = lambda key=key, shape=shape, dtype=dtype: _read_tensor(reader, key, shape, dtype)
             tensors[name_of(key)] = LazyTensor(shape, dtype, read, Origin(folder, key))
-    return config, tensors
+    return read_description(folder), tensors
 
 
 def has_training_state(folder: Path) -> bool:
@@ -102,17 +98,16 @@ def _read_tensor(reader: SafeReader, key: str, shape: tuple[int, ...], dtype: to
 
 def write_checkpoint(
     save: Path,
-    config: RunConfig,
+    description: ModelDescription,
     tensors: Tensors,
     *,
-    copy_tokenizer: Callable[[Path], object] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write iteration 0 of `save` and make it the latest. Returns its folder.
 
     Tensors that lie unchanged in another checkpoint of weights alone are not written again: their file is linked.
-    copy_tokenizer: puts the tokenizer into the folder it is given. The checkpoint gets its name when it is complete.
+    The checkpoint has a copy of the tokenizer and gets its name when it is complete.
     Raises FileExistsError if `save` holds a checkpoint and not `force`, OSError if there is no room."""
     check_target(save, force)
     linked = _linked(tensors, save)
@@ -122,17 +117,16 @@ def write_checkpoint(
     lock = FolderLock(save)
     try:
         folders.clean_up(save)
-        return _write(save, config, new, linked, copy_tokenizer, progress)
+        return _write(save, description, new, linked, progress)
     finally:
         lock.release()
 
 
 def _write(
     save: Path,
-    config: RunConfig,
+    description: ModelDescription,
     new: Tensors,
     linked: dict[str, Origin],
-    copy_tokenizer: Callable[[Path], object] | None,
     progress: Progress | None,
 ) -> Path:
     partial = folders.begin(save, 0)
@@ -146,10 +140,7 @@ def _write(
                         "common_backend_version": 1})
         )  # fmt: skip
         torch.save({"content_metadata": dict(CONTENT_METADATA)}, partial / "common.pt")
-        if copy_tokenizer is not None:
-            copy_tokenizer(partial / TOKENIZER_FOLDER)
-            config = replace(config, data=_tokenizer_data(config.data, partial, iteration_folder(save, 0)))
-        save_run_config(config, partial / RUN_CONFIG_FILE)
+        write_description(description, partial)
         write_checksums(partial, checksums)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # nothing half-written is left
@@ -169,13 +160,10 @@ def write_checksums(folder: Path, of_tensors: Checksums) -> None:
     (of_tensors | Checksums.of_files(folder, names)).write(folder)
 
 
-def _tokenizer_data(data: DataConfig, partial: Path, final: Path) -> DataConfig:
-    """`data` with the tokenizer that was put into the checkpoint, where it will lie."""
-    saved = saved_tokenizer_config(partial / TOKENIZER_FOLDER)
-    path = saved.tokenizer_model
-    if path is not None:
-        path = str((final / Path(path).relative_to(partial)).absolute())
-    return replace(data, tokenizer_type=saved.tokenizer_type, tokenizer_model=path, vocab_size=saved.vocab_size)
+def write_description(description: ModelDescription, folder: Path) -> None:
+    """Let the checkpoint that is being made in `folder` say what it is, and have its tokenizer."""
+    save_tokenizer(description.tokenizer, folder / TOKENIZER_FOLDER)
+    save_description(description, folder)
 
 
 def check_target(save: Path, force: bool) -> None:

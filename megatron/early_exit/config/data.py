@@ -8,6 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+TokenizerType = Literal[
+    "HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer",
+    "ByteLevelTokenizer", "NullTokenizer",
+]  # fmt: skip
+
+TOKENIZERS_WITHOUT_MODEL = ("ByteLevelTokenizer", "NullTokenizer")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which tokenizer, and where it lies."""
+
+    tokenizer_type: TokenizerType
+    tokenizer_model: str | None = None
+    """Folder (Hugging Face) or `.model` file (SentencePiece); None for those without files."""
+
+    vocab_size: int | None = None
+    """Number of ids, for NullTokenizer."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -46,10 +65,7 @@ class DataConfig:
     num_workers: int = 2
     """Processes that load data on each rank."""
 
-    tokenizer_type: Literal[
-        "HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer",
-        "ByteLevelTokenizer", "NullTokenizer",
-    ] = "HuggingFaceTokenizer"  # fmt: skip
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
     """Library of the tokenizer."""
 
     tokenizer_model: str | None = None
@@ -57,6 +73,13 @@ class DataConfig:
 
     vocab_size: int | None = None
     """Number of ids, for NullTokenizer and --mock-data."""
+
+    @property
+    def tokenizer(self) -> TokenizerConfig:
+        """The tokenizer that is used: made-up tokens without one are those of the NullTokenizer."""
+        has_none = self.tokenizer_type not in TOKENIZERS_WITHOUT_MODEL and not self.tokenizer_model
+        kind = "NullTokenizer" if self.mock_data and has_none else self.tokenizer_type
+        return TokenizerConfig(kind, self.tokenizer_model, self.vocab_size)
 
 
 def parse_blend(values: Sequence[str]) -> tuple[list[str], list[float] | None]:

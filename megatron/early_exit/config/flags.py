@@ -18,13 +18,13 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from megatron.early_exit.config.description import FREE_MODEL_FIELDS, ModelDescription
 from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED, REFUSED_VALUES, is_harmless, note_of
 from megatron.early_exit.config.run import RunConfig, with_tuned_stages
 from megatron.early_exit.config.serialize import (
-    FREE_MODEL_FIELDS,
     FieldInfo,
     build_run_config,
-    checkpoint_run_config,
+    checkpoint_description,
     config_fields,
     convert_value,
     nearest,
@@ -372,18 +372,18 @@ def _note_foreign_yaml_key(label: str, flag: str, value: Any, notes: _Notes) -> 
 
 def _build(settings: dict[str, Any], notes: _Notes, warn: Callable[[str], None]) -> RunConfig | None:
     """The configuration, or None if required settings are missing (noted)."""
-    checkpoint_cfg = None
+    present: ModelDescription | None = None
     if settings.get("use_checkpoint_args"):
         source, iteration = _checkpoint_source(settings)
         if source is None:
             notes.problems.append("--use-checkpoint-args without --load: give the checkpoint's folder")
             return None
         try:
-            checkpoint_cfg = checkpoint_run_config(source, iteration)
+            present = checkpoint_description(source, iteration)
         except ConfigError as error:
             notes.problems += [f"--use-checkpoint-args: {problem}" for problem in error.problems]
             return None
-    from_checkpoint = vars(checkpoint_cfg.model) if checkpoint_cfg else {}
+    from_checkpoint = vars(present.model) if present else {}
     missing = [
         flag_of(field.name)
         for field in config_fields()
@@ -395,8 +395,8 @@ def _build(settings: dict[str, Any], notes: _Notes, warn: Callable[[str], None])
         )
         return None
     cfg = build_run_config({**from_checkpoint, **settings})
-    if checkpoint_cfg is not None:
-        before, cfg = cfg, overlay_architecture(cfg, checkpoint_cfg, given=settings.keys())
+    if present is not None:
+        before, cfg = cfg, overlay_architecture(cfg, present, given=settings.keys())
         _warn_of_replaced(before, cfg, settings, warn)
     return _normalised(cfg, warn)
 

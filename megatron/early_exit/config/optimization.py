@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Dtype = Literal["fp32", "bf16", "fp16"]
+"""Precision of weights."""
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -84,6 +87,11 @@ class TrainingConfig:
 
     exit_signal_handler: bool = False
     """Save and stop on SIGTERM."""
+
+    @property
+    def dtype(self) -> Dtype:
+        """Precision of the weights that compute."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
 
 
 @dataclass(frozen=True)

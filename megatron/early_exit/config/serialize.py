@@ -1,4 +1,4 @@
-"""Configuration as plain data: dictionaries, the `run_config.yaml` beside a checkpoint, and what a load takes from it.
+"""Configuration as plain data: dictionaries, the YAML files in a checkpoint, and what a load takes from them.
 
 Values are checked for type and names for existence here, for YAML and flags alike; whether the settings fit together is
 `validate.py`'s question.
@@ -9,53 +9,38 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from megatron.early_exit.config.data import DataConfig, TokenizerConfig
+from megatron.early_exit.config.description import EXIT_STRUCTURE_FIELDS, FREE_MODEL_FIELDS, ModelDescription
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.model import ModelConfig
+from megatron.early_exit.config.optimization import Dtype
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.validate import LATEST_FILE, ConfigError
 
+DESCRIPTION_FILE = "model.yaml"
+"""Model, exits and precision of a checkpoint."""
+
 RUN_CONFIG_FILE = "run_config.yaml"
+"""All settings of the run that wrote a checkpoint; a converted one has none. Earlier versions wrote it alone."""
 
-# Model fields that a checkpoint's weights do not depend on: they may differ from run to run.
-FREE_MODEL_FIELDS = frozenset(
-    {
-        "hidden_dropout",
-        "attention_dropout",
-        "init_method_std",
-        "apply_query_key_layer_scaling",
-        "make_vocab_size_divisible_by",
-        "transformer_impl",
-    }
-)
+TOKENIZER_FOLDER = "tokenizer"
+"""The tokenizer of a checkpoint, which so needs no other files, with the settings that it is read with."""
 
-# Exit fields that decide which parameters exist and what they compute.
-EXIT_STRUCTURE_FIELDS = (
-    "exit_layer_nums",
-    "pre_exit",
-    "untie_exit_output_weights",
-    "use_exit_norm",
-    "use_exit_mlp",
-    "use_exit_block",
-)
-
-ROTARY_FIELDS = (
-    "rotary_base",
-    "rotary_percent",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "rotary_seq_len_interpolation_factor",
-)
-
-TOKENIZER_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_size")
+TOKENIZER_SETTINGS_FILE = "tokenizer_settings.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -193,46 +178,50 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def to_dict(cfg: RunConfig) -> dict[str, dict[str, Any]]:
     """Sections of field values in YAML's types (tuples become lists)."""
-    return {
-        section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        for section, values in dataclasses.asdict(cfg).items()
-    }
+    return {section: _plain(getattr(cfg, section)) for section in section_classes()}
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(section).items()}
 
 
 def from_dict(data: Mapping[str, Any]) -> RunConfig:
     """The inverse of `to_dict`. Fields that are absent take their defaults.
 
     Raises ConfigError with all unknown names, wrong types and missing required fields."""
-    fields = {(field.section, field.name): field for field in config_fields()}
-    sections = list(section_classes())
+    return RunConfig(**_build_sections(data, section_classes()))
+
+
+def _build_sections(data: Mapping[str, Any], classes: Mapping[str, type]) -> dict[str, Any]:
+    """An object of each section's class from its values by name. Raises ConfigError with all problems."""
     issues: list[str] = []
-    settings: dict[str, Any] = {}
-    seen: set[str] = set()
+    settings: dict[str, dict[str, Any]] = {section: {} for section in classes}
+    seen: set[tuple[str, str]] = set()
     for section, values in data.items():
-        if section not in sections:
-            issues.append(f"unknown section {section}{nearest(section, sections)}")
+        if section not in classes:
+            issues.append(f"unknown section {section}{nearest(section, classes)}")
         elif not isinstance(values, Mapping):
             issues.append(f"section {section}: expected names and values, got {values!r}")
         else:
+            hints = typing.get_type_hints(classes[section])
             for name, value in values.items():
-                seen.add(name)
-                field = fields.get((section, name))
-                if field is None:
-                    known = [other for owner, other in fields if owner == section]
-                    issues.append(f"{section}.{name}: unknown name{nearest(name, known)}")
+                seen.add((section, name))
+                if name not in hints:
+                    issues.append(f"{section}.{name}: unknown name{nearest(name, hints)}")
                     continue
                 try:
-                    settings[name] = convert_value(value, field.annotation)
+                    settings[section][name] = convert_value(value, hints[name])
                 except ValueError as error:
                     issues.append(f"{section}.{name}: {error}")
     issues += [
-        f"{section}.{name} is missing"
-        for (section, name), field in fields.items()
-        if field.is_required and name not in seen
+        f"{section}.{field.name} is missing"
+        for section, section_class in classes.items()
+        for field in dataclasses.fields(section_class)
+        if field.default is dataclasses.MISSING and (section, field.name) not in seen
     ]
     if issues:
         raise ConfigError(issues)
-    return build_run_config(settings)
+    return {section: section_class(**settings[section]) for section, section_class in classes.items()}
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -271,15 +260,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def save_run_config(cfg: RunConfig, path: str | Path) -> None:
     """Write all settings to the YAML file `path`; `load_run_config` gives an equal object back."""
-    text = yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    _write_yaml(to_dict(cfg), Path(path))
 
 
 def load_run_config(path: str | Path) -> RunConfig:
     """Settings that `save_run_config` wrote. Raises ConfigError that names the path and every problem."""
-    data = read_yaml(path)
+    with _naming(path):
+        return from_dict(read_yaml(path))
+
+
+def _write_yaml(data: Mapping[str, Any], path: Path) -> None:
+    path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Name the file `path` in every problem with what it holds."""
     try:
-        return from_dict(data)
+        yield
     except ConfigError as error:
         raise ConfigError([f"{path}: {issue}" for issue in error.problems]) from None
 
@@ -313,82 +311,99 @@ def iteration_folder(load: str | Path, iteration: int) -> Path:
     return Path(load) / f"iter_{iteration:07d}"
 
 
-def checkpoint_run_config(load: str | Path, load_iteration: int | None = None) -> RunConfig:
-    """The configuration that was saved with a checkpoint. Raises ConfigError that names the missing path."""
-    path = iteration_folder(load, checkpoint_iteration(load, load_iteration)) / RUN_CONFIG_FILE
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` says what model it holds, as every finished checkpoint does."""
+    return any((folder / name).is_file() for name in (DESCRIPTION_FILE, RUN_CONFIG_FILE))
+
+
+def checkpoint_description(load: str | Path, load_iteration: int | None = None) -> ModelDescription:
+    """The model that a checkpoint below the folder `load` holds. Raises ConfigError that names the missing path."""
+    folder = iteration_folder(load, checkpoint_iteration(load, load_iteration))
+    if not is_checkpoint(folder):
+        raise ConfigError(
+            [f"--load {load}: the checkpoint has no configuration ({folder / DESCRIPTION_FILE} is missing)"]
+        )
+    return read_description(folder)
+
+
+def read_description(folder: Path) -> ModelDescription:
+    """The model that the checkpoint in `folder` holds, with the tokenizer that lies there.
+
+    Raises ConfigError that names the file and every problem."""
+    path = folder / DESCRIPTION_FILE
     if not path.is_file():
-        raise ConfigError([f"--load {load}: the checkpoint has no configuration ({path} is missing)"])
-    return load_run_config(path)
+        return _description_of_run(folder)
+    data, tokenizer = read_yaml(path), saved_tokenizer(folder / TOKENIZER_FOLDER)
+    with _naming(path):
+        dtype = _convert_dtype(data.pop("dtype", None))
+        sections = _build_sections(data, _DESCRIPTION_SECTIONS)
+        return _describe(**sections, tokenizer=tokenizer, dtype=dtype)
 
 
-def max_positions(cfg: RunConfig) -> int:
-    """Longest sequence that the model accepts, after defaults."""
-    return cfg.model.max_position_embeddings or cfg.training.seq_length
+_DESCRIPTION_SECTIONS = {"model": ModelConfig, "exits": ExitConfig}
 
 
-def overlay_architecture(cfg: RunConfig, checkpoint_cfg: RunConfig, given: Collection[str] = ()) -> RunConfig:
+def _convert_dtype(value: Any) -> Dtype:
+    try:
+        return convert_value(value, Dtype)
+    except ValueError as error:
+        raise ConfigError([f"dtype: {error}"]) from None
+
+
+def _describe(model: ModelConfig, exits: ExitConfig, tokenizer: TokenizerConfig, dtype: Dtype) -> ModelDescription:
+    try:
+        return ModelDescription(model, exits, tokenizer, dtype)
+    except ValueError as error:
+        raise ConfigError([f"model.{error}"]) from None
+
+
+def _description_of_run(folder: Path) -> ModelDescription:
+    """The description of a checkpoint that has none, as earlier versions wrote them: from the run's settings."""
+    path = folder / RUN_CONFIG_FILE
+    run, own = load_run_config(path), folder / TOKENIZER_FOLDER
+    tokenizer = saved_tokenizer(own) if own.is_dir() else run.data.tokenizer
+    with _naming(path):
+        return _describe(run.build.model, run.exits, tokenizer, run.training.dtype)
+
+
+def save_description(description: ModelDescription, folder: Path) -> None:
+    """Write what `read_description` reads from `folder`, but for the tokenizer."""
+    sections = {section: _plain(getattr(description, section)) for section in _DESCRIPTION_SECTIONS}
+    _write_yaml({**sections, "dtype": description.dtype}, folder / DESCRIPTION_FILE)
+
+
+def saved_tokenizer(folder: str | Path) -> TokenizerConfig:
+    """Settings of the tokenizer that `data.tokenizer.save_tokenizer` wrote into `folder`.
+
+    Raises ConfigError if there is none."""
+    folder = Path(folder)
+    path = folder / TOKENIZER_SETTINGS_FILE
+    if not path.is_file():
+        raise ConfigError([f"no tokenizer was saved in {folder}: {path.name} is missing; give --tokenizer-model"])
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    model = None
+    if settings["has_model"]:
+        is_folder = settings["tokenizer_type"] == "HuggingFaceTokenizer"
+        model = str((folder if is_folder else folder / SENTENCEPIECE_FILE).absolute())
+    data = DataConfig(
+        tokenizer_type=settings["tokenizer_type"], tokenizer_model=model, vocab_size=settings["vocab_size"],
+        mock_data=settings.get("mock_data", False),
+    )  # fmt: skip
+    return data.tokenizer
+
+
+def overlay_architecture(cfg: RunConfig, present: ModelDescription, given: Collection[str] = ()) -> RunConfig:
     """`cfg` with the checkpoint's model and exits (--use-checkpoint-args).
 
     given: names of the fields that the user set. These win only where the checkpoint's weights do not depend on them:
     dropout and the like (FREE_MODEL_FIELDS), loss weights and their schedule, and the tokenizer."""
-    free = FREE_MODEL_FIELDS | ({"max_position_embeddings"} if _is_rope(checkpoint_cfg) else set())
-    model = dataclasses.replace(checkpoint_cfg.model, max_position_embeddings=max_positions(checkpoint_cfg))
-    model = dataclasses.replace(model, **{name: getattr(cfg.model, name) for name in free if name in given})
+    is_rope = present.model.position_embedding_type == "rope"
+    free = FREE_MODEL_FIELDS | ({"max_position_embeddings"} if is_rope else set())
+    model = dataclasses.replace(present.model, **{name: getattr(cfg.model, name) for name in free if name in given})
 
     weight_fields = [field.name for field in dataclasses.fields(cfg.exits) if field.name not in EXIT_STRUCTURE_FIELDS]
     own = [name for name in weight_fields if name in given and name != "exit_layer_temperature"]
-    exits = dataclasses.replace(checkpoint_cfg.exits, **{name: getattr(cfg.exits, name) for name in own})
+    exits = dataclasses.replace(present.exits, **{name: getattr(cfg.exits, name) for name in own})
 
-    tokenizer = {name: getattr(checkpoint_cfg.data, name) for name in TOKENIZER_FIELDS if name not in given}
+    tokenizer = {name: value for name, value in vars(present.tokenizer).items() if name not in given}
     return dataclasses.replace(cfg, model=model, exits=exits, data=dataclasses.replace(cfg.data, **tokenizer))
-
-
-def architecture_differences(
-    cfg: RunConfig, checkpoint_cfg: RunConfig, names: tuple[str, str] = ("flags", "checkpoint")
-) -> list[str]:
-    """Lines such as 'hidden_size: checkpoint 64, flags 128' for all that changes parameters or what they compute.
-
-    names: what the lines call the two sides. Defaults are worked out first. The padded vocabulary is compared only if
-    both sides state it."""
-    flags, checkpoint = _architecture(cfg), _architecture(checkpoint_cfg)
-    if flags["position_embedding_type"] == checkpoint["position_embedding_type"] == "rope":
-        del flags["max_position_embeddings"]
-    elif flags["position_embedding_type"] == checkpoint["position_embedding_type"]:
-        for name in ROTARY_FIELDS:
-            del flags[name]
-    if flags["exit_layer_nums"] == checkpoint["exit_layer_nums"] == ():
-        for name in EXIT_STRUCTURE_FIELDS:
-            del flags[name]
-    if flags["padded_vocab_size"] is None or checkpoint["padded_vocab_size"] is None:
-        del flags["padded_vocab_size"]
-    return [
-        f"{name}: {names[1]} {_shown(checkpoint[name])}, {names[0]} {_shown(value)}"
-        for name, value in flags.items()
-        if value != checkpoint[name]
-    ]
-
-
-def _is_rope(cfg: RunConfig) -> bool:
-    return cfg.model.position_embedding_type == "rope"
-
-
-def _architecture(cfg: RunConfig) -> dict[str, Any]:
-    """Structure of model and exits by field name, after defaults."""
-    model = cfg.model
-    values = {
-        field.name: getattr(model, field.name)
-        for field in dataclasses.fields(model)
-        if field.name not in FREE_MODEL_FIELDS | {"group_query_attention"}
-    }
-    values["ffn_hidden_size"] = model.ffn_size
-    values["kv_channels"] = model.head_size
-    values["num_query_groups"] = model.num_kv_heads
-    values["max_position_embeddings"] = max_positions(cfg)
-    values["add_qkv_bias"] = model.add_qkv_bias or model.add_bias_linear
-    return values | {name: getattr(cfg.exits, name) for name in EXIT_STRUCTURE_FIELDS}
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "none"
-    return str(value)

@@ -12,11 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron.early_exit.config.data import DataConfig, parse_blend, split_shares
+from megatron.early_exit.config.data import TOKENIZERS_WITHOUT_MODEL, DataConfig, parse_blend, split_shares
 from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED
 from megatron.early_exit.config.run import RunConfig
-
-TOKENIZERS_WITHOUT_MODEL = ("ByteLevelTokenizer", "NullTokenizer")
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 

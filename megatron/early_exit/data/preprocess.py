@@ -120,7 +120,7 @@ def preprocess(config: PreprocessConfig) -> list[PreprocessResult]:
     _refuse_existing(prefixes.values(), config.overwrite)
     files = find_input_files(config.input)
     _check_keys_fit_format(config, files)
-    tokenizer = build_tokenizer(config.data)
+    tokenizer = build_tokenizer(config.data.tokenizer)
     Path(config.output_prefix).parent.mkdir(parents=True, exist_ok=True)
 
     documents = (doc for path in files for doc in read_documents(path, config.input_format, config.split_by))
@@ -201,7 +201,7 @@ def _start_worker(data: DataConfig, json_keys: tuple[str, ...], append_eod: bool
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    _encoder = Encoder(build_tokenizer(data), json_keys, append_eod)
+    _encoder = Encoder(build_tokenizer(data.tokenizer), json_keys, append_eod)
 
 
 def _encode_in_worker(chunk: list[Document]) -> EncodedChunk:

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.data import TokenizerConfig
+from megatron.early_exit.config.serialize import SENTENCEPIECE_FILE, TOKENIZER_SETTINGS_FILE, saved_tokenizer
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
@@ -25,9 +26,6 @@ HUGGING_FACE_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-
-SETTINGS_FILE = "tokenizer_settings.json"
-SENTENCEPIECE_FILE = "tokenizer.model"
 
 
 class Library(Protocol):
@@ -187,13 +185,13 @@ class HuggingFaceLibrary:
         return self.tokenizer.decode(ids) != kept
 
 
-def build_tokenizer(data: DataConfig) -> Tokenizer:
+def build_tokenizer(data: TokenizerConfig) -> Tokenizer:
     """The tokenizer that --tokenizer-type and --tokenizer-model name.
 
-    With --mock-data and no --tokenizer-model it is the NullTokenizer. Raises ValueError if the files are missing or
-    unreadable, the library is not installed, or the tokenizer has no end-of-document id.
+    Raises ValueError if the files are missing or unreadable, the library is not installed, or the tokenizer has no
+    end-of-document id.
     """
-    if data.tokenizer_type == "NullTokenizer" or (data.mock_data and _needs_model(data) and not data.tokenizer_model):
+    if data.tokenizer_type == "NullTokenizer":
         return _build_null(data)
     if data.tokenizer_type == "ByteLevelTokenizer":
         return Tokenizer(ByteLibrary(), vocab_size=257, eod=256, bos=None, fingerprint="utf-8 bytes, eod 256")
@@ -228,7 +226,7 @@ def check_ids_fit(vocab_size: int, padded_vocab_size: int) -> None:
         )
 
 
-def save_tokenizer(data: DataConfig, folder: str | Path) -> None:
+def save_tokenizer(data: TokenizerConfig, folder: str | Path) -> None:
     """Copy the tokenizer of `data` into `folder` (made if missing), so that a checkpoint can be used on its own.
 
     `load_tokenizer(folder)` reads it back.
@@ -243,41 +241,22 @@ def save_tokenizer(data: DataConfig, folder: str | Path) -> None:
         else:
             shutil.copyfile(source, target / SENTENCEPIECE_FILE)
     settings = {
-        "tokenizer_type": data.tokenizer_type, "vocab_size": data.vocab_size, "mock_data": data.mock_data,
+        "tokenizer_type": data.tokenizer_type, "vocab_size": data.vocab_size,
         "has_model": bool(data.tokenizer_model) and _needs_model(data),
     }  # fmt: skip
-    (target / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def saved_tokenizer_config(folder: str | Path) -> DataConfig:
-    """Settings for the tokenizer that `save_tokenizer` wrote into `folder`. Raises ValueError if there is none."""
-    folder = Path(folder)
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        raise ValueError(f"no tokenizer was saved in {folder}: {SETTINGS_FILE} is missing; give --tokenizer-model")
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    model = None
-    if settings["has_model"]:
-        is_folder = settings["tokenizer_type"] == "HuggingFaceTokenizer"
-        model = str(folder if is_folder else folder / SENTENCEPIECE_FILE)
-    return DataConfig(
-        tokenizer_type=settings["tokenizer_type"],
-        tokenizer_model=model,
-        vocab_size=settings["vocab_size"],
-        mock_data=settings["mock_data"],
-    )
+    (target / TOKENIZER_SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `save_tokenizer` wrote into `folder`."""
-    return build_tokenizer(saved_tokenizer_config(folder))
+    return build_tokenizer(saved_tokenizer(folder))
 
 
-def _needs_model(data: DataConfig) -> bool:
+def _needs_model(data: TokenizerConfig) -> bool:
     return data.tokenizer_type == "HuggingFaceTokenizer" or data.tokenizer_type in SENTENCEPIECE_TYPES
 
 
-def _existing_model(data: DataConfig) -> Path:
+def _existing_model(data: TokenizerConfig) -> Path:
     wants_folder = data.tokenizer_type == "HuggingFaceTokenizer"
     kind = "a Hugging Face folder" if wants_folder else "a SentencePiece .model file"
     if not data.tokenizer_model:
@@ -360,7 +339,7 @@ def _build_sentencepiece(path: Path, adds_bos: bool) -> Tokenizer:
     )
 
 
-def _build_null(data: DataConfig) -> Tokenizer:
+def _build_null(data: TokenizerConfig) -> Tokenizer:
     if not data.vocab_size or data.vocab_size < 1:
         raise ValueError(
             f"NullTokenizer (also of --mock-data without --tokenizer-model) needs --vocab-size of at least 1, "

@@ -151,12 +151,11 @@ class LLM:
             raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
         folder = find_checkpoint(path, iteration)
         calibration = None if folder is None else ExitCalibration.load(folder)
-        config, model, tokenizer = load_model_for_inference(path, iteration, tensor_parallel_size)
-        trained_in = "bf16" if config.training.bf16 else "fp32"
+        description, model, tokenizer = load_model_for_inference(path, iteration, tensor_parallel_size)
         weights = decoder_weights(
             model.chunks[0],
-            config.model,
-            DTYPES[dtype or trained_in],
+            description.model,
+            DTYPES[dtype or ("bf16" if description.dtype == "bf16" else "fp32")],
             Int8Linear if quantize == "all" else None,
             _asking(calibration, shortlist, quantize, tokenizer.vocab_size),
         )
@@ -165,10 +164,10 @@ class LLM:
             use_graphs=None if cuda_graphs else False,
         )  # fmt: skip
         engine = Engine(
-            decoder, config.exits, ends=tokenizer.ends, max_waiting=max_waiting, prefill_chunk=prefill_chunk,
+            decoder, description.exits, ends=tokenizer.ends, max_waiting=max_waiting, prefill_chunk=prefill_chunk,
             calibration=calibration,
         )  # fmt: skip
-        return cls(engine, tokenizer, config.exits)
+        return cls(engine, tokenizer, description.exits)
 
     def generate(
         self,

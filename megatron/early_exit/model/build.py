@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.optimization import Dtype
+from megatron.early_exit.config.run import BuildConfig, RunConfig
 from megatron.early_exit.model.exit_losses import ExitLosses
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 from megatron.early_exit.model.layer_specs import block_spec
@@ -51,15 +52,16 @@ class Model:
             chunk.eval()
 
 
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def params_dtype(config: RunConfig) -> torch.dtype:
-    if config.training.bf16:
-        return torch.bfloat16
-    return torch.float16 if config.training.fp16 else torch.float32
+    return TORCH_DTYPES[config.training.dtype]
 
 
-def transformer_config(config: RunConfig) -> TransformerConfig:
+def transformer_config(config: BuildConfig) -> TransformerConfig:
     """Core's config for these settings on this machine."""
-    model, parallel, training = config.model, config.parallel, config.training
+    model, parallel, dtype = config.model, config.parallel, TORCH_DTYPES[config.dtype]
     num_chunks = parallel.num_model_chunks(model.num_layers)
     num_layers, cuda = config.num_built_layers, use_cuda()
     # Under tuning the last stage ends with the last exit.
@@ -89,13 +91,13 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=parallel.calculate_per_token_loss,
-        recompute_granularity=None if training.tune_exit else parallel.recompute_granularity,
+        recompute_granularity=None if config.tunes_exits else parallel.recompute_granularity,
         recompute_method=parallel.recompute_method,
         recompute_num_layers=parallel.recompute_num_layers,
-        bf16=training.bf16,
-        fp16=training.fp16,
-        params_dtype=params_dtype(config),
-        pipeline_dtype=params_dtype(config),
+        bf16=config.dtype == "bf16",
+        fp16=config.dtype == "fp16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
         deallocate_pipeline_outputs=True,
         use_cpu_initialization=not cuda,
         # Interleaved schedules on NCCL overlap their messages. On gloo messages are sent one by one: batched, those of
@@ -123,32 +125,30 @@ def _has_fused_weight_gradient() -> bool:
     return True
 
 
-def build_model(config: RunConfig, vocab_size: int, *, wrap_with_ddp: bool = True) -> Model:
+def build_model(config: RunConfig | BuildConfig, vocab_size: int, *, wrap_with_ddp: bool = True) -> Model:
     """Build, tie and wrap this rank's chunks. vocab_size: rows of the embedding, padded.
 
     Needs core's process groups and seeded generators (`platform.distributed`). All ranks must call it together."""
-    core_config = transformer_config(config)
+    build = config.build if isinstance(config, RunConfig) else config
+    parallel, tunes_exits = build.parallel, build.tunes_exits
+    core_config = transformer_config(build)
     exit_losses = ExitLosses(
-        config.exits,
-        config.parallel.calculate_per_token_loss,
-        device(),
-        distillation_share=config.training.tune_exit_distillation,
+        build.exits, parallel.calculate_per_token_loss, device(), distillation_share=build.distillation_share
     )
-    num_chunks = config.parallel.num_model_chunks(config.model.num_layers)
+    num_chunks = parallel.num_model_chunks(build.model.num_layers)
     chunks = [
-        _build_chunk(config, core_config, exit_losses, vocab_size, vp_stage if num_chunks > 1 else None)
+        _build_chunk(build, core_config, exit_losses, vocab_size, vp_stage if num_chunks > 1 else None)
         for vp_stage in range(num_chunks)
     ]
-    tunes_exits = config.training.tune_exit
     if tunes_exits:
         _freeze_all_but_exits(chunks)
     # Frozen copies of the output weight stay what the checkpoint says.
-    shared_weight = SharedOutputWeight([] if tunes_exits else chunks, config.parallel.distributed_timeout_minutes)
+    shared_weight = SharedOutputWeight([] if tunes_exits else chunks, parallel.distributed_timeout_minutes)
     wrapped: list[torch.nn.Module] = list(chunks)
-    if config.training.bf16 or config.training.fp16:
+    if build.dtype != "fp32":
         wrapped = [Float16Module(core_config, chunk) for chunk in wrapped]
     if wrap_with_ddp:
-        wrapped = _wrap_with_ddp(config, core_config, wrapped)
+        wrapped = _wrap_with_ddp(build, core_config, wrapped)
     model = Model(core_config, chunks, exit_losses, shared_weight, wrapped, tunes_exits)
     model.train()
     return model
@@ -162,7 +162,7 @@ def _freeze_all_but_exits(chunks: list[EarlyExitGPTModel]) -> None:
 
 
 def _build_chunk(
-    config: RunConfig,
+    config: BuildConfig,
     core_config: TransformerConfig,
     exit_losses: ExitLosses,
     vocab_size: int,
@@ -176,7 +176,7 @@ def _build_chunk(
         config=core_config,
         transformer_layer_spec=block_spec(core_config, config.exits, exit_losses, vocab_size, model, vp_stage),
         vocab_size=vocab_size,
-        max_sequence_length=model.max_position_embeddings or config.training.seq_length,
+        max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
         # Under tuning the final head, like the layers behind the last exit, does not exist.
         post_process=config.builds_final_head
@@ -194,13 +194,13 @@ def _build_chunk(
 
 
 def _wrap_with_ddp(
-    config: RunConfig, core_config: TransformerConfig, chunks: list[torch.nn.Module]
+    config: BuildConfig, core_config: TransformerConfig, chunks: list[torch.nn.Module]
 ) -> list[torch.nn.Module]:
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32 or config.training.bf16,
+        grad_reduce_in_fp32=parallel.accumulate_allreduce_grads_in_fp32 or config.dtype == "bf16",
         # Tuning runs core's forward-only schedule, which starts no reductions.
-        overlap_grad_reduce=parallel.overlap_grad_reduce and not config.training.tune_exit,
+        overlap_grad_reduce=parallel.overlap_grad_reduce and not config.tunes_exits,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     wrapped = [

@@ -1,16 +1,15 @@
 """How large a model is and what it computes, from its settings alone: parameters, bytes, FLOPs of parts and stages.
 
 All sizes are of one tensor-parallel rank. FLOPs are those of matrix products and causal attention; activations follow
-Korthikanti et al. (arXiv:2205.05198) for attention without its score matrix. `config.model.padded_vocab_size` must be
-set. Needs neither torch nor core.
+Korthikanti et al. (arXiv:2205.05198) for attention without its score matrix. Needs neither torch
+nor core.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import max_positions
+from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 
 # A chunk's fp32 logits take at most this much memory on each rank...
 _CHUNK_BYTES = 64 * 2**20
@@ -21,16 +20,16 @@ _MIN_CHUNK_TOKENS = 128
 # Parameters
 
 
-def stage_parameters(config: RunConfig, layers: Sequence[int], is_first: bool, is_last: bool) -> int:
+def stage_parameters(config: ResolvedConfig, layers: Sequence[int], is_first: bool, is_last: bool) -> int:
     """Parameters of one model chunk. layers: numbers, from 1; is_first, is_last: of the model's chunks."""
     model = config.model
     num_exits = sum(layer in config.exits.exit_layer_nums for layer in layers)
     count = len(layers) * layer_parameters(config) + num_exits * exit_parameters(config)
-    has_final_head = is_last and config.builds_final_head
+    has_final_head = is_last and config.build.builds_final_head
     if is_first:
         count += output_parameters(config)
         if model.position_embedding_type == "learned_absolute":
-            count += max_positions(config) * model.hidden_size
+            count += config.max_position_embeddings * model.hidden_size
     if has_final_head:
         count += _norm_parameters(config)
     # The output weight, or a copy of it, unless it is the embedding that is there already.
@@ -40,12 +39,12 @@ def stage_parameters(config: RunConfig, layers: Sequence[int], is_first: bool, i
     return count
 
 
-def output_parameters(config: RunConfig) -> int:
+def output_parameters(config: ResolvedConfig) -> int:
     """Of an output projection, or of the word embedding."""
-    return config.model.padded_vocab_size * config.model.hidden_size // config.parallel.tensor_model_parallel_size
+    return config.description.padded_vocab_size * config.model.hidden_size // config.parallel.tensor_model_parallel_size
 
 
-def exit_parameters(config: RunConfig) -> int:
+def exit_parameters(config: ResolvedConfig) -> int:
     """Of one exit, without an output weight that is the model's."""
     exits = config.exits
     return (
@@ -141,9 +140,9 @@ def sharded_hidden_states_bytes(config: RunConfig) -> int:
     return hidden_states_bytes(config) // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
 
 
-def logits_chunk_bytes(config: RunConfig) -> int:
+def logits_chunk_bytes(config: ResolvedConfig) -> int:
     """fp32 logits of one chunk of tokens: all of them that ever exists."""
-    columns = config.model.padded_vocab_size // config.parallel.tensor_model_parallel_size
+    columns = config.description.padded_vocab_size // config.parallel.tensor_model_parallel_size
     return chunk_size(columns) * columns * 4
 
 
@@ -153,7 +152,7 @@ def chunk_size(local_vocab_size: int) -> int:
 
 
 def _is_half(config: RunConfig) -> bool:
-    return config.training.bf16 or config.training.fp16
+    return config.training.dtype != "fp32"
 
 
 # FLOPs of all tensor-parallel ranks together, forward and backward, for one token

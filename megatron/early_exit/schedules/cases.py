@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron.early_exit.config.flags import parse_run_config
-from megatron.early_exit.config.run import RunConfig, with_tuned_stages
+from megatron.early_exit.config.run import ResolvedConfig, RunConfig, with_tuned_stages
 from megatron.early_exit.config.serialize import read_yaml
 from megatron.early_exit.config.validate import ConfigError
 from megatron.early_exit.schedules.comparison import Setup
@@ -191,11 +191,9 @@ def given_number(words: Sequence[str], flag: str) -> int | None:
     return int(values[-1]) if values and values[-1].isdigit() else None
 
 
-def _with_vocabulary(config: RunConfig) -> RunConfig:
+def _with_vocabulary(config: RunConfig) -> ResolvedConfig:
     size = (config.data.vocab_size or VOCAB_SIZE - 1) + 1  # NullTokenizer has an id beyond, for the end of a document
-    padded = config.model.padded_to(size, config.parallel.tensor_model_parallel_size)
-    config = replace(config, model=replace(config.model, padded_vocab_size=padded))
-    return with_tuned_stages(config) if config.training.tune_exit else config
+    return (with_tuned_stages(config) if config.training.tune_exit else config).resolved(size)
 
 
 def _words(values: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.run import ResolvedConfig
 from megatron.early_exit.schedules.builders import (
     forward_only_tuning,
     interleaved,
@@ -36,8 +36,7 @@ FREE = 0.001
 class Setup:
     """A model, its exits and layout on a cluster."""
 
-    config: RunConfig
-    """With `padded_vocab_size`."""
+    config: ResolvedConfig
     world_size: int
     """GPUs."""
     gpu: Gpu
@@ -50,7 +49,7 @@ class Setup:
     @classmethod
     def of(
         cls,
-        config: RunConfig,
+        config: ResolvedConfig,
         world_size: int,
         gpu: Gpu,
         layers_per_stage: Sequence[int] | None = None,

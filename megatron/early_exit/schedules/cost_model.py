@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.model import sizes
 from megatron.early_exit.schedules.costs import StageCosts
 
@@ -116,13 +116,13 @@ def stages_with_early_exits(config: RunConfig, layers_per_stage: Sequence[int]) 
 
 
 def model_costs(
-    config: RunConfig,
+    config: ResolvedConfig,
     world_size: int,
     gpu: Gpu,
     layers_per_stage: Sequence[int] | None = None,
     assumptions: Assumptions = DEFAULT_ASSUMPTIONS,
 ) -> list[StageCosts]:
-    """Costs of every stage (model chunk) of `config`, which has `padded_vocab_size`.
+    """Costs of every stage (model chunk) of `config`.
 
     world_size: GPUs. layers_per_stage: default as training splits them. Raises ValueError."""
     counts = tuple(layers_per_stage) if layers_per_stage is not None else even_layers(config)
@@ -139,7 +139,7 @@ def model_costs(
 
 @dataclass(frozen=True)
 class _CostModel:
-    config: RunConfig
+    config: ResolvedConfig
     world_size: int
     gpu: Gpu
     assumptions: Assumptions
@@ -149,7 +149,7 @@ class _CostModel:
         exits = [layer for layer in layers if layer in config.exits.exit_layer_nums]
         parameters = sizes.stage_parameters(config, layers, is_first, is_last)
         trained = len(exits) * sizes.exit_parameters(config) if config.training.tune_exit else parameters
-        has_final_head = is_last and config.builds_final_head
+        has_final_head = is_last and config.build.builds_final_head
         forward = count * self._layer_forward_sec
         backward = count * self._layer_backward_sec
         backward += sizes.num_recomputed_layers(config, count) * self._layer_forward_sec
@@ -208,19 +208,19 @@ class _CostModel:
     def _output_projection_sec(self) -> float:
         """Chunked cross-entropy of one head: logits, loss, gradients."""
         config = self.config
-        rows = config.model.padded_vocab_size // config.parallel.tensor_model_parallel_size
+        rows = config.description.padded_vocab_size // config.parallel.tensor_model_parallel_size
         num_chunks = -(-self._tokens // sizes.chunk_size(rows))
         weight = sizes.output_parameters(config)
         # 50 bytes for each logit over all steps from bf16 logits to their bf16 gradients. Every chunk's weight gradient
         # is made (2 bytes), read, and added to the sum (read and written, 4 bytes each).
         moved = 50 * self._tokens * rows + 12 * weight * num_chunks
-        flops = sizes.output_flops_per_token(config, config.model.padded_vocab_size)
+        flops = sizes.output_flops_per_token(config, config.description.padded_vocab_size)
         return self._matmul_sec(flops) + self._memory_sec(moved) + self._accumulation_sec(weight) + self._all_reduce_sec
 
     @cached_property
     def _exit_sec(self) -> float:
         config = self.config
-        vocab_size = config.model.padded_vocab_size
+        vocab_size = config.description.padded_vocab_size
         beyond = sizes.exit_flops_per_token(config, vocab_size) - sizes.output_flops_per_token(config, vocab_size)
         of_block = self._layer_forward_sec + self._layer_backward_sec if config.exits.use_exit_block else 0.0
         of_branch = self._matmul_sec(beyond) if config.exits.use_exit_mlp else 0.0

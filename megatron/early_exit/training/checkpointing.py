@@ -24,20 +24,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron.early_exit.checkpoint.core_loading import load_common, load_sharded
 from megatron.early_exit.checkpoint.folders import checkpoint_folder, in_a_line
 from megatron.early_exit.checkpoint.safe_pickle import UnsafeFileError, first_failure
-from megatron.early_exit.checkpoint.store import (
-    CONTENT_METADATA,
-    TOKENIZER_FOLDER,
-)
+from megatron.early_exit.checkpoint.store import CONTENT_METADATA
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
+from megatron.early_exit.config.description import ModelDescription, architecture_differences
 from megatron.early_exit.config.parallel import ParallelConfig
-from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import (
-    RUN_CONFIG_FILE,
-    architecture_differences,
-    load_run_config,
-)
+from megatron.early_exit.config.run import BuildConfig, ResolvedConfig
+from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config, read_description
 from megatron.early_exit.config.validate import LATEST_FILE
-from megatron.early_exit.data.tokenizer import Tokenizer, load_tokenizer
+from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.model.build import Model, build_model
 from megatron.early_exit.platform.optimizer_state import allocate_optimizer_state
 from megatron.early_exit.training.state import TrainingState
@@ -128,7 +122,7 @@ def find_checkpoint(load: str | None, load_iteration: int | None) -> Path | None
 
 def load_checkpoint(
     folder: Path,
-    config: RunConfig,
+    config: ResolvedConfig,
     model: Model,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
@@ -137,8 +131,7 @@ def load_checkpoint(
     generators. Returns the progress of the run that saved it, or a new one with --finetune.
 
     Raises ValueError with the list of differences if the checkpoint has another architecture."""
-    saved_config = load_run_config(folder / RUN_CONFIG_FILE)
-    if differences := architecture_differences(config, saved_config):
+    if differences := architecture_differences(config.description, read_description(folder)):
         raise ValueError(
             f"{folder} holds another architecture:\n  " + "\n  ".join(differences)
             + "\nChange the flags, or take the architecture from the checkpoint with --use-checkpoint-args."
@@ -149,6 +142,7 @@ def load_checkpoint(
     advice = "It may be damaged: choose another with --load-iteration."
     with _saying(damaged, advice):
         common = load_common(folder)
+    saved_config = load_run_config(folder / RUN_CONFIG_FILE) if "training_state" in common else None
     with_optimizer = optimizer is not None and not (weights_only or settings.no_load_optim)
     if with_optimizer and "optimizer" not in common:
         raise ValueError(
@@ -160,7 +154,7 @@ def load_checkpoint(
             "--use-distributed-optimizer, whose optimizer state has another form. Resume with the same choice (any "
             "TP, PP and DP), or drop the optimizer state with --no-load-optim."
         )
-    with_rng = not (weights_only or settings.no_load_rng) and optimizer is not None
+    with_rng = not (weights_only or settings.no_load_rng) and optimizer is not None and saved_config is not None
     if with_rng and not _has_same_model_layout(config.parallel, saved_config.parallel):
         _warnon_rank_zero(
             "random-number states are not loaded: the checkpoint was saved with another tensor or pipeline parallel "
@@ -210,7 +204,7 @@ def _warnon_rank_zero(message: str) -> None:
 
 def load_model_for_inference(
     load: str, load_iteration: int | None = None, tensor_parallel_size: int = 1
-) -> tuple[RunConfig, Model, Tokenizer]:
+) -> tuple[ModelDescription, Model, Tokenizer]:
     """The model of a checkpoint without optimizer, in evaluation mode, on one pipeline stage: re-sharded on load.
 
     Starts the process groups if need be. Raises FileNotFoundError if there is no checkpoint."""
@@ -219,18 +213,23 @@ def load_model_for_inference(
     folder = find_checkpoint(load, load_iteration)
     if folder is None:
         raise FileNotFoundError(f"--load {load} holds no checkpoint ({LATEST_FILE} is missing).")
-    saved = load_run_config(folder / RUN_CONFIG_FILE)
-    config = replace(
-        saved,
-        # Whatever modules trained it: decoding has its own, and takes the weights from these.
-        model=replace(saved.model, transformer_impl="local"),
-        parallel=ParallelConfig(tensor_model_parallel_size=tensor_parallel_size),
-        training=replace(saved.training, tune_exit=False),  # all layers
-    )
+    description = read_description(folder)
+    # Whatever modules trained it: decoding has its own, and takes the weights from these.
+    model = replace(description.model, transformer_impl="local")
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel_size)
     initialize_distributed()
-    initialize_model_parallel(config.parallel, config.model.num_layers, config.training.seed)
-    model = build_model(config, config.model.padded_vocab_size, wrap_with_ddp=False)
-    load_checkpoint(folder, config, model)
-    for chunk in model.wrapped:
-        chunk.eval()
-    return config, model, load_tokenizer(folder / TOKENIZER_FOLDER)
+    initialize_model_parallel(parallel, model.num_layers, seed=0)
+    build = BuildConfig(model, description.exits, description.dtype, parallel)
+    built = build_model(build, description.padded_vocab_size, wrap_with_ddp=False)
+    load_weights(folder, built)
+    built.eval()
+    return description, built, build_tokenizer(description.tokenizer)
+
+
+def load_weights(folder: Path, model: Model) -> None:
+    """Load the parameters of the checkpoint in `folder`, whose architecture `model` has. Raises OSError."""
+    sharded = sharded_state(model, None, None, None, with_rng=False, is_loading=True)
+    with _saying(f"the checkpoint {folder} cannot be read", "It may be damaged: choose another with --load-iteration."):
+        loaded = load_sharded(sharded, folder)
+    for index, chunk in enumerate(model.chunks):
+        chunk.load_state_dict(loaded[f"model{index}"])

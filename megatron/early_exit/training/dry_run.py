@@ -6,9 +6,9 @@ Memory is an estimate: parameters, gradients and optimizer state are counted, ac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.model import sizes
 
@@ -33,16 +33,16 @@ class StageEstimate:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
 
 
-def stages(config: RunConfig, world_size: int) -> list[StageEstimate]:
-    """Estimates of all stages. config: with `padded_vocab_size`."""
+def stages(config: ResolvedConfig, world_size: int) -> list[StageEstimate]:
+    """Estimates of all stages."""
     num_chunks, num_stages = config.parallel.num_model_chunks(config.model.num_layers), config.parallel.num_stages
     per_chunk = config.layers_per_stage // num_chunks
-    starts = range(1, config.num_built_layers + 1, per_chunk)
-    chunks = [tuple(range(start, min(start + per_chunk, config.num_built_layers + 1))) for start in starts]
+    starts = range(1, config.build.num_built_layers + 1, per_chunk)
+    chunks = [tuple(range(start, min(start + per_chunk, config.build.num_built_layers + 1))) for start in starts]
     return [_stage(config, world_size, stage, chunks) for stage in range(num_stages)]
 
 
-def _stage(config: RunConfig, world_size: int, stage: int, chunks: list[tuple[int, ...]]) -> StageEstimate:
+def _stage(config: ResolvedConfig, world_size: int, stage: int, chunks: list[tuple[int, ...]]) -> StageEstimate:
     """chunks: layers of all chunks of the model; every stage has one after the other in turn."""
     parallel, training = config.parallel, config.training
     mine = range(stage, len(chunks), parallel.num_stages)
@@ -67,14 +67,13 @@ def _stage(config: RunConfig, world_size: int, stage: int, chunks: list[tuple[in
 def describe(config: RunConfig, world_size: int) -> str:
     """The run in a few lines. Raises ValueError if the tokenizer cannot be read."""
     training, parallel = config.training, config.parallel
-    note = ""
+    size, note = 0, ""
     if config.model.padded_vocab_size is None:
         try:
-            size = build_tokenizer(config.data).vocab_size
+            size = build_tokenizer(config.data.tokenizer).vocab_size
         except ValueError as error:
             size, note = 32000, f" (a guess: {error})"
-        padded = config.model.padded_to(size, parallel.tensor_model_parallel_size)
-        config = replace(config, model=replace(config.model, padded_vocab_size=padded))
+    config = config.resolved(size)
     dp = parallel.data_parallel_size(world_size)
     batch = training.global_batch_size or training.micro_batch_size * dp
     tokens = batch * training.seq_length
@@ -85,7 +84,7 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"batch       {batch:,} sequences of {training.seq_length:,} tokens = {tokens:,} tokens, "
         f"{batch // (training.micro_batch_size * dp)} microbatches of {training.micro_batch_size} on each replica",
         f"length      {iterations:,} iterations, {iterations * tokens:,} tokens",
-        f"vocabulary  {config.model.padded_vocab_size:,} rows{note}",
+        f"vocabulary  {config.description.padded_vocab_size:,} rows{note}",
     ]
     estimates = stages(config, world_size)
     gib = lambda count: f"{count / 2**30:.2f}"

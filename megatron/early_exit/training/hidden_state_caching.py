@@ -38,7 +38,7 @@ class HiddenStateCaching:
             seq_length=seq_length,
             hidden_size=config.model.hidden_size,
             dtype=str(params_dtype(config)).removeprefix("torch."),
-            layers=_sums_of_layers(model, config.num_built_layers),
+            layers=_sums_of_layers(model, config.build.num_built_layers),
             samples=_digests(dataset, cached_samples(config, num_samples)),
         )
         folder = Path(config.training.cache_hidden_states)
@@ -143,7 +143,7 @@ def cached_samples(config: RunConfig, num_samples: int) -> int:
 
 def cache_bytes(config: RunConfig, num_samples: int) -> int:
     """What the files take. num_samples: that training draws in all."""
-    points = config.exits.num_exits + config.builds_final_head
+    points = config.exits.num_exits + config.build.builds_final_head
     width = config.model.hidden_size * params_dtype(config).itemsize
     return points * cached_samples(config, num_samples) * config.training.seq_length * width
 

@@ -15,8 +15,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.timers import Timers
 
-from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config
+from megatron.early_exit.config.run import ResolvedConfig, RunConfig
+from megatron.early_exit.config.serialize import read_description
 from megatron.early_exit.data.datasets import Batch, TokenDataset, build_datasets, build_iterator
 from megatron.early_exit.data.tokenizer import build_tokenizer, check_ids_fit
 from megatron.early_exit.model.build import Model, build_model
@@ -47,7 +47,7 @@ _TIMERS = ("forward-backward", "forward-compute", "backward-compute", "all-grads
 class Run:
     """The parts of one training run on this rank."""
 
-    config: RunConfig
+    config: ResolvedConfig
     model: Model
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
@@ -93,9 +93,11 @@ def build_run(config: RunConfig) -> Run:
     is_main = torch.distributed.get_rank() == 0
     save_folder = None if config.checkpoint.save is None else SaveFolder(config.checkpoint.save)
     config, checkpoint_folder = _find_start(config)
-    tokenizer = build_tokenizer(config.data)
-    config = _with_padded_vocab_size(config, tokenizer.vocab_size, checkpoint_folder)
-    vocab_size = config.model.padded_vocab_size
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    saved = None if checkpoint_folder is None else read_description(checkpoint_folder)
+    config = config.resolved(tokenizer.vocab_size, saved)
+    vocab_size = config.description.padded_vocab_size
+    check_ids_fit(tokenizer.vocab_size, vocab_size)
     microbatches = Microbatches(config.training, parallel_state.get_data_parallel_world_size())
     datasets = build_datasets(
         config.data,
@@ -150,24 +152,6 @@ def _find_start(config: RunConfig) -> tuple[RunConfig, Path | None]:
         replace(config, checkpoint=replace(checkpoint, finetune=True)),
         find_checkpoint(checkpoint.pretrained_checkpoint, None),
     )
-
-
-def _with_padded_vocab_size(config: RunConfig, vocab_size: int, checkpoint_folder: object) -> RunConfig:
-    """The settings with `padded_vocab_size` filled in: given, or the checkpoint's, or padded for this layout."""
-    tp_size = config.parallel.tensor_model_parallel_size
-    padded = config.model.padded_vocab_size
-    if padded is None and checkpoint_folder is not None:
-        saved = load_run_config(checkpoint_folder / RUN_CONFIG_FILE).model.padded_vocab_size
-        if saved % tp_size:
-            raise ValueError(
-                f"the checkpoint's vocabulary has {saved} rows, which --tensor-model-parallel-size {tp_size} does not "
-                "divide. Choose another size."
-            )
-        padded = saved
-    if padded is None:
-        padded = config.model.padded_to(vocab_size, tp_size)
-    check_ids_fit(vocab_size, padded)
-    return replace(config, model=replace(config.model, padded_vocab_size=padded))
 
 
 def _num_samples(config: RunConfig, global_batch_size: int) -> tuple[int, int, int]:
@@ -381,7 +365,7 @@ def _log(run: Run, result: StepResult, window: LogWindow) -> None:
     tokens = run.microbatches.global_batch_size * config.training.seq_length
     values["tokens_per_second"] = tokens / seconds_per_iteration
     if config.logging.log_throughput:
-        flops = flops_per_token(config, config.model.padded_vocab_size) * tokens
+        flops = flops_per_token(config, config.description.padded_vocab_size) * tokens
         values["tflops_per_rank"] = flops / seconds_per_iteration / torch.distributed.get_world_size() / 1e12
     if run.timers is not None:
         values |= _timer_values(run.timers)

@@ -1,8 +1,9 @@
 """Saves training checkpoints in core's `torch_dist` format, readable under any TP/PP/DP layout.
 
-A finished checkpoint is core's files, with checksums, plus `run_config.yaml` (all settings of the run) and `tokenizer/`
-(so that the folder stands alone). It gets its name when it is complete (`checkpoint/folders.py`), so a killed save
-never damages an older one. A run owns the folder that it saves into, from its start to its end.
+A finished checkpoint is core's files, with checksums, plus `model.yaml` (what the model is), `run_config.yaml` (all
+settings of the run) and `tokenizer/` (so that the folder stands alone). It gets its name when it is complete
+(`checkpoint/folders.py`), so a killed save never damages an older one. A run owns the folder that it saves into, from
+its start to its end.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from megatron.core.optimizer import MegatronOptimizer
@@ -22,13 +24,13 @@ from megatron.early_exit.checkpoint.checksums import Checksums
 from megatron.early_exit.checkpoint.core_saving import ShardedSave
 from megatron.early_exit.checkpoint.store import (
     CONTENT_METADATA,
-    TOKENIZER_FOLDER,
     link_rest,
     write_checksums,
+    write_description,
 )
-from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, save_run_config
-from megatron.early_exit.data.tokenizer import save_tokenizer
+from megatron.early_exit.config.description import ModelDescription
+from megatron.early_exit.config.run import ResolvedConfig
+from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, TOKENIZER_FOLDER, save_run_config, saved_tokenizer
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.platform.folder_lock import FolderLock
@@ -76,12 +78,13 @@ class CheckpointSaver:
     """Writes checkpoints of one run, at once or in the background (`--async-save`). All ranks call it together."""
 
     def __init__(
-        self, config: RunConfig, base: Path | None = None, announce: Callable[[str], None] | None = None
+        self, config: ResolvedConfig, base: Path | None = None, announce: Callable[[str], None] | None = None
     ) -> None:
-        """config: with the vocabulary size resolved (`padded_vocab_size`), as it is saved beside the weights. base: of
-        a run that tunes exits, the checkpoint with everything else; the files of that are linked, so that checkpoints
-        of the exits alone are whole ones. announce: told when a checkpoint is complete."""
+        """base: of a run that tunes exits, the checkpoint with everything else; the files of that are linked, so that
+        checkpoints of the exits alone are whole ones. announce: told when a checkpoint is complete."""
         self.config, self._base = config, base
+        self._newest: Path | None = None
+        """Folder of the last checkpoint that this run completed; on rank 0."""
         self.folder = Path(config.checkpoint.save)
         self._announce = announce
         self._pending: tuple[ShardedSave, int] | None = None
@@ -135,12 +138,20 @@ class CheckpointSaver:
         if self._base is not None:
             checksums |= link_rest(partial, self._base)
         save_run_config(self.config, partial / RUN_CONFIG_FILE)
-        if not self.config.data.mock_data:
-            save_tokenizer(self.config.data, partial / TOKENIZER_FOLDER)
+        write_description(self._description(), partial)
         write_checksums(partial, checksums)
-        folders.publish(partial, iteration)
+        self._newest = folders.publish(partial, iteration)
         if self.config.checkpoint.keep_last is not None:
             folders.remove_old(self.folder, self.config.checkpoint.keep_last, iteration)
+
+    def _description(self) -> ModelDescription:
+        """What is saved. The tokenizer may be that of a checkpoint that --keep-last has removed since; then it is that
+        of the newest one."""
+        description = self.config.description
+        path = description.tokenizer.tokenizer_model
+        if path is None or Path(path).exists() or self._newest is None:
+            return description
+        return replace(description, tokenizer=saved_tokenizer(self._newest / TOKENIZER_FOLDER))
 
     @contextmanager
     def _saying(self, iteration: int) -> Iterator[None]:

@@ -20,7 +20,8 @@ def start_up_summary(config: RunConfig, model: Model, microbatches: Microbatches
     dtype = str(params_dtype(config)).removeprefix("torch.")
     where = f"{torch.cuda.get_device_name() if use_cuda() else 'CPU'}, {backend()}, {dtype}"
     tokens = microbatches.target_global_batch_size * training.seq_length
-    tuned = f"; tuned alone, layers {config.num_built_layers + 1} and up are not built" if training.tune_exit else ""
+    first_missing = config.build.num_built_layers + 1
+    tuned = f"; tuned alone, layers {first_missing} and up are not built" if training.tune_exit else ""
     lines = [
         f"layout      {world_size} ranks = TP {parallel.tensor_model_parallel_size}"
         f"{' with sequence parallelism' if parallel.sequence_parallel else ''}"
@@ -141,7 +142,7 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     layer, exit_head = layer_flops_per_token(config), exit_flops_per_token(config, vocab_size)
     if config.training.tune_exit:
         # Forward through the frozen layers; an exit's gradients stop at its parameters, at about its usual cost.
-        num_layers = 0 if config.training.cache_hidden_states else config.num_built_layers
+        num_layers = 0 if config.training.cache_hidden_states else config.build.num_built_layers
         return num_layers * layer / 3 + config.exits.num_exits * exit_head
     output = output_flops_per_token(config, vocab_size)
     return config.model.num_layers * layer + output + config.exits.num_exits * exit_head

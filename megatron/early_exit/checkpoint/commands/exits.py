@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from megatron.early_exit.checkpoint.commands.common import add_source, add_target, read, save_changed
+from megatron.early_exit.checkpoint.commands.common import add_source, add_target, read, save
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -36,7 +36,7 @@ def add(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.exits import add_exits
     from megatron.early_exit.config.exits import ExitConfig
 
-    config, tensors, folder = read(args)
+    description, tensors, _ = read(args)
     wanted = ExitConfig(
         exit_layer_nums=tuple(sorted(args.exit_layer_nums)),
         pre_exit=args.pre_exit,
@@ -46,15 +46,16 @@ def add(args: argparse.Namespace) -> None:
         use_exit_block=args.use_exit_block,
     )
     tensors, exits = add_exits(
-        tensors, config.model, config.exits, wanted, init=args.init, replace_present=args.replace, seed=args.seed
-    )
-    save_changed(args, folder, replace(config, exits=exits), tensors)
+        tensors, description.model, description.exits, wanted, init=args.init, replace_present=args.replace,
+        seed=args.seed,
+    )  # fmt: skip
+    save(args, replace(description, exits=exits), tensors)
 
 
 def remove(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.exits import remove_exits
 
-    config, tensors, folder = read(args)
+    description, tensors, _ = read(args)
     layers = None if args.exit_layer_nums is None else tuple(args.exit_layer_nums)
-    tensors, exits = remove_exits(tensors, config.exits, layers)
-    save_changed(args, folder, replace(config, exits=exits), tensors)
+    tensors, exits = remove_exits(tensors, description.exits, layers)
+    save(args, replace(description, exits=exits), tensors)

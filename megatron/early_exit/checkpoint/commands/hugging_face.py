@@ -13,18 +13,17 @@ from megatron.early_exit.checkpoint.commands.common import (
     add_source,
     add_target,
     add_vocabulary,
+    describe,
     dtype_of,
     listed,
     progress_shown,
     read,
-    run_config,
     save,
     show_notes,
-    with_length,
 )
 
 if TYPE_CHECKING:
-    from megatron.early_exit.config.run import RunConfig
+    from megatron.early_exit.config.description import ModelDescription
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -49,48 +48,48 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 def from_hugging_face(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
     from megatron.early_exit.checkpoint.store import check_target
-    from megatron.early_exit.config.data import DataConfig
+    from megatron.early_exit.config.data import TokenizerConfig
 
     check_target(args.save, args.force)
     source = read_hugging_face(args.input, args.max_position_embeddings)
     show_notes(source.notes)
     with _tokenizer_folder(args.input, source.config) as folder:
-        data = DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
-        save(args, run_config(source.model, source.exits, data, source.tensors), source.tensors)
+        tokenizer = TokenizerConfig("HuggingFaceTokenizer", str(folder))
+        save(args, describe(args, source.model, source.exits, tokenizer, source.tensors), source.tensors)
 
 
 def to_hugging_face(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.hugging_face import write_hugging_face
     from megatron.early_exit.checkpoint.store import TOKENIZER_FOLDER
 
-    config, tensors, folder = read(args)
+    description, tensors, folder = read(args)
     tokenizer = folder / TOKENIZER_FOLDER
     with progress_shown("written") as progress:
         model_type = write_hugging_face(
             args.output,
-            with_length(config),
+            description.model,
             tensors,
-            exits=config.exits if args.with_exits else None,
+            exits=description.exits if args.with_exits else None,
             tokenizer=tokenizer if tokenizer.is_dir() else None,
-            **_ids_of(tokenizer, config),
+            **_ids_of(tokenizer, description),
             dtype=dtype_of(args.dtype),
             force=args.force,
             progress=progress,
         )
     exits = ""
-    if config.exits.num_exits:
-        exits = f", {'with' if args.with_exits else 'without'} its exits ({listed(config.exits.exit_layer_nums)})"
+    if description.exits.num_exits:
+        exits = f", {'with' if args.with_exits else 'without'} its exits ({listed(description.exits.exit_layer_nums)})"
     print(f"{args.output}: a {model_type} of transformers{exits}")
 
 
-def _ids_of(tokenizer: Path, config: RunConfig) -> dict[str, Any]:
+def _ids_of(tokenizer: Path, description: ModelDescription) -> dict[str, Any]:
     """What `write_hugging_face` must be told of the ids of a model that did not come from transformers."""
     from megatron.early_exit.data.tokenizer import load_tokenizer
 
     if (tokenizer / "config.json").is_file():
         return {}  # it says
     if not tokenizer.is_dir():
-        return {"vocab_size": config.model.padded_vocab_size}
+        return {"vocab_size": description.padded_vocab_size}
     own = load_tokenizer(tokenizer)
     return {
         "vocab_size": own.vocab_size,

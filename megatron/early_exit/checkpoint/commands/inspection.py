@@ -11,9 +11,9 @@ from megatron.early_exit.checkpoint.commands.common import (
     add_target,
     add_vocabulary,
     listed,
+    padded_rows,
     read,
-    save_changed,
-    with_length,
+    save,
 )
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def reshard(args: argparse.Namespace) -> None:
-    config, tensors, folder = read(args)
-    config = replace(config, model=replace(config.model, padded_vocab_size=None))
-    save_changed(args, folder, config, tensors)
+    description, tensors, _ = read(args)
+    model = replace(description.model, padded_vocab_size=padded_rows(args, tensors))
+    save(args, replace(description, model=model), tensors)
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -46,8 +46,8 @@ def inspect(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.store import has_training_state
     from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
 
-    config, tensors, folder = read(args)
-    model, exits = config.model, config.exits
+    description, tensors, folder = read(args)
+    model, exits = description.model, description.exits
     try:
         like = f"as {standard_model_type(model)} of transformers"
     except ValueError:
@@ -62,7 +62,7 @@ def inspect(args: argparse.Namespace) -> None:
         (
             "attention",
             f"{model.num_attention_heads} heads of {model.head_size}, {model.num_kv_heads} of keys and values, "
-            f"{model.position_embedding_type}, up to {with_length(config).max_position_embeddings} positions",
+            f"{model.position_embedding_type}, up to {description.max_position_embeddings} positions",
         ),
         ("vocabulary", f"{vocabulary_rows(tensors)} rows, {_divisors(vocabulary_rows(tensors))}"),
         ("parameters", f"{count(tensors):,}, {size / 2**20:,.0f} MiB in {', '.join(dtypes)}"),

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING
 from megatron.early_exit.checkpoint.commands.common import (
     add_source,
     add_target,
+    describe,
     listed,
     progress_shown,
-    run_config,
     save,
-    with_own_tokenizer,
 )
 
 if TYPE_CHECKING:
     from megatron.early_exit.checkpoint.tensors import Tensors
-    from megatron.early_exit.config.data import DataConfig
-    from megatron.early_exit.config.run import RunConfig
+    from megatron.early_exit.config.data import TokenizerConfig
+    from megatron.early_exit.config.description import ModelDescription
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -52,8 +51,7 @@ def from_legacy(args: argparse.Namespace) -> None:
         _merge_legacy(args, folder)
         return
     model, exits, tensors, theirs = read_legacy(folder)
-    data = _legacy_tokenizer(args, theirs)
-    save(args, run_config(model, exits, data, tensors), tensors)
+    save(args, describe(args, model, exits, _legacy_tokenizer(args, theirs), tensors), tensors)
 
 
 def _merge_legacy(args: argparse.Namespace, folder: Path) -> None:
@@ -61,15 +59,15 @@ def _merge_legacy(args: argparse.Namespace, folder: Path) -> None:
     from megatron.early_exit.checkpoint.legacy_merge import merge_partial
 
     partial = read_partial(folder)
-    config, tensors = _read_base(args, partial.settings)
+    description, tensors = _read_base(args, partial.settings)
     with progress_shown("compared") as progress:
-        merged = merge_partial(partial, config, tensors, progress)
+        merged = merge_partial(partial, description, tensors, progress)
     for layers, why in merged.left_out:
         print(f"no exits at layers {listed(layers)}: {why}", file=sys.stderr)
-    save(args, merged.config, merged.tensors)
+    save(args, merged.description, merged.tensors)
 
 
-def _read_base(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[RunConfig, Tensors]:
+def _read_base(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[ModelDescription, Tensors]:
     """The model of --base with the tokenizer of the flags, else its own. settings: of the checkpoint it is for, whose
     tokenizer is that of a legacy base."""
     from megatron.early_exit.checkpoint.legacy import find_legacy, holds_legacy, read_legacy
@@ -78,27 +76,26 @@ def _read_base(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[
 
     if holds_legacy(args.base):
         model, exits, tensors, _ = read_legacy(find_legacy(args.base))
-        return run_config(model, exits, _legacy_tokenizer(args, settings), tensors), tensors
+        return describe(args, model, exits, _legacy_tokenizer(args, settings), tensors), tensors
     if not (args.base / LATEST_FILE).is_file():
         raise FileNotFoundError(f"--base {args.base} holds no checkpoint, of EE-LLM or ours")
-    folder = checkpoint_folder(args.base)
-    config, tensors = read_checkpoint(folder)
+    description, tensors = read_checkpoint(checkpoint_folder(args.base))
     if args.tokenizer_type or args.tokenizer_model:
-        return replace(config, data=_legacy_tokenizer(args, settings)), tensors
-    return with_own_tokenizer(config, folder), tensors
+        description = replace(description, tokenizer=_legacy_tokenizer(args, settings))
+    return description, tensors
 
 
-def _legacy_tokenizer(args: argparse.Namespace, theirs: argparse.Namespace) -> DataConfig:
-    from megatron.early_exit.config.data import DataConfig
+def _legacy_tokenizer(args: argparse.Namespace, theirs: argparse.Namespace) -> TokenizerConfig:
+    from megatron.early_exit.config.data import TokenizerConfig
 
     kind = args.tokenizer_type or getattr(theirs, "tokenizer_type", None)
     path = args.tokenizer_model or getattr(theirs, "tokenizer_model", None)
     size = args.vocab_size or getattr(theirs, "vocab_size", None)
     if kind == "NullTokenizer":
-        return DataConfig(tokenizer_type=kind, vocab_size=size)
+        return TokenizerConfig(kind, vocab_size=size)
     if path is None or not Path(path).exists():
         raise ValueError(
             f"the checkpoint names the tokenizer {kind} {path}, which is not here; give --tokenizer-type and "
             "--tokenizer-model (or --tokenizer-type NullTokenizer --vocab-size N for a model of bare numbers)"
         )
-    return DataConfig(tokenizer_type=kind, tokenizer_model=str(path))
+    return TokenizerConfig(kind, str(path))
