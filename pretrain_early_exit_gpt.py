@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.validate import LATEST_FILE
+from megatron.early_exit.config.validate import LATEST_FILE, check_outputs
 from megatron.early_exit.platform.command_line import STATUS_INTERRUPTED, output_is_closed, run_program
 from megatron.early_exit.platform.failures import lost_peer, os_error_in_words
 from megatron.early_exit.platform.processes import die_with_torchrun
@@ -34,13 +34,16 @@ def main() -> int:
     die_with_torchrun()
     try:
         config = parse_run_config(sys.argv[1:], world_size=world_size)
+        if rank == 0 and not config.training.dry_run:
+            check_outputs(config)
         if config.pipeline.is_planned:
             from megatron.early_exit.training.plans import check_plan
 
             check_plan(config, world_size)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         leave_the_word_to_rank_0(rank)
-        print(message(rank, str(error)), file=sys.stderr, flush=True)
+        text = os_error_in_words(error) if isinstance(error, OSError) else str(error)
+        print(message(rank, text), file=sys.stderr, flush=True)
         return 2
 
     if config.training.dry_run:

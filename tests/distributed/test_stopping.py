@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
-from tests.configs import VOCAB_SIZE, make_training_config
+from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files
 from tests.distributed.workers import run_distributed
 
@@ -59,3 +59,19 @@ def test_sigterm_in_a_validation(tmp_path: Path, save_interval: int | None, befo
         assert saved == [2]  # once
     assert (tmp_path / "ck" / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert '"valid"' not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def timeout_of_groups(cfg: RunConfig) -> float:
+    """Minutes that core is told."""
+    from megatron.early_exit.platform import distributed
+
+    with pytest.MonkeyPatch.context() as patch:
+        told: dict = {}
+        patch.setattr(distributed.parallel_state, "initialize_model_parallel", lambda **kwargs: told.update(kwargs))
+        patch.setattr(distributed, "seed_generators", lambda seed: None)
+        distributed.initialize_model_parallel(cfg.parallel, cfg.model.num_layers, cfg.training.seed)
+    return told["distributed_timeout_minutes"]
+
+
+def test_parts_of_a_minute_are_kept() -> None:
+    assert run_distributed(1, timeout_of_groups, cfg=make_config(distributed_timeout_minutes=0.25)) == [0.25]

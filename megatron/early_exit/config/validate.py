@@ -102,7 +102,6 @@ AT_LEAST = {
         "lr_warmup_samples",
         "lr_warmup_init",
         "weight_decay",
-        "sgd_momentum",
         "clip_grad",
         "init_method_std",
         "exit_layer_weight_warmup_iters",
@@ -120,11 +119,30 @@ ABOVE_ZERO = [
     "min_loss_scale",
     "loss_scale_window",
     "exit_duration_in_mins",
-    "distributed_timeout_minutes",
+    "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
 ]
 
-SHARES = ["hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction"]
+SHARES = ["hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "sgd_momentum", "lr_warmup_fraction"]
 """Fields that lie in [0, 1)."""
+
+LARGEST_INTEGER = 2**63 - 1
+
+AT_MOST = {"num_layers": 10_000, "num_workers": 512}
+"""Largest allowed value of what costs time or processes before a model is built. Whether memory holds what is asked for
+is said when the vocabulary is known (`training.memory`)."""
+
+TIMEOUT_MINUTES = (1 / 60, 366 * 24 * 60.0)
+"""A second, a year."""
+
+MAX_MICROBATCHES = 1_000_000
+"""Of one iteration."""
+
+LARGEST_SEED = 2**32 - 1
+"""NumPy's."""
+
+SEED_STEP = 100
+"""What every pipeline stage adds to --seed, times its number."""
 
 
 def _values(cfg: RunConfig) -> dict[str, Any]:
@@ -138,6 +156,11 @@ def _range_problems(cfg: RunConfig) -> Iterator[str]:
         for name in names:
             if values[name] is not None and values[name] < smallest:
                 yield f"{flag(name)} {values[name]}: must be at least {smallest}"
+    for name, value in values.items():
+        largest = max(value, default=0) if isinstance(value, tuple) and name.endswith("_nums") else value
+        limit = AT_MOST.get(name, LARGEST_INTEGER)
+        if isinstance(largest, int) and largest > limit:
+            yield f"{flag(name)} {largest}: must be at most {limit}"
     for name in ABOVE_ZERO:
         if values[name] is not None and not values[name] > 0:
             yield f"{flag(name)} {values[name]}: must be greater than 0"
@@ -146,6 +169,12 @@ def _range_problems(cfg: RunConfig) -> Iterator[str]:
             yield f"{flag(name)} {values[name]}: must be at least 0 and less than 1"
     if not 0 < cfg.model.rotary_percent <= 1:
         yield f"--rotary-percent {cfg.model.rotary_percent}: must be greater than 0 and at most 1"
+    shortest, longest = TIMEOUT_MINUTES
+    if not shortest <= cfg.parallel.distributed_timeout_minutes <= longest:
+        yield (
+            f"--distributed-timeout-minutes {cfg.parallel.distributed_timeout_minutes:g}: must be at least 1/60 (a"
+            f" second) and at most {longest:g} (a year)"
+        )
 
 
 # Exits
@@ -276,6 +305,12 @@ def _layout_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
             " equally many layers"
         )
         return
+    largest_seed = LARGEST_SEED - SEED_STEP * (num_stages - 1)
+    if cfg.training.seed > largest_seed:
+        yield (
+            f"--seed {cfg.training.seed}: must be at most {largest_seed} on {num_stages} pipeline stages, each of which"
+            f" adds {SEED_STEP} to it"
+        )
     yield from _interleaving_problems(cfg)
     yield from _recompute_problems(cfg)
     yield from _tuning_problems(cfg, world_size)
@@ -355,8 +390,8 @@ def _tuning_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
     exits, parallel, checkpoint = cfg.exits, cfg.parallel, cfg.checkpoint
     given = parallel.tune_exit_pipeline_parallel_size
     if not cfg.training.tune_exit:
-        for name in ("cache_hidden_states", "cache_samples"):
-            if getattr(cfg.training, name) is not None:
+        for name in ("tune_exit_distillation", "cache_hidden_states", "cache_samples"):
+            if getattr(cfg.training, name) not in (None, 0):
                 yield f"{flag(name)} {getattr(cfg.training, name)} without --tune-exit: add it, or drop this"
         if given is not None:
             yield f"--tune-exit-pipeline-parallel-size {given} without --tune-exit: add it, or drop this"
@@ -449,14 +484,14 @@ def _batch_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
     dp_size = max(cfg.parallel.data_parallel_size(world_size), 1)
     unit = training.micro_batch_size * dp_size
     target = training.global_batch_size or unit
-    batch_sizes = [target]
+    first_sizes = [target]
     if training.rampup_batch_size:
         ramp_issues = list(_rampup_problems(training.rampup_batch_size, target, unit))
         if ramp_issues:
             yield from ramp_issues
             return
         start, increment, _ = training.rampup_batch_size
-        batch_sizes = list(range(start, target + 1, increment))
+        first_sizes = [start, start + increment]  # all others are further increments away
     if target % unit:
         yield (
             f"--global-batch-size {target} is not divisible by --micro-batch-size ({training.micro_batch_size}) x"
@@ -465,15 +500,20 @@ def _batch_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
         return
     pp_size = cfg.parallel.pipeline_model_parallel_size
     if pp_size > 1 and _num_chunks(cfg) > 1:
-        unfit = [size for size in batch_sizes if size // unit % pp_size]
+        unfit = [size for size in first_sizes if size // unit % pp_size]
         if unfit:
             yield (
                 f"a global batch of {unfit[0]} gives {unfit[0] // unit} microbatches: the interleaved schedule needs a"
                 f" multiple of --pipeline-model-parallel-size {pp_size}; change --global-batch-size, or drop"
                 " --num-layers-per-virtual-pipeline-stage"
             )
-    if training.train_samples is not None and training.train_samples < batch_sizes[0]:
-        yield f"--train-samples {training.train_samples} is less than one global batch of {batch_sizes[0]}"
+    if training.train_samples is not None and training.train_samples < first_sizes[0]:
+        yield f"--train-samples {training.train_samples} is less than one global batch of {first_sizes[0]}"
+    if target // unit > MAX_MICROBATCHES:
+        yield (
+            f"--global-batch-size {target} makes {target // unit} microbatches of one iteration: at most"
+            f" {MAX_MICROBATCHES}; is it meant in samples?"
+        )
 
 
 def _rampup_problems(rampup: Sequence[int], target: int, unit: int) -> Iterator[str]:
@@ -591,12 +631,12 @@ def _tokenizer_problems(data: DataConfig) -> Iterator[str]:
     if data.tokenizer_model is None:
         yield f"--tokenizer-type {data.tokenizer_type} needs --tokenizer-model: the path of the tokenizer"
         return
-    path = Path(data.tokenizer_model)
-    if not path.exists():
+    path = data.tokenizer_model
+    if not os.path.exists(path):
         yield f"--tokenizer-model {path}: no such file or folder"
-    elif data.tokenizer_type == "HuggingFaceTokenizer" and not path.is_dir():
+    elif data.tokenizer_type == "HuggingFaceTokenizer" and not os.path.isdir(path):
         yield f"--tokenizer-model {path}: HuggingFaceTokenizer needs the folder (with tokenizer.json), this is a file"
-    elif data.tokenizer_type != "HuggingFaceTokenizer" and not path.is_file():
+    elif data.tokenizer_type != "HuggingFaceTokenizer" and not os.path.isfile(path):
         yield f"--tokenizer-model {path}: {data.tokenizer_type} needs the .model file, this is a folder"
 
 
@@ -642,10 +682,54 @@ def has_checkpoint(load: str) -> bool:
 
 def _missing_checkpoint(load: str, load_iteration: int | None) -> str | None:
     """What is not there of the checkpoint to load, or None."""
-    if not Path(load).is_dir():
-        return "no such folder"
+    if not os.path.isdir(load):
+        is_file = os.path.exists(load)
+        return "this is a file; give the folder that holds the checkpoints" if is_file else "no such folder"
     wanted = Path(load) / (f"iter_{load_iteration:07d}" if load_iteration else LATEST_FILE)
-    return None if wanted.exists() else f"no checkpoint in it ({wanted.name} is missing)"
+    return None if os.path.exists(wanted) else f"no checkpoint in it ({wanted.name} is missing)"
+
+
+# What a run writes
+
+
+def check_outputs(cfg: RunConfig) -> None:
+    """Raise ConfigError if files or folders that the run writes cannot be written. For the rank that writes them."""
+    found = list(_output_problems(cfg))
+    if found:
+        raise ConfigError(found)
+
+
+OUTPUT_FOLDERS = ("save", "cache_hidden_states", "data_cache_path", "tensorboard_dir", "wandb_save_dir")
+OUTPUT_FILES = ("metrics_file", "profile_pipeline")
+
+
+def _output_problems(cfg: RunConfig) -> Iterator[str]:
+    values = _values(cfg)
+    for name in (*OUTPUT_FOLDERS, *OUTPUT_FILES):
+        if values[name] is None:
+            continue
+        try:
+            problem = _unwritable(Path(values[name]), is_folder=name in OUTPUT_FOLDERS)
+        except OSError as error:  # a name that is too long, a loop of links
+            problem = (error.strerror or str(error)).lower()
+        if problem:
+            yield f"{flag(name)} {values[name]}: {problem}"
+
+
+def _unwritable(path: Path, is_folder: bool) -> str | None:
+    """Why `path`, or what is missing of it, cannot be written; None if it can."""
+    present = path
+    while not present.exists():
+        if present.is_symlink():
+            return f"{present} is a link to something that is not there; correct it, or choose another place"
+        present = present.parent
+    if present == path and is_folder != path.is_dir():
+        return "this is a file; give a folder" if is_folder else "this is a folder; give the name of a file in it"
+    if present != path and not present.is_dir():
+        return f"{present} is a file, in which nothing can be created; choose another place"
+    if not os.access(present, os.W_OK | (os.X_OK if present.is_dir() else 0)):
+        return f"{present} cannot be written; change its permissions, or choose another place"
+    return None
 
 
 # Settings without effect

@@ -96,8 +96,10 @@ def gradient_bytes(config: RunConfig, trained: int) -> int:
 
 
 def optimizer_bytes(config: RunConfig, world_size: int, trained: int) -> int:
-    """Adam's two moments, and fp32 weights beside half-precision ones. trained: parameters."""
-    state = trained * (12 if _is_half(config) else 8)
+    """Moments (Adam's two, SGD's one), and fp32 weights beside half-precision ones. trained: parameters."""
+    optimizer = config.optimizer
+    moments = 2 if optimizer.optimizer == "adam" else int(optimizer.sgd_momentum > 0)
+    state = trained * (4 * moments + (4 if _is_half(config) else 0))
     if config.parallel.use_distributed_optimizer:
         state //= config.parallel.data_parallel_size(world_size)
     return state

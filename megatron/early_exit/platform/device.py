@@ -6,8 +6,12 @@ CUDA and NCCL where a GPU is visible, else the CPU and gloo. The rest of the pac
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
+
+# Limits of the memory of a container, in bytes or "max": control groups version 2, version 1.
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def use_cuda() -> bool:
@@ -34,3 +38,21 @@ def peak_memory_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_memory_bytes() -> int:
+    """Memory of the device of this process: of its GPU, or of the machine."""
+    return torch.cuda.get_device_properties(device()).total_memory if use_cuda() else machine_memory_bytes()
+
+
+def machine_memory_bytes() -> int:
+    """Main memory of the machine, or of the container that this process runs in."""
+    import psutil
+
+    sizes = [psutil.virtual_memory().total]
+    for path in _CONTAINER_LIMITS:
+        try:
+            sizes.append(int(Path(path).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # not there, or no limit
+            continue
+    return min(sizes)

@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron.early_exit.config.parallel import ParallelConfig
+from megatron.early_exit.config.validate import SEED_STEP
 from megatron.early_exit.platform import device as device_module
 from megatron.early_exit.platform.cpu import adapt_core_to_cpu
 from megatron.early_exit.platform.processes import die_with_torchrun
@@ -54,7 +55,7 @@ def initialize_model_parallel(parallel: ParallelConfig, num_layers: int, seed: i
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.num_stages,
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
-        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         get_embedding_ranks=lambda ranks, *_: ranks[:1],
         # Beside NCCL groups core wants gloo groups for CPU tensors; where all groups are gloo they would only cost
         # polling threads.
@@ -69,7 +70,7 @@ def seed_generators(seed: int) -> None:
 
     import numpy
 
-    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    seed += SEED_STEP * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)

@@ -29,6 +29,7 @@ from megatron.early_exit.platform.distributed import (
 )
 from megatron.early_exit.training.checkpointing import find_checkpoint, load_checkpoint
 from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching, cached_samples
+from megatron.early_exit.training.memory import check_memory
 from megatron.early_exit.training.metrics import collect_losses
 from megatron.early_exit.training.microbatches import Microbatches
 from megatron.early_exit.training.optimizer import build_optimizer, build_scheduler
@@ -99,12 +100,14 @@ def build_run(config: RunConfig) -> Run:
     vocab_size = config.description.padded_vocab_size
     check_ids_fit(tokenizer.vocab_size, vocab_size)
     microbatches = Microbatches(config.training, parallel_state.get_data_parallel_world_size())
+    num_samples = _num_samples(config, microbatches.target_global_batch_size)
+    check_memory(config, torch.distributed.get_world_size(), num_samples)
     datasets = build_datasets(
         config.data,
         tokenizer,
         seq_length=config.training.seq_length,
         seed=config.training.seed,
-        num_samples=_num_samples(config, microbatches.target_global_batch_size),
+        num_samples=num_samples,
         vocab_size=vocab_size,
     )
     model = build_model(config, vocab_size)
@@ -130,8 +133,8 @@ def build_run(config: RunConfig) -> Run:
             reporter.text(f" loaded the weights of {checkpoint_folder}")
     caching = None
     if config.training.cache_hidden_states is not None:
-        num_samples = _num_training_samples(config, microbatches.target_global_batch_size)
-        caching = HiddenStateCaching(config, model, datasets[0], num_samples)
+        num_drawn = _num_training_samples(config, microbatches.target_global_batch_size)
+        caching = HiddenStateCaching(config, model, datasets[0], num_drawn)
     timers = None
     if config.logging.log_timers_to_tracker:
         timers = model.config.timers = optimizer.config.timers = Timers(log_level=2, log_option="max")
