@@ -19,7 +19,7 @@ def core_gpt(cfg: RunConfig, **changes: Any) -> GPTModel:
     """This rank's stage, with core's random parameters. Needs core's process groups."""
     model = cfg.model
     return GPTModel(
-        config=transformer_config(cfg),
+        config=transformer_config(cfg.build),
         transformer_layer_spec=get_gpt_layer_local_spec(
             qk_layernorm=model.qk_layernorm, normalization=model.normalization
         ),
