@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from megatron.early_exit.platform.processes import die_with_parent
+
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, threads_per_rank: int = 1) -> Any:
     """Spawn `world_size` processes in one world and return what rank 0's `function(*arguments)` returned.
@@ -26,7 +28,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any,
         result = Path(folder) / "result"
         multiprocessing.start_processes(
             _run_rank,
-            args=(world_size, _free_port(), threads_per_rank, str(result), function, arguments),
+            args=(world_size, _free_port(), threads_per_rank, os.getpid(), str(result), function, arguments),
             nprocs=world_size,
             start_method="spawn",
         )
@@ -40,8 +42,9 @@ def _free_port() -> int:
 
 
 def _run_rank(
-    rank: int, world_size: int, port: int, threads: int, result: str, function: Callable, arguments: tuple
+    rank: int, world_size: int, port: int, threads: int, parent: int, result: str, function: Callable, arguments: tuple
 ) -> None:
+    die_with_parent(parent)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
+from megatron.early_exit.platform.processes import die_with_parent
+
 COLLECTIVE_TIMEOUT_SECONDS = 60
 _CASE_TIMEOUT_SECONDS = 240
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -33,7 +35,8 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _serve(rank: int, world_size: int, port: int, stack_file: str, connection: Any) -> None:
+def _serve(rank: int, world_size: int, port: int, stack_file: str, tests: int, connection: Any) -> None:
+    die_with_parent(tests)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -95,8 +98,8 @@ class WorkerPool:
         self.connections, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, world_size, port, self._stack_file(rank), theirs)
-            # Not daemons: saving a checkpoint starts processes.
+            arguments = (rank, world_size, port, self._stack_file(rank), os.getpid(), theirs)
+            # Not daemons: loading data starts processes.
             process = context.Process(target=_serve, args=arguments)
             process.start()
             self.connections.append(ours)

@@ -6,8 +6,10 @@ may own an exit and need the labels. Nothing is broadcast.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+import os
 import signal
 import struct
 import warnings
@@ -29,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron.early_exit.config.data import DataConfig, parse_blend, split_shares
 from megatron.early_exit.data.tokenizer import Tokenizer, check_ids_fit
+from megatron.early_exit.platform.processes import die_with_parent
 
 SPLITS = ("train", "valid", "test")
 
@@ -426,14 +429,16 @@ def build_iterator(
         collate_fn=collate,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_sigterm_to_the_trainer,
+        worker_init_fn=functools.partial(_begin_to_load, os.getpid()),
         generator=torch.Generator(),  # else it draws from the generator of dropout, and a resumed run would differ
     )
     return _draw(loader, sampler, device)
 
 
-def _leave_sigterm_to_the_trainer(worker: int) -> None:
-    """torchrun sends SIGTERM to whole process groups. Loaders must outlive it: the trainer saves and stops."""
+def _begin_to_load(trainer: int, worker: int) -> None:
+    """End with the trainer, not before: torchrun sends SIGTERM to whole process groups, and the trainer saves and stops
+    then."""
+    die_with_parent(trainer)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
