@@ -91,6 +91,18 @@ class Checksums:
         """Whether `stream` has other bytes at `extent` than were written there. Of unknown extents nothing is said."""
         return extent in self._sums and _crc32(stream, extent.offset, extent.length) != self._sums[extent]
 
+    def damaged(self, folder: Path, extents: Sequence[Extent]) -> list[Extent]:
+        """Those of `extents` that are damaged, or whose file is missing."""
+        found = []
+        for name in sorted({extent.file for extent in extents}):
+            inside = [extent for extent in extents if extent.file == name]
+            try:
+                with (folder / name).open("rb") as stream:
+                    found += [extent for extent in inside if self.is_damaged(stream, extent)]
+            except FileNotFoundError:
+                found += inside
+        return found
+
     def check_file(self, folder: Path, name: str) -> None:
         """Raise DamagedFileError if a file of which the whole has a checksum is another, OSError if it is missing."""
         file = folder / name

@@ -13,8 +13,9 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 
+from megatron.early_exit.checkpoint.checksums import Checksums
 from megatron.early_exit.checkpoint.key_names import check_keys, stored_key
-from megatron.early_exit.checkpoint.safe_pickle import SafeReader, load_object, read_metadata
+from megatron.early_exit.checkpoint.safe_pickle import COMMON_FILE, SafeReader, load_object, read_metadata
 
 _FACTORY = "_get_filesystem_reader"
 
@@ -44,8 +45,9 @@ def _as_stored(value: Any, stored: Container[str]) -> Any:
 
 def load_common(folder: Path) -> dict[str, Any]:
     """The part of the checkpoint that is the same on all ranks: plain values, and the names of what else there is."""
-    file = folder / "common.pt"
+    file = folder / COMMON_FILE
     if file.exists():  # core 0.19 keeps it among the sharded objects
+        Checksums.read(folder).check_file(folder, COMMON_FILE)
         load_object(file.read_bytes(), file)
     with _core_reads_safely():
         return dist_checkpointing.load_common_state_dict(str(folder))

@@ -25,6 +25,8 @@ from torch.futures import Future
 from megatron.early_exit.checkpoint.checksums import Checksums, DamagedFileError, Extent
 
 METADATA_FILE = ".metadata"
+COMMON_FILE = "common.pt"
+"""What is the same on all ranks, in core's format."""
 
 
 class UnsafeFileError(OSError):

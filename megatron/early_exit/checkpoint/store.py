@@ -30,6 +30,7 @@ from megatron.early_exit.checkpoint.checksums import Checksums, DamagedFileError
 from megatron.early_exit.checkpoint.folders import checkpoint_folder as checkpoint_folder
 from megatron.early_exit.checkpoint.key_names import check_keys, key_of, name_of
 from megatron.early_exit.checkpoint.safe_pickle import (
+    COMMON_FILE,
     METADATA_FILE,
     SafeReader,
     UnsafeFileError,
@@ -96,6 +97,26 @@ def _read_tensor(reader: SafeReader, key: str, shape: tuple[int, ...], dtype: to
     return state[key]
 
 
+def verify_checkpoint(folder: Path) -> str:
+    """Read all files of the checkpoint in `folder` and compare them with their checksums. Returns what was found.
+
+    Raises DamagedFileError that names every tensor and object that is not what was written, and in which file."""
+    checksums = Checksums.read(folder)
+    stored = read_metadata(folder).storage_data
+    extents = {Extent(info.relative_path, info.offset, info.length): index.fqn for index, info in stored.items()}
+    damaged = [f"{folder / extent.file}: {extents[extent]}" for extent in checksums.damaged(folder, list(extents))]
+    if (folder / COMMON_FILE).exists():
+        checksums.check_file(folder, COMMON_FILE)
+    if damaged:
+        raise DamagedFileError(
+            f"{len(damaged)} of {len(extents)} tensors and objects are not what was written:\n  " + "\n  ".join(damaged)
+        )
+    known = sum(extent in checksums for extent in extents)
+    if known == len(extents):
+        return f"all {known} tensors and objects are what was written"
+    return f"{known} of {len(extents)} tensors and objects are what was written; the others have no checksum"
+
+
 def write_checkpoint(
     save: Path,
     description: ModelDescription,
@@ -139,7 +160,7 @@ def _write(
             json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
                         "common_backend_version": 1})
         )  # fmt: skip
-        torch.save({"content_metadata": dict(CONTENT_METADATA)}, partial / "common.pt")
+        torch.save({"content_metadata": dict(CONTENT_METADATA)}, partial / COMMON_FILE)
         write_description(description, partial)
         write_checksums(partial, checksums)
     except BaseException:
@@ -156,7 +177,7 @@ def _checksums_of_tensors(folder: Path) -> Checksums:
 
 def write_checksums(folder: Path, of_tensors: Checksums) -> None:
     """Write `of_tensors` and the checksums of the other files that are no text into `folder`."""
-    names = [name for name in (METADATA_FILE, "common.pt") if (folder / name).exists()]
+    names = [name for name in (METADATA_FILE, COMMON_FILE) if (folder / name).exists()]
     (of_tensors | Checksums.of_files(folder, names)).write(folder)
 
 

@@ -32,6 +32,9 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     one = commands.add_parser("inspect", help="architecture, exits and sizes")
     add_source(one)
     one.add_argument("--tensors", action="store_true", help="every tensor with shape and type")
+    one.add_argument(
+        "--verify", action="store_true", help="read everything and compare it with the checksums; status 2 if damaged"
+    )
     one.set_defaults(run=inspect)
 
 
@@ -43,10 +46,11 @@ def reshard(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.families import standard_model_type, vocabulary_rows
-    from megatron.early_exit.checkpoint.store import has_training_state
+    from megatron.early_exit.checkpoint.store import has_training_state, verify_checkpoint
     from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
 
     description, tensors, folder = read(args)
+    verified = verify_checkpoint(folder) if args.verify else None
     model, exits = description.model, description.exits
     try:
         like = f"as {standard_model_type(model)} of transformers"
@@ -72,6 +76,8 @@ def inspect(args: argparse.Namespace) -> None:
         before = "before" if exits.pre_exit else "after"
         rows[-1] = ("exits", f"{before} layers {listed(exits.exit_layer_nums)}: {_kind(exits)}")
         rows.append(("of exits", f"{count(of_exits):,} parameters of their own"))
+    if verified is not None:
+        rows.append(("verified", verified))
     for name, text in rows:
         print(f"{name:<14}{text}")
     if args.tensors:
