@@ -223,7 +223,7 @@ def test_what_cannot_be_converted_leaves_nothing_behind(
     tokenizer = json.loads((small / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] |= {"much": 500}
     (small / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "the tokenizer has 501 ids but the model's embedding has 128 rows" in refused(small)
+    assert "the tokenizer has 501 ids, but the model's embedding has 93 rows" in refused(small)
     assert "takes sequences of 1 to 64 tokens" in refused(tmp_path / "good", "--max-position-embeddings", 65)
     with monkeypatch.context() as patch:
         patch.setattr(store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron.early_exit.checkpoint.accounting import _size
+from megatron.early_exit.checkpoint.comparison import compare_tokenizers
 from megatron.early_exit.checkpoint.convert_command import main
-from megatron.early_exit.checkpoint.families import FAMILIES
-from megatron.early_exit.checkpoint.gguf import complete_gguf_config, llama3_factors
+from megatron.early_exit.checkpoint.families import FAMILIES, _llama_ours, _llama_theirs, llama3_factors
+from megatron.early_exit.checkpoint.folders import checkpoint_folder
+from megatron.early_exit.checkpoint.gguf import complete_gguf_config
 from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
-from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
+from megatron.early_exit.checkpoint.store import read_checkpoint, write_checkpoint
+from megatron.early_exit.checkpoint.tensors import LazyTensor
 from tests.distributed.test_conversion import (
     EXIT_FLAGS,
     GPT2,
@@ -26,6 +31,7 @@ from tests.distributed.test_conversion import (
     their_logits,
     write_with_exits,
 )
+from tests.distributed.workers import run_distributed
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -295,7 +301,7 @@ def test_exits_survive_saving_in_transformers(
     convert("from-hf", "--input", tmp_path / "again", "--save", tmp_path / "returned")
     first, _ = read_checkpoint(checkpoint_folder(tmp_path / "exits"))
     returned, _ = read_checkpoint(checkpoint_folder(tmp_path / "returned"))
-    assert returned.exits == first.exits and "note" not in capsys.readouterr().err
+    assert returned.exits == first.exits and "left out" not in capsys.readouterr().err
     before, after = ours(tmp_path / "exits"), ours(tmp_path / "returned")
     rows = lambda key, value: value[:93] if key.endswith("output_layer.weight") else value  # without padding
     assert set(before) == set(after)
@@ -378,3 +384,132 @@ def test_the_factors_of_llama_3_are_those_of_transformers() -> None:
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = LLAMA3_ROPE["rope_theta"] ** (-torch.arange(0, 64, 2).float() / 64)
     assert torch.allclose(plain / scaled, llama3_factors(LLAMA3_ROPE, 64), rtol=1e-4)
+
+
+def test_added_tokens_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The [PAD] of many fine-tunes lies behind the last row of the embedding: it gets one, and is never said."""
+    import transformers
+
+    random_model("gpt2", {"tie_word_embeddings": False, "vocab_size": 93}, tmp_path / "theirs")
+    weights = weights_of(tmp_path / "theirs")
+    # All logits are below 0, that of a row of zeros.
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 0 + torch.linspace(-2, -1, 93)[:, None]
+    weights["transformer.ln_f.weight"].zero_()
+    weights["transformer.ln_f.bias"].fill_(1.0)
+    put_weights(tmp_path / "theirs", weights)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    words = ("from-hf", "--input", tmp_path / "theirs", "--save", tmp_path / "ours")
+    convert(*words, "--make-vocab-size-divisible-by", 31)
+    assert "1 added tokens that the model has no row for ([PAD]): rows of zeros are added" in capsys.readouterr().err
+    found = ours(tmp_path / "ours")
+    assert found[OUTPUT].shape[0] == 124 and not found[OUTPUT][93:].any()
+    assert greedy(tmp_path / "ours") == [92] * 3
+    convert("to-hf", "--load", tmp_path / "ours", "--output", tmp_path / "back")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "back").vocab_size == 93
+    # With a row that says something, it is a token as any other, and is not lost on the way back.
+    changed, weight = dict(found), found[OUTPUT].clone()
+    weight[93] = 0.5
+    write(tmp_path / "ours", tmp_path / "trained", {**changed, OUTPUT: weight})
+    assert greedy(tmp_path / "trained") == [93] * 3
+    convert("to-hf", "--load", tmp_path / "trained", "--output", tmp_path / "again")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert model.config.vocab_size == 94 and torch.equal(model.lm_head.weight, weight[:94])
+
+
+def write(source: Path, target: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The checkpoint `source` with other parameters."""
+    description, _ = read_checkpoint(checkpoint_folder(source))
+    write_checkpoint(target, description, {name: LazyTensor.of(tensor) for name, tensor in tensors.items()})
+
+
+def greedy(folder: Path) -> list[int]:
+    """Three tokens."""
+    return run_distributed(1, _greedy, folder=folder)[0]
+
+
+def _greedy(folder: Path) -> list[int]:
+    from megatron.early_exit.inference.llm import LLM
+    from megatron.early_exit.inference.params import GenerationParams
+
+    answer = LLM.load(str(folder)).generate([[1, 2, 3]], GenerationParams(max_tokens=3, ignore_eod=True))[0]
+    return [token.token for token in answer.tokens]
+
+
+def test_the_tokenizer_of_another_model(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Also where the padding of the vocabulary has room for its ids."""
+    tokenizer = json.loads((llama / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {"much": 100}
+    (llama / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["from-hf", "--input", str(llama), "--save", str(tmp_path / "ours")]) == 2
+    assert "the tokenizer has 101 ids, but the model's embedding has 93 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("model.layers.2.mlp.up_proj.weight", "one value"), ("model.embed_tokens.weight", "one value"),
+    ("model.norm.weight", "all values"),
+])  # fmt: skip
+def test_what_went_wrong_is_not_called_done(
+    name: str, change: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A conversion that loses something in either direction is refused by the comparison, and leaves nothing."""
+    convert("from-hf", "--input", llama, "--save", tmp_path / "ours")
+    assert "compared: weights; logits of 48 sample tokens are those of transformers" in capsys.readouterr().out
+
+    def damaged(tensor: LazyTensor) -> LazyTensor:
+        def damage(value: torch.Tensor) -> torch.Tensor:
+            value = value.clone()
+            value.view(-1)[: 1 if change == "one value" else None] += 0.5
+            return value
+
+        return tensor.then(tensor.shape, damage)
+
+    theirs, ours = _llama_theirs, _llama_ours
+    lossy = {
+        "theirs": lambda tensors, model: (found := theirs(tensors, model)) | {name: damaged(found[name])},
+        "ours": lambda tensors, model: ours(tensors | {name: damaged(tensors[name])}, model),
+    }
+    for side, words in (
+        ("theirs", ("to-hf", "--load", tmp_path / "ours", "--output", tmp_path / "theirs_x")),
+        ("ours", ("from-hf", "--input", llama, "--save", tmp_path / "ours_x")),
+    ):
+        with monkeypatch.context() as patch:
+            families = [replace(family, **{side: lossy[side]}) for family in FAMILIES[:1]]
+            patch.setattr("megatron.early_exit.checkpoint.families.FAMILIES", tuple(families))
+            status = main([str(word) for word in words])
+            message = capsys.readouterr().err
+            assert status == 2 and "the conversion went wrong" in message
+            folder = tmp_path / f"{side}_x"
+            assert not (folder / "config.json").exists() and not list(folder.glob("iter_*"))
+            assert main([str(word) for word in (*words, "--skip-comparison", "--force")]) == 0
+            assert "not compared with its source" in capsys.readouterr().out
+
+
+def test_models_that_do_not_fit_into_memory(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        "megatron.early_exit.checkpoint.comparison.psutil.virtual_memory", lambda: SimpleNamespace(available=2**20)
+    )
+    convert("from-hf", "--input", llama, "--save", tmp_path / "ours")
+    assert "compared: weights; logits not compared: that takes" in capsys.readouterr().out
+
+
+def test_tokenizers_that_differ(llama: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(llama, tmp_path / "other")
+    compare_tokenizers(other, llama)
+    edit(other, "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match="chat template are"):
+        compare_tokenizers(other, llama)
+    other = shutil.copytree(llama, tmp_path / "another")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["w0"], vocab["w1"] = vocab["w1"], vocab["w0"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="ids of 'The quick brown fox"):
+        compare_tokenizers(other, llama)
+    other = shutil.copytree(llama, tmp_path / "third")
+    edit(other, "generation_config.json", eos_token_id=[92, 5])
+    with pytest.raises(ValueError, match="ends of generation are .5, 92., not .92."):
+        compare_tokenizers(other, llama)

@@ -6,6 +6,7 @@ computed, so that there and back again gives the same bits.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -163,6 +164,15 @@ def _llama_config(config: PretrainedConfig, max_length: int) -> ModelConfig:
 
 # What core's scaling has built in.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def llama3_factors(rope: Mapping[str, Any], head_size: int) -> torch.Tensor:
+    """[head size / 2]: what each rotary frequency is divided by, as Llama 3.1 scales them."""
+    frequencies = rope["rope_theta"] ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1.0 / ((1 - smooth) / rope["factor"] + smooth)).float()
 
 
 def _rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron.early_exit.checkpoint.families import LLAMA3_ROPE
+from megatron.early_exit.checkpoint.families import LLAMA3_ROPE, llama3_factors
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
 
 if TYPE_CHECKING:
@@ -103,15 +102,6 @@ def _llama3_rope(file: Path, factors: torch.Tensor, rope: dict[str, Any]) -> dic
     if not torch.allclose(factors, expected, rtol=1e-3):
         raise ValueError(f"{file}: rope_freqs.weight is not that of Llama 3.1 and its like, others are not supported")
     return scaled
-
-
-def llama3_factors(rope: Mapping[str, Any], head_size: int) -> torch.Tensor:
-    """[head size / 2]: what each rotary frequency is divided by, as Llama 3.1 scales them."""
-    frequencies = rope["rope_theta"] ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1.0 / ((1 - smooth) / rope["factor"] + smooth)).float()
 
 
 def read_gguf(file: Path, config: PretrainedConfig) -> Tensors:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,8 +54,13 @@ class Source(NamedTuple):
     """Our parameters, vocabulary not padded."""
     config: PretrainedConfig
     """Theirs, as the weights bear it out."""
+    theirs: Tensors
+    """Their parameters of the plain model."""
     notes: list[str]
     """What is in the folder and has no effect here."""
+    folder: Path
+    gguf_file: str | None
+    """Name of the file in the folder, if it is one."""
 
 
 def read_hugging_face(path: Path, max_position_embeddings: int | None = None) -> Source:
@@ -76,11 +81,11 @@ def read_hugging_face(path: Path, max_position_embeddings: int | None = None) ->
     theirs, more = resolve_tied_output(with_base_prefix(theirs, family), config, family)
     notes += more + check_tensors(theirs, config, family)
     length = _shorter(max_position_embeddings, config.max_position_embeddings)
+    shapes = family.shapes(config)
+    of_positions = [name for name, shape in shapes.items() if shape[0] == "n_positions"]
+    theirs |= {name: with_rows(theirs[name], length) for name in of_positions}
     model = family.model_config(config, length)
     ours = family.ours(theirs, model)
-    positions = "embedding.position_embeddings.weight"
-    if positions in ours:
-        ours[positions] = with_rows(ours[positions], model.max_position_embeddings)
     exits = ExitConfig()
     if raw.get("early_exits"):
         exits, of_exits = read_exits(path, raw["early_exits"], theirs, ours, model, family)
@@ -90,7 +95,8 @@ def read_hugging_face(path: Path, max_position_embeddings: int | None = None) ->
         ours = {name: tensor.to(torch.float32) for name, tensor in ours.items()}
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         notes.append(f"the weights have several types ({names}), and become fp32 without --dtype")
-    return Source(model, exits, ours, config, notes)
+    plain = {name: theirs[name] for name in shapes}
+    return Source(model, exits, ours, config, plain, notes, path, gguf_file)
 
 
 def from_transformers(theirs: PreTrainedModel, vocab_rows: int) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
@@ -152,9 +158,9 @@ def write_hugging_face(
     tokenizer: Path | None = None,
     vocab_size: int | None = None,
     special_ids: dict[str, int | None] | None = None,
-    dtype: torch.dtype | None = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
     exits: ExitConfig | None = None,
+    check: Callable[[Path], None] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> str:
@@ -164,6 +170,7 @@ def write_hugging_face(
     model type and special ids are kept. vocab_size: ids of the model; default: that of this config.json, else all rows.
     special_ids: eos_token_id and so on, of a model that did not come from there.
     exits: write them as well, with a class that generates with them (`remote_code/`).
+    check: raises what is wrong with the folder that it is given, before that gets its name.
     Raises ValueError if no architecture of `transformers` is like this, FileExistsError if `output` holds something."""
     if output.exists() and any(output.iterdir()) and not force:
         raise FileExistsError(f"{output} is not empty; choose another folder, or --force to replace it")
@@ -173,8 +180,6 @@ def write_hugging_face(
     family, model_type = _target_family(model, source)
     rows = vocab_size or source.get("vocab_size") or vocabulary_rows(tensors)
     tensors = pad_vocabulary(tensors, rows)
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     theirs = family.theirs(without_exits(tensors), model)
     if exits is not None:
         theirs |= exits_for_transformers(tensors, model, exits, family)
@@ -187,6 +192,8 @@ def write_hugging_face(
         for file in tokenizer_files(tokenizer) if tokenizer is not None else []:
             if file.name != "config.json":
                 shutil.copyfile(file, partial / file.name)
+        if check is not None:
+            check(partial)
     return model_type
 
 

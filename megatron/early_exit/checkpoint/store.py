@@ -122,13 +122,15 @@ def write_checkpoint(
     description: ModelDescription,
     tensors: Tensors,
     *,
+    check: Callable[[Path], None] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write iteration 0 of `save` and make it the latest. Returns its folder.
 
     Tensors that lie unchanged in another checkpoint of weights alone are not written again: their file is linked.
-    The checkpoint has a copy of the tokenizer and gets its name when it is complete.
+    The checkpoint has a copy of the tokenizer and gets its name when it is complete. check: raises what is wrong with
+    the checkpoint in the folder that it is given, before that.
     Raises FileExistsError if `save` holds a checkpoint and not `force`, OSError if there is no room."""
     check_target(save, force)
     linked = _linked(tensors, save)
@@ -138,7 +140,7 @@ def write_checkpoint(
     lock = FolderLock(save)
     try:
         folders.clean_up(save)
-        return _write(save, description, new, linked, progress)
+        return _write(save, description, new, linked, check, progress)
     finally:
         lock.release()
 
@@ -148,6 +150,7 @@ def _write(
     description: ModelDescription,
     new: Tensors,
     linked: dict[str, Origin],
+    check: Callable[[Path], None] | None,
     progress: Progress | None,
 ) -> Path:
     partial = folders.begin(save, 0)
@@ -163,6 +166,8 @@ def _write(
         torch.save({"content_metadata": dict(CONTENT_METADATA)}, partial / COMMON_FILE)
         write_description(description, partial)
         write_checksums(partial, checksums)
+        if check is not None:
+            check(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # nothing half-written is left
         raise

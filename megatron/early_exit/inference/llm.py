@@ -21,7 +21,7 @@ from megatron.early_exit.inference.linear import Int8Linear
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.inference.text import StopStrings, TextStream
-from megatron.early_exit.inference.weights import Asking, decoder_weights
+from megatron.early_exit.inference.weights import Asking, decoder_weights, num_ids_with_rows
 from megatron.early_exit.platform.device import use_cuda
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -159,8 +159,9 @@ class LLM:
             Int8Linear if quantize == "all" else None,
             _asking(calibration, shortlist, quantize, tokenizer.vocab_size),
         )
+        num_ids = num_ids_with_rows(model.chunks[0].model_output_weight, tokenizer.vocab_size, weights.tp_group)
         decoder = Decoder(
-            weights, num_slots=max_requests, num_positions=max_length, vocab_size=tokenizer.vocab_size,
+            weights, num_slots=max_requests, num_positions=max_length, vocab_size=num_ids,
             use_graphs=None if cuda_graphs else False,
         )  # fmt: skip
         engine = Engine(

@@ -110,6 +110,20 @@ class ExitWeights:
     """What is asked first; None: `output`."""
 
 
+def num_ids_with_rows(output_weight: Tensor, num_ids: int, tp_group: torch.distributed.ProcessGroup) -> int:
+    """How many of the first `num_ids` ids a model can say: those up to the last whose row is not all zeros.
+
+    A tokenizer may have tokens that the model has never had (`from-hf` pads the vocabulary with zeros for them); a row
+    of zeros gives the logit 0, which may be the largest. output_weight: this rank's [padded vocabulary / tp, h]"""
+    first = tp_group.rank() * len(output_weight)
+    count = max(min(num_ids - first, len(output_weight)), 0)
+    while count > 0 and not output_weight[count - 1].any():
+        count -= 1
+    last = torch.tensor([first + count if count else 0], device=output_weight.device)
+    torch.distributed.all_reduce(last, torch.distributed.ReduceOp.MAX, group=tp_group)
+    return int(last) or num_ids
+
+
 @dataclass(frozen=True)
 class DecoderWeights:
     """This rank's part of the model."""

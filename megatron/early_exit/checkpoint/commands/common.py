@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron.early_exit.checkpoint.tensors import Tensors
     from megatron.early_exit.config.data import TokenizerConfig
     from megatron.early_exit.config.description import ModelDescription
@@ -32,6 +30,14 @@ def add_target(parser: argparse.ArgumentParser, flag: str, with_dtype: bool = Tr
     parser.add_argument("--force", action="store_true", help="replace what is there")
     if with_dtype:
         parser.add_argument("--dtype", choices=DTYPES, help="type of the weights; default: as they are")
+
+
+def add_comparison(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--skip-comparison",
+        action="store_true",
+        help="do not compare what was written with what it was written from (weights, logits, tokenizer)",
+    )
 
 
 def add_vocabulary(parser: argparse.ArgumentParser) -> None:
@@ -54,21 +60,30 @@ def read(args: argparse.Namespace) -> tuple[ModelDescription, Tensors, Path]:
     return description, tensors, folder
 
 
-def save(args: argparse.Namespace, description: ModelDescription, tensors: Tensors) -> None:
+def save(
+    args: argparse.Namespace,
+    description: ModelDescription,
+    tensors: Tensors,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a checkpoint as the flags say. check: see `write_checkpoint`."""
     from megatron.early_exit.checkpoint.families import pad_vocabulary
     from megatron.early_exit.checkpoint.store import write_checkpoint
-    from megatron.early_exit.data.tokenizer import build_tokenizer, check_ids_fit
+    from megatron.early_exit.data.tokenizer import build_tokenizer
 
     if args.save.is_file():
         raise FileExistsError(f"{args.save} is a file; give a folder")
-    check_ids_fit(build_tokenizer(description.tokenizer).vocab_size, description.padded_vocab_size)
-    tensors = pad_vocabulary(tensors, description.padded_vocab_size)
-    dtype = dtype_of(getattr(args, "dtype", None))
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        description = replace(description, dtype=args.dtype)
+    num_ids, rows = build_tokenizer(description.tokenizer).vocab_size, description.padded_vocab_size
+    if num_ids > rows:
+        raise ValueError(
+            f"the tokenizer has {num_ids} ids, but the model's embedding has {rows} rows: it is that of another "
+            "model; take the one that the model was trained with"
+        )
+    dtype = getattr(args, "dtype", None)
+    tensors = in_dtype(pad_vocabulary(tensors, rows), dtype)
+    description = replace(description, dtype=dtype or description.dtype)
     with progress_shown("written") as progress:
-        folder = write_checkpoint(args.save, description, tensors, force=args.force, progress=progress)
+        folder = write_checkpoint(args.save, description, tensors, check=check, force=args.force, progress=progress)
     exits = description.exits
     what = f"exits at layers {listed(exits.exit_layer_nums)}" if exits.num_exits else "no exits"
     print(f"{folder}: {description.model.num_layers} layers, {what}")
@@ -101,10 +116,14 @@ def describe(
     return ModelDescription(model, exits, tokenizer, names.get(next(iter(tensors.values())).dtype, "fp32"))
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
+def in_dtype(tensors: Tensors, name: str | None) -> Tensors:
+    """All in the type that --dtype names, or as they are."""
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: None}[name]
+    if name is None:
+        return tensors
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 @contextmanager

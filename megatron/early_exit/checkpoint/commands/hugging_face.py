@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.checkpoint.commands.common import (
+    add_comparison,
     add_source,
     add_target,
     add_vocabulary,
     describe,
-    dtype_of,
+    in_dtype,
     listed,
     progress_shown,
     read,
@@ -23,6 +24,8 @@ from megatron.early_exit.checkpoint.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from megatron.early_exit.checkpoint.hugging_face import Source
+    from megatron.early_exit.checkpoint.tensors import Tensors
     from megatron.early_exit.config.description import ModelDescription
 
 
@@ -32,20 +35,32 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_target(one, "--save")
     add_vocabulary(one)
     one.add_argument("--max-position-embeddings", type=int, metavar="N", help="longest sequence; default: the model's")
+    add_comparison(one)
     one.set_defaults(run=from_hugging_face)
 
     one = commands.add_parser("to-hf", help="ours -> a model of Hugging Face transformers")
     add_source(one)
     add_target(one, "--output")
-    one.add_argument(
+    which = one.add_mutually_exclusive_group()
+    which.add_argument(
         "--with-exits",
         action="store_true",
         help="write the exits too, with a class (trust_remote_code) that uses them",
     )
+    which.add_argument(
+        "--exit", type=int, metavar="N", help="write the exit at layer N as a plain model of its own, of fewer layers"
+    )
+    one.add_argument(
+        "--unit-norm",
+        action="store_true",
+        help="with --exit, for exits without a norm: a final norm of ones, which keeps the order of tokens alone",
+    )
+    add_comparison(one)
     one.set_defaults(run=to_hugging_face)
 
 
 def from_hugging_face(args: argparse.Namespace) -> None:
+    from megatron.early_exit.checkpoint.families import pad_vocabulary
     from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
     from megatron.early_exit.checkpoint.store import check_target
     from megatron.early_exit.config.data import TokenizerConfig
@@ -55,39 +70,127 @@ def from_hugging_face(args: argparse.Namespace) -> None:
     show_notes(source.notes)
     with _tokenizer_folder(args.input, source.config) as folder:
         tokenizer = TokenizerConfig("HuggingFaceTokenizer", str(folder))
-        save(args, describe(args, source.model, source.exits, tokenizer, source.tensors), source.tensors)
+        tensors = pad_vocabulary(source.tensors, _rows_for(folder, source.config.vocab_size))
+        done: list[str] = []
+        check = None if args.skip_comparison else lambda made: done.append(_compare_import(made, source, folder))
+        save(args, describe(args, source.model, source.exits, tokenizer, tensors), tensors, check)
+    print(*done or ["not compared with its source (--skip-comparison)"])
+
+
+def _rows_for(tokenizer: Path, rows: int) -> int:
+    """Rows of the embedding for a model of `rows` ids: more, if its tokenizer has got further tokens.
+
+    Raises ValueError if other tokens than added ones have no row: it is another model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    library = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    without_row = {token: index for token, index in library.get_vocab().items() if index >= rows}
+    if not without_row:
+        return rows
+    num_ids = max(without_row.values()) + 1
+    if without_row.keys() - library.get_added_vocab().keys():
+        raise ValueError(
+            f"the tokenizer has {num_ids} ids, but the model's embedding has {rows} rows: it is that of another "
+            "model; put the model's own into the folder"
+        )
+    names = sorted(without_row, key=without_row.__getitem__)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    show_notes([
+        f"the tokenizer has {len(names)} added tokens that the model has no row for ({', '.join(names[:5])}{more}): "
+        "rows of zeros are added, and the model never says them unless it is trained to"
+    ])  # fmt: skip
+    return num_ids
+
+
+def _compare_import(made: Path, source: Source, tokenizer: Path) -> str:
+    """What was compared. Raises ValueError if the checkpoint in `made` is not the model of `source`."""
+    from megatron.early_exit.checkpoint.comparison import Head, compare_logits, compare_tokenizers, compare_weights
+    from megatron.early_exit.checkpoint.families import family_of, without_exits
+    from megatron.early_exit.checkpoint.store import TOKENIZER_FOLDER, read_checkpoint
+
+    _, tensors = read_checkpoint(made)
+    compare_weights(tensors, source.tensors)
+    theirs = family_of(source.config.model_type).theirs(without_exits(tensors), source.model)
+    compare_weights(theirs, source.theirs)
+    compare_tokenizers(made / TOKENIZER_FOLDER, tokenizer)
+    gguf = None if source.gguf_file is None else (source.gguf_file, source.config)
+    head = Head(source.tensors, source.model)
+    return "compared: weights; " + compare_logits(head, source.folder, vocab_size=source.config.vocab_size, gguf=gguf)
 
 
 def to_hugging_face(args: argparse.Namespace) -> None:
+    from megatron.early_exit.checkpoint.fixed_depth import model_of_exit
     from megatron.early_exit.checkpoint.hugging_face import write_hugging_face
     from megatron.early_exit.checkpoint.store import TOKENIZER_FOLDER
 
+    if args.unit_norm and args.exit is None:
+        raise ValueError("--unit-norm is for --exit")
     description, tensors, folder = read(args)
     tokenizer = folder / TOKENIZER_FOLDER
+    tensors = in_dtype(tensors, args.dtype)
+    model, written = description.model, tensors
+    if args.exit is not None:
+        model, written = model_of_exit(tensors, model, description.exits, args.exit, unit_norm=args.unit_norm)
+    done: list[str] = []
+    check = lambda made: done.append(_compare_export(made, args, description, tensors, written, tokenizer))
     with progress_shown("written") as progress:
         model_type = write_hugging_face(
             args.output,
-            description.model,
-            tensors,
+            model,
+            written,
             exits=description.exits if args.with_exits else None,
             tokenizer=tokenizer if tokenizer.is_dir() else None,
-            **_ids_of(tokenizer, description),
-            dtype=dtype_of(args.dtype),
+            **_ids_of(tokenizer, description, tensors),
+            check=None if args.skip_comparison else check,
             force=args.force,
             progress=progress,
         )
     exits = ""
-    if description.exits.num_exits:
+    if args.exit is not None:
+        exits = f": the exit at layer {args.exit}, {model.num_layers} layers"
+    elif description.exits.num_exits:
         exits = f", {'with' if args.with_exits else 'without'} its exits ({listed(description.exits.exit_layer_nums)})"
     print(f"{args.output}: a {model_type} of transformers{exits}")
+    print(*done or ["not compared with its source (--skip-comparison)"])
 
 
-def _ids_of(tokenizer: Path, description: ModelDescription) -> dict[str, Any]:
-    """What `write_hugging_face` must be told of the ids of a model that did not come from transformers."""
+def _compare_export(
+    made: Path,
+    args: argparse.Namespace,
+    description: ModelDescription,
+    tensors: Tensors,
+    written: Tensors,
+    tokenizer: Path,
+) -> str:
+    """What was compared. Raises ValueError if the model in `made` is not the one of `tensors`, or its exit."""
+    from megatron.early_exit.checkpoint.comparison import Head, compare_logits, compare_tokenizers, compare_weights
+    from megatron.early_exit.checkpoint.families import pad_vocabulary, without_exits
+    from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
+
+    again = read_hugging_face(made)
+    rows = again.config.vocab_size
+    compare_weights(again.tensors, pad_vocabulary(written if args.with_exits else without_exits(written), rows))
+    if any(tokenizer.glob("tokenizer*.json")):
+        compare_tokenizers(made, tokenizer)
+    # A temperature is divided out of a weight, which rounds.
+    is_rounded = args.exit is not None and description.exits.exit_layer_temperature and args.dtype != "fp32"
+    head = Head(tensors, description.model, description.exits, args.exit)
+    return "compared: weights; " + compare_logits(
+        head, made, vocab_size=rows, tolerance=2e-2 if is_rounded else 1e-3, choices_only=args.unit_norm
+    )
+
+
+def _ids_of(tokenizer: Path, description: ModelDescription, tensors: Tensors) -> dict[str, Any]:
+    """What `write_hugging_face` must be told of the ids of a model that did not come from transformers, or whose
+    tokenizer has got further tokens since, with which it was trained."""
+    from megatron.early_exit.checkpoint.families import model_output_weight
+    from megatron.early_exit.checkpoint.weight_files import read_json
     from megatron.early_exit.data.tokenizer import load_tokenizer
 
     if (tokenizer / "config.json").is_file():
-        return {}  # it says
+        rows, num_ids = read_json(tokenizer / "config.json").get("vocab_size"), load_tokenizer(tokenizer).vocab_size
+        has_more = rows is not None and num_ids > rows and bool(model_output_weight(tensors).read()[rows:num_ids].any())
+        return {"vocab_size": num_ids} if has_more else {}
     if not tokenizer.is_dir():
         return {"vocab_size": description.padded_vocab_size}
     own = load_tokenizer(tokenizer)
