@@ -3,7 +3,6 @@ not, soon and before anything is built."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 import time
@@ -67,9 +66,7 @@ def refusal(words: list[str], world_size: int = 1) -> str | None:
         config = parse_run_config(words, world_size=world_size, warn=lambda message: None)
         check_outputs(config)
         describe(config, world_size)
-        training, model = config.training, config.model
-        rows = model.padded_to(config.data.vocab_size, config.parallel.tensor_model_parallel_size)
-        config = dataclasses.replace(config, model=dataclasses.replace(model, padded_vocab_size=rows))
+        training, config = config.training, config.resolved(config.data.vocab_size)
         batch = training.global_batch_size or training.micro_batch_size
         drawn = (training.train_iters or 0) * batch + (training.train_samples or 0)
         memory.check_memory(config, world_size, (drawn, training.eval_iters * batch, training.eval_iters * batch))

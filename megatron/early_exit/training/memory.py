@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.run import ResolvedConfig
 from megatron.early_exit.model import sizes
 from megatron.early_exit.platform.device import device_memory_bytes, machine_memory_bytes, use_cuda
 from megatron.early_exit.training.dry_run import StageEstimate, stages
@@ -18,10 +18,10 @@ from megatron.early_exit.training.dry_run import StageEstimate, stages
 _INDEX_BYTES_PER_SAMPLE = 12
 
 
-def check_memory(config: RunConfig, world_size: int, num_samples: Sequence[int]) -> None:
+def check_memory(config: ResolvedConfig, world_size: int, num_samples: Sequence[int]) -> None:
     """Raise ValueError if this machine cannot hold its part of the run, or the index of the samples.
 
-    config: with the number of rows of the embedding. num_samples: to draw from each dataset."""
+    num_samples: to draw from each dataset."""
     needed = [_certain_bytes(config, stage) for stage in stages(config, world_size)]
     largest = max(range(len(needed)), key=needed.__getitem__)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -49,17 +49,17 @@ def check_memory(config: RunConfig, world_size: int, num_samples: Sequence[int])
         )
 
 
-def _certain_bytes(config: RunConfig, stage: StageEstimate) -> int:
+def _certain_bytes(config: ResolvedConfig, stage: StageEstimate) -> int:
     return stage.weight_bytes + stage.gradient_bytes + stage.optimizer_bytes + _input_bytes(config, stage)
 
 
-def _input_bytes(config: RunConfig, stage: StageEstimate) -> int:
+def _input_bytes(config: ResolvedConfig, stage: StageEstimate) -> int:
     """Inputs of the layers that are kept for the backward; one where nothing is."""
     keeps_all = not config.training.tune_exit and config.parallel.recompute_granularity != "full"
     return sizes.sharded_hidden_states_bytes(config) * (len(stage.layers) if keeps_all else 1)
 
 
-def _parts(config: RunConfig, stage: StageEstimate) -> str:
+def _parts(config: ResolvedConfig, stage: StageEstimate) -> str:
     parts = {
         "weights": stage.weight_bytes, "gradients": stage.gradient_bytes, "optimizer": stage.optimizer_bytes,
         "inputs of layers": _input_bytes(config, stage),
