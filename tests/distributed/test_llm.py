@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
+import torch
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.llm import LLM, Answer
 from megatron.early_exit.inference.params import GenerationParams
-from megatron.early_exit.inference.sampling import SamplingSettings
+from megatron.early_exit.inference.sampling import Sampler, SamplingSettings
+from megatron.early_exit.inference.text import StopStrings
+from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import check_invariants, decoding_config, make_engine
 from tests.distributed.parallel_model import layout
+from tests.distributed.test_added_exits import save
 from tests.distributed.workers import run_distributed
 
 SAMPLED = GenerationParams(max_tokens=20, sampling=SamplingSettings(temperature=1.0, seed=3))
@@ -105,6 +112,117 @@ def test_what_cannot_be_answered_harms_no_other() -> None:
     assert [one.finish_reason for one in (empty, long, unknown)] == ["error"] * 3
     assert "empty" in empty.error and "41 tokens" in long.error and "[95]" in unknown.error
     assert all(one.result is None for one in (empty, long, unknown))
+
+
+def test_prompts_of_other_types() -> None:
+    ids = Characters().tokenize("hello")
+    prompts = [np.array(ids), torch.tensor(ids), tuple(np.int64(token) for token in ids), b"hello", {"a": 1}, [1, "a"]]
+    *good, from_bytes, mapping, mixed = on_one(generate, prompts=prompts, params=SAMPLED)
+    (expected,) = on_one(generate, prompts="hello", params=SAMPLED)
+    assert [one.text for one in good] == [expected.text] * 3
+    assert [one.prompt_ids for one in good] == [ids] * 3
+    assert "type bytes" in from_bytes.error and "type dict" in mapping.error and "prompt is 'a'" in mixed.error
+
+
+def test_numbers_at_their_limits_end_no_other_request() -> None:
+    """Quotients that overflow are no numbers."""
+    tiny = [
+        SamplingSettings(temperature=1e-38), SamplingSettings(temperature=5e-324), SamplingSettings(temperature=1e-5),
+        SamplingSettings(temperature=1e-38, top_k=5), SamplingSettings(temperature=1e-38, top_p=0.5),
+        SamplingSettings(repetition_penalty=1e-38), SamplingSettings(temperature=1.0, repetition_penalty=1e-38),
+        SamplingSettings(temperature=0.1, repetition_penalty=1e38), SamplingSettings(temperature=1e38),
+    ]  # fmt: skip
+    modes = ("full", "self_speculative")
+    params = [GenerationParams(max_tokens=6, mode=mode, sampling=settings) for settings in tiny for mode in modes]
+    answers = on_one(generate, prompts=["hello"] * len(params), params=params, num_slots=len(params))
+    (greedy,) = on_one(generate, prompts="hello", params=GenerationParams(max_tokens=6))
+    assert [one.finish_reason for one in answers] == ["max_tokens"] * len(params)
+    assert [one.text for one in answers[:10]] == [greedy.text] * 10
+
+
+def fails_by_itself(cfg: RunConfig, mode: str) -> None:
+    with layout(cfg):
+        llm = make_llm(cfg)
+        params = replace(SAMPLED, mode=mode, max_tokens=6)
+        bad = replace(params, sampling=replace(SAMPLED.sampling, seed=666))
+        expected = [one.text for one in llm.generate(["hello", "world"], params)]
+        draw = Sampler.draw
+
+        def fail(sampler: Sampler, probabilities: torch.Tensor) -> int:
+            if sampler.settings.seed == 666 and fail.calls_left == 0:
+                raise MemoryError("no room")
+            fail.calls_left -= sampler.settings.seed == 666
+            return draw(sampler, probabilities)
+
+        fail.calls_left = 2
+        with mock.patch.object(Sampler, "draw", fail):
+            first, broken, last = llm.generate(["hello", "other", "world"], [params, bad, params])
+        assert [first.text, last.text] == expected
+        assert (broken.finish_reason, len(broken.tokens) <= 2) == ("error", True)
+        assert "MemoryError: no room" in broken.error
+        check_invariants(llm.engine)
+        assert [one.text for one in llm.generate(["hello", "world"], params)] == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_error_while_a_token_is_drawn_ends_that_request_alone(mode: str) -> None:
+    on_one(fails_by_itself, mode=mode)
+
+
+def text_fails_by_itself(cfg: RunConfig) -> None:
+    with layout(cfg):
+        llm = make_llm(cfg)
+        expected = [one.text for one in llm.generate(["hello", "world"], SAMPLED)]
+        add = StopStrings.add
+
+        def fail(stops: StopStrings, piece: str) -> str:
+            if stops._stops == ("bad",):
+                raise RuntimeError("no text")
+            return add(stops, piece)
+
+        with mock.patch.object(StopStrings, "add", fail):
+            settings = [SAMPLED, replace(SAMPLED, stop="bad"), SAMPLED]
+            first, broken, last = llm.generate(["hello", "other", "world"], settings)
+        assert [first.text, last.text] == expected
+        assert (broken.finish_reason, broken.error) == ("error", "its text could not be made (RuntimeError: no text)")
+        while llm.engine.has_work:
+            llm.engine.step()
+        assert not llm._owned and not llm._unclaimed
+        check_invariants(llm.engine)
+        with mock.patch.object(Characters, "encode_prompt", side_effect=TypeError("TextEncodeInput must be ...")):
+            (refused,) = llm.generate("hello", SAMPLED)
+        assert (refused.finish_reason, refused.error) == ("error", "TypeError: TextEncodeInput must be ...")
+
+
+def test_an_error_of_the_tokenizer_ends_that_request_alone() -> None:
+    on_one(text_fails_by_itself)
+
+
+def load_two(folder: Path) -> list[list[int]]:
+    """The answers of two models that are loaded side by side, and of a third in place of the first."""
+    from megatron.core import parallel_state
+
+    from megatron.early_exit.config.parallel import ParallelConfig
+    from megatron.early_exit.platform.distributed import initialize_model_parallel
+
+    params = GenerationParams(max_tokens=5)
+    one, two = LLM.load(folder), LLM.load(str(folder))
+    answers = [model.generate([5, 6], params)[0].result.token_ids for model in (one, two, one)]
+    with pytest.raises(ValueError, match="has a model with tensor parallel size 1, 1 pipeline stages.*cannot join"):
+        initialize_model_parallel(ParallelConfig(tensor_model_parallel_size=2), num_layers=4, seed=1)
+    with pytest.raises(ValueError, match="tensor parallel size is 2 but 1 process was started"):
+        LLM.load(folder, tensor_parallel_size=2)
+    assert parallel_state.get_tensor_model_parallel_world_size() == 1
+    one = LLM.load(folder)
+    return [*answers, one.generate([5, 6], params)[0].result.token_ids]
+
+
+def test_several_models_in_one_process(tmp_path: Path) -> None:
+    cfg = decoding_config()
+    cfg = replace(cfg, data=replace(cfg.data, vocab_size=VOCAB_SIZE - 1))
+    run_distributed(1, save, cfg=cfg, folder=tmp_path)
+    (answers,) = run_distributed(1, load_two, folder=tmp_path)
+    assert len(answers[0]) == 5 and answers == [answers[0]] * 4
 
 
 def test_a_full_queue_refuses() -> None:

@@ -70,7 +70,7 @@ def generate_tool(words: list[str], typed: str) -> tuple[int, str]:
     # The worker's process groups serve the next case.
     with (
         mock.patch.object(command_line, "_leave"),
-        mock.patch.object(sys, "stdin", io.StringIO(typed)),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode(errors="surrogateescape")))),
         contextlib.redirect_stdout(io.StringIO()) as output,
     ):
         status = command_line.main(words)

@@ -11,11 +11,15 @@ import pytest
 
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.data.tokenizer import build_tokenizer
-from megatron.early_exit.inference import report
+from megatron.early_exit.evaluation import evaluate_command
+from megatron.early_exit.inference import calibrate_command, report
 from megatron.early_exit.inference.command_line import _lines, _typed_lines, main
+from megatron.early_exit.inference.kv_cache import check_cache_fits
 from megatron.early_exit.inference.llm import Answer
 from megatron.early_exit.inference.results import GeneratedToken, HeadReading, PromptToken, RequestResult, Statistics
 from megatron.early_exit.inference.text import StopStrings, TextStream, pieces
+from megatron.early_exit.platform.world import check_world_size
+from tests.configs import make_config
 
 BYTES = build_tokenizer(DataConfig(tokenizer_type="ByteLevelTokenizer"))
 
@@ -118,7 +122,7 @@ def test_json_survives_a_round_trip():
         (["--mode", "full", "--use-early-exit"], "--use-early-exit contradicts --mode full"),
         (["--use-early-exit", "--early-exit-thres", "1.5"], "threshold is 1.5"),
         (["--mode", "self_speculative", "--draft-length", "0"], "draft_length is 0"),
-        (["--tensor-model-parallel-size", "2"], "is 2 but 1 processes were started"),
+        (["--tensor-model-parallel-size", "2"], "size is 2 but 1 process was started"),
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read: No such file or directory"),
         (["--prompt-file", "."], "--prompt-file . cannot be read: Is a directory"),
         (["--chat"], "--chat reads from standard input"),
@@ -130,11 +134,73 @@ def test_json_survives_a_round_trip():
         (["--repetition-penalty", "0"], "repetition_penalty is 0"),
         (["--tokens-to-generate", "0"], "max_tokens is 0"),
         (["--max-requests", "0"], "max_requests is 0"),
+        (["--max-length", "0"], "max_length is 0"),
+        (["--tensor-model-parallel-size", "0"], "size is 0; it must be at least 1"),
+        (["--chat", "--no-special-tokens"], "--no-special-tokens has no effect with --chat"),
     ],
 )
 def test_flags_are_checked_before_loading(flags, message, capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert main(["--load", "nowhere", "--prompt", "x", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["generate", "calibrate", "evaluate"])
+def test_programs_do_not_wait_for_the_ranks_of_another_job(program, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    programs = {
+        "generate": (main, ["--prompt", "x"]),
+        "calibrate": (calibrate_command.main, ["--data-path", "x"]),
+        "evaluate": (evaluate_command.main, ["--data-path", "x"]),
+    }
+    run, words = programs[program]
+    assert run(["--load", "nowhere", *words]) == 2
+    error = capsys.readouterr().err
+    assert "size is 1 but 2 processes were started (WORLD_SIZE)" in error
+    assert "env -u RANK -u WORLD_SIZE" in error
+
+
+def test_the_number_of_processes():
+    check_world_size(2, world_size=2)
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 4"):
+        check_world_size(4, world_size=1)
+
+
+def test_caches_that_no_memory_holds_are_refused_with_what_fits(monkeypatch):
+    cfg = make_config(max_position_embeddings=64).describe(vocab_size=93)
+    heads, size, layers = cfg.model.num_kv_heads, cfg.model.head_size, cfg.model.num_layers
+    per_token = layers * 2 * heads * size * 4
+    monkeypatch.setattr("megatron.early_exit.inference.kv_cache.free_memory_bytes", lambda: 100 * per_token)
+    check_cache_fits(cfg, 10, 10, 1, 4)
+    check_cache_fits(cfg, 1, None, 1, 4)
+    check_cache_fits(cfg, 20, 10, 2, 4)  # a rank has half of the heads
+    with pytest.raises(ValueError, match="max_requests 11 and max_length 10.*at most 11 requests of 9.* or 10 of 10"):
+        check_cache_fits(cfg, 11, 10, 1, 4)
+    with pytest.raises(ValueError, match="at most 1 of 64 fit"):
+        check_cache_fits(cfg, 1000, None, 1, 4)
+    with pytest.raises(ValueError, match="at most 100 tokens fit"):
+        check_cache_fits(cfg, 101, 101, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["config.json", "model.safetensors"], "from-hf --input"),
+        (["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"], "from-hf --input"),
+        (["model.gguf"], "from-hf --input"),
+        (["latest_checkpointed_iteration.txt", "iter_0000002/mp_rank_00/model_optim_rng.pt"], "from-legacy --input"),
+        (["mp_rank_00_001/model_optim_rng.pt"], "from-legacy --input"),
+        (["run_config.yaml"], "give the folder above it"),
+        (["config.json"], "no finished checkpoint in it"),
+    ],
+)
+def test_models_of_another_format_are_named(files, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in files:
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text("")
+    assert main(["--load", str(tmp_path / "model"), "--prompt", "x"]) == 2
     assert message in capsys.readouterr().err
 
 

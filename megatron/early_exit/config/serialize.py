@@ -25,16 +25,11 @@ import yaml
 from megatron.early_exit.config.data import DataConfig, TokenizerConfig
 from megatron.early_exit.config.description import EXIT_STRUCTURE_FIELDS, FREE_MODEL_FIELDS, ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.formats import DESCRIPTION_FILE, RUN_CONFIG_FILE, other_content
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.optimization import Dtype
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.validate import LATEST_FILE, ConfigError
-
-DESCRIPTION_FILE = "model.yaml"
-"""Model, exits and precision of a checkpoint."""
-
-RUN_CONFIG_FILE = "run_config.yaml"
-"""All settings of the run that wrote a checkpoint; a converted one has none. Earlier versions wrote it alone."""
 
 TOKENIZER_FOLDER = "tokenizer"
 """The tokenizer of a checkpoint, which so needs no other files, with the settings that it is read with."""
@@ -291,6 +286,8 @@ def checkpoint_iteration(load: str | Path, load_iteration: int | None = None) ->
     Raises ConfigError that names the missing or unreadable path."""
     if not Path(load).is_dir():
         raise ConfigError([f"--load {load}: no such folder"])
+    if other := other_content(load):
+        raise ConfigError([f"--load {load} holds {other}"])
     if load_iteration:
         folder = iteration_folder(load, load_iteration)
         if not folder.is_dir():
@@ -379,7 +376,9 @@ def saved_tokenizer(folder: str | Path) -> TokenizerConfig:
     folder = Path(folder)
     path = folder / TOKENIZER_SETTINGS_FILE
     if not path.is_file():
-        raise ConfigError([f"no tokenizer was saved in {folder}: {path.name} is missing; give --tokenizer-model"])
+        raise ConfigError(
+            [f"no tokenizer was saved in {folder}: {path.name} is missing; copy it from a checkpoint of the same run"]
+        )
     settings = json.loads(path.read_text(encoding="utf-8"))
     model = None
     if settings["has_model"]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.config.data import TOKENIZERS_WITHOUT_MODEL, DataConfig, parse_blend, split_shares
+from megatron.early_exit.config.formats import other_content
 from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED
 from megatron.early_exit.config.run import RunConfig
 
@@ -685,6 +686,8 @@ def _missing_checkpoint(load: str, load_iteration: int | None) -> str | None:
     if not os.path.isdir(load):
         is_file = os.path.exists(load)
         return "this is a file; give the folder that holds the checkpoints" if is_file else "no such folder"
+    if other := other_content(load):
+        return f"it holds {other}"
     wanted = Path(load) / (f"iter_{load_iteration:07d}" if load_iteration else LATEST_FILE)
     return None if os.path.exists(wanted) else f"no checkpoint in it ({wanted.name} is missing)"
 

@@ -52,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """Print and return what the exits of one checkpoint do. Raises ValueError or OSError."""
-    from megatron.core import parallel_state
-
     from megatron.early_exit.data.text_samples import sample_sequences
     from megatron.early_exit.evaluation.exit_quality import decoding_quality, exit_quality
     from megatron.early_exit.inference.llm import LLM
@@ -62,7 +60,6 @@ def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
 
     if args.tokens < 2 or args.prompts < 1 or args.answer_tokens < 2:
         raise ValueError("--tokens and --answer-tokens must be at least 2, --prompts at least 1")
-    parallel_state.destroy_model_parallel()  # of the checkpoint before
     llm = LLM.load(path, max_requests=1, dtype=args.dtype)
     decoder = llm.engine.decoder
     length = args.sequence_length or min(256, decoder.num_positions)

@@ -47,16 +47,21 @@ class ExitCalibration:
 
     @classmethod
     def load(cls, folder: Path) -> ExitCalibration | None:
-        """What `save` wrote, or None if there is none."""
+        """What `save` wrote, or None if there is none. Raises ValueError if it cannot be read."""
         path = folder / CALIBRATION_FILE
         if not path.exists():
             return None
-        with np.load(path) as arrays:
-            about = json.loads(str(arrays["about"]))
-            return cls(
-                arrays["shortlist"], about["coverage"], tuple(about["exit_layers"]), arrays["confidences"],
-                arrays["agrees"],
-            )  # fmt: skip
+        try:
+            with np.load(path) as arrays:
+                about = json.loads(str(arrays["about"]))
+                return cls(
+                    arrays["shortlist"], about["coverage"], tuple(about["exit_layers"]), arrays["confidences"],
+                    arrays["agrees"],
+                )  # fmt: skip
+        except Exception as error:  # of the archive, of an array in it, of what should be in it
+            raise ValueError(
+                f"{path} cannot be read ({type(error).__name__}: {error}); remove it, or calibrate the exits again"
+            ) from error
 
     def table(self, thresholds: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)) -> list[tuple[str, ...]]:
         """For every exit how often it agrees with the final head, and for each threshold how often it would be taken

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from megatron.early_exit.data.text_files import read_text_lines, split_lines
 from megatron.early_exit.platform.command_line import add_verbose_flag
+from megatron.early_exit.platform.failures import os_error_in_words
+from megatron.early_exit.platform.world import check_world_size
 
 # What needs core is imported in the functions: --help and wrong flags should not wait for it.
 if TYPE_CHECKING:
@@ -104,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         params, llm = _prepare(args)
     except (ValueError, OSError) as error:
         if is_speaker:
-            print(f"generate.py: {error}", file=sys.stderr, flush=True)
+            text = os_error_in_words(error) if isinstance(error, OSError) else error
+            print(f"generate.py: {text}", file=sys.stderr, flush=True)
         _leave()
         return 2
     try:
@@ -114,9 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             all_answered = _show_live(args, prompts[0], prompts[0], params, llm, is_speaker) is not None
         else:
             all_answered = _answer_all(args, prompts, params, llm, is_speaker)
-    except KeyboardInterrupt:
-        all_answered = False
-    _leave()
+    finally:  # also when interrupted, or when nobody reads the output any more (see `run_program`)
+        _leave()
     return 0 if all_answered else 1
 
 
@@ -169,12 +171,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
 
 def _checked_mode(args: argparse.Namespace) -> str:
     problems = []
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != args.tensor_model_parallel_size:
-        problems.append(
-            f"--tensor-model-parallel-size is {args.tensor_model_parallel_size} but {world_size} processes "
-            f"were started; use torchrun --nproc-per-node {args.tensor_model_parallel_size}"
-        )
+    check_world_size(args.tensor_model_parallel_size)
     mode = args.mode or ("early_exit" if args.use_early_exit else "full")
     if args.use_early_exit and mode != "early_exit":
         problems.append(f"--use-early-exit contradicts --mode {mode}")
@@ -265,7 +262,7 @@ def _lines_of_standard_input() -> Iterator[str]:
                 yield input("prompt> ")
         for line in split_lines(sys.stdin.buffer, "standard input"):
             yield "" if line.is_blank else line.content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         return
 
 

@@ -39,10 +39,10 @@ class Decoder:
         Raises ValueError if the model does not take sequences of `num_positions`."""
         model, self.weights = weights.config, weights
         self.num_layers, self.exits = len(weights.layers), weights.exits
-        self.num_positions = num_positions or weights.max_positions
+        self.num_positions = weights.max_positions if num_positions is None else num_positions
         if not 1 <= self.num_positions <= weights.max_positions:
             raise ValueError(f"the model takes sequences of 1 to {weights.max_positions} tokens, not {num_positions}")
-        self.vocab_size = vocab_size or weights.embedding.size(0) * weights.tp_size
+        self.vocab_size = vocab_size if vocab_size is not None else weights.embedding.size(0) * weights.tp_size
         self._head_size = model.head_size
         self._num_heads = model.num_attention_heads // weights.tp_size
         self._num_kv_heads = model.num_kv_heads // weights.tp_size

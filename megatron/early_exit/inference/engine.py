@@ -14,6 +14,7 @@ The engine knows token ids, not text, and one thread. All tensor-parallel ranks 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -40,6 +41,8 @@ from megatron.early_exit.inference.running import RunningRequest
 from megatron.early_exit.inference.sampling import Sampler
 from megatron.early_exit.inference.speculation import Draft, DraftLength, verify
 from megatron.early_exit.inference.walk import Feed, Walk
+
+log = logging.getLogger(__name__)
 
 _NOT_FINITE = "the model's logits are not finite: its weights hold NaN or infinite values, or overflow"
 
@@ -279,7 +282,7 @@ class Engine:
         if feeds:
             self._walk.run(feeds)
             for feed, event in zip(feeds, events, strict=True):
-                self._consume(feed, event)
+                self._consume_or_end(feed, event)
         results = {event.request_id: event.result for event in self._take_ended()}
         for event in events:
             event.result = results.pop(event.request_id, None)
@@ -330,6 +333,16 @@ class Engine:
         return Feed(request, [token], wanted_from=len(request.tokens) - 1)
 
     # What the heads said becomes tokens.
+
+    def _consume_or_end(self, feed: Feed, event: Event) -> None:
+        """What goes wrong while one request's tokens are chosen ends that request, and no other."""
+        try:
+            self._consume(feed, event)
+        except Exception as error:
+            log.info("request %d failed", feed.request.request_id, exc_info=True)
+            if feed.request in self._running:
+                message = f"its tokens could not be chosen ({type(error).__name__}: {error})"
+                self._end(feed.request, "error", message)
 
     def _consume(self, feed: Feed, event: Event) -> None:
         request = feed.request

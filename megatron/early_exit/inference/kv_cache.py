@@ -5,6 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron.early_exit.config.description import ModelDescription
+from megatron.early_exit.platform.device import free_memory_bytes
+
+
+def check_cache_fits(
+    description: ModelDescription, num_slots: int, num_positions: int | None, tp_size: int, bytes_per_element: int
+) -> None:
+    """Raise ValueError with the largest sizes that fit, if the keys and values of `num_slots` sequences of
+    `num_positions` tokens (None: as many as the model takes) take more than this rank's free memory."""
+    model, exits = description.model, description.exits
+    num_positions = description.max_position_embeddings if num_positions is None else num_positions
+    num_layers = model.num_layers + (len(exits.exit_layer_nums) if exits.use_exit_block else 0)
+    num_kv_heads = max(model.num_kv_heads // tp_size, 1)
+    bytes_per_token = num_layers * 2 * num_kv_heads * model.head_size * bytes_per_element
+    needed, free = num_slots * num_positions * bytes_per_token, free_memory_bytes()
+    if needed <= free:
+        return
+    num_tokens = free // bytes_per_token
+    fits = [f"{num_slots} requests of {num_tokens // num_slots} tokens"] if num_tokens >= num_slots else []
+    fits += [f"{num_tokens // num_positions} of {num_positions}"] if num_tokens >= num_positions else []
+    raise ValueError(
+        f"max_requests {num_slots} and max_length {num_positions} need {needed / 2**30:,.1f} GiB for keys and values, "
+        f"but {free / 2**30:,.1f} GiB of memory are free; "
+        + (f"at most {' or '.join(fits)} fit" if fits else f"at most {num_tokens} tokens fit")
+    )
+
 
 class KVCache:
     """[layers, slots, positions, 2, kv heads / tp, d]: keys (rotated) at index 0 of the fourth dimension, values at 1.

@@ -7,22 +7,30 @@ for answer in llm.generate(["import os", "def main"], GenerationParams(mode="ear
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from megatron.early_exit.checkpoint.folders import checkpoint_folder
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.serialize import read_description
 from megatron.early_exit.data.tokenizer import Tokenizer
+from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.decoder import Decoder
-from megatron.early_exit.inference.engine import Engine, Event
+from megatron.early_exit.inference.engine import Engine, Event, QueueFull
+from megatron.early_exit.inference.kv_cache import check_cache_fits
 from megatron.early_exit.inference.linear import Int8Linear
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.inference.text import StopStrings, TextStream
 from megatron.early_exit.inference.weights import Asking, decoder_weights, num_ids_with_rows
 from megatron.early_exit.platform.device import use_cuda
+from megatron.early_exit.platform.world import check_world_size
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -138,24 +146,39 @@ class LLM:
         half of the vocabulary. cuda_graphs: start the kernels of several layers at once where that can be done (one
         GPU).
 
-        Raises FileNotFoundError if there is no checkpoint, ValueError for settings that cannot work."""
-        from megatron.early_exit.training.checkpointing import find_checkpoint, load_model_for_inference
+        Several models may be loaded in one process, all onto as many ranks.
 
+        Raises ValueError or FileNotFoundError if there is no checkpoint, ValueError for settings that cannot work,
+        among them sizes that no memory holds."""
+        from megatron.early_exit.training.checkpointing import load_model_for_inference
+
+        path, tensor_parallel_size = str(path), checked.integer("tensor_parallel_size", tensor_parallel_size)
+        check_world_size(
+            tensor_parallel_size, torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
+        )
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+        max_requests = checked.integer("max_requests", max_requests)
         if max_requests < 1:
             raise ValueError(f"max_requests is {max_requests}; it must be at least 1")
+        if max_length is not None:
+            max_length = checked.integer("max_length", max_length)
+            if max_length < 1:
+                raise ValueError(f"max_length is {max_length}; it must be at least 1")
         if quantize not in (None, "exits", "all"):
             raise ValueError(f"quantize is {quantize!r}; choose 'exits' or 'all', or leave it out")
         if quantize is not None and use_cuda():
             raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
-        folder = find_checkpoint(path, iteration)
-        calibration = None if folder is None else ExitCalibration.load(folder)
+        folder = checkpoint_folder(path, iteration)
+        saved = read_description(folder)
+        computes_in = DTYPES[dtype or ("bf16" if saved.dtype == "bf16" else "fp32")]
+        check_cache_fits(saved, max_requests, max_length, tensor_parallel_size, computes_in.itemsize)
+        calibration = ExitCalibration.load(folder)
         description, model, tokenizer = load_model_for_inference(path, iteration, tensor_parallel_size)
         weights = decoder_weights(
             model.chunks[0],
             description.model,
-            DTYPES[dtype or ("bf16" if description.dtype == "bf16" else "fp32")],
+            computes_in,
             Int8Linear if quantize == "all" else None,
             _asking(calibration, shortlist, quantize, tokenizer.vocab_size),
         )
@@ -180,7 +203,7 @@ class LLM:
         Returns n answers for each prompt, in order. A prompt that cannot be answered gives an answer with `error` set;
         the others are untouched. Raises ValueError if the numbers of prompts and settings differ, or the model does not
         have the exits that the settings name."""
-        answers = {}
+        answers: dict[tuple[int, int], Answer] = {}
         for update in self.stream(prompts, params):
             answers[update.answer.prompt_index, update.answer.sample_index] = update.answer
         return [answers[key] for key in sorted(answers)]
@@ -229,6 +252,9 @@ class LLM:
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(each)} settings; give one for all, or one for each")
         for settings in each:
+            if not isinstance(settings, GenerationParams):
+                raise ValueError(f"params holds {settings!r}; it must be GenerationParams(...), or a list of them")
+        for settings in each:
             settings.exit_policy(self.exits)
             settings.drafting_exit(self.exits)
         for prompt_index, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
@@ -237,8 +263,8 @@ class LLM:
                 try:
                     answer.prompt_ids = self._ids_of(prompt, settings)
                     request_id = self.engine.add(answer.prompt_ids, settings, seed_offset=sample_index)
-                except (ValueError, RuntimeError) as error:
-                    answer.error = str(error)
+                except Exception as error:  # whatever it is, it is this prompt's
+                    answer.error = _in_words(error)
                     yield Update(answer, "", (), is_finished=True)
                 else:
                     growing[request_id] = _Growing(answer, self.tokenizer, settings)
@@ -247,11 +273,17 @@ class LLM:
     def _ids_of(self, prompt: Prompt, settings: GenerationParams) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode_prompt(prompt, settings.add_special_tokens)
-        return list(prompt)
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if not isinstance(ids, Sequence) or isinstance(ids, (bytes, bytearray)):
+            raise ValueError(f"a prompt is of the type {type(prompt).__name__}; give text or a list of ids")
+        return [checked.integer("an id of the prompt", token) for token in ids]
 
     def _update(self, event: Event, growing: dict[int, _Growing]) -> Update:
         one, result = growing[event.request_id], event.result
-        text, tokens = one.add(event.tokens, is_last=result is not None)
+        try:
+            text, tokens = one.add(event.tokens, is_last=result is not None)
+        except Exception as error:  # of the tokenizer, for instance
+            return self._end_with_error(event.request_id, growing, error)
         if one.is_stopped and result is None:
             self.engine.stop(event.request_id, len(one.answer.tokens))  # the result comes with the next step
         if one.is_stopped and result is not None:
@@ -261,6 +293,19 @@ class LLM:
             del growing[event.request_id]
             self._owned.discard(event.request_id)
         return Update(one.answer, text, tuple(tokens), is_finished=result is not None)
+
+    def _end_with_error(self, request_id: int, growing: dict[int, _Growing], error: Exception) -> Update:
+        """End one request whose text cannot be made; the others go on."""
+        log.info("request %d failed", request_id, exc_info=error)
+        answer = growing.pop(request_id).answer
+        self._owned.discard(request_id)
+        self.engine.cancel(request_id)  # its result comes with the next step, for nobody
+        answer.error = f"its text could not be made ({_in_words(error)})"
+        return Update(answer, "", (), is_finished=True)
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError | QueueFull) else f"{type(error).__name__}: {error}"
 
 
 def _asking(
@@ -275,7 +320,13 @@ def _asking(
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt (a text, or a list of ids) or several, as a list."""
-    if isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(one, int) for one in prompts)):
+    """One prompt (a text, or a list of ids) or several, as a list. Arrays of NumPy or torch are lists."""
+    if isinstance(prompts, str):
         return [prompts]
-    return list(prompts)
+    if isinstance(prompts, Mapping):
+        raise ValueError(f"prompts is a {type(prompts).__name__}; give its input_ids, or texts")
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if isinstance(prompts, bytes) or not hasattr(prompts, "__iter__"):
+        raise ValueError(f"prompts is of the type {type(prompts).__name__}; give text, a list of ids, or several")
+    prompts = list(prompts)
+    return [prompts] if prompts and all(map(checked.is_integer, prompts)) else prompts

@@ -6,11 +6,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.data.tokenizer import check_unicode
+from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.exit_policy import ExitPolicy
 from megatron.early_exit.inference.sampling import SamplingSettings
 
 Mode = Literal["full", "early_exit", "self_speculative"]
 MODES = ("full", "early_exit", "self_speculative")
+
+LONGEST_DRAFT = 1024
+"""All lengths up to `max_draft_length` are compared before every draft."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +79,13 @@ class GenerationParams:
     """Independent answers; answer i is drawn with seed + i."""
 
     def __post_init__(self) -> None:
+        self._normalise()
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
         if self.max_tokens < (0 if self.echo else 1):
             raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1 (0 with echo)")
+        if not self.exit_thresholds:
+            raise ValueError("exit_thresholds is empty; give one value for all exits, or one for each")
         for threshold in self.exit_thresholds:
             if not 0.0 <= threshold <= 1.0:  # also refuses NaN
                 raise ValueError(
@@ -88,16 +96,38 @@ class GenerationParams:
             raise ValueError(f"max_deferred is {self.max_deferred}; it must be 0 or more")
         if self.draft_length is not None and self.draft_length < 1:
             raise ValueError(f"draft_length is {self.draft_length}; it must be at least 1, or None to adapt")
-        if self.max_draft_length < 1:
-            raise ValueError(f"max_draft_length is {self.max_draft_length}; it must be at least 1")
+        if not 1 <= self.max_draft_length <= LONGEST_DRAFT:
+            raise ValueError(f"max_draft_length is {self.max_draft_length}; it must lie between 1 and {LONGEST_DRAFT}")
         if any(not text for text in self.stop):
             raise ValueError("a stop string is empty")
+        for text in self.stop:
+            check_unicode(text)
         if self.top_log_probs < 0:
             raise ValueError(f"top_log_probs is {self.top_log_probs}; it must be 0 or more")
         if self.n < 1:
             raise ValueError(f"n is {self.n}; it must be at least 1")
         if self.n > 1 and self.sampling.is_greedy:
             raise ValueError(f"n is {self.n}, but greedy answers are all equal; set a temperature")
+
+    def _normalise(self) -> None:
+        """Make every field what its annotation says. One value stands for a list of one; NumPy's and torch's numbers
+        are numbers. Raises ValueError that names the field."""
+        checks = {name: checked.integer for name in ("max_tokens", "max_deferred", "max_draft_length")}
+        checks |= {name: checked.integer for name in ("top_log_probs", "n")}
+        checks |= {name: checked.truth for name in ("plan_exits", "add_special_tokens", "ignore_eod", "echo")}
+        for name in ("draft_exit", "draft_length"):
+            if getattr(self, name) is not None:
+                checks[name] = checked.integer
+        values = {name: check(name, getattr(self, name)) for name, check in checks.items()}
+        lists = {
+            "exit_thresholds": checked.number, "exit_layers": checked.integer, "stop_tokens": checked.integer,
+            "stop": checked.text,
+        }  # fmt: skip
+        values |= {name: checked.several(name, getattr(self, name), check) for name, check in lists.items()}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if not isinstance(self.sampling, SamplingSettings):
+            raise ValueError(f"sampling is {self.sampling!r}; it must be SamplingSettings(...)")
 
     def exit_policy(self, exits: ExitConfig) -> ExitPolicy | None:
         """When to exit, or None if this request never does. Raises ValueError if the model cannot do what is asked."""

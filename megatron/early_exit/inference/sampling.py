@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron.early_exit.inference import checked
+
+# Below this temperature the most probable token is taken: nothing else has a probability to speak of.
+GREEDY_BELOW = 1e-5
+
 # Most distributions reach top-p within this many tokens; sorting the whole vocabulary costs more than a small model.
 _SORTED_FIRST = 512
 
@@ -17,7 +22,7 @@ class SamplingSettings:
     """How one request's tokens are chosen. The default is greedy."""
 
     temperature: float = 0.0
-    """Divide the logits by this; 0: take the most probable token."""
+    """Divide the logits by this; 0, and values so small that they do the same: take the most probable token."""
 
     top_k: int = 0
     """Choose among the k most probable tokens only; 0: among all."""
@@ -38,6 +43,10 @@ class SamplingSettings:
     """The same seed, prompt and settings give the same tokens."""
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "top_p_decay", "top_p_bound", "repetition_penalty"):
+            object.__setattr__(self, name, checked.number(name, getattr(self, name)))
+        for name in ("top_k", "seed"):
+            object.__setattr__(self, name, checked.integer(name, getattr(self, name)))
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
         if self.top_k < 0:
@@ -65,7 +74,7 @@ class SamplingSettings:
     @property
     def is_greedy(self) -> bool:
         """Whether the most probable token (after the penalty) is always taken."""
-        return self.temperature == 0.0 or self.top_k == 1
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
 
     @property
     def is_plain_argmax(self) -> bool:
@@ -95,7 +104,9 @@ class Sampler:
         logits = penalised(logits, history, settings.repetition_penalty)
         if settings.is_greedy:
             return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
-        return restrict(logits / settings.temperature, settings.top_k, settings.top_p_at(index)).softmax(-1)
+        # From the largest on downwards, a quotient that overflows is a probability of 0.
+        logits = (logits - logits.max()) / settings.temperature
+        return restrict(logits, settings.top_k, settings.top_p_at(index)).softmax(-1)
 
     def draw(self, probabilities: Tensor) -> int:
         """A token from [vocabulary] weights, which need not add up to 1."""
@@ -117,8 +128,9 @@ def penalised(logits: Tensor, history: Sequence[int], penalty: float) -> Tensor:
     if penalty == 1.0 or not history:
         return logits
     seen = torch.tensor(sorted(set(history)))
-    values = logits[seen]
-    return logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
+    values, largest = logits[seen], torch.finfo(logits.dtype).max
+    changed = torch.where(values > 0, values / penalty, values * penalty).clamp(-largest, largest)
+    return logits.index_copy(0, seen, torch.where(values.isinf(), values, changed))
 
 
 def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -31,6 +31,15 @@ def backend() -> str:
     return "nccl" if use_cuda() else "gloo"
 
 
+def free_memory_bytes() -> int:
+    """Memory that this process may still take: of its GPU, or of the machine."""
+    if use_cuda():
+        return torch.cuda.mem_get_info(device())[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 def peak_memory_bytes() -> int:
     """Largest memory use so far: allocated on the GPU, or resident set of the process on the CPU."""
     if use_cuda():

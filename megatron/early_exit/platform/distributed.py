@@ -45,12 +45,18 @@ def initialize_distributed(timeout_minutes: float = 10.0) -> None:
 
 
 def initialize_model_parallel(parallel: ParallelConfig, num_layers: int, seed: int) -> None:
-    """Create core's process groups for this layout and seed the generators.
+    """Create core's process groups for this layout, or use those that exist, and seed the generators.
+
+    Raises ValueError if this process has groups of another layout.
 
     The word-embedding group of core is reduced to the first stage: weights that several stages use are kept equal by
     `model/shared_weights.py`, which also covers stages in the middle (core would hang there).
     """
     num_chunks = parallel.num_model_chunks(num_layers)
+    if parallel_state.model_parallel_is_initialized():
+        _check_same_layout(parallel.tensor_model_parallel_size, parallel.num_stages, num_chunks)
+        seed_generators(seed)
+        return
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.num_stages,
@@ -62,6 +68,22 @@ def initialize_model_parallel(parallel: ParallelConfig, num_layers: int, seed: i
         create_gloo_process_groups=device_module.use_cuda(),
     )
     seed_generators(seed)
+
+
+def _check_same_layout(tp_size: int, num_stages: int, num_chunks: int) -> None:
+    """Raise ValueError unless the process groups that exist are of this layout."""
+    existing = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+    )
+    if existing != (tp_size, num_stages, num_chunks):
+        name = "tensor parallel size {}, {} pipeline stages, {} model chunks a rank".format
+        raise ValueError(
+            f"this process has a model with {name(*existing)}, and one with {name(tp_size, num_stages, num_chunks)} "
+            "cannot join it: core's process groups are shared by all models of a process. Use another process, or "
+            "call destroy_distributed() of megatron.early_exit.platform.distributed when the first model is done."
+        )
 
 
 def seed_generators(seed: int) -> None:

@@ -207,12 +207,10 @@ def load_model_for_inference(
 ) -> tuple[ModelDescription, Model, Tokenizer]:
     """The model of a checkpoint without optimizer, in evaluation mode, on one pipeline stage: re-sharded on load.
 
-    Starts the process groups if need be. Raises FileNotFoundError if there is no checkpoint."""
+    Starts the process groups if need be. Raises ConfigError or FileNotFoundError if there is no checkpoint."""
     from megatron.early_exit.platform.distributed import initialize_distributed, initialize_model_parallel
 
-    folder = find_checkpoint(load, load_iteration)
-    if folder is None:
-        raise FileNotFoundError(f"--load {load} holds no checkpoint ({LATEST_FILE} is missing).")
+    folder = checkpoint_folder(load, load_iteration)
     description = read_description(folder)
     # Whatever modules trained it: decoding has its own, and takes the weights from these.
     model = replace(description.model, transformer_impl="local")

@@ -1,0 +1,110 @@
+"""Settings and prompts as callers give them: single values, numbers of NumPy and torch, wrong types by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron.early_exit.inference.llm import _as_list
+from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.sampling import SamplingSettings
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("stop", "END", ("END",)),
+        ("stop", ["a", "b"], ("a", "b")),
+        ("stop", None, ()),
+        ("stop_tokens", 3, (3,)),
+        ("stop_tokens", {3}, (3,)),
+        ("stop_tokens", np.array([3, 4]), (3, 4)),
+        ("stop_tokens", torch.tensor([3, 4]), (3, 4)),
+        ("stop_tokens", np.int32(3), (3,)),
+        ("exit_thresholds", 0.5, (0.5,)),
+        ("exit_thresholds", 1, (1.0,)),
+        ("exit_thresholds", [0.5, np.float64(0.25)], (0.5, 0.25)),
+        ("exit_thresholds", torch.tensor(0.5), (0.5,)),
+        ("exit_layers", 2, (2,)),
+        ("exit_layers", (value for value in (2, 4)), (2, 4)),
+        ("max_tokens", np.int64(7), 7),
+        ("max_tokens", torch.tensor(7), 7),
+        ("draft_exit", np.int16(2), 2),
+        ("draft_length", None, None),
+        ("echo", np.True_, True),
+    ],
+)
+def test_values_are_what_their_fields_say(name: str, given: Any, expected: Any) -> None:
+    value = getattr(GenerationParams(**{name: given}), name)
+    assert value == expected and type(value) is type(expected)
+    assert hash(GenerationParams(**{name: value})) == hash(GenerationParams(**{name: expected}))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("stop", 3, "stop is 3; it must be text"),
+        ("stop", ["a", 3], "stop is 3; it must be text"),
+        ("stop", b"END", "stop is b'END'; it must be text"),
+        ("stop", ["a", ""], "a stop string is empty"),
+        ("stop", "\ud83d", "not valid Unicode"),
+        ("stop_tokens", "3", "stop_tokens is '3'; it must be an integer"),
+        ("stop_tokens", 3.0, "stop_tokens is 3.0; it must be an integer"),
+        ("stop_tokens", {3: 4}, "stop_tokens is {3: 4}"),
+        ("exit_thresholds", "0.5", "exit_thresholds is '0.5'; it must be a number"),
+        ("exit_thresholds", (), "exit_thresholds is empty"),
+        ("exit_layers", [1.5], "exit_layers is 1.5; it must be an integer"),
+        ("max_tokens", 1e9, "max_tokens is 1000000000.0; it must be an integer"),
+        ("max_tokens", None, "max_tokens is None; it must be an integer"),
+        ("n", True, "n is True; it must be an integer"),
+        ("echo", "no", "echo is 'no'; it must be True or False"),
+        ("draft_length", "2", "draft_length is '2'; it must be an integer"),
+        ("max_draft_length", 10**9, "max_draft_length is 1000000000; it must lie between 1 and 1024"),
+        ("sampling", 0.7, "sampling is 0.7; it must be SamplingSettings"),
+        ("mode", 1, "mode is 1"),
+    ],
+)
+def test_wrong_types_are_refused_by_name(name: str, given: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        GenerationParams(**{name: given})
+    assert message in str(caught.value)
+
+
+def test_settings_of_sampling() -> None:
+    settings = SamplingSettings(temperature=np.float32(0.5), top_k=np.int64(3), top_p=1, seed=torch.tensor(5))
+    assert (settings.temperature, settings.top_k, settings.top_p, settings.seed) == (0.5, 3, 1.0, 5)
+    for name, value in (("temperature", "0.7"), ("top_k", 2.5), ("top_p", None), ("seed", 1.0)):
+        with pytest.raises(ValueError, match=f"{name} is "):
+            SamplingSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ("text", ["text"]),
+        ([1, 2], [[1, 2]]),
+        ([], []),
+        ((1, 2), [[1, 2]]),
+        (np.array([1, 2]), [[1, 2]]),
+        (torch.tensor([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        ([np.int64(1), torch.tensor(2)], [[1, 2]]),
+        (iter(["a", "b"]), ["a", "b"]),
+        (["a", [1]], ["a", [1]]),
+    ],
+)
+def test_one_prompt_or_several(prompts: Any, expected: list) -> None:
+    assert _as_list(prompts) == expected
+
+
+def test_several_arrays_are_several_prompts() -> None:
+    one, two = _as_list([torch.tensor([1]), torch.tensor([2])])
+    assert (one.tolist(), two.tolist()) == ([1], [2])
+
+
+@pytest.mark.parametrize("prompts", [b"text", 5, None, {"input_ids": [1]}])
+def test_what_is_no_prompt(prompts: Any) -> None:
+    with pytest.raises(ValueError, match=f"prompts is .*{type(prompts).__name__}"):
+        _as_list(prompts)
