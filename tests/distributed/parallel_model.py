@@ -18,7 +18,8 @@ from megatron.early_exit.platform.distributed import initialize_model_parallel
 from megatron.early_exit.schedules.links import StageLinks
 from megatron.early_exit.schedules.plan import Plan
 from megatron.early_exit.schedules.runtime import PlanRuntime
-from megatron.early_exit.training.step import connect_gradient_reduction, forward_step, run_schedule
+from megatron.early_exit.training.forward_step import forward_step
+from megatron.early_exit.training.step import connect_gradient_reduction, run_schedule
 from tests.configs import VOCAB_SIZE
 from tests.reference import ReferenceBatch, ReferenceModel, make_batches, parameter_value
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from megatron.early_exit.checkpoint.convert_command import main as convert
-from megatron.early_exit.checkpoint.key_names import key_of, name_of
 from megatron.early_exit.checkpoint.safe_pickle import read_metadata
 from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import load_run_config, save_run_config
 from megatron.early_exit.model.build import build_model
+from megatron.early_exit.model.key_names import key_of, name_of
 from megatron.early_exit.model.layer_specs import local_layer_spec, with_mlp_norm
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files

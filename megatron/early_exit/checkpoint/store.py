@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.planner import WriteItem
 from megatron.early_exit.checkpoint import folders
 from megatron.early_exit.checkpoint.checksums import Checksums, DamagedFileError, Extent
 from megatron.early_exit.checkpoint.folders import checkpoint_folder as checkpoint_folder
-from megatron.early_exit.checkpoint.key_names import check_keys, key_of, name_of
 from megatron.early_exit.checkpoint.safe_pickle import (
     COMMON_FILE,
     METADATA_FILE,
@@ -47,6 +46,7 @@ from megatron.early_exit.config.serialize import (
 )
 from megatron.early_exit.config.validate import LATEST_FILE
 from megatron.early_exit.data.tokenizer import save_tokenizer
+from megatron.early_exit.model.key_names import check_keys, key_of, name_of
 from megatron.early_exit.platform.folder_lock import FolderLock
 
 # How core lays out the state: layers with exits are not alike; optimizer state readable under any layout.

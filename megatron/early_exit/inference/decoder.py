@@ -59,7 +59,12 @@ class Decoder:
             self.num_layers + len(self._block_cache), num_slots, num_places, self._num_kv_heads,
             model.head_size, dtype=weights.dtype, device=weights.device,
         )  # fmt: skip
-        self._graphs = LayerGraphs(self, num_slots, self.num_positions) if use_graphs else None
+        self._graphs = None
+        if use_graphs:
+            self._graphs = LayerGraphs(
+                self._launch_layers, self._fixed_layout,
+                num_slots=num_slots, num_positions=self.num_positions, device=weights.device,
+            )  # fmt: skip
         self._rotary = None
         if model.position_embedding_type == "rope":
             self._rotary = RotaryTable(num_places, model.head_size, weights.rotary_frequencies, weights.device)
@@ -76,7 +81,7 @@ class Decoder:
             rotary=self._rotary,
         )
 
-    def fixed_layout(self, positions: Tensor, num_keys: int) -> FixedLayout:
+    def _fixed_layout(self, positions: Tensor, num_keys: int) -> FixedLayout:
         """The layout of a graph's rows. positions: [slots, rows per slot]"""
         return FixedLayout(
             positions,
@@ -110,9 +115,9 @@ class Decoder:
         MLP branch reads (`hidden` itself if no layer runs)."""
         if self._graphs is not None and first < last and self._graphs.can_run(layout):
             return self._graphs.run(hidden, layout, first, last)
-        return self.launch_layers(hidden, layout, first, last)
+        return self._launch_layers(hidden, layout, first, last)
 
-    def launch_layers(
+    def _launch_layers(
         self, hidden: Tensor, layout: Layout | FixedLayout, first: int, last: int
     ) -> tuple[Tensor, Tensor]:
         """As `run_layers`, kernel by kernel."""

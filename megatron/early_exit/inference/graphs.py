@@ -20,7 +20,6 @@ from torch import Tensor
 from megatron.early_exit.inference.rows import additive_mask, attend
 
 if TYPE_CHECKING:
-    from megatron.early_exit.inference.decoder import Decoder
     from megatron.early_exit.inference.kv_cache import KVCache
     from megatron.early_exit.inference.rows import Layout, RotaryTable
 
@@ -84,13 +83,26 @@ class FixedLayout:
         return attend(queries, self._keys[layer], self._values[layer], self._mask)
 
 
-class LayerGraphs:
-    """Runs ranges of a decoder's layers; a graph is captured when its range and shape are first needed."""
+Launch = Callable[[Tensor, FixedLayout, int, int], tuple[Tensor, Tensor]]
+"""Runs layers kernel by kernel; as `Decoder.run_layers`."""
 
-    def __init__(self, decoder: Decoder, num_slots: int, num_positions: int) -> None:
-        """The decoder's cache must have a place behind position `num_positions` - 1."""
-        self._decoder, self._num_slots, self._num_positions = decoder, num_slots, num_positions
-        self._device = decoder.weights.device
+
+class LayerGraphs:
+    """Runs ranges of layers; a graph is captured when its range and shape are first needed."""
+
+    def __init__(
+        self,
+        launch_layers: Launch,
+        fixed_layout: Callable[[Tensor, int], FixedLayout],
+        *,
+        num_slots: int,
+        num_positions: int,
+        device: torch.device,
+    ) -> None:
+        """fixed_layout: of rows at positions [slots, rows per slot], with a number of keys. Its cache must have a place
+        behind position `num_positions` - 1."""
+        self._launch_layers, self._fixed_layout = launch_layers, fixed_layout
+        self._num_slots, self._num_positions, self._device = num_slots, num_positions, device
         self._pool: tuple[int, int] | None = None
         self._inputs: dict[_Shape, _Inputs] = {}
         self._graphs: dict[tuple[int, int, _Shape], Callable[[], tuple[Tensor, Tensor]]] = {}
@@ -146,11 +158,11 @@ class LayerGraphs:
         self._rows, self._placed = numbers[shape.num_rows :], layout
 
     def _make(self, first: int, last: int, shape: _Shape) -> Callable[[], tuple[Tensor, Tensor]]:
-        inputs, decoder = self._inputs[shape], self._decoder
+        inputs = self._inputs[shape]
 
         def launch() -> tuple[Tensor, Tensor]:
-            layout = decoder.fixed_layout(inputs.positions, shape.num_keys)
-            return decoder.launch_layers(inputs.hidden, layout, first, last)
+            layout = self._fixed_layout(inputs.positions, shape.num_keys)
+            return self._launch_layers(inputs.hidden, layout, first, last)
 
         if self._device.type != "cuda":
             return launch

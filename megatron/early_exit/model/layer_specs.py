@@ -19,12 +19,12 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron.early_exit.checkpoint.key_names import KEYS_OF_NORMS
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.model.attention import SdpaAttention
 from megatron.early_exit.model.exit_head import ExitHeadSpec
 from megatron.early_exit.model.exit_losses import ExitLosses
+from megatron.early_exit.model.key_names import KEYS_OF_NORMS
 from megatron.early_exit.model.layer import EarlyExitTransformerLayer
 from megatron.early_exit.model.norms import TorchNorm
 

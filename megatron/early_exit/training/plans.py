@@ -25,7 +25,7 @@ from megatron.early_exit.schedules.links import StageLinks
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
 from megatron.early_exit.schedules.runtime import PlanRuntime
 from megatron.early_exit.schedules.simulate import TimedAction, Timeline, simulate
-from megatron.early_exit.training.step import forward_step
+from megatron.early_exit.training.forward_step import forward_step
 
 # The first iterations of a process are slow (caches, allocations, compiled kernels) and are not measured.
 _WARMUP_ITERATIONS = 2

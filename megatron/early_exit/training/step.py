@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
 
 from megatron.early_exit.model.build import Model
-
-if TYPE_CHECKING:
-    from megatron.early_exit.training.plans import PlannedPipeline
+from megatron.early_exit.training.forward_step import forward_step
+from megatron.early_exit.training.plans import PlannedPipeline
 
 
 class StepResult(NamedTuple):
@@ -24,25 +21,6 @@ class StepResult(NamedTuple):
     is_skipped: bool
     """The gradients overflowed (fp16) and the weights did not change."""
     grad_norm: float | None
-
-
-def forward_step(data_iterator: Iterator | None, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-    """Core's forward-step function. data_iterator: batches (`data.datasets.Batch`), or None on a stage that neither
-    embeds, nor computes a loss, nor needs a mask.
-
-    The loss function returns (sum of losses, tokens, nothing): core divides the sum by the microbatch's tokens and by
-    the number of microbatches, or with --calculate-per-token-loss by the tokens of the global batch at the end."""
-    if data_iterator is None:
-        return chunk(None, None, None), None
-    batch = next(data_iterator)
-    output = chunk(
-        batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels, loss_mask=batch.loss_mask
-    )
-    return output, partial(_loss_and_tokens, batch.loss_mask)
-
-
-def _loss_and_tokens(loss_mask: Tensor, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict]:
-    return loss_sum, loss_mask.sum().int(), {}
 
 
 def connect_gradient_reduction(model: Model) -> None:
