@@ -77,3 +77,47 @@ def test_a_missing_tokenizer_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     words = ["from-legacy", "--load", str(FIXTURES / "tied"), "--save", str(tmp_path)]
     assert main([*words, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/nowhere"]) == 2
     assert "which is not here; give --tokenizer-type" in capsys.readouterr().err
+
+
+def test_what_our_model_does_not_have_is_not_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from tests.legacy_files import LegacyModel
+
+    model = LegacyModel.of_fixture("norm")
+    model.ranks[0]["layers.2.self_attention.lora.weight"] = torch.ones(4)
+    with pytest.raises(
+        ValueError, match="holds tensors that its settings do not name: .*lora.weight of pipeline stage 0"
+    ):
+        read_legacy(model.save(tmp_path / "lora", num_stages=2) / "iter_0000007")
+    model = LegacyModel.of_fixture("norm")
+    model.args.retro_add_retriever = True
+    with pytest.raises(ValueError, match="not supported: retro_add_retriever True"):
+        read_legacy(model.save(tmp_path / "retro") / "iter_0000007")
+    model = LegacyModel.of_fixture("norm")
+    model.ranks[0]["layers.2.self_attention.dense.bias"] = torch.ones(64)
+    folder = model.save(tmp_path / "bias")
+    assert main(["from-legacy", "--load", str(folder), "--save", str(tmp_path / "ours"), *NUMBERS]) == 2
+    message = "decoder.layers.1.self_attention.linear_proj.bias has no place in it"
+    assert message in capsys.readouterr().err and not (tmp_path / "ours").exists()
+    model = LegacyModel.of_fixture("norm")
+    model.args.hidden_size = 128
+    folder = model.save(tmp_path / "size")
+    assert main(["from-legacy", "--load", str(folder), "--save", str(tmp_path / "ours"), *NUMBERS]) == 2
+    assert "embedding.word_embeddings.weight has the shape [4096, 64], not [4096, 128]" in capsys.readouterr().err
+
+
+def test_the_fused_gelu_is_an_approximation() -> None:
+    """As the original's kernel of bias and GELU computes it."""
+    from megatron.core.fusions.fused_bias_gelu import bias_gelu
+
+    from megatron.early_exit.checkpoint.legacy import _model_config
+    from tests.legacy_files import LegacyModel
+
+    args = LegacyModel.of_fixture("norm").args
+    args.swiglu, args.add_bias_linear, args.bias_gelu_fusion = False, True, True
+    assert _model_config(args).openai_gelu
+    args.bias_gelu_fusion = False
+    assert not _model_config(args).openai_gelu
+    values = torch.linspace(-4, 4, 101)
+    fused = bias_gelu(torch.zeros(()), values)
+    gelu = torch.nn.functional.gelu
+    assert (fused - gelu(values, approximate="tanh")).abs().max() < 1e-6 < (fused - gelu(values)).abs().max()

@@ -122,7 +122,16 @@ def read_legacy(folder: Path) -> tuple[ModelConfig, ExitConfig, Tensors, argpars
     if model.untie_embeddings_and_output_weights:
         tensors["output_layer.weight"] = stages[-1].take("output_layer.weight", 0)
     tensors |= stages[-1].module("encoder.final_norm", "decoder.final_layernorm")
-    return model, exits, tensors | _all_layers(stages, exits, args), args
+    tensors |= _all_layers(stages, exits, args)
+    _check_nothing_is_left(folder, stages)
+    return model, exits, tensors, args
+
+
+def _check_nothing_is_left(folder: Path, stages: list[_Stage]) -> None:
+    left = [f"{name} of pipeline stage {index}" for index, stage in enumerate(stages) for name in stage.left_over()]
+    if left:
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        raise ValueError(f"{folder} holds tensors that its settings do not name: {', '.join(left[:5])}{more}")
 
 
 def read_partial(folder: Path) -> PartialCheckpoint:
@@ -141,7 +150,7 @@ def read_partial(folder: Path) -> PartialCheckpoint:
             "is here to be merged"
         )
     exits = exits_of_layers(named, here)
-    return PartialCheckpoint(
+    partial = PartialCheckpoint(
         folder,
         model,
         num_layers,
@@ -151,6 +160,8 @@ def read_partial(folder: Path) -> PartialCheckpoint:
         output_weights=_output_weights_of_exits(stages, model, exits),
         settings=args,
     )
+    _check_nothing_is_left(folder, stages)
+    return partial
 
 
 def _read_stages(folder: Path) -> tuple[ModelConfig, list[_Stage], argparse.Namespace]:
@@ -221,13 +232,24 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise OSError(f"{path} cannot be read, it may be damaged: {error}") from error
 
 
+# Settings that change the function of a model, or its parameters, and that ours does not have.
+_WITHOUT_LIKE = (
+    "num_experts", "apply_residual_connection_post_layernorm", "squared_relu", "apply_layernorm_1p",
+    "retro_add_retriever", "onnx_safe", "rotary_interleaved", "qk_layernorm", "add_qkv_bias", "use_rope_scaling",
+    "window_size", "multi_latent_attention", "quick_geglu", "model_spec",
+)  # fmt: skip
+# Tensors that follow from others or from the settings.
+_DERIVED = re.compile(r"word_embeddings_for_head\.weight|.*rotary_pos_emb\.inv_freq|.*\._extra_state")
+
+
 def _model_config(args: argparse.Namespace) -> ModelConfig:
     get = lambda name, default=None: getattr(args, name, default)
-    if get("num_experts") or get("apply_residual_connection_post_layernorm") or get("squared_relu"):
-        raise ValueError("mixture of experts, post-norm residuals and squared ReLU are not supported")
-    if get("apply_layernorm_1p"):
-        raise ValueError("--apply-layernorm-1p is not supported")
+    others = [f"{name} {get(name)}" for name in _WITHOUT_LIKE if get(name)]
+    if others:
+        raise ValueError(f"settings of the checkpoint that are not supported: {', '.join(others)}")
     normalization = get("normalization", "LayerNorm")
+    # The fused kernel of bias and GELU has the approximation by tanh built in.
+    has_fused_gelu = bool(get("bias_gelu_fusion")) and bool(get("add_bias_linear", True)) and not get("swiglu")
     return ModelConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -244,7 +266,7 @@ def _model_config(args: argparse.Namespace) -> ModelConfig:
         normalization=normalization,
         norm_epsilon=get("norm_epsilon") or get("layernorm_epsilon", 1e-5),
         swiglu=bool(get("swiglu", False)),
-        openai_gelu=bool(get("openai_gelu", False)),
+        openai_gelu=bool(get("openai_gelu", False)) or has_fused_gelu,
         add_bias_linear=bool(get("add_bias_linear", True)),
         untie_embeddings_and_output_weights=bool(args.untie_embeddings_and_output_weights),
         hidden_dropout=args.hidden_dropout,
@@ -301,6 +323,7 @@ class _Stage:
 
     def __init__(self, ranks: list[dict[str, Tensor]], model: ModelConfig) -> None:
         self._ranks, self._model = ranks, model
+        self._taken: set[str] = set()
         found = (re.match(r"encoder\.layers\.(\d+)\.", name) for name in ranks[0])
         self.num_layers = max((int(match[1]) + 1 for match in found if match), default=0)
 
@@ -311,6 +334,7 @@ class _Stage:
             parts = [LazyTensor.of(rank[name]) for rank in self._ranks]
         except KeyError:
             raise OSError(f"the checkpoint has no {name}") from None
+        self._taken.add(name)
         if split is None or len(parts) == 1:
             return parts[0]
         if split == 1:
@@ -318,6 +342,11 @@ class _Stage:
             return combined(parts, shape, lambda *tensors: torch.cat(tensors, 1))
         whole = concatenated(parts)
         return whole if merge is None else combined(parts, whole.shape, merge)
+
+    def left_over(self) -> list[str]:
+        """Names of tensors that were not taken, and do not follow from others."""
+        names = {name for rank in self._ranks for name in rank}
+        return sorted(name for name in names - self._taken if not _DERIVED.fullmatch(name))
 
     def module(self, theirs: str, ours: str, split: int | None = None, merge: Callable | None = None) -> Tensors:
         """Weight and, if there is one, bias. The bias of a module with split columns is on every rank."""

@@ -68,6 +68,7 @@ def save(
 ) -> None:
     """Write a checkpoint as the flags say. check: see `write_checkpoint`."""
     from megatron.early_exit.checkpoint.families import pad_vocabulary
+    from megatron.early_exit.checkpoint.parameters import check_parameters
     from megatron.early_exit.checkpoint.store import write_checkpoint
     from megatron.early_exit.data.tokenizer import build_tokenizer
 
@@ -82,6 +83,7 @@ def save(
     dtype = getattr(args, "dtype", None)
     tensors = in_dtype(pad_vocabulary(tensors, rows), dtype)
     description = replace(description, dtype=dtype or description.dtype)
+    check_parameters(tensors, description.model, description.exits)
     with progress_shown("written") as progress:
         folder = write_checkpoint(args.save, description, tensors, check=check, force=args.force, progress=progress)
     exits = description.exits
