@@ -110,19 +110,29 @@ def _load_with_step(part: DistributedOptimizer) -> None:
 
 
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Give PyTorch's Adam its state before the first step, so that a checkpoint can be loaded into it.
+    """Give the optimizer its state before the first step, so that a checkpoint can be loaded into it.
 
-    Core's distributed optimizer reads the step count from that state and fails if there is none. Can go when it does
-    not."""
+    Core's distributed optimizer reads Adam's step count from that state and fails if there is none; for SGD core has
+    no function that makes the state, and calls it all the same. Can go when neither is so."""
     for part in optimizer_parts(optimizer):
         inner = part.optimizer
-        if not isinstance(inner, torch.optim.Adam):  # AdamW is one
-            continue
-        for group in inner.param_groups:
+        for group in inner.param_groups if inner is not None else []:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
-                    inner.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+                    inner.state[parameter] = _initial_state(inner, group, parameter)
+        if part.init_state_fn is None:
+            part.init_state_fn = lambda *_: None
+
+
+def _initial_state(
+    inner: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.nn.Parameter
+) -> dict[str, torch.Tensor]:
+    if isinstance(inner, torch.optim.Adam):  # AdamW is one
+        return {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    if group.get("momentum"):  # of SGD, of PyTorch as of Apex
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    return {}
