@@ -47,11 +47,7 @@ def main() -> int:
         return 2
 
     if config.training.dry_run:
-        if rank == 0:
-            from megatron.early_exit.training.dry_run import describe
-
-            print(describe(config, world_size), flush=True)
-        return 0
+        return dry_run(config, world_size) if rank == 0 else 0
 
     try:
         train(config, rank)
@@ -60,6 +56,19 @@ def main() -> int:
         if rank == 0:
             print(f"interrupted; {last_checkpoint(config)}", file=sys.stderr, flush=True)
         end_at_once(STATUS_INTERRUPTED)
+    return 0
+
+
+def dry_run(config: RunConfig, world_size: int) -> int:
+    """Print what the run would be, or why it could not start; returns the exit status."""
+    from megatron.early_exit.training.dry_run import describe
+
+    try:
+        print(describe(config, world_size), flush=True)
+    except (ValueError, OSError) as error:
+        text = os_error_in_words(error) if isinstance(error, OSError) else str(error)
+        print(message(0, text), file=sys.stderr, flush=True)
+        return 2
     return 0
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron.early_exit.checkpoint.safe_pickle import METADATA_FILE
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
@@ -92,8 +95,12 @@ def converted(folder: Path, exits: tuple[int, ...], sizes: dict[str, Any]) -> No
         "bf16",
     )
     for name in ("base", "exits"):
-        save_tokenizer(description.tokenizer, folder / name / "iter_0000000/tokenizer")
-        save_description(description, folder / name / "iter_0000000")
+        checkpoint = folder / name / "iter_0000000"
+        save_tokenizer(description.tokenizer, checkpoint / "tokenizer")
+        save_description(description, checkpoint)
+        (checkpoint / METADATA_FILE).write_bytes(pickle.dumps(Metadata({}, storage_data={})))
+        for file in ("metadata.json", "common.pt"):
+            (checkpoint / file).touch()
         (folder / name / LATEST_FILE).write_text("0")
 
 
@@ -108,6 +115,7 @@ def test_tuning_recipes(tmp_path: Path, name: str) -> None:
     )
     assert cfg.parallel.num_stages == num_stages
     text = describe(cfg, world_size)
+    assert f"start       from {tmp_path}/checkpoints/exits/iter_0000000, without its optimizer state" in text
     assert f"layers {cfg.layers_per_stage * (num_stages - 1) + 1} to {exits[-1]}; exits {exits[-1]}" in text or (
         num_stages == 1 and f"layers 1 to {exits[-1]}; exits {exits[0]}, {exits[1]}" in text
     )

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def calibrate(args: argparse.Namespace) -> None:
     """Raises ValueError for settings that do not fit, OSError for files that cannot be read."""
+    from megatron.early_exit.checkpoint.start import find_checkpoint
     from megatron.early_exit.data.text_samples import documents_of, sample_sequences
     from megatron.early_exit.inference.calibration import (
         CALIBRATION_FILE,
@@ -56,7 +57,6 @@ def calibrate(args: argparse.Namespace) -> None:
     )
     from megatron.early_exit.inference.llm import LLM
     from megatron.early_exit.inference.report import aligned
-    from megatron.early_exit.training.checkpointing import find_checkpoint
 
     if args.tokens < 2:
         raise ValueError(f"--tokens is {args.tokens}; it must be at least 2")

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from pathlib import Path
 
+from megatron.early_exit.checkpoint.start import MismatchError
+
 KEYS_OF_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -42,10 +44,10 @@ def stored_key(key: str, stored: Container[str]) -> str:
 
 
 def check_keys(stored: Iterable[str], folder: Path) -> None:
-    """Raise ValueError if an MLP branch in `folder` has a norm of its own, as it once had under Transformer Engine."""
+    """Raise MismatchError if an MLP branch in `folder` has a norm of its own, as it once had under Transformer Engine."""
     of_branch = ".exit_head." + KEYS_OF_NORMS["pre_mlp_layernorm."]
     if of_branch in "\n".join(stored):
-        raise ValueError(
+        raise MismatchError(
             f"{folder} was trained with --transformer-impl transformer_engine by a version in which an exit's MLP "
             "branch had a norm of its own there, and is not supported: branches share the norm of their layer"
         )

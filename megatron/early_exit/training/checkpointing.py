@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,24 @@ from typing import Any
 import numpy
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.early_exit.checkpoint.core_loading import load_common, load_sharded
-from megatron.early_exit.checkpoint.folders import checkpoint_folder, in_a_line
-from megatron.early_exit.checkpoint.safe_pickle import UnsafeFileError, first_failure
+from megatron.early_exit.checkpoint.key_names import stored_key
+from megatron.early_exit.checkpoint.safe_pickle import read_metadata
+from megatron.early_exit.checkpoint.start import (
+    MismatchError,
+    find_checkpoint,
+    loads_optimizer,
+    reading,
+    tensor_mismatches,
+)
 from megatron.early_exit.checkpoint.store import CONTENT_METADATA
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
-from megatron.early_exit.config.description import ModelDescription, architecture_differences
+from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.config.run import BuildConfig, ResolvedConfig
 from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config, read_description
@@ -38,17 +43,8 @@ from megatron.early_exit.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
-
-@contextmanager
-def _saying(what: str, advice: str) -> Iterator[None]:
-    """Turn any failure of core's checkpoint code into an OSError that says what failed and what to do."""
-    try:
-        yield
-    except (Exception, CheckpointException) as error:
-        cause = first_failure(error)
-        if isinstance(cause, UnsafeFileError):
-            raise cause from error
-        raise OSError(f"{what} ({in_a_line(cause)}). {advice}") from error
+_OPTIMIZER = "optimizer."
+"""Begins the names of the optimizer's tensors in a checkpoint."""
 
 
 def sharded_state(
@@ -111,15 +107,6 @@ def _set_rng_state(states: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
 
 
-def find_checkpoint(load: str | None, load_iteration: int | None) -> Path | None:
-    """Folder of the checkpoint to load, or None if `load` has none yet (a run that starts where it will save).
-
-    Raises FileNotFoundError if `load_iteration` names one that is not there."""
-    if load is None or (load_iteration is None and not (Path(load) / LATEST_FILE).exists()):
-        return None
-    return checkpoint_folder(load, load_iteration)
-
-
 def load_checkpoint(
     folder: Path,
     config: ResolvedConfig,
@@ -130,30 +117,14 @@ def load_checkpoint(
     """Load what `config.checkpoint` asks for from `folder` into the model, the optimizer, its schedule and the
     generators. Returns the progress of the run that saved it, or a new one with --finetune.
 
-    Raises ValueError with the list of differences if the checkpoint has another architecture."""
-    if differences := architecture_differences(config.description, read_description(folder)):
-        raise ValueError(
-            f"{folder} holds another architecture:\n  " + "\n  ".join(differences)
-            + "\nChange the flags, or take the architecture from the checkpoint with --use-checkpoint-args."
-        )  # fmt: skip
+    The settings are those that `checkpoint.start.find_start` has checked. Raises ValueError if the checkpoint has other
+    tensors than its settings say, OSError if it cannot be read."""
     settings = config.checkpoint
     weights_only = settings.finetune
-    damaged = f"the checkpoint {folder} cannot be read"
-    advice = "It may be damaged: choose another with --load-iteration."
-    with _saying(damaged, advice):
+    with reading(folder):
         common = load_common(folder)
     saved_config = load_run_config(folder / RUN_CONFIG_FILE) if "training_state" in common else None
-    with_optimizer = optimizer is not None and not (weights_only or settings.no_load_optim)
-    if with_optimizer and "optimizer" not in common:
-        raise ValueError(
-            f"{folder} has no optimizer state. Load weights only with --finetune, or --no-load-optim to go on counting."
-        )
-    if with_optimizer and config.parallel.use_distributed_optimizer != saved_config.parallel.use_distributed_optimizer:
-        raise ValueError(
-            f"{folder} was saved {'with' if saved_config.parallel.use_distributed_optimizer else 'without'} "
-            "--use-distributed-optimizer, whose optimizer state has another form. Resume with the same choice (any "
-            "TP, PP and DP), or drop the optimizer state with --no-load-optim."
-        )
+    with_optimizer = optimizer is not None and loads_optimizer(config)
     with_rng = not (weights_only or settings.no_load_rng) and optimizer is not None and saved_config is not None
     if with_rng and not _has_same_model_layout(config.parallel, saved_config.parallel):
         _warnon_rank_zero(
@@ -169,7 +140,8 @@ def load_checkpoint(
     sharded = sharded_state(
         model, optimizer if with_optimizer else None, None, None, with_rng=with_rng, is_loading=True
     )
-    with _saying(damaged, advice):
+    with reading(folder):
+        _check_tensors(sharded, folder)
         loaded = load_sharded(sharded, folder)
     for index, chunk in enumerate(model.chunks):
         chunk.load_state_dict(loaded[f"model{index}"])
@@ -190,6 +162,31 @@ def load_checkpoint(
                 "--use-checkpoint-opt-param-scheduler, or take that of the flags with --override-opt-param-scheduler."
             ) from error
     return TrainingState.from_state_dict(common["training_state"])
+
+
+def _check_tensors(sharded: dict[str, Any], folder: Path) -> None:
+    """Raise MismatchError on all ranks if the checkpoint lacks what some rank wants, or has other shapes."""
+    metadata = read_metadata(folder)
+    wanted: dict[str, tuple[int, ...] | None] = {}
+    for value in nested_values(sharded):
+        for tensor in nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]:
+            if isinstance(tensor, ShardedTensor):
+                key = stored_key(tensor.key, metadata.state_dict_metadata)
+                wanted[key] = None if tensor.allow_shape_mismatch else tuple(tensor.global_shape)
+    everywhere: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, wanted)
+    wanted = {name: shape for part in everywhere for name, shape in part.items()}
+    of_model = {name: shape for name, shape in wanted.items() if not name.startswith(_OPTIMIZER)}
+    if clauses := tensor_mismatches(of_model, metadata):
+        raise MismatchError(
+            f"{folder} does not hold the model that its settings describe: {'; '.join(clauses)}. Its files "
+            "may be those of another checkpoint: choose another with --load-iteration."
+        )
+    if clauses := tensor_mismatches(wanted, metadata):
+        raise MismatchError(
+            f"the optimizer state of {folder} is that of another model or optimizer: {'; '.join(clauses)}. Go on "
+            "without it with --no-load-optim."
+        )
 
 
 def _has_same_model_layout(a: ParallelConfig, b: ParallelConfig) -> bool:
@@ -227,7 +224,8 @@ def load_model_for_inference(
 def load_weights(folder: Path, model: Model) -> None:
     """Load the parameters of the checkpoint in `folder`, whose architecture `model` has. Raises OSError."""
     sharded = sharded_state(model, None, None, None, with_rng=False, is_loading=True)
-    with _saying(f"the checkpoint {folder} cannot be read", "It may be damaged: choose another with --load-iteration."):
+    with reading(folder):
+        _check_tensors(sharded, folder)
         loaded = load_sharded(sharded, folder)
     for index, chunk in enumerate(model.chunks):
         chunk.load_state_dict(loaded[f"model{index}"])

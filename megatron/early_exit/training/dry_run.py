@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
+from megatron.early_exit.config.serialize import read_description
 from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.model import sizes
 
@@ -65,15 +66,20 @@ def _stage(config: ResolvedConfig, world_size: int, stage: int, chunks: list[tup
 
 
 def describe(config: RunConfig, world_size: int) -> str:
-    """The run in a few lines. Raises ValueError if the tokenizer cannot be read."""
+    """The run in a few lines. Raises ValueError or OSError if the checkpoint that it would start from cannot be
+    loaded."""
+    from megatron.early_exit.checkpoint.start import find_start, loads_optimizer
+
+    config, start = find_start(config)
     training, parallel = config.training, config.parallel
+    present = None if start is None else read_description(start)
     size, note = 0, ""
-    if config.model.padded_vocab_size is None:
+    if present is None and config.model.padded_vocab_size is None:
         try:
             size = build_tokenizer(config.data.tokenizer).vocab_size
         except ValueError as error:
             size, note = 32000, f" (a guess: {error})"
-    config = config.resolved(size)
+    config = config.resolved(size, present)
     dp = parallel.data_parallel_size(world_size)
     batch = training.global_batch_size or training.micro_batch_size * dp
     tokens = batch * training.seq_length
@@ -86,6 +92,9 @@ def describe(config: RunConfig, world_size: int) -> str:
         f"length      {iterations:,} iterations, {iterations * tokens:,} tokens",
         f"vocabulary  {config.description.padded_vocab_size:,} rows{note}",
     ]
+    if start is not None:
+        with_optimizer = "with" if loads_optimizer(config) else "without"
+        lines.append(f"start       from {start}, {with_optimizer} its optimizer state")
     estimates = stages(config, world_size)
     gib = lambda count: f"{count / 2**30:.2f}"
     if training.cache_hidden_states is not None:

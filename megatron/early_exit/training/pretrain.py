@@ -6,8 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
@@ -15,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.timers import Timers
 
+from megatron.early_exit.checkpoint.start import find_start
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.config.serialize import read_description
 from megatron.early_exit.data.datasets import Batch, TokenDataset, build_datasets, build_iterator
@@ -27,7 +27,7 @@ from megatron.early_exit.platform.distributed import (
     initialize_distributed,
     initialize_model_parallel,
 )
-from megatron.early_exit.training.checkpointing import find_checkpoint, load_checkpoint
+from megatron.early_exit.training.checkpointing import load_checkpoint
 from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching, cached_samples
 from megatron.early_exit.training.memory import check_memory
 from megatron.early_exit.training.metrics import collect_losses
@@ -93,7 +93,7 @@ def build_run(config: RunConfig) -> Run:
     initialize_model_parallel(config.parallel, config.model.num_layers, config.training.seed)
     is_main = torch.distributed.get_rank() == 0
     save_folder = None if config.checkpoint.save is None else SaveFolder(config.checkpoint.save)
-    config, checkpoint_folder = _find_start(config)
+    config, checkpoint_folder = find_start(config)
     tokenizer = build_tokenizer(config.data.tokenizer)
     saved = None if checkpoint_folder is None else read_description(checkpoint_folder)
     config = config.resolved(tokenizer.vocab_size, saved)
@@ -143,18 +143,6 @@ def build_run(config: RunConfig) -> Run:
         config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers, caching, planned,
         StopConditions(config.training), save_folder,
     )  # fmt: skip
-
-
-def _find_start(config: RunConfig) -> tuple[RunConfig, Path | None]:
-    """The checkpoint to start from, if any, and the settings: a pretrained model gives its weights alone."""
-    checkpoint = config.checkpoint
-    folder = find_checkpoint(checkpoint.load, checkpoint.load_iteration)
-    if folder is not None or checkpoint.pretrained_checkpoint is None:
-        return config, folder
-    return (
-        replace(config, checkpoint=replace(checkpoint, finetune=True)),
-        find_checkpoint(checkpoint.pretrained_checkpoint, None),
-    )
 
 
 def _num_samples(config: RunConfig, global_batch_size: int) -> tuple[int, int, int]:
