@@ -11,6 +11,7 @@ import pytest
 
 from megatron.early_exit.checkpoint.safe_pickle import METADATA_FILE, read_metadata
 from megatron.early_exit.config.run import RunConfig, with_tuned_stages
+from megatron.early_exit.config.serialize import DESCRIPTION_FILE, RUN_CONFIG_FILE
 from megatron.early_exit.training.dry_run import describe
 from tests.configs import VOCAB_SIZE, make_training_config
 from tests.data_files import write_token_files
@@ -130,7 +131,8 @@ def test_other_tensors_than_the_settings_say(data: str, tmp_path: Path) -> None:
     folder = save(data, tmp_path / "ck")
     other = save(data, tmp_path / "other", ffn_hidden_size=64)
     shutil.copytree(folder, tmp_path / "mixed")
-    shutil.copy(other / "iter_0000001/run_config.yaml", tmp_path / "mixed/iter_0000001/run_config.yaml")
+    for name in (RUN_CONFIG_FILE, DESCRIPTION_FILE):
+        shutil.copy(other / "iter_0000001" / name, tmp_path / "mixed/iter_0000001" / name)
     error = start(data, tmp_path, tmp_path / "mixed", ffn_hidden_size=64)
     assert "does not hold the model that its settings describe" in error
     assert "decoder.layers.0.mlp.linear_fc1.weight has the shape [96, 32], not [128, 32]" in error and "\n" not in error

@@ -44,7 +44,7 @@ def stored_key(key: str, stored: Container[str]) -> str:
 
 
 def check_keys(stored: Iterable[str], folder: Path) -> None:
-    """Raise MismatchError if an MLP branch in `folder` has a norm of its own, as it once had under Transformer Engine."""
+    """Raise MismatchError if an MLP branch in `folder` has a norm of its own, as once under Transformer Engine."""
     of_branch = ".exit_head." + KEYS_OF_NORMS["pre_mlp_layernorm."]
     if of_branch in "\n".join(stored):
         raise MismatchError(
