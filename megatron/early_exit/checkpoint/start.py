@@ -16,17 +16,13 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron.early_exit.checkpoint.folders import checkpoint_folder, in_a_line
 from megatron.early_exit.checkpoint.safe_pickle import METADATA_FILE, UnsafeFileError, first_failure, read_metadata
-from megatron.early_exit.config.description import architecture_differences
+from megatron.early_exit.config.description import MismatchError, architecture_differences
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config, read_description
 from megatron.early_exit.config.validate import LATEST_FILE
 
 _SHOWN = 3
 """Names in a message; of the others only the number."""
-
-
-class MismatchError(ValueError):
-    """A checkpoint that can be read, but not by a run with these settings."""
 
 
 @contextmanager

@@ -42,6 +42,10 @@ ROTARY_FIELDS = (
 )
 
 
+class MismatchError(ValueError):
+    """A checkpoint that can be read, but not by who wants to: it is of another model or of another kind of run."""
+
+
 @dataclass(frozen=True)
 class ModelDescription:
     """A model as its weights are: what is needed to load, convert, decode or tune it, and nothing of a run."""

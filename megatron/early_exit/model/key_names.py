@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from pathlib import Path
 
-from megatron.early_exit.checkpoint.start import MismatchError
+from megatron.early_exit.config.description import MismatchError
 
 KEYS_OF_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",

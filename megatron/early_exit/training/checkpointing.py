@@ -21,22 +21,21 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron.early_exit.checkpoint.core_loading import load_common, load_sharded
 from megatron.early_exit.checkpoint.folders import checkpoint_folder
-from megatron.early_exit.checkpoint.key_names import stored_key
 from megatron.early_exit.checkpoint.safe_pickle import read_metadata
 from megatron.early_exit.checkpoint.start import (
-    MismatchError,
     loads_optimizer,
     reading,
     tensor_mismatches,
 )
 from megatron.early_exit.checkpoint.store import CONTENT_METADATA
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
-from megatron.early_exit.config.description import ModelDescription
+from megatron.early_exit.config.description import MismatchError, ModelDescription
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.config.run import BuildConfig, ResolvedConfig
 from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config, read_description
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.model.build import Model, build_model
+from megatron.early_exit.model.key_names import stored_key
 from megatron.early_exit.platform.optimizer_state import allocate_optimizer_state
 from megatron.early_exit.training.state import TrainingState
 
