@@ -67,7 +67,7 @@ def _core_head(chunk: EarlyExitGPTModel, **kwargs: Any) -> Tensor:
         return output
     assert output.shape == labels.shape, f"core's GPT returned {tuple(output.shape)}, expected a loss per token"
     loss_sum = (output * loss_mask).sum()
-    _count(chunk.exit_losses, chunk.exit_losses.final_position, loss_sum, loss_mask)
+    _count(chunk.exit_losses, chunk.exit_losses.final_index, loss_sum, loss_mask)
     return loss_sum
 
 

@@ -83,7 +83,7 @@ class Settings:
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
-    """Run one of the project's programmes; its output goes to the terminal. Raises CalledProcessError."""
+    """Run one of the project's programs; its output goes to the terminal. Raises CalledProcessError."""
     subprocess.run([sys.executable, *map(str, command)], check=True, cwd=common.ROOT, env={**os.environ, **(env or {})})
 
 

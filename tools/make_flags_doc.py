@@ -68,7 +68,7 @@ def flags_markdown() -> str:
     parts += ["## Ignored with a warning\n", _table(("flag", "why"), _note_rows(IGNORED))]
     parts += ["## Refused\n", _table(("flag", "why, and what to do"), _note_rows(REFUSED))]
     values = [(f"`{flag_of(name)} {value}`", reason) for (name, value), reason in REFUSED_VALUES.items()]
-    parts += ["Values that Megatron-LM has and this programme has not:\n", _table(("flag", "what to do"), values)]
+    parts += ["Values that Megatron-LM has and this program has not:\n", _table(("flag", "what to do"), values)]
     return "\n".join(parts)
 
 

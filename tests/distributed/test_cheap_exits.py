@@ -100,7 +100,7 @@ def never_falsely_confident(cfg: RunConfig, asking: Asking) -> None:
             assert token.log_prob == pytest.approx(log_probs[token.token].item(), rel=1e-5, abs=1e-6)
             if head is not None:
                 taken += 1
-                assert token.confidence >= thresholds[cfg.exits.position_of(head)]
+                assert token.confidence >= thresholds[cfg.exits.index_of(head)]
             assert not token.readings[-1].is_estimate
     assert taken > 5
 

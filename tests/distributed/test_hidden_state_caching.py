@@ -138,8 +138,8 @@ def test_filling_goes_on_where_it_stopped(data: str, tmp_path: Path) -> None:
     )  # fmt: skip
     (said,) = run_distributed(1, interrupted_fill, cfg=with_tuned_stages(cfg))
     text = "\n".join(said)
-    assert "keeping hidden states of 48 samples" in text
-    assert "stopped at 16 of 48 samples: SIGTERM" in text and "keeping hidden states of 32 samples" in text
+    assert "caching hidden states of 48 samples" in text
+    assert "stopped at 16 of 48 samples: SIGTERM" in text and "caching hidden states of 32 samples" in text
     assert said[-1] == "now complete"  # and nothing was left to say
 
 

@@ -1,4 +1,4 @@
-"""Training that follows plans: the programme's flags, what is measured, and estimates that stay unbiased."""
+"""Training that follows plans: the program's flags, what is measured, and estimates that stay unbiased."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.validate import problems, warnings
-from megatron.early_exit.schedules.costs import StageCosts
 from megatron.early_exit.schedules.plan import Kind, Plan
 from megatron.early_exit.schedules.simulate import Timeline, simulate
+from megatron.early_exit.schedules.stage_costs import StageCosts
 from megatron.early_exit.training.plans import build_plan, check_plan, measured_costs, most_fill
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.integration.test_training_programme import ROOT, environment, torchrun
+from tests.integration.test_training_program import ROOT, environment, torchrun
 
 FLAGS = [
     "pretrain_early_exit_gpt.py", "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.killed_runs import KINDS
-from tests.integration.test_training_programme import ROOT, environment
+from tests.integration.test_training_program import ROOT, environment
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at /proc")
 

@@ -58,9 +58,9 @@ def test_temperatures(temperatures, expected):
     assert [config.temperature_of(position) for position in range(2)] == expected
 
 
-def test_position_of_an_exit():
-    assert exits().position_of(4) == 1
-    assert exits().position_of(3) is None
+def test_index_of_an_exit():
+    assert exits().index_of(4) == 1
+    assert exits().index_of(3) is None
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from megatron.early_exit.schedules.builders import (
 )
 from megatron.early_exit.schedules.fill import PassTimes, end_times, uniform_fill, with_filled_bubbles
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
-from megatron.early_exit.schedules.validate import validate
+from megatron.early_exit.schedules.plan_checks import validate
 from tests.unit.brute_force_pipeline import Costs, iteration_time, most_in_flight
 from tests.unit.brute_force_pipeline import end_times as brute_force_end_times
 

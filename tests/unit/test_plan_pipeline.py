@@ -1,4 +1,4 @@
-"""Costs from a data sheet, what the planner chooses, the picture, and the programme plan_pipeline."""
+"""Costs from a data sheet, what the planner chooses, the picture, and the program plan_pipeline."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from megatron.early_exit.schedules.cost_model import (
     stage_layers,
     stages_with_early_exits,
 )
-from megatron.early_exit.schedules.costs import StageCosts, read_costs, write_costs
 from megatron.early_exit.schedules.draw import draw_timelines
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
 from megatron.early_exit.schedules.plan_command import main
 from megatron.early_exit.schedules.planner import choose
 from megatron.early_exit.schedules.simulate import Timeline
+from megatron.early_exit.schedules.stage_costs import StageCosts, read_costs, write_costs
 
 SMALL = (
     "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 128 --micro-batch-size 2 --bf16 "
@@ -241,7 +241,7 @@ def test_a_measured_rank_may_miss(tmp_path: Path) -> None:
     draw_timelines([timeline], [tmp_path / "x.png"])
 
 
-# The programme
+# The program
 
 
 def test_table_picture_and_plan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -17,7 +17,7 @@ from megatron.early_exit.schedules.builders import (
 )
 from megatron.early_exit.schedules.fill import with_filled_bubbles
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
-from megatron.early_exit.schedules.validate import validate
+from megatron.early_exit.schedules.plan_checks import validate
 from tests.unit.brute_force_pipeline import Costs, NeverEndsError, end_times
 
 # -- By hand

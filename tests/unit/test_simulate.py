@@ -15,7 +15,6 @@ from megatron.early_exit.schedules.builders import (
     one_f_one_b,
     with_exits_in_bubbles,
 )
-from megatron.early_exit.schedules.costs import StageCosts
 from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
 from megatron.early_exit.schedules.simulate import (
@@ -24,6 +23,7 @@ from megatron.early_exit.schedules.simulate import (
     simulate,
     state_bytes,
 )
+from megatron.early_exit.schedules.stage_costs import StageCosts
 
 EQUAL = StageCosts(forward_sec=1.0, backward_sec=2.0)
 

@@ -54,7 +54,7 @@ class ExitConfig:
     def num_exits(self) -> int:
         return len(self.exit_layer_nums)
 
-    def position_of(self, layer_number: int) -> int | None:
+    def index_of(self, layer_number: int) -> int | None:
         """Index of the exit named `layer_number` among the exits, or None if this layer has none."""
         return self.exit_layer_nums.index(layer_number) if layer_number in self.exit_layer_nums else None
 
@@ -69,10 +69,10 @@ class ExitConfig:
             progress = 0.5 * (1.0 - math.cos(math.pi * progress))
         return tuple(start + (end - start) * progress for start, end in zip(initial, final, strict=True))
 
-    def temperature_of(self, position: int) -> float:
-        """Softmax temperature of the exit at `position` among the exits."""
+    def temperature_of(self, exit_index: int) -> float:
+        """Softmax temperature of the exit with index `exit_index`."""
         if not self.exit_layer_temperature:
             return 1.0
         if len(self.exit_layer_temperature) == 1:
             return self.exit_layer_temperature[0]
-        return self.exit_layer_temperature[position]
+        return self.exit_layer_temperature[exit_index]

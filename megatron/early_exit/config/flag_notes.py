@@ -253,7 +253,7 @@ REFUSED = (
         "--non-persistent-*",
         "--ckpt-convert-*",
     ),
-    *_refuse("this programme trains; evaluation has tools of its own", "--skip-train"),
+    *_refuse("this program trains; evaluation has tools of its own", "--skip-train"),
     *_refuse("give the YAML file with --config", "--yaml-cfg"),
     *_refuse("retrieval models are not supported", "--retro-*"),
     *_refuse("the cluster manager should send SIGTERM; use --exit-signal-handler", "--adlr-autoresume*"),

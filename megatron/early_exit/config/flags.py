@@ -44,7 +44,7 @@ SWITCHED_OFF = {"add_bias_linear": "--disable-bias-linear"}
 
 
 def parse_run_config(argv: Sequence[str], *, world_size: int, warn: Callable[[str], None] = _LOG.warning) -> RunConfig:
-    """Settings from the command line `argv` (without the programme's name), then `--config FILE`, then defaults.
+    """Settings from the command line `argv` (without the program's name), then `--config FILE`, then defaults.
 
     world_size: number of ranks (torchrun's WORLD_SIZE). warn: called with one line for each flag that is ignored and
     each setting without effect. `--help` prints and exits. Raises ConfigError with all problems."""

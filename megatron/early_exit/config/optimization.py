@@ -28,11 +28,11 @@ class TrainingConfig:
     cross-entropy of the text. All layers are then built, on one pipeline stage."""
 
     cache_hidden_states: str | None = None
-    """With --tune-exit: folder in which the frozen layers' hidden states are kept. They are computed first, once, and
+    """With --tune-exit: folder in which the frozen layers' hidden states are cached. They are computed first, once, and
     then serve every pass over the samples, and other exits of the same model."""
 
     cache_samples: int | None = None
-    """Samples that --cache-hidden-states keeps; training draws them again and again. Default: all that it draws."""
+    """Samples that --cache-hidden-states holds; training draws them again and again. Default: all that it draws."""
 
     micro_batch_size: int = 1
     """Sequences of one microbatch."""

@@ -1,4 +1,4 @@
-"""The programme behind `tools/evaluate_exits.py`: the exits of one or several checkpoints, side by side."""
+"""The program behind `tools/evaluate_exits.py`: the exits of one or several checkpoints, side by side."""
 
 from __future__ import annotations
 

@@ -63,13 +63,13 @@ class DecodingQuality:
 
     name: str
     tokens_per_second: float
-    """Of one request, after its first token."""
+    """Speed of one request, after its first token."""
     runs_saved: float
     """Share of the full model's layer runs that did not take place."""
     agreement: float
     """Share of tokens that the full model would have taken at their place."""
     perplexity: float
-    """Of the answers under the full model."""
+    """Perplexity of the answers under the full model."""
 
 
 @torch.inference_mode()

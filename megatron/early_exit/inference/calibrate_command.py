@@ -1,4 +1,4 @@
-"""The programme behind `tools/calibrate_exits.py`: run a model over text and keep what its exits say."""
+"""The program behind `tools/calibrate_exits.py`: run a model over text and keep what its exits say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The programme behind `tools/generate.py`: prompts in, text and the exits that produced it out."""
+"""The program behind `tools/generate.py`: prompts in, text and the exits that produced it out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--load-iteration", type=int, help="checkpoint to load; default: the last one")
     model.add_argument(
         "--tensor-model-parallel-size", type=int, default=1, metavar="N",
-        help="ranks that share the weights; start the programme with torchrun --nproc-per-node N",
+        help="ranks that share the weights; start the program with torchrun --nproc-per-node N",
     )  # fmt: skip
     model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: that of the training")
     model.add_argument("--quantize", choices=("exits", "all"), help="int8 weights: to ask exits, or for everything")
@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the programme on this rank. Returns the exit status: 1 if a prompt was refused, 2 for bad settings."""
+    """Run the program on this rank. Returns the exit status: 1 if a prompt was refused, 2 for bad settings."""
     args = build_parser().parse_args(argv)
     is_speaker = os.environ.get("RANK", "0") == "0"
     try:

@@ -117,7 +117,7 @@ class Engine:
             )
         num_requests = min(len(self._running) + len(self._queue) + 1, self.decoder.cache.num_slots)
         asked = () if policy is None else self._exits_to_ask(policy, params, num_requests)
-        draft_exit = None if draft_layer is None else self.exits.position_of(draft_layer)
+        draft_exit = None if draft_layer is None else self.exits.index_of(draft_layer)
         sampling = params.sampling
         # The last generated token is not fed back: it takes no position.
         room = self.decoder.num_positions - len(prompt_ids) + 1
@@ -169,7 +169,7 @@ class Engine:
 
     def _exits_to_ask(self, policy: ExitPolicy, params: GenerationParams, num_requests: int) -> tuple[int, ...]:
         """Indices of the policy's exits, or with `plan_exits` of those of them that pay for so many requests."""
-        indices = tuple(self.exits.position_of(layer) for layer in policy.exit_layers)
+        indices = tuple(self.exits.index_of(layer) for layer in policy.exit_layers)
         if not params.plan_exits:
             return indices
         if self._calibration is None:

@@ -32,11 +32,11 @@ class Teacher(NamedTuple):
     """A head whose distribution is to be met beside the labels."""
 
     hidden_states: Tensor
-    """As those of the student; without gradient."""
+    """Hidden states of the teacher, as those of the student; without gradient."""
     weight: Tensor
     """[vocabulary / tp, h]"""
     share: float
-    """Of the loss that is the divergence from the teacher, KL(teacher || student); the rest is the cross-entropy."""
+    """Share of the divergence from the teacher, KL(teacher || student), in the loss; the rest is the cross-entropy."""
 
 
 def cross_entropy_sums(

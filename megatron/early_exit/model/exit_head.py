@@ -20,9 +20,9 @@ from megatron.early_exit.model.cross_entropy import LossSums, Teacher, cross_ent
 
 @dataclass(frozen=True)
 class ExitHeadSpec:
-    """What to build for the exit at `position` among the exits."""
+    """What to build for the exit with index `exit_index` among the exits."""
 
-    position: int
+    exit_index: int
     pre_exit: bool
     temperature: float
     weigh_by_confidence: bool

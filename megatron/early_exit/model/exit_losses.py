@@ -17,7 +17,7 @@ from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.model.cross_entropy import LossSums, Teacher
 
 FINAL = "final"
-"""Name of the hidden states that the final output projection reads, among those that are kept."""
+"""Name of the hidden states that the final output projection reads, among those that can be captured."""
 
 
 class ExitLosses:
@@ -40,20 +40,20 @@ class ExitLosses:
         """distillation_share: of the loss of exits that are tuned, the part that follows the final head."""
         self.exits = exits
         self.distillation_share = distillation_share
-        self._waiting_for_teacher: list[Callable[[Teacher], None]] = []
+        self._deferred_to_teacher: list[Callable[[Teacher], None]] = []
         self.calculate_per_token_loss = calculate_per_token_loss
         self.weights: tuple[float, ...] = exits.weights_at(0)
         self.num_microbatches = 1
         self.grad_scale_func: Callable[[Tensor], Tensor] | None = None
         self.is_tuning = False
-        self.keep: Callable[[str, Tensor], None] | None = None
-        """If set, exits compute nothing: their input goes there, under its name (`layer.exit_input`)."""
-        self.waiting: list[EarlyExit] | None = None
+        self.capture: Callable[[str, Tensor], None] | None = None
+        """Called with what exits read and its name (`layer.exit_input`) if it is set; exits then compute nothing."""
+        self.deferred_exits: list[EarlyExit] | None = None
         """If a list, exits of the forward pass that runs now are put there, and may run before their backward."""
         self.statistics = torch.zeros(exits.num_exits + 1, 3, dtype=torch.float64, device=device)
 
     @property
-    def final_position(self) -> int:
+    def final_index(self) -> int:
         """Row of the final head in `statistics`."""
         return self.exits.num_exits
 
@@ -79,10 +79,10 @@ class ExitLosses:
             scale = scale / (loss_mask.sum().clamp(min=1) * self.num_microbatches)
         return self.grad_scale_func(scale) if self.grad_scale_func is not None else scale
 
-    def add_statistics(self, position: int, statistics: Tensor) -> None:
-        """Count one microbatch of the exit at `position`. Each microbatch is counted once: by the deferred loss in
-        training, by the forward pass in validation."""
-        self.statistics[position] += statistics
+    def add_statistics(self, exit_index: int, statistics: Tensor) -> None:
+        """Count one microbatch of an exit. Each microbatch is counted once: by the deferred loss in training, by
+        the forward pass in validation."""
+        self.statistics[exit_index] += statistics
 
     def reset_statistics(self) -> None:
         self.statistics.zero_()
@@ -90,7 +90,7 @@ class ExitLosses:
     def defer(
         self,
         hidden_states: Tensor,
-        position: int,
+        exit_index: int,
         loss_mask: Tensor,
         compute: Callable[[Tensor, Tensor], LossSums],
         is_sequence_parallel: bool = False,
@@ -103,65 +103,66 @@ class ExitLosses:
         def backpropagate(hidden_states: Tensor) -> None:
             scale = self.gradient_scale(loss_mask)
             sums = compute(hidden_states, scale)
-            self.add_statistics(position, sums.statistics)
+            self.add_statistics(exit_index, sums.statistics)
             # Also at weight 0: DDP launches its overlapped reduction when every parameter has fired as often as in
             # the first iteration.
-            torch.autograd.backward(sums.objective * (scale * self.weights[position]))
+            torch.autograd.backward(sums.objective * (scale * self.weights[exit_index]))
 
         def backpropagate_in_own_stream(hidden_states: Tensor) -> None:
             with _own_random_stream(is_sequence_parallel):
                 backpropagate(hidden_states)
 
         early = EarlyExit(hidden_states, backpropagate_in_own_stream)
-        if self.waiting is not None:
-            self.waiting.append(early)
+        if self.deferred_exits is not None:
+            self.deferred_exits.append(early)
         return _DeferredLoss.apply(hidden_states, early)
 
     def tune(
         self,
         hidden_states: Tensor,
-        position: int,
+        exit_index: int,
         loss_mask: Tensor,
         compute: Callable[..., LossSums],
         is_sequence_parallel: bool = False,
     ) -> None:
         """Back-propagate the exit's loss now, into its own parameters alone; arguments as of `defer`.
 
-        Source: EE-Tuning (arXiv:2402.00518). With the layers frozen no gradient leaves the exit, so nothing of it waits
-        for a backward pass. With a share for distillation it waits for the final head of the same microbatch."""
+        Source: EE-Tuning (arXiv:2402.00518). With the layers frozen no gradient leaves the exit, so nothing of it is
+        deferred to a backward pass. With a share for distillation it is deferred to the final head of the same
+        microbatch."""
         hidden_states = hidden_states.detach()
 
         def backpropagate(**teacher: Teacher) -> None:
             with torch.enable_grad():
                 scale = self.gradient_scale(loss_mask)
                 sums = compute(hidden_states, scale, **teacher)
-                self.add_statistics(position, sums.statistics)
-                torch.autograd.backward(sums.objective * (scale * self.weights[position]))
+                self.add_statistics(exit_index, sums.statistics)
+                torch.autograd.backward(sums.objective * (scale * self.weights[exit_index]))
 
         def backpropagate_later(**teacher: Teacher) -> None:
             with _own_random_stream(is_sequence_parallel):
                 backpropagate(**teacher)
 
         if self.distillation_share:
-            self._waiting_for_teacher.append(lambda teacher: backpropagate_later(teacher=teacher))
-        elif self.waiting is not None:
-            self.waiting.append(EarlyExit(hidden_states, lambda _: backpropagate_later()))
+            self._deferred_to_teacher.append(lambda teacher: backpropagate_later(teacher=teacher))
+        elif self.deferred_exits is not None:
+            self.deferred_exits.append(EarlyExit(hidden_states, lambda _: backpropagate_later()))
         else:
             backpropagate()
 
     def teach(self, hidden_states: Tensor, weight: Tensor) -> None:
-        """Let the exits that wait have the final head's word on their microbatch. hidden_states: what its output
+        """Tune the exits that distil from the final head on their microbatch. hidden_states: what its output
         projection reads, [s, b, h]; weight: [vocabulary / tp, h]"""
         teacher = Teacher(hidden_states.detach(), weight.detach(), self.distillation_share)
-        waiting, self._waiting_for_teacher = self._waiting_for_teacher, []
-        for backpropagate in waiting:
+        deferred, self._deferred_to_teacher = self._deferred_to_teacher, []
+        for backpropagate in deferred:
             backpropagate(teacher)
 
-    def evaluate(self, hidden_states: Tensor, position: int, compute: Callable[[Tensor, Tensor], LossSums]) -> None:
+    def evaluate(self, hidden_states: Tensor, exit_index: int, compute: Callable[[Tensor, Tensor], LossSums]) -> None:
         """Count the loss of one microbatch now: in validation there is no backward pass."""
         with torch.no_grad():
             one = torch.ones((), device=hidden_states.device)
-            self.add_statistics(position, compute(hidden_states, one).statistics)
+            self.add_statistics(exit_index, compute(hidden_states, one).statistics)
 
 
 def _own_random_stream(is_sequence_parallel: bool) -> AbstractContextManager:
@@ -179,7 +180,7 @@ class EarlyExit:
         self._gradient: Tensor | None = None
 
     def run(self) -> None:
-        """Take the gradients; that of the hidden states is kept for the backward pass."""
+        """Take the gradients; that of the hidden states is added in the backward pass."""
         hidden_states = self._hidden_states.requires_grad_()
         with torch.enable_grad():
             self._backpropagate(hidden_states)

@@ -52,7 +52,7 @@ class EarlyExitGPTModel(GPTModel):
         """Heads of the exits that this chunk owns, in the order of layers."""
         return [layer.exit_head for layer in self._layers_with_exits()]
 
-    def kept_inputs(self) -> list[str]:
+    def capture_points(self) -> list[str]:
         """Names of the hidden states that exits of this chunk are tuned on (and that distillation needs)."""
         names = [layer.exit_input for layer in self._layers_with_exits()]
         return [*names, FINAL] if names and self.post_process else names
@@ -60,9 +60,9 @@ class EarlyExitGPTModel(GPTModel):
     def tune_exits(
         self, hidden_states: Mapping[str, Tensor], labels: Tensor, loss_mask: Tensor, attention_mask: Tensor | None
     ) -> None:
-        """Tune this chunk's exits on hidden states that were kept of a forward pass over the same microbatch.
+        """Tune this chunk's exits on hidden states that were captured in a forward pass over the same microbatch.
 
-        hidden_states: [s, b, h] by the names in `kept_inputs`; the rest as in `forward`."""
+        hidden_states: [s, b, h] by the names in `capture_points`; the rest as in `forward`."""
         is_rotary = self.position_embedding_type == "rope"
         rotary_pos_emb = self.rotary_pos_emb(labels.size(1)) if is_rotary else None
         for layer in self._layers_with_exits():
@@ -123,8 +123,8 @@ class EarlyExitGPTModel(GPTModel):
             return super()._postprocess(**kwargs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
-        if self.exit_losses.keep is not None:
-            self.exit_losses.keep(FINAL, kwargs["hidden_states"])
+        if self.exit_losses.capture is not None:
+            self.exit_losses.capture(FINAL, kwargs["hidden_states"])
             return kwargs["hidden_states"].new_zeros(())
         if self.exit_losses.is_tuning:
             self.exit_losses.teach(kwargs["hidden_states"], weight)
@@ -138,7 +138,7 @@ class EarlyExitGPTModel(GPTModel):
             sequence_parallel=self.config.sequence_parallel,
             gradient_scale=self.exit_losses.gradient_scale(loss_mask),
         )
-        self.exit_losses.add_statistics(self.exit_losses.final_position, sums.statistics)
+        self.exit_losses.add_statistics(self.exit_losses.final_index, sums.statistics)
         return sums.objective
 
     def sharded_state_dict(

@@ -53,7 +53,7 @@ class EarlyExitTransformerLayer(TransformerLayer):
         return f"layer_{self.layer_number - spec.pre_exit}_output"
 
     def tune_exit(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor, **arguments: Any) -> None:
-        """Tune the exit on its input, which was kept of a forward pass. hidden_states: [s, b, h], or this TP rank's
+        """Tune the exit on its input, which was captured in a forward pass. hidden_states: [s, b, h], or this TP rank's
         part; labels, loss_mask: [b, s]; arguments: what an exit block needs beside them."""
         # As in a forward pass, where core forks so that each TP rank draws other dropout for its part of the sequence.
         fork = tensor_parallel.get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext()
@@ -80,27 +80,27 @@ class EarlyExitTransformerLayer(TransformerLayer):
         labels, loss_mask = kwargs.get("context"), kwargs.get("context_mask")
         if labels is None or is_checkpointed_forward():
             return hidden_states
-        if self.exit_losses.keep is not None:
-            self.exit_losses.keep(self.exit_input, hidden_states)
+        if self.exit_losses.capture is not None:
+            self.exit_losses.capture(self.exit_input, hidden_states)
             return hidden_states
         head_arguments: dict[str, Any] = {}
         if self.exit_head.mlp is not None:
             head_arguments["pre_mlp_norm"] = self.pre_mlp_layernorm
         if self.exit_head.block is not None:
             head_arguments |= {name: kwargs.get(name) for name in _BLOCK_ARGUMENTS}
-        position = self.exit_head.spec.position
+        exit_index = self.exit_head.spec.exit_index
 
         def compute(hidden_states: Tensor, gradient_scale: Tensor, **teacher: Teacher) -> LossSums:
             return self.exit_head.loss(hidden_states, labels, loss_mask, gradient_scale, **teacher, **head_arguments)
 
         if self.exit_losses.is_tuning:
-            self.exit_losses.tune(hidden_states, position, loss_mask, compute, self.config.sequence_parallel)
+            self.exit_losses.tune(hidden_states, exit_index, loss_mask, compute, self.config.sequence_parallel)
             return hidden_states
         if not self.training:
-            self.exit_losses.evaluate(hidden_states, position, compute)
+            self.exit_losses.evaluate(hidden_states, exit_index, compute)
             return hidden_states
         hidden_states = self.exit_losses.defer(
-            hidden_states, position, loss_mask, compute, self.config.sequence_parallel
+            hidden_states, exit_index, loss_mask, compute, self.config.sequence_parallel
         )
         # The schedule frees the data of what a stage sends, which must not be a view of what the exit keeps.
         return make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)

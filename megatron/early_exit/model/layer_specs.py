@@ -112,19 +112,19 @@ def block_spec(
     numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
     layer_specs = [plain] * len(numbers)
     for index, layer_number in enumerate(numbers):
-        position = exits.position_of(layer_number)
-        if position is not None:
-            head = exit_head_spec(exits, position, with_exit, norm, vocab_size)
+        exit_index = exits.index_of(layer_number)
+        if exit_index is not None:
+            head = exit_head_spec(exits, exit_index, with_exit, norm, vocab_size)
             layer_specs[index] = replace_module(with_exit, exit_head=head, exit_losses=exit_losses)
     return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=norm)
 
 
-def exit_head_spec(exits: ExitConfig, position: int, plain: ModuleSpec, norm: type, vocab_size: int) -> ExitHeadSpec:
-    """The head of the exit at `position`, made of the same modules as a plain layer."""
+def exit_head_spec(exits: ExitConfig, exit_index: int, plain: ModuleSpec, norm: type, vocab_size: int) -> ExitHeadSpec:
+    """The head of the exit with index `exit_index`, made of the same modules as a plain layer."""
     return ExitHeadSpec(
-        position=position,
+        exit_index=exit_index,
         pre_exit=exits.pre_exit,
-        temperature=exits.temperature_of(position),
+        temperature=exits.temperature_of(exit_index),
         weigh_by_confidence=exits.use_dynamic_exit_layer_weight,
         output_vocab_size=vocab_size if exits.untie_exit_output_weights else None,
         norm=norm if exits.use_exit_norm else None,

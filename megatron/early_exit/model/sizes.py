@@ -40,12 +40,12 @@ def stage_parameters(config: ResolvedConfig, layers: Sequence[int], is_first: bo
 
 
 def output_parameters(config: ResolvedConfig) -> int:
-    """Of an output projection, or of the word embedding."""
+    """Parameters of an output projection, or of the word embedding."""
     return config.description.padded_vocab_size * config.model.hidden_size // config.parallel.tensor_model_parallel_size
 
 
 def exit_parameters(config: ResolvedConfig) -> int:
-    """Of one exit, without an output weight that is the model's."""
+    """Parameters of one exit, without an output weight that is the model's."""
     exits = config.exits
     return (
         exits.untie_exit_output_weights * output_parameters(config)
@@ -56,7 +56,7 @@ def exit_parameters(config: ResolvedConfig) -> int:
 
 
 def layer_parameters(config: RunConfig) -> int:
-    """Of one transformer layer without its exit."""
+    """Parameters of one transformer layer without its exit."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     queries = model.num_attention_heads * model.head_size
     fused = queries + 2 * model.num_kv_heads * model.head_size
@@ -169,12 +169,12 @@ def layer_flops_per_token(config: RunConfig) -> int:
 
 
 def output_flops_per_token(config: RunConfig, vocab_size: int) -> int:
-    """Of one output projection."""
+    """FLOPs of one output projection for one token."""
     return 6 * config.model.hidden_size * vocab_size
 
 
 def exit_flops_per_token(config: RunConfig, vocab_size: int) -> int:
-    """Of one exit."""
+    """FLOPs of one exit for one token."""
     return (
         output_flops_per_token(config, vocab_size)
         + config.exits.use_exit_block * layer_flops_per_token(config)

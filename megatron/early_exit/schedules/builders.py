@@ -91,7 +91,7 @@ def with_exits_in_bubbles(
 
 
 def exits_that_fit(num_ranks: int, exit_backward_ratio: float) -> tuple[int, ...]:
-    """For each rank of 1F1B, of how many microbatches the exits fit before the first backward at no cost.
+    """Number of microbatches, for each rank of 1F1B, whose exits fit before the first backward at no cost.
 
     exit_backward_ratio: time of a microbatch's exits over that of a stage's backward without them. At least one: the
     exits of the first microbatch have to run before its backward is complete, so running them while its gradient is

@@ -40,14 +40,14 @@ class Case:
     """A named model and cluster."""
 
     flags: str
-    """Of training."""
+    """Training's flags."""
     world_size: int
     gpu: str
     layers_per_stage: tuple[int, ...] | None = None
-    """Default: as training splits them."""
+    """Layers of every stage; default: as training splits them."""
 
     def flags_with(self, more: Sequence[str]) -> list[str]:
-        """With more flags, which win. Other exit layers are as they are named: --pre-exit goes with the case's own."""
+        """The case's flags and more, which win. Other exit layers are taken without the case's --pre-exit."""
         own = self.flags.split()
         if any(flag.partition("=")[0] == "--exit-layer-nums" for flag in more):
             own = [flag for flag in own if flag != "--pre-exit"]
@@ -113,7 +113,7 @@ def setup_from_flags(
     layers_per_stage: Sequence[int] | None = None,
     assumptions: Assumptions = DEFAULT_ASSUMPTIONS,
 ) -> Setup:
-    """From training's flags; those for data, length and learning rate can be left out.
+    """The setup that training's flags describe; those for data, length and learning rate can be left out.
 
     layers_per_stage: default as training splits them, evenly. Raises ValueError (ConfigError for flags)."""
     words = [*_unneeded(flags), *flags]

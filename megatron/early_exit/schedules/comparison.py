@@ -23,10 +23,10 @@ from megatron.early_exit.schedules.cost_model import (
     stage_layers,
     stages_with_early_exits,
 )
-from megatron.early_exit.schedules.costs import StageCosts, exit_stages
 from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
 from megatron.early_exit.schedules.plan import Kind, Plan
 from megatron.early_exit.schedules.simulate import Timeline, peak_activation_bytes, simulate, state_bytes
+from megatron.early_exit.schedules.stage_costs import StageCosts, exit_stages
 
 FREE = 0.001
 """What lengthens an iteration by at most this share costs no time."""
@@ -41,9 +41,9 @@ class Setup:
     """GPUs."""
     gpu: Gpu
     layers_per_stage: tuple[int, ...]
-    """Of every stage (model chunk), in order."""
+    """Layers of every stage (model chunk), in order."""
     num_microbatches: int
-    """Of one iteration, on each replica of the model."""
+    """Microbatches of one iteration, on each replica of the model."""
     assumptions: Assumptions = DEFAULT_ASSUMPTIONS
 
     @classmethod
@@ -55,7 +55,7 @@ class Setup:
         layers_per_stage: Sequence[int] | None = None,
         assumptions: Assumptions = DEFAULT_ASSUMPTIONS,
     ) -> Setup:
-        """By default with layers split as training splits them. Raises ValueError."""
+        """The setup of a run, by default with layers split as training splits them. Raises ValueError."""
         training, replicas = config.training, config.parallel.data_parallel_size(world_size)
         batch = training.global_batch_size or training.micro_batch_size * replicas
         layers = tuple(layers_per_stage) if layers_per_stage is not None else even_layers(config)
@@ -75,7 +75,7 @@ class Setup:
 
     @cached_property
     def plain_costs(self) -> tuple[StageCosts, ...]:
-        """Of the model without exits."""
+        """Costs of the model without exits."""
         return replace(self, config=replace(self.config, exits=ExitConfig())).costs
 
     @property
@@ -105,7 +105,7 @@ class Variant:
 
     @cached_property
     def peak_bytes(self) -> list[int]:
-        """For each rank parameters, gradients, optimizer state and the peak of activations."""
+        """Parameters, gradients, optimizer state and the peak of activations of each rank, in bytes."""
         pairs = zip(state_bytes(self.plan, self.costs), peak_activation_bytes(self.plan, self.costs))
         return [state + peak for state, peak in pairs]
 
@@ -149,7 +149,7 @@ def compare_costs(
     num_fill_warmup: int | None = None,
     num_fill_cooldown: int | None = None,
 ) -> list[Variant]:
-    """The same from costs alone.
+    """Variants of a pipeline from its costs alone.
 
     early_exit_stages: those whose exits can run before the backward. num_fill_warmup, num_fill_cooldown: by default as
     many as cost no time. Raises ValueError for more fill than there is room for, with the largest number."""
@@ -175,7 +175,7 @@ def exits_in_idle_time(variant: Variant, early_exit_stages: Sequence[int]) -> Va
 
 
 def _exits_in_first_wait(variant: Variant) -> list[int]:
-    """For each rank the microbatches whose exits fit into the wait for the batch's first gradient; at least one."""
+    """Microbatches of each rank whose exits fit into the wait for the batch's first gradient; at least one."""
     counts = []
     for rank, cost in enumerate(variant.costs):
         first = next(

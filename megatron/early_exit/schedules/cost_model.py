@@ -14,7 +14,7 @@ from functools import cached_property
 
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.model import sizes
-from megatron.early_exit.schedules.costs import StageCosts
+from megatron.early_exit.schedules.stage_costs import StageCosts
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Gpu:
     memory_bytes_per_sec: float
     nvlink_bytes_per_sec: float
     network_bytes_per_sec: float
-    """To GPUs of other servers, each GPU's own network card."""
+    """Bandwidth to GPUs of other servers, of each GPU's own network card."""
     gpus_per_node: int = 8
 
 
@@ -53,14 +53,15 @@ class Assumptions:
     """Shares of the data sheet's figures that are reached."""
 
     matmul_efficiency: float = 0.6
-    """Of the peak, in matrix products and attention. With what else runs, model FLOPs utilisation comes out at 40 to
-    55%; Megatron-LM reports 44 to 52% on A100 (arXiv:2104.04473), Llama 3 38 to 43% on H100 (arXiv:2407.21783)."""
+    """Share of the peak that matrix products and attention reach. With what else runs, model FLOPs utilisation comes
+    out at 40 to 55%; Megatron-LM reports 44 to 52% on A100 (arXiv:2104.04473), Llama 3 38 to 43% on H100
+    (arXiv:2407.21783)."""
 
     memory_efficiency: float = 0.8
-    """Of the memory bandwidth."""
+    """Share of the memory bandwidth that is reached."""
 
     link_efficiency: float = 0.8
-    """Of NVLink and of the network."""
+    """Share of the bandwidth of NVLink and of the network that is reached."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -238,8 +239,8 @@ class _CostModel:
 
     @property
     def _all_reduce_sec(self) -> float:
-        """Of hidden states over the tensor-parallel ranks, as a ring; with sequence parallelism a gather and a
-        reduce-scatter, which move as much."""
+        """Time to all-reduce hidden states over the tensor-parallel ranks, as a ring; with sequence parallelism a
+        gather and a reduce-scatter, which move as much."""
         size = self.config.parallel.tensor_model_parallel_size
         gpu = self.gpu
         link = gpu.nvlink_bytes_per_sec if size <= gpu.gpus_per_node else gpu.network_bytes_per_sec

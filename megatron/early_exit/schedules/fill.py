@@ -27,9 +27,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from megatron.early_exit.schedules.builders import one_f_one_b_passes
-from megatron.early_exit.schedules.costs import StageCosts
 from megatron.early_exit.schedules.messages import STEP, with_messages
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.stage_costs import StageCosts
 
 _Passes = list[list[Action]]  # of each stage, in order
 _PassKey = tuple[int, Kind, int]  # stage, kind, microbatch
@@ -43,9 +43,9 @@ class PassTimes:
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
-    """With the losses and gradients of the stage's exits."""
+    """Time of a backward with the losses and gradients of the stage's exits."""
     communication: float = 0.0
-    """From the end of a pass until the neighbour has what it returned."""
+    """Time from the end of a pass until the neighbour has what it returned."""
 
     def __post_init__(self) -> None:
         if len(self.forward) != len(self.backward):
@@ -63,7 +63,7 @@ class PassTimes:
 
     @classmethod
     def from_costs(cls, costs: Sequence[StageCosts]) -> PassTimes:
-        """From the costs of all stages, exits in the backward."""
+        """Times from the costs of all stages, exits in the backward."""
         return cls(
             tuple(cost.forward_sec for cost in costs),
             tuple(cost.backward_sec + cost.exit_sec for cost in costs),
@@ -129,11 +129,11 @@ class _Fill:
     """Which fills there are, how far each goes and where its forward stands."""
 
     last_stages: tuple[int, ...] = ()
-    """Of warmup fills: where the forward ends and the backward begins. Not increasing."""
+    """Stages of warmup fills where the forward ends and the backward begins. Not increasing."""
     forwards_before: tuple[int, ...] = ()
     """Regular forwards before the warmup fill's. Not decreasing."""
     first_backward_stages: tuple[int, ...] = ()
-    """Of cooldown fills: the stage with which their backward ends. Not decreasing."""
+    """Stages of cooldown fills with which their backward ends. Not decreasing."""
 
 
 class _FillBuilder:
@@ -207,7 +207,7 @@ class _FillBuilder:
         return first_start + (num_ahead + 1) * time <= self._latest_end(forward)
 
     def _latest_end(self, key: _PassKey) -> float:
-        """When a regular pass must have ended for the iteration not to become longer."""
+        """Time by which a regular pass must have ended for the iteration not to become longer."""
         stage, kind, _ = key
         return self._time_limit - self._ends_backwards[key] + self.times.of(kind)[stage]
 
@@ -267,7 +267,7 @@ class _FillBuilder:
         return replace(fill, first_backward_stages=(*fill.first_backward_stages, first))
 
     def _cooldown_ends(self, fill: _Fill, ends: _Ends) -> _Ends:
-        """When the passes after the last regular forwards end. ends: of all passes, without cooldown fill."""
+        """Times at which the passes after the last regular forwards end. ends: of all passes, without cooldown fill."""
         last = self.num_microbatches - 1
         passes, known = [], {}
         for stage, actions in enumerate(self.passes(fill, skipped=max(0, self.num_microbatches - 2 * self.num_ranks))):
@@ -338,7 +338,7 @@ def end_times(
     known: _Ends | None = None,
     starts: Sequence[float] | None = None,
 ) -> _Ends:
-    """When each pass ends if all start as early as they can. Sends are asynchronous, receives block.
+    """Time at which each pass ends if all start as early as they can. Sends are asynchronous, receives block.
 
     reverse: time runs from the end of the iteration back, so that a pass's value is how long before the end it must
     start. known, starts: ends of passes that came before these, and when each stage is done with them. Raises

@@ -1,4 +1,4 @@
-"""Where a plan's messages go: from which stage to which, and put beside the passes that make and need them."""
+"""Messages of a plan: from which stage to which they go, and put beside the passes that make and need them."""
 
 from __future__ import annotations
 

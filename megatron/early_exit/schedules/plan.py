@@ -51,7 +51,7 @@ class Action:
     chunk: int = 0
     """Model chunk on this rank; the stage is `chunk * num_ranks + rank`."""
     is_partial: bool = False
-    """Of a microbatch that fills a bubble."""
+    """Whether the microbatch fills a bubble."""
 
     def __str__(self) -> str:
         chunk = f".{self.chunk}" if self.chunk else ""
@@ -72,11 +72,11 @@ class Plan:
     """What all pipeline ranks do in one iteration."""
 
     name: str
-    """Of the schedule, such as 1F1B; for people."""
+    """Name of the schedule, such as 1F1B; for people."""
     ranks: tuple[tuple[Action, ...], ...]
     """Actions of each pipeline rank, in the order in which it runs them."""
     num_microbatches: int
-    """Of the batch, without fill."""
+    """Microbatches of the batch, without fill."""
     num_fill_warmup: int = 0
     """Microbatches beyond the batch that run forward and backward through the first stages only."""
     num_fill_cooldown: int = 0

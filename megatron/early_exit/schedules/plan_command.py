@@ -1,4 +1,4 @@
-"""The programme behind `tools/plan_pipeline.py`: what a pipeline with exits costs, as a table, a picture and a plan."""
+"""The program behind `tools/plan_pipeline.py`: what a pipeline with exits costs, as a table, a picture and a plan."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from megatron.early_exit.schedules.comparison import (
     tuning_variant,
 )
 from megatron.early_exit.schedules.cost_model import GPUS, Assumptions
-from megatron.early_exit.schedules.costs import StageCosts, exit_stages, read_costs, write_costs
 from megatron.early_exit.schedules.draw import check_outputs, draw_timelines
 from megatron.early_exit.schedules.planner import choose
+from megatron.early_exit.schedules.stage_costs import StageCosts, exit_stages, read_costs, write_costs
 
 GIB = 2**30
 PLANS = {"plain": PLAIN, "backward": IN_BACKWARD, "idle": IN_IDLE_TIME, "filled": FILLED}

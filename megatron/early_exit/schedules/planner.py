@@ -28,7 +28,7 @@ class Choice:
     """What the planner chose and what it expects."""
 
     setup: Setup
-    """With the chosen exits' side and layers per stage."""
+    """The setup with the chosen side of exits and layers per stage."""
     variant: Variant
     """The chosen plan."""
     plain: Variant
@@ -46,7 +46,7 @@ class Choice:
 
     @property
     def memory_overhead(self) -> float:
-        """Of the rank that needs most, against plain GPT's that needs most."""
+        """Memory of the rank that needs most, against plain GPT's that needs most."""
         return max(self.variant.peak_bytes) / max(self.plain.peak_bytes) - 1
 
 
@@ -144,7 +144,7 @@ def _named(setup: Setup) -> str:
 
 
 def _choose_layers(setup: Setup) -> tuple[Setup, str]:
-    """From the given split, layer by layer away from the slowest stage, as long as the iteration gets shorter."""
+    """Move layer by layer away from the slowest stage, as long as the iteration gets shorter."""
     start = best = _Candidate.of(setup)
     improved = True
     while improved:
@@ -177,7 +177,7 @@ class _Candidate:
 
     @classmethod
     def of(cls, setup: Setup) -> _Candidate:
-        """Of many microbatches a few are simulated; each further one takes what the last ones took."""
+        """Simulate a setup: of many microbatches only a few; each further one takes what the last ones took."""
         num_ranks, total = setup.num_ranks, setup.num_microbatches
         if total <= 4 * num_ranks:
             variant = _best_variant(setup)

@@ -51,11 +51,11 @@ class PassCounts(NamedTuple):
     """How many microbatches a stage learns from; see the module's text."""
 
     backward: int
-    """Of the batch and of the cooldown's fill: N + C_s."""
+    """Microbatches of the batch and of the cooldown's fill: N + C_s."""
     exits: int
-    """Of all that its exits see: N + C_q + W_q."""
+    """Microbatches that its exits see: N + C_q + W_q."""
     gradient_factor: float
-    """For gradients from the next stage, of the batch and of the cooldown's fill."""
+    """Factor for gradients from the next stage, of the batch and of the cooldown's fill."""
 
 
 def pass_counts(plan: Plan, stage: int) -> PassCounts:
@@ -190,16 +190,16 @@ class PlanRuntime:
         if received is not None and has_backward:
             received.requires_grad_()
         get_attr_wrapped_model(chunk, "set_input_tensor")([received])
-        waiting: list[EarlyExit] | None = [] if self._with_kind(action, Kind.EXIT) in self._has else None
-        self._exit_losses.waiting = waiting
+        deferred: list[EarlyExit] | None = [] if self._with_kind(action, Kind.EXIT) in self._has else None
+        self._exit_losses.deferred_exits = deferred
         with torch.set_grad_enabled(has_backward and is_training):
             batch = None if batches is None else iter([batches.take(action.microbatch)])
             output, loss_function = self._forward_step(batch, chunk)
             if self._stage(action.chunk) == self.plan.num_stages - 1 and is_training:
                 output = self._mean_loss(output, loss_function)
-        self._exit_losses.waiting = None
-        if waiting is not None:
-            self._exits[key] = waiting
+        self._exit_losses.deferred_exits = None
+        if deferred is not None:
+            self._exits[key] = deferred
         if has_backward:
             self._inputs[key] = received
         if has_backward or self._with_kind(action, MESSAGE_AFTER[Kind.FORWARD]) in self._has:
@@ -300,7 +300,7 @@ class PlanRuntime:
         return by_edge
 
     def _sends_shown_by_receives(self) -> dict[Action, set[Action]]:
-        """For each receive, messages of this rank that must have arrived when it does, and that no earlier one shows:
+        """Messages of this rank, for each receive, that must have arrived when it does, and that no earlier one shows:
         its sender had received them before it sent."""
         mine = {self._theirs(action): action for action in self._actions if action.kind.is_message}
         shown_by: dict[Action, set[Action]] = {}

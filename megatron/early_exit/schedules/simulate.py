@@ -1,4 +1,4 @@
-"""When every action of a plan runs and what it keeps in memory, given the costs of the stages.
+"""Simulation of a plan: when every action runs and what it keeps in memory, given the costs of the stages.
 
 The model: a rank runs its actions one after the other. A send costs its rank nothing; the message arrives
 `communication_sec` of the sending stage later, however many are on their way. A receive waits for it. A backward whose
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron.early_exit.schedules.costs import StageCosts
 from megatron.early_exit.schedules.messages import STEP
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.stage_costs import StageCosts
 
 
 class TimedAction(NamedTuple):
@@ -37,12 +37,12 @@ class Timeline:
 
     name: str
     actions: tuple[TimedAction, ...]
-    """Of rank 0 in order, then of rank 1, ..."""
+    """Actions of rank 0 in order, then of rank 1, ..."""
     num_ranks: int
 
     @classmethod
     def of(cls, name: str, rows: Iterable[TimedAction | tuple]) -> Timeline:
-        """From rows (rank, action, start_sec, end_sec), measured ones too: in any order, with any origin of time."""
+        """Make a timeline of rows (rank, action, start_sec, end_sec), in any order, with any origin of time."""
         timed = [row if isinstance(row, TimedAction) else TimedAction(*row) for row in rows]
         origin = min((row.start_sec for row in timed), default=0.0)
         moved = [row._replace(start_sec=row.start_sec - origin, end_sec=row.end_sec - origin) for row in timed]
@@ -51,7 +51,7 @@ class Timeline:
 
     @property
     def iteration_sec(self) -> float:
-        """From the start of the first action to the end of the last one."""
+        """Time from the start of the first action to the end of the last one."""
         starts = min((timed.start_sec for timed in self.actions), default=0.0)
         return max((timed.end_sec for timed in self.actions), default=0.0) - starts
 
@@ -64,7 +64,7 @@ class Timeline:
         return self.iteration_sec - sum(timed.end_sec - timed.start_sec for timed in passes)
 
     def idle_share(self, rank: int) -> float:
-        """Of the iteration."""
+        """Share of the iteration in which a rank is idle."""
         return self.idle_sec(rank) / self.iteration_sec if self.iteration_sec else 0.0
 
 
@@ -171,7 +171,7 @@ def _run(
 
 
 def peak_activation_bytes(plan: Plan, costs: Sequence[StageCosts]) -> list[int]:
-    """For each rank the most that activations, gradients of early-computed exits and heads at work take at once.
+    """Most bytes that activations, gradients of early-computed exits and heads at work take at once on each rank.
 
     Parameters, gradients and optimizer state are not in it; `state_bytes` has them."""
     check_costs(plan, costs)
@@ -179,7 +179,7 @@ def peak_activation_bytes(plan: Plan, costs: Sequence[StageCosts]) -> list[int]:
 
 
 def state_bytes(plan: Plan, costs: Sequence[StageCosts]) -> list[int]:
-    """For each rank its parameters, gradients and optimizer state."""
+    """Bytes of the parameters, gradients and optimizer state of each rank."""
     check_costs(plan, costs)
     return [sum(cost.state_bytes for cost in costs[rank :: plan.num_ranks]) for rank in range(plan.num_ranks)]
 

@@ -1,4 +1,4 @@
-"""Keeps what the frozen layers make of the training samples, so that tuning exits need not run the layers again."""
+"""Caches what the frozen layers make of the training samples, so that tuning exits need not run the layers again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class HiddenStateCaching:
         self._config, self._model, self._dataset = config, model, dataset
         self._num_drawn = num_samples
         (self._chunk,) = model.chunks
-        self.points = self._chunk.kept_inputs()
+        self.capture_points = self._chunk.capture_points()
         """Hidden states that exits on this rank are tuned on."""
         seq_length = config.training.seq_length
         content = CacheContent(
@@ -44,7 +44,7 @@ class HiddenStateCaching:
         folder = Path(config.training.cache_hidden_states)
         self.cache = HiddenStateCache(folder, content, cached_samples(config, num_samples))
         everywhere: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everywhere, self.points)
+        torch.distributed.all_gather_object(everywhere, self.capture_points)
         all_points = sorted({point for points in everywhere for point in points})
         on_rank_zero(lambda: self.cache.create(all_points))
         if not _smallest(int(self.cache.is_there)):
@@ -56,10 +56,10 @@ class HiddenStateCaching:
 
     def iterator(self, consumed_samples: int) -> object | None:
         """Microbatches with their hidden states, from sample `consumed_samples` on; None on a rank without exits."""
-        if not self.points:
+        if not self.capture_points:
             return None
         samples = CachedSamples(
-            self._dataset, self.cache, points=self.points, rows=self._rows, num_samples=self._num_drawn,
+            self._dataset, self.cache, points=self.capture_points, rows=self._rows, num_samples=self._num_drawn,
             seed=self._config.training.seed,
         )  # fmt: skip
         return self._iterator(samples, consumed_samples)
@@ -81,9 +81,9 @@ class HiddenStateCaching:
         interrupted. What is written stays, and the next run goes on there. All ranks call it together."""
         num_samples, training = self.cache.num_samples, self._config.training
         stride = training.micro_batch_size * parallel_state.get_data_parallel_world_size()
-        done = _smallest(self.cache.num_leading(self.points)) // stride * stride
+        done = _smallest(self.cache.num_leading(self.capture_points)) // stride * stride
         if done < num_samples:
-            say(f" keeping hidden states of {num_samples - done:,} samples in {self.cache.folder}")
+            say(f" caching hidden states of {num_samples - done:,} samples in {self.cache.folder}")
         iterator = self._iterator(self._dataset, done) if self._needs_data and done < num_samples else None
         per_call = max((training.global_batch_size or stride) // stride, 1)
         shown = 10 * done // num_samples
@@ -92,46 +92,48 @@ class HiddenStateCaching:
                 say(f" stopped at {done:,} of {num_samples:,} samples: {reason}; the next run goes on there")
                 return False
             num_microbatches = min(per_call, (num_samples - done) // stride)
-            self._keep(iterator, done, num_microbatches)
+            self._capture(iterator, done, num_microbatches)
             done += num_microbatches * stride
             if 10 * done // num_samples > shown:
                 shown = 10 * done // num_samples
-                say(f" kept {done:,} of {num_samples:,} samples")
+                say(f" cached {done:,} of {num_samples:,} samples")
         return True
 
     @property
     def _needs_data(self) -> bool:
         chunk = self._chunk
-        return bool(chunk.pre_process or chunk.post_process or self.points or self._config.data.reset_attention_mask)
+        return bool(
+            chunk.pre_process or chunk.post_process or self.capture_points or self._config.data.reset_attention_mask
+        )
 
-    def _keep(self, iterator: object | None, first_sample: int, num_microbatches: int) -> None:
+    def _capture(self, iterator: object | None, first_sample: int, num_microbatches: int) -> None:
         """Run the layers over the next microbatches and write what exits read."""
         size = self._config.training.micro_batch_size
         stride = size * parallel_state.get_data_parallel_world_size()
         mine = first_sample + size * parallel_state.get_data_parallel_rank()
         starts = range(mine, mine + num_microbatches * stride, stride)
-        next_start = {point: iter(starts) for point in self.points}
+        next_start = {point: iter(starts) for point in self.capture_points}
         # Without sequence parallelism all TP ranks hold the same.
         is_writing = self._tp_rank == 0 or self._config.parallel.sequence_parallel
 
-        def keep(point: str, hidden_states: Tensor) -> None:
+        def capture(point: str, hidden_states: Tensor) -> None:
             start = next(next_start[point])
             if is_writing:
                 self.cache.write(point, start, self._rows.start or 0, hidden_states.transpose(0, 1))
 
         losses = self._model.exit_losses
         losses.begin_iteration(num_microbatches, is_tuning=True)
-        losses.keep = keep
+        losses.capture = capture
         try:
             run_schedule(
                 self._model, [iterator], num_microbatches=num_microbatches, micro_batch_size=size,
                 seq_length=self._config.training.seq_length, forward_only=True,
             )  # fmt: skip
         finally:
-            losses.keep = None
+            losses.capture = None
         torch.distributed.barrier()  # all parts of these samples are written
         if self._tp_rank == 0:
-            for point in self.points:
+            for point in self.capture_points:
                 self.cache.mark(point, [start + index for start in starts for index in range(size)])
         torch.distributed.barrier()
 
@@ -143,13 +145,13 @@ def cached_samples(config: RunConfig, num_samples: int) -> int:
 
 def cache_bytes(config: RunConfig, num_samples: int) -> int:
     """What the files take. num_samples: that training draws in all."""
-    points = config.exits.num_exits + config.build.builds_final_head
+    num_points = config.exits.num_exits + config.build.builds_final_head
     width = config.model.hidden_size * params_dtype(config).itemsize
-    return points * cached_samples(config, num_samples) * config.training.seq_length * width
+    return num_points * cached_samples(config, num_samples) * config.training.seq_length * width
 
 
 def _smallest(value: int) -> int:
-    """Over all ranks."""
+    """The smallest value of all ranks."""
     tensor = torch.tensor([value], device=device())
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MIN)
     return int(tensor.item())
@@ -181,7 +183,7 @@ def _sums_of_layers(model: Model, num_layers: int) -> dict[str, float]:
 
 
 def _digests(dataset: TokenDataset, num_samples: int) -> dict[str, str]:
-    """Of samples 0, 1, 3, 7, ..., which tell one set of data from another."""
+    """Digests of samples 0, 1, 3, 7, ..., which tell one set of data from another."""
     numbers = [2**power - 1 for power in range(num_samples.bit_length())]
     return {str(number): _digest(dataset[number]) for number in numbers}
 

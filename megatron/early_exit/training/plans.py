@@ -19,12 +19,12 @@ from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.schedules.builders import forward_only_tuning, with_exits_in_bubbles
 from megatron.early_exit.schedules.comparison import Variant, base_plan, exits_in_idle_time
-from megatron.early_exit.schedules.costs import StageCosts
 from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
 from megatron.early_exit.schedules.links import StageLinks
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
 from megatron.early_exit.schedules.runtime import PlanRuntime
 from megatron.early_exit.schedules.simulate import TimedAction, Timeline, simulate
+from megatron.early_exit.schedules.stage_costs import StageCosts
 from megatron.early_exit.training.forward_step import forward_step
 
 # The first iterations of a process are slow (caches, allocations, compiled kernels) and are not measured.

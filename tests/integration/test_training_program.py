@@ -28,7 +28,7 @@ TRAINING = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("programme")
+    folder = tmp_path_factory.mktemp("program")
     lines = [
         json.dumps({"text": f"document {n}: the quick brown fox jumps over the lazy dog. " * 4}) for n in range(60)
     ]

@@ -27,7 +27,7 @@ class StageCosts:
     """Forward and backward of all exits of the stage; 0 without exits."""
 
     communication_sec: float = 0.0
-    """From the send of a message by this stage until the neighbour, whichever, has it."""
+    """Time from the send of a message by this stage until the neighbour, whichever, has it."""
 
     activation_bytes: int = 0
     """Kept from the forward to the backward."""
@@ -39,7 +39,7 @@ class StageCosts:
     """While exits run: one chunk of logits and one weight gradient."""
 
     final_head_bytes: int = 0
-    """The same for the final head, while the last stage's forward runs."""
+    """Memory of the final head, while the last stage's forward runs."""
 
     recompute_bytes: int = 0
     """While the backward runs: activations of the layer that is recomputed."""
@@ -59,7 +59,7 @@ class StageCosts:
 
 
 def write_costs(costs: Iterable[StageCosts], path: str | Path) -> None:
-    """As JSON: a list with one object for each stage."""
+    """Write costs as JSON: a list with one object for each stage."""
     text = json.dumps([dataclasses.asdict(cost) for cost in costs], indent=1)
     Path(path).write_text(text + "\n", encoding="utf-8")
 

@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, NoReturn
 
-from megatron.early_exit.schedules.costs import StageCosts
 from megatron.early_exit.schedules.messages import MESSAGE_AFTER, MESSAGE_BEFORE, STEP
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
 from megatron.early_exit.schedules.simulate import simulate
+from megatron.early_exit.schedules.stage_costs import StageCosts
 
 _BEFORE_ON_A_STAGE = (
     (Kind.RECEIVE_FORWARD, Kind.FORWARD),
