@@ -16,11 +16,11 @@ from megatron.early_exit.checkpoint.accounting import _size
 from megatron.early_exit.checkpoint.comparison import compare_tokenizers
 from megatron.early_exit.checkpoint.convert_command import main
 from megatron.early_exit.checkpoint.families import FAMILIES, _llama_ours, _llama_theirs, llama3_factors
-from megatron.early_exit.checkpoint.folders import checkpoint_folder
 from megatron.early_exit.checkpoint.gguf import complete_gguf_config
 from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
 from megatron.early_exit.checkpoint.store import read_checkpoint, write_checkpoint
 from megatron.early_exit.checkpoint.tensors import LazyTensor
+from megatron.early_exit.config.serialize import checkpoint_folder
 from tests.distributed.test_conversion import (
     EXIT_FLAGS,
     GPT2,

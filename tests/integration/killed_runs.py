@@ -129,7 +129,7 @@ def _run(config: RunConfig, kill: Kill | None = None) -> dict[str, Any]:
     if not is_killed and os.waitstatus_to_exitcode(status) != 0:
         raise RuntimeError(f"a run failed: {digest}")
     deadline = time.monotonic() + SECONDS_FOR_ORPHANS
-    while (orphans := _in_session(child)) and time.monotonic() < deadline:
+    while (orphans := in_session(child)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return {"killed": is_killed, "digest": digest, "orphans": orphans}
 
@@ -175,7 +175,7 @@ def _arrange(kill: Kill, save: Path) -> None:
     sys.addaudithook(look)
 
 
-def _in_session(session: int) -> list[str]:
+def in_session(session: int) -> list[str]:
     """Processes of a session that still run, by what they are."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):

@@ -14,6 +14,7 @@ import pytest
 
 from megatron.early_exit.checkpoint import folders
 from megatron.early_exit.checkpoint.checksums import CHECKSUMS_FILE, Checksums, DamagedFileError, Extent
+from megatron.early_exit.config.serialize import ConfigError, checkpoint_folder, finished_iterations
 from megatron.early_exit.platform import folder_lock
 from megatron.early_exit.platform.folder_lock import LOCK_FILE, FolderLock
 
@@ -29,16 +30,21 @@ def finished(save: Path, iteration: int, content: str = "") -> Path:
 def test_a_missing_target_names_the_newest_checkpoint(tmp_path: Path) -> None:
     finished(tmp_path, 2)
     finished(tmp_path, 10)
+    (tmp_path / LATEST).unlink()
+    with pytest.raises(ConfigError, match=f"{LATEST} is missing.*--load-iteration 10"):
+        checkpoint_folder(tmp_path)
+    with pytest.raises(ConfigError, match="--load-iteration 11: .*--load-iteration 10"):
+        checkpoint_folder(tmp_path, 11)
     (tmp_path / LATEST).write_text("12")
-    with pytest.raises(FileNotFoundError) as error:
-        folders.checkpoint_folder(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        checkpoint_folder(tmp_path)
     said = str(error.value)
     assert "names iteration 12" in said and str(tmp_path / "iter_0000012") in said
     assert "--load-iteration 10" in said and f"write 10 into {LATEST}" in said
-    assert folders.checkpoint_folder(tmp_path, 10) == tmp_path / "iter_0000010"
+    assert checkpoint_folder(tmp_path, 10) == tmp_path / "iter_0000010"
     (tmp_path / "iter_0000010" / "run_config.yaml").unlink()
-    with pytest.raises(FileNotFoundError, match="no finished checkpoint.*--load-iteration 2"):
-        folders.checkpoint_folder(tmp_path, 10)
+    with pytest.raises(ConfigError, match="no finished checkpoint.*--load-iteration 2"):
+        checkpoint_folder(tmp_path, 10)
 
 
 def test_clearing_up_finishes_what_a_killed_run_was_doing(tmp_path: Path) -> None:
@@ -65,7 +71,7 @@ def test_old_checkpoints_are_gone_or_whole(tmp_path: Path, monkeypatch: pytest.M
         finished(tmp_path, iteration)
     monkeypatch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)  # killed in between
     folders.remove_old(tmp_path, 2, 3)
-    assert folders.finished_iterations(tmp_path) == [2, 3]
+    assert finished_iterations(tmp_path) == [2, 3]
 
 
 OWNER = """

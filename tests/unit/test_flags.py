@@ -479,6 +479,8 @@ def test_use_checkpoint_args_names_what_is_missing(tmp_path):
     assert "it holds 'release'" in problems_of(f"{WITHOUT_SIZES} --load {folder}", base="")[0]
     latest.write_text("3\n")
     checkpoint = folder / "iter_0000003"
+    assert f"{checkpoint} does not exist" in problems_of(f"{WITHOUT_SIZES} --load {folder}", base="")[0]
+    checkpoint.mkdir()
     assert f"{checkpoint / 'model.yaml'} is missing" in problems_of(f"{WITHOUT_SIZES} --load {folder}", base="")[0]
     assert (
         "iter_0000007 does not exist" in problems_of(f"{WITHOUT_SIZES} --load {folder} --load-iteration 7", base="")[0]

@@ -19,47 +19,17 @@ from pathlib import Path
 
 from megatron.early_exit.checkpoint.safe_pickle import first_failure
 from megatron.early_exit.config.serialize import (
-    DESCRIPTION_FILE,
-    checkpoint_iteration,
-    is_checkpoint,
+    REPLACED,
+    finished_iterations,
     iteration_folder,
 )
 from megatron.early_exit.config.validate import LATEST_FILE
 
-_PARTIAL, _REPLACED, _REMOVED = ".partial", ".replaced", ".removed"
+_PARTIAL, _REMOVED = ".partial", ".removed"
 _FULL_BYTES = 2**20
 """A disk with less than this free is full: files are written in larger pieces."""
 _LINE = 400
 _ITERATION = re.compile(r"iter_(\d{7,})")
-
-
-def checkpoint_folder(load: str | Path, iteration: int | None = None) -> Path:
-    """Folder of a checkpoint below the folder of a run.
-
-    Raises ConfigError or FileNotFoundError with what is missing and what to load instead."""
-    number = checkpoint_iteration(load, iteration)
-    folder = iteration_folder(load, number)
-    replaced = folder.with_name(folder.name + _REPLACED)
-    if not folder.exists() and replaced.exists():
-        folder = replaced  # killed between two renames, see `publish`
-    if is_checkpoint(folder):
-        return folder
-    what = f"{folder} holds no finished checkpoint ({DESCRIPTION_FILE} is missing)"
-    if not folder.exists():
-        what = f"{Path(load) / LATEST_FILE} names iteration {number}, but {folder} does not exist"
-    newest = max(finished_iterations(Path(load)), default=None)
-    if newest is None:
-        raise FileNotFoundError(f"{what}, and there is no other checkpoint in {load}.")
-    raise FileNotFoundError(
-        f"{what}. The newest finished checkpoint there is that of iteration {newest}: load it with --load-iteration "
-        f"{newest}, or write {newest} into {LATEST_FILE} to go on from it."
-    )
-
-
-def finished_iterations(save: Path) -> list[int]:
-    """Iterations of all finished checkpoints in the folder of a run, in order."""
-    matches = [(path, _ITERATION.fullmatch(path.name)) for path in save.glob("iter_*")]
-    return sorted(int(match[1]) for path, match in matches if match and is_checkpoint(path))
 
 
 def partial_folder(save: Path, iteration: int) -> Path:
@@ -80,7 +50,7 @@ def publish(partial: Path, iteration: int) -> Path:
     """Give a complete checkpoint its name, in place of one that has it, and make it the latest. Returns its folder."""
     _flush(partial)
     final = iteration_folder(partial.parent, iteration)
-    replaced = final.with_name(final.name + _REPLACED)
+    replaced = final.with_name(final.name + REPLACED)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
@@ -126,9 +96,9 @@ def clean_up(save: Path) -> list[str]:
     done = []
     for path in sorted(save.glob("iter_*")):
         stem, suffix = path.stem, path.suffix
-        if not _ITERATION.fullmatch(stem) or suffix not in (_PARTIAL, _REPLACED, _REMOVED):
+        if not _ITERATION.fullmatch(stem) or suffix not in (_PARTIAL, REPLACED, _REMOVED):
             continue
-        if suffix == _REPLACED and not (save / stem).exists():
+        if suffix == REPLACED and not (save / stem).exists():
             path.rename(save / stem)
             done.append(f"restored {stem}, which a killed run was about to replace")
         else:

@@ -14,11 +14,12 @@ from pathlib import Path
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron.early_exit.checkpoint.folders import checkpoint_folder, in_a_line
+from megatron.early_exit.checkpoint.checksums import DamagedFileError
+from megatron.early_exit.checkpoint.folders import in_a_line
 from megatron.early_exit.checkpoint.safe_pickle import METADATA_FILE, UnsafeFileError, first_failure, read_metadata
 from megatron.early_exit.config.description import MismatchError, architecture_differences
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config, read_description
+from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, checkpoint_folder, load_run_config, read_description
 from megatron.early_exit.config.validate import LATEST_FILE
 
 _SHOWN = 3
@@ -34,6 +35,8 @@ def reading(folder: Path) -> Iterator[None]:
         cause = first_failure(error)
         if isinstance(cause, UnsafeFileError | MismatchError):
             raise cause from error
+        if isinstance(cause, DamagedFileError):
+            raise OSError(f"{cause}. Choose another checkpoint with --load-iteration.") from error
         raise OSError(
             f"the checkpoint {folder} cannot be read ({in_a_line(cause)}). It may be damaged: choose another with "
             "--load-iteration."
@@ -43,7 +46,7 @@ def reading(folder: Path) -> Iterator[None]:
 def find_checkpoint(load: str | None, load_iteration: int | None) -> Path | None:
     """Folder of the checkpoint to load, or None if `load` has none yet (a run that starts where it will save).
 
-    Raises FileNotFoundError if `load_iteration` names one that is not there."""
+    Raises ConfigError if what it or `load_iteration` names is not there."""
     if load is None or (load_iteration is None and not (Path(load) / LATEST_FILE).exists()):
         return None
     return checkpoint_folder(load, load_iteration)

@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron.early_exit.checkpoint import folders
 from megatron.early_exit.checkpoint.checksums import Checksums, DamagedFileError, Extent
-from megatron.early_exit.checkpoint.folders import checkpoint_folder as checkpoint_folder
 from megatron.early_exit.checkpoint.safe_pickle import (
     COMMON_FILE,
     METADATA_FILE,
@@ -43,6 +42,9 @@ from megatron.early_exit.config.serialize import (
     iteration_folder,
     read_description,
     save_description,
+)
+from megatron.early_exit.config.serialize import (
+    checkpoint_folder as checkpoint_folder,
 )
 from megatron.early_exit.config.validate import LATEST_FILE
 from megatron.early_exit.data.tokenizer import save_tokenizer
@@ -250,8 +252,8 @@ def _write_tensors(folder: Path, tensors: Tensors, progress: Progress | None) ->
         )
     except CheckpointException as error:  # no Exception, and it hides what happened
         cause = first_failure(error)
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
+        if isinstance(cause, KeyboardInterrupt | ValueError | UnsafeFileError | DamagedFileError):
+            raise cause from None  # of what is read meanwhile
         raise OSError(f"{folder} cannot be written: {folders.why_not_written(cause, folder)}") from cause
 
 

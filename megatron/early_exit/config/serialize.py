@@ -280,27 +280,61 @@ def _naming(path: str | Path) -> Iterator[None]:
 # Checkpoints
 
 
-def checkpoint_iteration(load: str | Path, load_iteration: int | None = None) -> int:
-    """Iteration of the checkpoint to load from the folder `load`: the last finished one, or `load_iteration`.
+REPLACED = ".replaced"
+"""Behind the name of a checkpoint while another gets that name."""
 
-    Raises ConfigError that names the missing or unreadable path."""
+
+def checkpoint_folder(load: str | Path, load_iteration: int | None = None) -> Path:
+    """Folder of a checkpoint below the folder `load`: of the last finished one, or of `load_iteration`.
+
+    Raises ConfigError with what is missing and what to load instead."""
     if not Path(load).is_dir():
         raise ConfigError([f"--load {load}: no such folder"])
     if other := other_content(load):
         raise ConfigError([f"--load {load} holds {other}"])
-    if load_iteration:
-        folder = iteration_folder(load, load_iteration)
-        if not folder.is_dir():
-            raise ConfigError([f"--load-iteration {load_iteration}: {folder} does not exist"])
-        return load_iteration
-    latest = Path(load) / LATEST_FILE
+    iteration = load_iteration or _latest_iteration(Path(load))
+    folder = iteration_folder(load, iteration)
+    if is_checkpoint(folder):
+        return folder
+    replaced = folder.with_name(folder.name + REPLACED)
+    if not folder.exists() and is_checkpoint(replaced):
+        return replaced  # the run was killed between two renames
+    if folder.exists():
+        what = f"no finished checkpoint ({folder / DESCRIPTION_FILE} is missing)"
+    elif load_iteration:
+        what = f"--load-iteration {load_iteration}: {folder} does not exist"
+    else:
+        what = f"{Path(load) / LATEST_FILE} names iteration {iteration}, but {folder} does not exist"
+    raise ConfigError([f"--load {load}: {what}. {_instead(Path(load))}"])
+
+
+def _latest_iteration(load: Path) -> int:
+    latest = load / LATEST_FILE
     try:
         text = latest.read_text(encoding="utf-8").strip()
     except OSError:
-        raise ConfigError([f"--load {load}: no finished checkpoint in it ({latest} is missing)"]) from None
+        raise ConfigError([f"--load {load}: {latest} is missing. {_instead(load)}"]) from None
     if not text.isdecimal():
-        raise ConfigError([f"--load {load}: {latest} should hold an iteration, it holds {text[:40]!r}"])
+        raise ConfigError(
+            [f"--load {load}: {latest} should hold an iteration, it holds {text[:40]!r}. {_instead(load)}"]
+        )
     return int(text)
+
+
+def _instead(load: Path) -> str:
+    newest = max(finished_iterations(load), default=None)
+    if newest is None:
+        return f"There is no finished checkpoint in {load}"
+    return (
+        f"The newest finished checkpoint there is that of iteration {newest}: load it with --load-iteration {newest}, "
+        f"or write {newest} into {LATEST_FILE} to go on from it"
+    )
+
+
+def finished_iterations(save: Path) -> list[int]:
+    """Iterations of all finished checkpoints in the folder of a run, in order."""
+    matches = [(path, re.fullmatch(r"iter_(\d{7,})", path.name)) for path in save.glob("iter_*")]
+    return sorted(int(match[1]) for path, match in matches if match and is_checkpoint(path))
 
 
 def iteration_folder(load: str | Path, iteration: int) -> Path:
@@ -314,13 +348,10 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def checkpoint_description(load: str | Path, load_iteration: int | None = None) -> ModelDescription:
-    """The model that a checkpoint below the folder `load` holds. Raises ConfigError that names the missing path."""
-    folder = iteration_folder(load, checkpoint_iteration(load, load_iteration))
-    if not is_checkpoint(folder):
-        raise ConfigError(
-            [f"--load {load}: the checkpoint has no configuration ({folder / DESCRIPTION_FILE} is missing)"]
-        )
-    return read_description(folder)
+    """The model that a checkpoint below the folder `load` holds.
+
+    Raises ConfigError that names the missing path."""
+    return read_description(checkpoint_folder(load, load_iteration))
 
 
 def read_description(folder: Path) -> ModelDescription:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from megatron.early_exit.checkpoint.folders import checkpoint_folder
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.config.serialize import read_description
+from megatron.early_exit.config.serialize import checkpoint_folder, read_description
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.calibration import ExitCalibration

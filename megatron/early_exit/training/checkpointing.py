@@ -20,7 +20,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron.early_exit.checkpoint.core_loading import load_common, load_sharded
-from megatron.early_exit.checkpoint.folders import checkpoint_folder
 from megatron.early_exit.checkpoint.safe_pickle import read_metadata
 from megatron.early_exit.checkpoint.start import (
     loads_optimizer,
@@ -32,7 +31,7 @@ from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
 from megatron.early_exit.config.description import MismatchError, ModelDescription
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.config.run import BuildConfig, ResolvedConfig
-from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config, read_description
+from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, checkpoint_folder, load_run_config, read_description
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.model.build import Model, build_model
 from megatron.early_exit.model.key_names import stored_key
@@ -202,7 +201,7 @@ def load_model_for_inference(
 ) -> tuple[ModelDescription, Model, Tokenizer]:
     """The model of a checkpoint without optimizer, in evaluation mode, on one pipeline stage: re-sharded on load.
 
-    Starts the process groups if need be. Raises ConfigError or FileNotFoundError if there is no checkpoint."""
+    Starts the process groups if need be. Raises ConfigError if there is no checkpoint."""
     from megatron.early_exit.platform.distributed import initialize_distributed, initialize_model_parallel
 
     folder = checkpoint_folder(load, load_iteration)
