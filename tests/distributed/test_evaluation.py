@@ -47,6 +47,29 @@ def expected_quality(cfg: RunConfig, documents: list[list[int]]) -> list[dict[st
         return [{name: value / total for name, value in one.items()} for one in sums]
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    (["--shortlist-size", "0"], "--shortlist-size is 0; the vocabulary has"),
+    (["--sequence-length", "0"], "--sequence-length is 0; the model takes 2 to 128"),
+    (["--load", "nowhere"], "nowhere: no such folder"),
+])  # fmt: skip
+def test_what_cannot_be_calibrated(words: list[str], message: str, tmp_path: Path) -> None:
+    cfg = make_config(use_exit_norm=True, max_position_embeddings=128)
+    run_distributed(1, save, cfg=cfg, folder=tmp_path / "model")
+    prefix = write_documents(tmp_path / "text", [list(range(40))])
+    words = ["--load", str(tmp_path / "model"), "--data-path", prefix, *words]
+    ((status, text),) = run_distributed(1, calibrate, words=words)
+    assert status == 2 and message in text
+
+
+def calibrate(words: list[str]) -> tuple[int, str]:
+    """(exit status, what it says of errors)"""
+    from megatron.early_exit.inference.calibrate_command import main
+
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        status = main(words)
+    return status, errors.getvalue()
+
+
 def test_quality_of_exits(tmp_path: Path) -> None:
     cfg = make_config(use_exit_norm=True, max_position_embeddings=128)
     cfg = replace(cfg, data=replace(cfg.data, vocab_size=VOCAB_SIZE - 1))
@@ -75,6 +98,12 @@ def test_quality_of_exits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("words", "message"), [
     (["--tokens", "1"], "--tokens and --answer-tokens must be at least 2"),
     (["--sequence-length", "500"], "--sequence-length is 500; the model takes 2 to 128"),
+    (["--sequence-length", "0"], "--sequence-length is 0; the model takes 2 to 128"),
+    (["--thresholds", "0.5", "1.5"], "an exit threshold is 1.5"),
+    (["--thresholds", "0.5", "--answer-tokens", "120"], "room for --answer-tokens 120; the model takes 128"),
+    (["--thresholds", "0.5", "--sequence-length", "20"], "no sampled sequence of"),
+    (["--output", "."], "--output .: this is a folder"),
+    (["--load-iteration", "7"], "iter_0000007 does not exist"),
     (["--data-path", "nowhere"], "nowhere"),
     (["--load", "nowhere"], "nowhere"),
 ])  # fmt: skip

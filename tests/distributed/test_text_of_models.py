@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from megatron.early_exit.checkpoint.convert_command import main as convert
 from tests.distributed.workers import run_distributed
 from tests.unit.test_text_of_tokenizers import CHAT, begin, byte_pairs, save, special
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a small model", "reads lines", "it is\n"]
 
 
@@ -134,3 +139,27 @@ def test_prompts_that_cannot_be_read_are_refused_one_by_one(tmp_path: Path) -> N
         assert [len(one.get("tokens", [])) for one in documents if one["prompt"] == "a small"] == [2]
     ((status, output),) = run_distributed(1, generate_tool, words=[*words, "--chat"], typed=typed)
     assert (status, output) == (1, "")
+
+
+def test_generating_that_ends_before_its_time(tmp_path: Path) -> None:
+    llama(tmp_path / "hf", with_begin=True)
+    assert convert(["from-hf", "--input", str(tmp_path / "hf"), "--save", str(tmp_path / "ours")]) == 0
+    command = [sys.executable, "tools/generate.py", "--load", str(tmp_path / "ours"), "--tokens-to-generate", "100"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = functools.partial(
+        subprocess.Popen, cwd=ROOT, env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process = start(command)
+    process.stdin.write("a small model\n")
+    process.stdin.flush()
+    assert process.stdout.readline().startswith("a small model")
+    process.send_signal(signal.SIGINT)  # while it waits for the next prompt, or still answers
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+
+    process = start([*command, "--prompt", "a", "--prompt", "reads", "--prompt", "lines"])
+    assert process.stdout.readline().startswith("a")
+    process.stdout.close()  # as `| head -1` does
+    errors = process.stderr.read()
+    assert (process.wait(timeout=60), errors) == (141, "")

@@ -74,6 +74,11 @@ def test_a_full_output_is_said() -> None:
     assert result.stderr == "error: no space left on device; free some space, or choose another folder\n"
 
 
+def test_characters_that_the_output_cannot_show_are_escaped() -> None:
+    result = run("print('the\\u00e9 \\udce9')", environment={"PYTHONIOENCODING": "ascii:strict"})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "the\\xe9 \\udce9\n", "")
+
+
 def test_closed_streams_keep_their_numbers(tmp_path: Path) -> None:
     """Else the first file that is opened becomes standard output, and libraries print into it."""
     path = tmp_path / "file"

@@ -13,7 +13,7 @@ from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.evaluation import evaluate_command
 from megatron.early_exit.inference import calibrate_command, report
-from megatron.early_exit.inference.command_line import _lines, _typed_lines, main
+from megatron.early_exit.inference.command_line import _lines, _print_json, _typed_lines, main
 from megatron.early_exit.inference.kv_cache import check_cache_fits
 from megatron.early_exit.inference.llm import Answer
 from megatron.early_exit.inference.results import GeneratedToken, HeadReading, PromptToken, RequestResult, Statistics
@@ -97,6 +97,14 @@ def test_coloured_text_with_parts_held_back():
     assert plain(report.coloured_text("abc", ["a", "b", "c"], TOKENS[:3], 4)) == "abc"
     assert plain(report.coloured_text("xabc", ["a", "b", "c"], TOKENS[:3], 4)) == "xabc"  # x was held back
     assert plain(report.coloured_text("ab", ["a", "b", "c"], TOKENS[:3], 4)) == "ab"  # c is held back
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_json_of_a_prompt_that_is_no_text_is_json(encoding, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", output)
+    _print_json("\u4e16 \udce9", Answer(0, 0, [], error="no text"))
+    assert json.loads(output.buffer.getvalue())["prompt"] == "\u4e16 \ufffd"
 
 
 def test_json_survives_a_round_trip():

@@ -712,14 +712,14 @@ def _output_problems(cfg: RunConfig) -> Iterator[str]:
         if values[name] is None:
             continue
         try:
-            problem = _unwritable(Path(values[name]), is_folder=name in OUTPUT_FOLDERS)
+            problem = unwritable(Path(values[name]), is_folder=name in OUTPUT_FOLDERS)
         except OSError as error:  # a name that is too long, a loop of links
             problem = (error.strerror or str(error)).lower()
         if problem:
             yield f"{flag(name)} {values[name]}: {problem}"
 
 
-def _unwritable(path: Path, is_folder: bool) -> str | None:
+def unwritable(path: Path, is_folder: bool) -> str | None:
     """Why `path`, or what is missing of it, cannot be written; None if it can."""
     present = path
     while not present.exists():

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.platform.command_line import add_verbose_flag, show_progress
+from megatron.early_exit.platform.failures import in_words
+
+_PROMPT_LENGTH = 32
+"""Tokens that answers are decoded from."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -21,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--thresholds what early exit brings: speed, layers saved, agreement with the full model, perplexity.",
     )
     parser.add_argument("--load", required=True, nargs="+", metavar="DIR", help="folders of checkpoints to compare")
+    parser.add_argument("--load-iteration", type=int, help="checkpoint of each; default: the last one")
     parser.add_argument("--data-path", required=True, metavar="PREFIX", help="text: PREFIX.bin and PREFIX.idx")
     parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="of the text; default 4096")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="default: 256, or what the model takes")
@@ -37,11 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for bad settings."""
     args = build_parser().parse_args(argv)
     try:
+        _check_output(args.output)
         results = [evaluate(args, path) for path in args.load]
     except BrokenPipeError:  # the reader of the output has ended: `run_program` deals with it
         raise
     except (ValueError, OSError) as error:
-        print(f"evaluate_exits.py: {error}", file=sys.stderr)
+        print(f"evaluate_exits.py: {in_words(error)}", file=sys.stderr)
         return 2
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -50,21 +56,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_output(path: Path | None) -> None:
+    """Raise ValueError before anything is computed if the results could not be written."""
+    from megatron.early_exit.config.validate import unwritable
+
+    problem = None if path is None else unwritable(path, is_folder=False)
+    if problem:
+        raise ValueError(f"--output {path}: {problem}")
+
+
 def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """Print and return what the exits of one checkpoint do. Raises ValueError or OSError."""
-    from megatron.early_exit.data.text_samples import sample_sequences
+    from megatron.early_exit.checkpoint.folders import checkpoint_folder
+    from megatron.early_exit.config.serialize import read_description
+    from megatron.early_exit.data.text_samples import sample_sequences, sequence_length
     from megatron.early_exit.evaluation.exit_quality import decoding_quality, exit_quality
     from megatron.early_exit.inference.llm import LLM
     from megatron.early_exit.inference.params import GenerationParams
     from megatron.early_exit.inference.report import aligned
+    from megatron.early_exit.platform.world import check_world_size
 
+    check_world_size(1)
     if args.tokens < 2 or args.prompts < 1 or args.answer_tokens < 2:
         raise ValueError("--tokens and --answer-tokens must be at least 2, --prompts at least 1")
-    llm = LLM.load(path, max_requests=1, dtype=args.dtype)
+    common = {"max_tokens": args.answer_tokens, "ignore_eod": True}
+    settings = {"full": GenerationParams(**common)} | {
+        f"threshold {value:g}": GenerationParams(**common, mode="early_exit", exit_thresholds=(value,))
+        for value in args.thresholds
+    }
+    description = read_description(checkpoint_folder(path, args.load_iteration))
+    longest = description.max_position_embeddings
+    length = sequence_length(args.sequence_length, longest)
+    needed = max(length, _PROMPT_LENGTH + args.answer_tokens) if args.thresholds else length
+    if needed > longest:
+        raise ValueError(
+            f"decoding needs prompts of {_PROMPT_LENGTH} tokens and room for --answer-tokens {args.answer_tokens}; the "
+            f"model takes {longest}"
+        )
+    for one in settings.values():
+        one.exit_policy(description.exits)
+    llm = LLM.load(path, iteration=args.load_iteration, max_requests=1, max_length=needed, dtype=args.dtype)
     decoder = llm.engine.decoder
-    length = args.sequence_length or min(256, decoder.num_positions)
-    if not 2 <= length <= decoder.num_positions:
-        raise ValueError(f"--sequence-length is {length}; the model takes 2 to {decoder.num_positions}")
     sequences = sample_sequences(args.data_path, decoder.vocab_size, args.tokens, length)
     heads = exit_quality(decoder, sequences, show_progress("text"))
     rows = [("head", "loss", "perplexity", "accuracy", "agreement", "confidence")]
@@ -85,14 +117,12 @@ def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
     }
     if not args.thresholds:
         return result
-    common = {"max_tokens": args.answer_tokens, "ignore_eod": True}
-    settings = {"full": GenerationParams(**common)} | {
-        f"threshold {value:g}": GenerationParams(**common, mode="early_exit", exit_thresholds=(value,))
-        for value in args.thresholds
-    }
-    prompts = [sequence[:32] for sequence in sequences if len(sequence) >= 32][: args.prompts]
-    if not prompts or decoder.num_positions < 32 + args.answer_tokens:
-        raise ValueError("decoding needs prompts of 32 tokens and room for the answers; give longer sequences")
+    prompts = [one[:_PROMPT_LENGTH] for one in sequences if len(one) >= _PROMPT_LENGTH][: args.prompts]
+    if not prompts:
+        raise ValueError(
+            f"decoding needs prompts of {_PROMPT_LENGTH} tokens: no sampled sequence of {args.data_path} is so long; "
+            "raise --sequence-length or --tokens, or choose another text"
+        )
     ways = decoding_quality(llm, prompts, settings, show_progress("answers"))
     rows = [("decoding", "tokens/s", "speed", "layer runs saved", "agreement", "perplexity")]
     for way in ways:

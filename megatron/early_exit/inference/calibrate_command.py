@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from megatron.early_exit.platform.command_line import add_verbose_flag, show_progress
+from megatron.early_exit.platform.failures import in_words
 
 _MAX_COUNTED = 50_000_000
 """Tokens of the corpus that are counted for the shortlist."""
@@ -40,15 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has ended: `run_program` deals with it
         raise
     except (ValueError, OSError) as error:
-        print(f"calibrate_exits.py: {error}", file=sys.stderr)
+        print(f"calibrate_exits.py: {in_words(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def calibrate(args: argparse.Namespace) -> None:
     """Raises ValueError for settings that do not fit, OSError for files that cannot be read."""
-    from megatron.early_exit.checkpoint.start import find_checkpoint
-    from megatron.early_exit.data.text_samples import documents_of, sample_sequences
+    from megatron.early_exit.checkpoint.folders import checkpoint_folder
+    from megatron.early_exit.config.serialize import read_description
+    from megatron.early_exit.data.text_samples import documents_of, sample_sequences, sequence_length
     from megatron.early_exit.inference.calibration import (
         CALIBRATION_FILE,
         ExitCalibration,
@@ -57,19 +58,21 @@ def calibrate(args: argparse.Namespace) -> None:
     )
     from megatron.early_exit.inference.llm import LLM
     from megatron.early_exit.inference.report import aligned
+    from megatron.early_exit.platform.world import check_world_size
 
+    check_world_size(1)
     if args.tokens < 2:
         raise ValueError(f"--tokens is {args.tokens}; it must be at least 2")
-    llm = LLM.load(args.load, iteration=args.load_iteration, max_requests=1, shortlist=False)
-    decoder = llm.engine.decoder
-    if not decoder.exits:
+    folder = checkpoint_folder(args.load, args.load_iteration)
+    description = read_description(folder)
+    if not description.exits.exit_layer_nums:
         raise ValueError(f"the model in {args.load} has no exits to calibrate")
-    size = args.shortlist_size or max(decoder.vocab_size // 6, 1)
+    length = sequence_length(args.sequence_length, description.max_position_embeddings)
+    llm = LLM.load(args.load, iteration=args.load_iteration, max_requests=1, max_length=length, shortlist=False)
+    decoder = llm.engine.decoder
+    size = max(decoder.vocab_size // 6, 1) if args.shortlist_size is None else args.shortlist_size
     if not 1 <= size <= decoder.vocab_size:
         raise ValueError(f"--shortlist-size is {size}; the vocabulary has {decoder.vocab_size} ids")
-    length = args.sequence_length or min(256, decoder.num_positions)
-    if not 2 <= length <= decoder.num_positions:
-        raise ValueError(f"--sequence-length is {length}; the model takes 2 to {decoder.num_positions}")
 
     sequences = sample_sequences(args.data_path, decoder.vocab_size, args.tokens, length)
     counts = np.zeros(decoder.vocab_size, dtype=np.int64)
@@ -81,7 +84,6 @@ def calibrate(args: argparse.Namespace) -> None:
     confidences, agrees = observe_exits(decoder, sequences, show_progress("sequences"))
     layers = tuple(one.layer_number for one in decoder.exits)
     calibration = ExitCalibration(shortlist, coverage, layers, confidences, agrees)
-    folder: Path = find_checkpoint(args.load, args.load_iteration)
     calibration.save(folder)
     print(f"\n{len(shortlist)} frequent tokens cover {coverage:.2%} of {counts.sum():,} counted")
     print(f"exits on {len(confidences):,} tokens:\n{aligned(calibration.table())}\nwrote {folder / CALIBRATION_FILE}")

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.early_exit.data.text_files import read_text_lines, split_lines
+from megatron.early_exit.data.text_files import read_text_lines, replace_surrogates, split_lines
 from megatron.early_exit.platform.command_line import add_verbose_flag
-from megatron.early_exit.platform.failures import os_error_in_words
+from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.world import check_world_size
 
 # What needs core is imported in the functions: --help and wrong flags should not wait for it.
@@ -106,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         params, llm = _prepare(args)
     except (ValueError, OSError) as error:
         if is_speaker:
-            text = os_error_in_words(error) if isinstance(error, OSError) else error
-            print(f"generate.py: {text}", file=sys.stderr, flush=True)
+            print(f"generate.py: {in_words(error)}", file=sys.stderr, flush=True)
         _leave()
         return 2
     try:
@@ -297,7 +296,7 @@ def _show_live(
         _refuse(typed, answer.error, is_speaker)
         return None
     if args.json and is_speaker:
-        print(json.dumps(report.as_json(typed, answer), ensure_ascii=False), flush=True)
+        _print_json(typed, answer)
     elif is_speaker:
         print("\n")
         _print_tables(args, answer, llm, in_colour)
@@ -336,7 +335,7 @@ def _answer_all(
             if not is_speaker:
                 continue
             if args.json:
-                print(json.dumps(report.as_json(prompt, answer), ensure_ascii=False), flush=True)
+                _print_json(prompt, answer)
             elif answer.error is None:
                 text = answer.text
                 if in_colour:
@@ -344,6 +343,15 @@ def _answer_all(
                 print(f"{prompt}{text}\n")
                 _print_tables(args, answer, llm, in_colour)
     return all_answered
+
+
+def _print_json(prompt: str, answer: Answer) -> None:
+    from megatron.early_exit.inference import report
+
+    # The prompt of an answer that was refused may be no text.
+    document = report.as_json(replace_surrogates(prompt), answer)
+    is_utf_8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(document, ensure_ascii=not is_utf_8), flush=True)
 
 
 def _refuse(prompt: str, error: str, is_speaker: bool) -> None:

@@ -170,6 +170,10 @@ class LLM:
             raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
         folder = checkpoint_folder(path, iteration)
         saved = read_description(folder)
+        if max_length is not None and max_length > saved.max_position_embeddings:
+            raise ValueError(
+                f"max_length is {max_length}; the model takes sequences of 1 to {saved.max_position_embeddings} tokens"
+            )
         computes_in = DTYPES[dtype or ("bf16" if saved.dtype == "bf16" else "fp32")]
         check_cache_fits(saved, max_requests, max_length, tensor_parallel_size, computes_in.itemsize)
         calibration = ExitCalibration.load(folder)

@@ -11,6 +11,7 @@ first.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import select
@@ -19,7 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from megatron.early_exit.platform.failures import os_error_in_words
+from megatron.early_exit.platform.failures import in_words
 
 STATUS_INTERRUPTED = 128 + signal.SIGINT
 STATUS_OUTPUT_CLOSED = 128 + signal.SIGPIPE
@@ -57,8 +58,7 @@ def run_program(main: Callable[[], int | None]) -> int:
         if output_is_closed():
             discard_output()
             return STATUS_OUTPUT_CLOSED
-        text = os_error_in_words(error) if isinstance(error, OSError) else error
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         discard_output()  # it may be what failed: a full disk
         return 2
 
@@ -110,7 +110,10 @@ def _is_ours(name: str) -> bool:
 
 def _open_standard_streams() -> None:
     """Give a stream that was closed (`>&-`) nothing to read or write. Else the next file that is opened gets its
-    number, and what C libraries print goes into that."""
+    number, and what C libraries print goes into that. Characters that the encoding of an output lacks are escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115

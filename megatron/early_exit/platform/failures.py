@@ -62,6 +62,11 @@ def _waiting_place(trace: TracebackType | None) -> str:
     return "in " + (f"{inner} ({ours})" if inner and ours else inner or ours or "an unknown place")
 
 
+def in_words(error: Exception) -> str:
+    """The message of an error for whoever runs a program."""
+    return os_error_in_words(error) if isinstance(error, OSError) else str(error)
+
+
 def os_error_in_words(error: OSError) -> str:
     """An OSError without its number, with the file and what to do where that is known."""
     if error.errno is None or error.strerror is None:
