@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron.early_exit.checkpoint.commands import exits, hugging_face, inspection, legacy
+from megatron.early_exit.checkpoint.commands import exits, hugging_face, inspection, legacy, megatron
 from megatron.early_exit.platform.command_line import add_verbose_flag
 
 
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_verbose_flag(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (hugging_face, legacy, exits, inspection):
+    for module in (hugging_face, legacy, megatron, exits, inspection):
         module.add_commands(commands)
     return parser
 

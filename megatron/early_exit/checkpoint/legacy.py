@@ -390,11 +390,12 @@ class _Stage:
         tensors: Tensors = {}
         for our_name, (their_name, split) in _MLP.items():
             # Every rank has its part of the gate, then its part of up.
-            merge = _merge_gate_and_up if self._model.swiglu and split == 0 else None
+            merge = merge_gate_and_up if self._model.swiglu and split == 0 else None
             tensors |= self.module(f"{theirs}.{their_name}", f"{ours}.{our_name}", split, merge)
         return tensors
 
 
-def _merge_gate_and_up(*parts: Tensor) -> Tensor:
+def merge_gate_and_up(*parts: Tensor) -> Tensor:
+    """The gate, then up, of an MLP of which every tensor-parallel rank has its part of the gate, then of up."""
     halves = [part.chunk(2) for part in parts]
     return torch.cat([half[0] for half in halves] + [half[1] for half in halves])

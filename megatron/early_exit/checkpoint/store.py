@@ -12,7 +12,8 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,21 @@ def has_training_state(folder: Path) -> bool:
 
 def _read_tensor(reader: SafeReader, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     state = {key: torch.empty(shape, dtype=dtype)}
-    try:
+    with reading(reader, key):
         dcp.load(state, storage_reader=reader, no_dist=True)
+    return state[key]
+
+
+@contextmanager
+def reading(reader: SafeReader, key: str) -> Iterator[None]:
+    """Turn what PyTorch raises into an OSError that names the tensor and the folder."""
+    try:
+        yield
     except (Exception, CheckpointException) as error:
         cause = first_failure(error)
         if isinstance(cause, KeyboardInterrupt | UnsafeFileError | DamagedFileError):
             raise cause from None
         raise OSError(f"{key} of the checkpoint {reader.path} cannot be read, it may be damaged: {cause}") from error
-    return state[key]
 
 
 def verify_checkpoint(folder: Path) -> str:
@@ -243,13 +251,20 @@ def _write_tensors(folder: Path, tensors: Tensors, progress: Progress | None) ->
     }
     # Core's linear layers ask for a state beside their parameters, which is empty.
     state |= {_extra_state(key): [None] for key in tensors if _has_extra_state(key)}
-    try:
+    with writing(folder):
         dcp.save(
             state,
             storage_writer=FileSystemWriter(folder, thread_count=1),
             planner=_StreamingPlanner(tensors, progress),
             no_dist=True,
         )
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what PyTorch raises into an OSError that names the folder."""
+    try:
+        yield
     except CheckpointException as error:  # no Exception, and it hides what happened
         cause = first_failure(error)
         if isinstance(cause, KeyboardInterrupt | ValueError | UnsafeFileError | DamagedFileError):

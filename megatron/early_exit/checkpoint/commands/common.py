@@ -47,6 +47,13 @@ def add_vocabulary(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="times the ranks")
 
 
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    tokenizer = "tokenizer that the model was trained with; default: what the checkpoint names"
+    parser.add_argument("--tokenizer-type", help=tokenizer)
+    parser.add_argument("--tokenizer-model", metavar="PATH", help="its folder or file")
+    parser.add_argument("--vocab-size", type=int, help="with --tokenizer-type NullTokenizer")
+
+
 def read(args: argparse.Namespace) -> tuple[ModelDescription, Tensors, Path]:
     from megatron.early_exit.checkpoint.legacy import holds_legacy
     from megatron.early_exit.checkpoint.store import check_target, checkpoint_folder, read_checkpoint
@@ -54,7 +61,10 @@ def read(args: argparse.Namespace) -> tuple[ModelDescription, Tensors, Path]:
     if hasattr(args, "save"):
         check_target(args.save, args.force)
     if holds_legacy(args.load):
-        raise ValueError(f"{args.load} is a legacy checkpoint; convert it first with from-legacy")
+        raise ValueError(
+            f"{args.load} is a checkpoint of Megatron-LM or the original EE-LLM (mp_rank_*); convert it first with "
+            "from-megatron or from-legacy"
+        )
     folder = checkpoint_folder(args.load, args.load_iteration)
     description, tensors = read_checkpoint(folder)
     return description, tensors, folder
@@ -102,6 +112,25 @@ def padded_rows(args: argparse.Namespace, tensors: Tensors) -> int:
             f"{args.tensor_model_parallel_size} must be at least 1"
         )
     return -(-vocabulary_rows(tensors) // multiple) * multiple
+
+
+def tokenizer_of(args: argparse.Namespace, theirs: argparse.Namespace) -> TokenizerConfig:
+    """The tokenizer of the flags, else the one that the settings `theirs` of a Megatron checkpoint name.
+
+    Raises ValueError if it is not here."""
+    from megatron.early_exit.config.data import TokenizerConfig
+
+    kind = args.tokenizer_type or getattr(theirs, "tokenizer_type", None)
+    path = args.tokenizer_model or getattr(theirs, "tokenizer_model", None)
+    size = args.vocab_size or getattr(theirs, "vocab_size", None)
+    if kind == "NullTokenizer":
+        return TokenizerConfig(kind, vocab_size=size)
+    if path is None or not Path(path).exists():
+        raise ValueError(
+            f"the checkpoint names the tokenizer {kind} {path}, which is not here; give --tokenizer-type and "
+            "--tokenizer-model (or --tokenizer-type NullTokenizer --vocab-size N for a model of bare numbers)"
+        )
+    return TokenizerConfig(kind, str(path))
 
 
 def describe(

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 from megatron.early_exit.checkpoint.commands.common import (
     add_source,
     add_target,
+    add_tokenizer,
     describe,
     listed,
     progress_shown,
     save,
+    tokenizer_of,
 )
 
 if TYPE_CHECKING:
     from megatron.early_exit.checkpoint.tensors import Tensors
-    from megatron.early_exit.config.data import TokenizerConfig
     from megatron.early_exit.config.description import ModelDescription
 
 
@@ -34,10 +35,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         help="for --load of partial tuning (--tune-exit-pipeline-parallel-size): the whole model that it was tuned "
         "from, a checkpoint of the original EE-LLM or one of ours; it gives what is missing",
     )
-    tokenizer = "tokenizer that the model was trained with; default: what the checkpoint names"
-    one.add_argument("--tokenizer-type", help=tokenizer)
-    one.add_argument("--tokenizer-model", metavar="PATH", help="its folder or file")
-    one.add_argument("--vocab-size", type=int, help="with --tokenizer-type NullTokenizer")
+    add_tokenizer(one)
     one.set_defaults(run=from_legacy)
 
 
@@ -51,7 +49,7 @@ def from_legacy(args: argparse.Namespace) -> None:
         _merge_legacy(args, folder)
         return
     model, exits, tensors, theirs = read_legacy(folder)
-    save(args, describe(args, model, exits, _legacy_tokenizer(args, theirs), tensors), tensors)
+    save(args, describe(args, model, exits, tokenizer_of(args, theirs), tensors), tensors)
 
 
 def _merge_legacy(args: argparse.Namespace, folder: Path) -> None:
@@ -76,26 +74,10 @@ def _read_base(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[
 
     if holds_legacy(args.base):
         model, exits, tensors, _ = read_legacy(find_legacy(args.base))
-        return describe(args, model, exits, _legacy_tokenizer(args, settings), tensors), tensors
+        return describe(args, model, exits, tokenizer_of(args, settings), tensors), tensors
     if not (args.base / LATEST_FILE).is_file():
         raise FileNotFoundError(f"--base {args.base} holds no checkpoint, of EE-LLM or ours")
     description, tensors = read_checkpoint(checkpoint_folder(args.base))
     if args.tokenizer_type or args.tokenizer_model:
-        description = replace(description, tokenizer=_legacy_tokenizer(args, settings))
+        description = replace(description, tokenizer=tokenizer_of(args, settings))
     return description, tensors
-
-
-def _legacy_tokenizer(args: argparse.Namespace, theirs: argparse.Namespace) -> TokenizerConfig:
-    from megatron.early_exit.config.data import TokenizerConfig
-
-    kind = args.tokenizer_type or getattr(theirs, "tokenizer_type", None)
-    path = args.tokenizer_model or getattr(theirs, "tokenizer_model", None)
-    size = args.vocab_size or getattr(theirs, "vocab_size", None)
-    if kind == "NullTokenizer":
-        return TokenizerConfig(kind, vocab_size=size)
-    if path is None or not Path(path).exists():
-        raise ValueError(
-            f"the checkpoint names the tokenizer {kind} {path}, which is not here; give --tokenizer-type and "
-            "--tokenizer-model (or --tokenizer-type NullTokenizer --vocab-size N for a model of bare numbers)"
-        )
-    return TokenizerConfig(kind, str(path))

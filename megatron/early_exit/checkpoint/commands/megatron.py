@@ -1,0 +1,79 @@
+"""From and to checkpoints of Megatron-LM: from-megatron (Megatron-Bridge's too), to-megatron."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron.early_exit.checkpoint.commands.common import (
+    add_source,
+    add_target,
+    add_tokenizer,
+    describe,
+    in_dtype,
+    listed,
+    progress_shown,
+    read,
+    save,
+    tokenizer_of,
+)
+
+if TYPE_CHECKING:
+    from megatron.early_exit.config.data import TokenizerConfig
+
+
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    one = commands.add_parser("from-megatron", help="a GPT or Llama of Megatron-LM or Megatron-Bridge -> ours")
+    add_source(one)
+    add_target(one, "--save")
+    add_tokenizer(one)
+    one.set_defaults(run=from_megatron)
+
+    one = commands.add_parser("to-megatron", help="ours, without exits -> a checkpoint of Megatron-LM (torch_dist)")
+    add_source(one)
+    add_target(one, "--output")
+    one.set_defaults(run=to_megatron)
+
+
+def from_megatron(args: argparse.Namespace) -> None:
+    from megatron.early_exit.checkpoint.megatron import find_megatron, read_megatron
+    from megatron.early_exit.checkpoint.store import check_target
+    from megatron.early_exit.config.exits import ExitConfig
+
+    check_target(args.save, args.force)
+    folder = find_megatron(args.load, args.load_iteration)
+    model, tensors, settings = read_megatron(folder)
+    tokenizer = _tokenizer(args, settings, folder)
+    save(args, describe(args, model, ExitConfig(), tokenizer, tensors), tensors)
+
+
+def _tokenizer(args: argparse.Namespace, settings: argparse.Namespace, folder: Path) -> TokenizerConfig:
+    from megatron.early_exit.config.data import TokenizerConfig
+
+    own = folder / "tokenizer"  # as Megatron-Bridge saves it
+    if not (args.tokenizer_type or args.tokenizer_model) and (own / "tokenizer_config.json").is_file():
+        return TokenizerConfig("HuggingFaceTokenizer", str(own))
+    return tokenizer_of(args, settings)
+
+
+def to_megatron(args: argparse.Namespace) -> None:
+    from megatron.early_exit.checkpoint.megatron import check_target, without_exits, write_megatron
+
+    check_target(args.output, args.force)
+    description, tensors, _ = read(args)
+    exits = description.exits.exit_layer_nums
+    if exits:
+        print(
+            f"the exits ({listed(exits)}) are left out: Megatron-LM has none. What is written is the whole model "
+            "without them",
+            file=sys.stderr,
+        )
+    tensors = in_dtype(without_exits(tensors), args.dtype)
+    with progress_shown("written") as progress:
+        written = write_megatron(args.output, description, tensors, force=args.force, progress=progress)
+    print(
+        f"{written}: {description.model.num_layers} layers; Megatron-LM reads it with --load {args.output} "
+        "--use-checkpoint-args --finetune"
+    )
