@@ -6,7 +6,9 @@ unpickler, and classes of Megatron's that they name are stood in for by one that
 
 from __future__ import annotations
 
+import _codecs
 import argparse
+import io
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -75,11 +77,16 @@ class _StandIn:
     def __setstate__(self, _: Any) -> None: ...
 
 
-_STAND_IN_FOR = ("megatron.", "transformer_engine.", "torch.", "numpy.", "signal.", "pathlib.", "enum.")
-_STAND_IN_FOR_NAMES = (
-    "_io.BytesIO", "io.BytesIO", "_codecs.encode", "types.SimpleNamespace", "builtins.bytes", "builtins.bytearray",
-    "builtins.set", "builtins.frozenset", "builtins.slice", "builtins.range", "builtins.complex",
-)  # fmt: skip
+_STAND_IN_FOR = ("megatron.", "transformer_engine.", "torch.", "numpy.", "signal.", "pathlib.", "enum.", "types.")
+# What is loaded as it is: settings, and the bytes that layers of Transformer Engine keep beside their parameters.
+_HARMLESS = {
+    "argparse.Namespace": argparse.Namespace,
+    "_io.BytesIO": io.BytesIO,
+    "_codecs.encode": _codecs.encode,
+    "builtins.bytes": bytes,
+    "builtins.bytearray": bytearray,
+    "builtins.set": set,
+}
 
 
 def load_file(file: Path) -> dict[str, Any]:
@@ -88,18 +95,14 @@ def load_file(file: Path) -> dict[str, Any]:
     Raises UnsafeFileError if it names functions or classes that no checkpoint needs, OSError if it cannot be read."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        refused = [
-            name
-            for name in names
-            if name != "argparse.Namespace" and not name.startswith(_STAND_IN_FOR) and name not in _STAND_IN_FOR_NAMES
-        ]
+        refused = [name for name in names if name not in _HARMLESS and not name.startswith(_STAND_IN_FOR)]
         if refused:
             raise UnsafeFileError(
                 f"{file} is not loaded: it asks for {', '.join(refused)}, which no checkpoint needs, and could run any "
                 "command that way. Do not use this file; get the checkpoint again from a source that you trust"
             )
-        stand_ins = [(type("StandIn", (_StandIn,), {}), name) for name in names if name != "argparse.Namespace"]
-        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+        known = [(_HARMLESS.get(name) or type("StandIn", (_StandIn,), {}), name) for name in names]
+        with torch.serialization.safe_globals(known):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except UnsafeFileError:
         raise
