@@ -22,13 +22,13 @@ from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.convert_command import main as convert
-from megatron.early_exit.checkpoint.key_names import key_of
 from megatron.early_exit.checkpoint.megatron import find_megatron, read_megatron
 from megatron.early_exit.checkpoint.megatron_settings import load_file, model_config
 from megatron.early_exit.checkpoint.safe_pickle import read_metadata
 from megatron.early_exit.checkpoint.store import checkpoint_folder
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import read_description
+from megatron.early_exit.model.key_names import key_of
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files
 from tests.distributed.core_gpt import core_gpt, core_logits
@@ -337,9 +337,9 @@ def test_what_is_not_supported_or_does_not_fit_is_said(
         ({"multi_latent_attention": True}, ("multi_latent_attention True",)),
         ({"position_embedding_type": "yarn"}, ("position_embedding_type yarn",)),
         ({"apply_layernorm_1p": True, "rotary_interleaved": True}, ("apply_layernorm_1p", "rotary_interleaved")),
-        ({"untie_embeddings_and_output_weights": False}, ("output_layer.weight is in no model",)),
+        ({"untie_embeddings_and_output_weights": False}, ("output_layer.weight has no place in it",)),
         ({"qk_layernorm": True}, ("decoder.layers.0.self_attention.q_layernorm.weight is missing", "and 3 more")),
-        ({"ffn_hidden_size": 40}, ("mlp.linear_fc1.weight is [96, 32], by the settings [80, 32]",)),
+        ({"ffn_hidden_size": 40}, ("mlp.linear_fc1.weight has the shape [96, 32], not [80, 32]",)),
         ({"num_layers": 3}, ("has 4 layers, by the settings 3",)),
         ({"hidden_size": None}, ("do not say hidden_size",)),
     ):  # fmt: skip

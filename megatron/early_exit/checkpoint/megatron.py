@@ -36,16 +36,18 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron.early_exit.checkpoint.key_names import key_of, name_of
 from megatron.early_exit.checkpoint.legacy import merge_gate_and_up
 from megatron.early_exit.checkpoint.megatron_settings import arguments, bridge_settings, load_file, model_config
+from megatron.early_exit.checkpoint.parameters import check_parameters
 from megatron.early_exit.checkpoint.safe_pickle import METADATA_FILE, SafeReader
 from megatron.early_exit.checkpoint.store import Progress, reading, writing
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors, combined, concatenated
 from megatron.early_exit.config.description import ModelDescription
+from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.serialize import DESCRIPTION_FILE, read_yaml
 from megatron.early_exit.config.validate import LATEST_FILE
+from megatron.early_exit.model.key_names import key_of, name_of
 
 _RANK_FILE = "model_optim_rng.pt"
 _COMMON_FILE, _BRIDGE_FILE = "common.pt", "run_config.yaml"
@@ -125,51 +127,8 @@ def read_megatron(folder: Path) -> MegatronCheckpoint:
     if _EMBEDDING not in tensors:
         raise ValueError(f"{folder} has no {_EMBEDDING}")
     model = replace(model, padded_vocab_size=tensors[_EMBEDDING].shape[0])
-    _check_parameters(tensors, model, folder)
+    check_parameters(tensors, model, ExitConfig())
     return MegatronCheckpoint(model, tensors, settings)
-
-
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """All parameters of a model without exits, whose vocabulary is padded, by name."""
-    hidden, ffn, rows = model.hidden_size, model.ffn_size, model.padded_vocab_size
-    attention = model.num_attention_heads * model.head_size
-    qkv = attention + 2 * model.num_kv_heads * model.head_size
-    kinds = ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",)
-    norm = lambda name, size: {f"{name}.{kind}": (size,) for kind in kinds}
-
-    def linear(name: str, outputs: int, inputs: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if has_bias else {})
-
-    biases = model.add_bias_linear
-    layer = norm("input_layernorm", hidden) | norm("pre_mlp_layernorm", hidden)
-    layer |= linear("self_attention.linear_qkv", qkv, hidden, biases or model.add_qkv_bias)
-    layer |= linear("self_attention.linear_proj", hidden, attention, biases)
-    layer |= linear("mlp.linear_fc1", ffn * (1 + model.swiglu), hidden, biases)
-    layer |= linear("mlp.linear_fc2", hidden, ffn, biases)
-    if model.qk_layernorm:
-        layer |= norm("self_attention.q_layernorm", model.head_size)
-        layer |= norm("self_attention.k_layernorm", model.head_size)
-    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (rows, hidden)}
-    if model.position_embedding_type == "learned_absolute":
-        shapes["embedding.position_embeddings.weight"] = (model.max_position_embeddings, hidden)
-    for index in range(model.num_layers):
-        shapes |= {f"decoder.layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes |= norm("decoder.final_layernorm", hidden)
-    return shapes | ({_OUTPUT: (rows, hidden)} if model.untie_embeddings_and_output_weights else {})
-
-
-def _check_parameters(tensors: Tensors, model: ModelConfig, source: Path) -> None:
-    expected = parameter_shapes(model)
-    issues = [f"{name} is missing" for name in expected if name not in tensors]
-    issues += [f"{name} is in no model with these settings" for name in tensors if name not in expected]
-    issues += [
-        f"{name} is {list(tensors[name].shape)}, by the settings {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if issues:
-        more = f"; and {len(issues) - 5} more" if len(issues) > 5 else ""
-        raise ValueError(f"{source} does not hold what its settings say: " + "; ".join(issues[:5]) + more)
 
 
 # torch_dist
@@ -406,7 +365,7 @@ def write_megatron(
     if `tensors` are not those of the model without exits."""
     check_target(save, force)
     model = description.model
-    _check_parameters(tensors, model, save)
+    check_parameters(tensors, model, ExitConfig())
     final, partial = save / "release", save / "release.partial"
     shutil.rmtree(partial, ignore_errors=True)
     pieces = [_piece(name, tensor, model.num_layers) for name, tensor in tensors.items()]
