@@ -93,8 +93,8 @@ def test_asynchronous_saving_gives_the_same_checkpoint(data: str, tmp_path: Path
     folder = str(tmp_path / "ck")
     whole = make_training_config(data, tmp_path / "whole", save=folder, save_interval=3, async_save=True, **PP2)
     digests = run_distributed(2, training_run, cfg=whole)
-    (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("3")
-    resumed = make_training_config(data, tmp_path / "resumed", load=folder, **PP2)
+    assert (tmp_path / "ck" / "latest_checkpointed_iteration.txt").read_text() == "6"
+    resumed = make_training_config(data, tmp_path / "resumed", load=folder, load_iteration=3, **PP2)
     assert run_distributed(2, training_run, cfg=resumed) == digests
 
 

@@ -55,6 +55,7 @@ def test_killed_ranks_and_a_killed_torchrun_leave_nothing(tmp_path: Path) -> Non
     assert f"{folder} is being written by process {owner['pid']} on {owner['host']}, since " in second.stderr
     torchrun_process, ranks = processes_of(first)
     assert owner["pid"] in [rank.pid for rank in ranks]
+    assert all(len(rank.children(recursive=True)) <= 1 for rank in ranks), "more than what loads data"
     torchrun_process.send_signal(signal.SIGKILL)
     wait_for(lambda: not in_session(first.pid), SECONDS_FOR_ORPHANS)
     first.wait(timeout=SECONDS_FOR_ORPHANS)

@@ -178,8 +178,11 @@ def _write(
         write_checksums(partial, checksums)
         if check is not None:
             check(partial)
-    except BaseException:
+    except BaseException as error:
+        reason = folders.why_not_written(error, partial)
         shutil.rmtree(partial, ignore_errors=True)  # nothing half-written is left
+        if isinstance(error, RuntimeError):  # of PyTorch's writer
+            raise OSError(f"{partial} cannot be written: {reason}") from error
         raise
     return folders.publish(partial, 0)
 

@@ -31,7 +31,7 @@ class CheckpointConfig:
     """Checkpoints to keep; older ones are removed after a successful save. Default: all."""
 
     async_save: bool = False
-    """Write checkpoints in a background process while training goes on."""
+    """Write copies of checkpoints in the background while training goes on."""
 
     finetune: bool = False
     """Load weights only and start at iteration 0."""

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
@@ -160,6 +161,8 @@ class CheckpointSaver:
             yield
         except (Exception, CheckpointException) as error:
             reason = folders.why_not_written(error, self.folder)
+            if torch.distributed.get_rank() == 0:  # what was written of it only takes room
+                shutil.rmtree(folders.partial_folder(self.folder, iteration), ignore_errors=True)
             raise OSError(
                 f"saving iteration {iteration} in {self.folder} failed: {reason}. Earlier checkpoints are untouched: "
                 "make room and resume with --load."
