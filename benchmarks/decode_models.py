@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import smollm2
 from megatron.early_exit.checkpoint.hugging_face import from_transformers
+from megatron.early_exit.checkpoint.load_model import load_model_for_inference
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
@@ -24,7 +25,6 @@ from megatron.early_exit.model.build import build_model
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 from megatron.early_exit.platform.device import device
 from megatron.early_exit.platform.distributed import initialize_distributed, initialize_model_parallel
-from megatron.early_exit.training.checkpointing import load_model_for_inference
 
 
 class TwinModel:

@@ -105,12 +105,12 @@ def trained_logits(folder: Path, parallel: ParallelConfig) -> torch.Tensor | Non
     """What the training model says under a layout, on the last stage; as `their_logits`."""
     from megatron.core import parallel_state
 
+    from megatron.early_exit.checkpoint.load_model import load_weights
     from megatron.early_exit.checkpoint.start import find_checkpoint
     from megatron.early_exit.config.run import BuildConfig
     from megatron.early_exit.config.serialize import read_description
     from megatron.early_exit.model.build import build_model
     from megatron.early_exit.platform.distributed import initialize_model_parallel
-    from megatron.early_exit.training.checkpointing import load_weights
 
     path = find_checkpoint(str(folder), None)
     description = read_description(path)

@@ -96,7 +96,7 @@ def _error_of(call: Callable, kwargs: dict) -> str:
 
 
 def load_for_inference(load: Path) -> None:
-    from megatron.early_exit.training.checkpointing import load_model_for_inference
+    from megatron.early_exit.checkpoint.load_model import load_model_for_inference
 
     load_model_for_inference(str(load))
 

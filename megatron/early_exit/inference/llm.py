@@ -149,7 +149,7 @@ class LLM:
 
         Raises ValueError or FileNotFoundError if there is no checkpoint, ValueError for settings that cannot work,
         among them sizes that no memory holds."""
-        from megatron.early_exit.training.checkpointing import load_model_for_inference
+        from megatron.early_exit.checkpoint.load_model import load_model_for_inference
 
         path, tensor_parallel_size = str(path), checked.integer("tensor_parallel_size", tensor_parallel_size)
         check_world_size(

@@ -7,41 +7,29 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron.early_exit.checkpoint.core_loading import load_common, load_sharded
-from megatron.early_exit.checkpoint.safe_pickle import read_metadata
-from megatron.early_exit.checkpoint.start import (
-    loads_optimizer,
-    reading,
-    tensor_mismatches,
-)
+from megatron.early_exit.checkpoint.load_model import check_tensors, sharded_weights
+from megatron.early_exit.checkpoint.start import loads_optimizer, reading
 from megatron.early_exit.checkpoint.store import CONTENT_METADATA
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
-from megatron.early_exit.config.description import MismatchError, ModelDescription
 from megatron.early_exit.config.parallel import ParallelConfig
-from megatron.early_exit.config.run import BuildConfig, ResolvedConfig
-from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, checkpoint_folder, load_run_config, read_description
-from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.early_exit.model.build import Model, build_model
-from megatron.early_exit.model.key_names import stored_key
+from megatron.early_exit.config.run import ResolvedConfig
+from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config
+from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.optimizer_state import allocate_optimizer_state
 from megatron.early_exit.training.state import TrainingState
 
 log = logging.getLogger(__name__)
-
-_OPTIMIZER = "optimizer."
-"""Begins the names of the optimizer's tensors in a checkpoint."""
 
 
 def sharded_state(
@@ -54,10 +42,7 @@ def sharded_state(
     is_loading: bool = False,
 ) -> dict[str, Any]:
     """What core saves and loads, with the places of all tensors in the whole model."""
-    sharded: dict[str, Any] = {
-        f"model{index}": chunk.sharded_state_dict(metadata=dict(CONTENT_METADATA))
-        for index, chunk in enumerate(model.chunks)
-    }
+    sharded: dict[str, Any] = sharded_weights(model)
     if optimizer is not None:
         models = {key: value for key, value in sharded.items() if key.startswith("model")}
         sharded["optimizer"] = optimizer.sharded_state_dict(
@@ -138,7 +123,7 @@ def load_checkpoint(
         model, optimizer if with_optimizer else None, None, None, with_rng=with_rng, is_loading=True
     )
     with reading(folder):
-        _check_tensors(sharded, folder)
+        check_tensors(sharded, folder)
         loaded = load_sharded(sharded, folder)
     for index, chunk in enumerate(model.chunks):
         chunk.load_state_dict(loaded[f"model{index}"])
@@ -161,31 +146,6 @@ def load_checkpoint(
     return TrainingState.from_state_dict(common["training_state"])
 
 
-def _check_tensors(sharded: dict[str, Any], folder: Path) -> None:
-    """Raise MismatchError on all ranks if the checkpoint lacks what some rank wants, or has other shapes."""
-    metadata = read_metadata(folder)
-    wanted: dict[str, tuple[int, ...] | None] = {}
-    for value in nested_values(sharded):
-        for tensor in nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]:
-            if isinstance(tensor, ShardedTensor):
-                key = stored_key(tensor.key, metadata.state_dict_metadata)
-                wanted[key] = None if tensor.allow_shape_mismatch else tuple(tensor.global_shape)
-    everywhere: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, wanted)
-    wanted = {name: shape for part in everywhere for name, shape in part.items()}
-    of_model = {name: shape for name, shape in wanted.items() if not name.startswith(_OPTIMIZER)}
-    if clauses := tensor_mismatches(of_model, metadata):
-        raise MismatchError(
-            f"{folder} does not hold the model that its settings describe: {'; '.join(clauses)}. Its files "
-            "may be those of another checkpoint: choose another with --load-iteration."
-        )
-    if clauses := tensor_mismatches(wanted, metadata):
-        raise MismatchError(
-            f"the optimizer state of {folder} is that of another model or optimizer: {'; '.join(clauses)}. Go on "
-            "without it with --no-load-optim."
-        )
-
-
 def _has_same_model_layout(a: ParallelConfig, b: ParallelConfig) -> bool:
     sizes = lambda p: (p.tensor_model_parallel_size, p.num_stages)
     return sizes(a) == sizes(b)
@@ -194,35 +154,3 @@ def _has_same_model_layout(a: ParallelConfig, b: ParallelConfig) -> bool:
 def _warnon_rank_zero(message: str) -> None:
     if torch.distributed.get_rank() == 0:
         log.warning(message)
-
-
-def load_model_for_inference(
-    load: str, load_iteration: int | None = None, tensor_parallel_size: int = 1
-) -> tuple[ModelDescription, Model, Tokenizer]:
-    """The model of a checkpoint without optimizer, in evaluation mode, on one pipeline stage: re-sharded on load.
-
-    Starts the process groups if need be. Raises ConfigError if there is no checkpoint."""
-    from megatron.early_exit.platform.distributed import initialize_distributed, initialize_model_parallel
-
-    folder = checkpoint_folder(load, load_iteration)
-    description = read_description(folder)
-    # Whatever modules trained it: decoding has its own, and takes the weights from these.
-    model = replace(description.model, transformer_impl="local")
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor_parallel_size)
-    initialize_distributed()
-    initialize_model_parallel(parallel, model.num_layers, seed=0)
-    build = BuildConfig(model, description.exits, description.dtype, parallel)
-    built = build_model(build, description.padded_vocab_size, wrap_with_ddp=False)
-    load_weights(folder, built)
-    built.eval()
-    return description, built, build_tokenizer(description.tokenizer)
-
-
-def load_weights(folder: Path, model: Model) -> None:
-    """Load the parameters of the checkpoint in `folder`, whose architecture `model` has. Raises OSError."""
-    sharded = sharded_state(model, None, None, None, with_rng=False, is_loading=True)
-    with reading(folder):
-        _check_tensors(sharded, folder)
-        loaded = load_sharded(sharded, folder)
-    for index, chunk in enumerate(model.chunks):
-        chunk.load_state_dict(loaded[f"model{index}"])
