@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron.early_exit.checkpoint.accounting import _size
-from megatron.early_exit.checkpoint.comparison import compare_tokenizers
+from megatron.early_exit.checkpoint.comparison import Head, compare_logits, compare_tokenizers
 from megatron.early_exit.checkpoint.convert_command import main
 from megatron.early_exit.checkpoint.families import FAMILIES, _llama_ours, _llama_theirs, llama3_factors
 from megatron.early_exit.checkpoint.gguf import complete_gguf_config
@@ -330,6 +330,7 @@ def test_exits_of_older_folders_and_damaged_ones(tmp_path: Path, monkeypatch: py
 def write_gguf(file: Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     import gguf
 
+    file.unlink(missing_ok=True)
     writer = gguf.GGUFWriter(str(file), "llama")
     for name, value in {
         "context_length": 64, "embedding_length": 48, "block_count": 1, "feed_forward_length": 64,
@@ -513,3 +514,34 @@ def test_tokenizers_that_differ(llama: Path, tmp_path: Path) -> None:
     edit(other, "generation_config.json", eos_token_id=[92, 5])
     with pytest.raises(ValueError, match="ends of generation are .5, 92., not .92."):
         compare_tokenizers(other, llama)
+
+
+def test_a_gguf_file_is_the_model_of_transformers(tmp_path: Path) -> None:
+    """Also with the scaling of rotary positions that its reader drops."""
+    import transformers
+
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: 0.3 * torch.randn(shape, generator=generator)
+    shapes = {
+        "attn_q": (48, 48), "attn_k": (24, 48), "attn_v": (24, 48), "attn_output": (48, 48), "ffn_gate": (64, 48),
+        "ffn_up": (64, 48), "ffn_down": (48, 64), "attn_norm": (48,), "ffn_norm": (48,),
+    }  # fmt: skip
+    tensors = {f"blk.0.{name}.weight": draw(*shape) for name, shape in shapes.items()}
+    tensors |= {"token_embd.weight": draw(93, 48), "output_norm.weight": draw(48), "output.weight": draw(93, 48)}
+    rope = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0, "rope.freq_base": 10000.0}
+    write_gguf(tmp_path / "model.gguf", rope, tensors)
+    source = read_hugging_face(tmp_path / "model.gguf")
+    assert source.model.rotary_seq_len_interpolation_factor == 4.0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").state_dict()
+    assert torch.equal(source.tensors[OUTPUT].read(), theirs["lm_head.weight"])
+    line = compare_logits(
+        Head(source.tensors, source.model), tmp_path, vocab_size=93, gguf=("model.gguf", source.config)
+    )
+    assert "logits of 48 sample tokens are those of transformers" in line
+    with pytest.raises(ValueError, match="logits differ from those of transformers"):
+        plain = replace(source.model, rotary_seq_len_interpolation_factor=None)
+        compare_logits(Head(source.tensors, plain), tmp_path, vocab_size=93, gguf=("model.gguf", source.config))
+    del tensors["blk.0.ffn_up.weight"]
+    write_gguf(tmp_path / "model.gguf", rope, tensors)
+    with pytest.raises(ValueError, match="does not hold the model that its settings describe: .*up_proj"):
+        read_hugging_face(tmp_path / "model.gguf")
