@@ -1,5 +1,6 @@
 # make demo       set up, then train and run a small early-exit model on two CPU cores (some minutes, no GPU, no data needed)
 # make demo-tune  add exits to a real model (SmolLM2-135M), tune them, compare before and after (some minutes, no GPU)
+# make test-fast  set up, then run what takes no more than minutes: unit tests, and every program once
 # make test       set up, then run all tests
 # make lint       formatting, imports, spelling
 # make bench      benchmarks (quick form); full ones: benchmarks/README.md
@@ -10,7 +11,7 @@ DEMO_FOLDER ?= runs/demo
 DEMO_TUNE_FOLDER ?= runs/demo-tune
 BIN = $(VENV)/bin
 
-.PHONY: setup demo demo-tune test lint bench clean
+.PHONY: setup demo demo-tune test test-fast lint bench clean
 
 setup: $(VENV)/.installed
 
@@ -24,6 +25,9 @@ demo: setup
 
 demo-tune: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo_tune.sh $(DEMO_TUNE_FOLDER)
+
+test-fast: setup
+	$(BIN)/python -m pytest tests/smoke tests/unit -m "not slow" --durations 5
 
 test: setup
 	$(BIN)/python -m pytest tests

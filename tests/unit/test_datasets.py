@@ -178,7 +178,7 @@ def test_new_data_under_an_old_name_are_not_read_through_the_old_index(tmp_path:
 
 def test_mock_data_need_no_files() -> None:
     data = DataConfig(mock_data=True, vocab_size=50)
-    train, valid, test = build(data, build_tokenizer(data), (20, 4, 0), vocab_size=64, seq_length=2048)
+    train, valid, test = build(data, build_tokenizer(data.tokenizer), (20, 4, 0), vocab_size=64, seq_length=2048)
     assert len(train) >= 20
     assert test is None
     assert int(max(valid[i].tokens.max() for i in range(4))) <= 50

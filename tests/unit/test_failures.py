@@ -14,41 +14,55 @@ from megatron.early_exit.platform.failures import lost_peer
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Rank 0 waits for rank 1, which comes to no operation (late), ends before one (lost), or never starts (absent).
+# Rank 0 waits for rank 1, which never starts (absent), comes to no operation (late), or ends before one (lost). All are
+# children of one process that has imported PyTorch.
 RANKS = """
 import datetime, os, sys, time, torch
 from torch import distributed
 from megatron.early_exit.platform.failures import lost_peer
-case, rank = sys.argv[1], int(sys.argv[2])
-def join():
-    distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=2))
-try:
-    join()
-    if rank == 1:
-        time.sleep(4 if case == "late" else 0)
-        os._exit(0)
-    for _ in range(2):
-        distributed.all_reduce(torch.ones(4))
-except Exception as error:
-    print(lost_peer(error, rank, 2 / 60), flush=True)
-os._exit(0)
+def run(case, rank):
+    joining = datetime.timedelta(seconds=3 if case == "absent" else 90)  # ranks start at different times
+    try:
+        distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=joining)
+        group = distributed.new_group(timeout=datetime.timedelta(seconds=3))
+        if rank == 0:
+            for _ in range(2):
+                distributed.all_reduce(torch.ones(4), group=group)
+        elif case == "late":
+            time.sleep(6)
+    except Exception as error:
+        print(case, lost_peer(error, rank, 3 / 60), flush=True)
+children = []
+for port, case in zip(sys.argv[1:], ("absent", "late", "lost")):
+    for rank in (0, 1) if case != "absent" else (0,):
+        child = os.fork()
+        if child == 0:
+            os.environ["MASTER_PORT"] = port
+            run(case, rank)
+            os._exit(0)
+        children.append(child)
+for child in children:
+    os.waitpid(child, 0)
 """
+
+
+def free_ports(count: int) -> list[str]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [str(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
 
 
 @pytest.fixture(scope="module")
 def sentences() -> dict[str, str]:
-    """What rank 0 says in each case. All run at once."""
-    processes = {}
-    for case, ranks in {"late": (0, 1), "lost": (0, 1), "absent": (0,)}.items():
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        for rank in ranks:
-            command = [sys.executable, "-W", "ignore", "-c", RANKS, case, str(rank)]
-            processes[case, rank] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    said = {key: process.communicate(timeout=90)[0] for key, process in processes.items()}
-    return {case: said[case, 0] for case in ("late", "lost", "absent")}
+    """What rank 0 says in each case."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-W", "ignore", "-c", RANKS, *free_ports(3)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=True)
+    return dict(line.split(" ", 1) for line in result.stdout.splitlines())
 
 
 @pytest.mark.parametrize(("case", "parts"), [

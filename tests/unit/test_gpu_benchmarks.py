@@ -70,6 +70,7 @@ def test_requirements_follow_the_python_version_and_leave_torch_alone(python: tu
     assert requirements.missing(sys.version_info[:2]) == [], "the environment of the tests has all of them"
 
 
+@pytest.mark.slow
 def test_all_parts_run_at_toy_size(tmp_path: Path) -> None:
     environment = os.environ | {
         "RESULTS": str(tmp_path), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",

@@ -67,8 +67,7 @@ def _check_output(path: Path | None) -> None:
 
 def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
     """Print and return what the exits of one checkpoint do. Raises ValueError or OSError."""
-    from megatron.early_exit.checkpoint.folders import checkpoint_folder
-    from megatron.early_exit.config.serialize import read_description
+    from megatron.early_exit.config.serialize import checkpoint_folder, read_description
     from megatron.early_exit.data.text_samples import sample_sequences, sequence_length
     from megatron.early_exit.evaluation.exit_quality import decoding_quality, exit_quality
     from megatron.early_exit.inference.llm import LLM

@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def calibrate(args: argparse.Namespace) -> None:
     """Raises ValueError for settings that do not fit, OSError for files that cannot be read."""
-    from megatron.early_exit.checkpoint.folders import checkpoint_folder
-    from megatron.early_exit.config.serialize import read_description
+    from megatron.early_exit.config.serialize import checkpoint_folder, read_description
     from megatron.early_exit.data.text_samples import documents_of, sample_sequences, sequence_length
     from megatron.early_exit.inference.calibration import (
         CALIBRATION_FILE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from megatron.early_exit.config.model import ModelConfig
 
 DTYPES = ("fp32", "bf16", "fp16")
+
+_SECONDS_BETWEEN_LINES = 30.0
+"""Of progress, where it does not go to a terminal."""
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -159,20 +163,19 @@ def in_dtype(tensors: Tensors, name: str | None) -> Tensors:
 
 @contextmanager
 def progress_shown(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A line that grows on a terminal, and one line a tenth elsewhere."""
-    shown = -1
+    """A line that grows on a terminal; elsewhere, of what takes long, a line now and then."""
+    is_terminal, shown, shown_at = sys.stderr.isatty(), False, time.monotonic()
 
     def show(done: int, total: int) -> None:
-        nonlocal shown
-        tenth = 10 * done // max(total, 1)
-        if tenth == shown:
+        nonlocal shown, shown_at
+        if not is_terminal and time.monotonic() - shown_at < _SECONDS_BETWEEN_LINES:
             return
-        shown = tenth
+        shown, shown_at = True, time.monotonic()
         text = f"{what} {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB"
-        print(text, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+        print(text, end="\r" if is_terminal else "\n", file=sys.stderr, flush=True)
 
     yield show
-    if shown >= 0 and sys.stderr.isatty():
+    if shown and is_terminal:
         print(file=sys.stderr)
 
 

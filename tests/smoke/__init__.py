@@ -1,0 +1,1 @@
+"""Every program once, on tiny inputs."""
