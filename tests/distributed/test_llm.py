@@ -130,6 +130,7 @@ def test_numbers_at_their_limits_end_no_other_request() -> None:
         SamplingSettings(temperature=1e-38), SamplingSettings(temperature=5e-324), SamplingSettings(temperature=1e-5),
         SamplingSettings(temperature=1e-38, top_k=5), SamplingSettings(temperature=1e-38, top_p=0.5),
         SamplingSettings(repetition_penalty=1e-38), SamplingSettings(temperature=1.0, repetition_penalty=1e-38),
+        SamplingSettings(temperature=0.1, repetition_penalty=1e-38),
         SamplingSettings(temperature=0.1, repetition_penalty=1e38), SamplingSettings(temperature=1e38),
     ]  # fmt: skip
     modes = ("full", "self_speculative")
@@ -210,7 +211,7 @@ def load_two(folder: Path) -> list[list[int]]:
     answers = [model.generate([5, 6], params)[0].result.token_ids for model in (one, two, one)]
     with pytest.raises(ValueError, match="has a model with tensor parallel size 1, 1 pipeline stages.*cannot join"):
         initialize_model_parallel(ParallelConfig(tensor_model_parallel_size=2), num_layers=4, seed=1)
-    with pytest.raises(ValueError, match="tensor parallel size is 2 but 1 process was started"):
+    with pytest.raises(ValueError, match="tensor_parallel_size is 2 but 1 process was started"):
         LLM.load(folder, tensor_parallel_size=2)
     assert parallel_state.get_tensor_model_parallel_world_size() == 1
     one = LLM.load(folder)

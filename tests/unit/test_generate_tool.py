@@ -130,7 +130,7 @@ def test_json_survives_a_round_trip():
         (["--mode", "full", "--use-early-exit"], "--use-early-exit contradicts --mode full"),
         (["--use-early-exit", "--early-exit-thres", "1.5"], "threshold is 1.5"),
         (["--mode", "self_speculative", "--draft-length", "0"], "draft_length is 0"),
-        (["--tensor-model-parallel-size", "2"], "size is 2 but 1 process was started"),
+        (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size is 2 but 1 process was started"),
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read: No such file or directory"),
         (["--prompt-file", "."], "--prompt-file . cannot be read: Is a directory"),
         (["--chat"], "--chat reads from standard input"),
@@ -143,7 +143,7 @@ def test_json_survives_a_round_trip():
         (["--tokens-to-generate", "0"], "max_tokens is 0"),
         (["--max-requests", "0"], "max_requests is 0"),
         (["--max-length", "0"], "max_length is 0"),
-        (["--tensor-model-parallel-size", "0"], "size is 0; it must be at least 1"),
+        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size is 0; it must be at least 1"),
         (["--chat", "--no-special-tokens"], "--no-special-tokens has no effect with --chat"),
     ],
 )
@@ -165,14 +165,16 @@ def test_programs_do_not_wait_for_the_ranks_of_another_job(program, capsys, monk
     run, words = programs[program]
     assert run(["--load", "nowhere", *words]) == 2
     error = capsys.readouterr().err
-    assert "size is 1 but 2 processes were started (WORLD_SIZE)" in error
-    assert "env -u RANK -u WORLD_SIZE" in error
+    assert "but 2 processes were started (WORLD_SIZE)" in error and "env -u RANK -u WORLD_SIZE" in error
+    assert ("set --tensor-model-parallel-size to 2" in error) == (program == "generate")
 
 
 def test_the_number_of_processes():
-    check_world_size(2, world_size=2)
-    with pytest.raises(ValueError, match="torchrun --nproc-per-node 4"):
-        check_world_size(4, world_size=1)
+    check_world_size(2, "tp", world_size=2)
+    with pytest.raises(ValueError, match="^tp is 4 but 1 process was .*; start 4 with torchrun --nproc-per-node 4$"):
+        check_world_size(4, "tp", world_size=1)
+    with pytest.raises(ValueError, match="; start 2 with torchrun --nproc-per-node 2, or set tp to 3, or where RANK"):
+        check_world_size(2, "tp", world_size=3)
 
 
 def test_caches_that_no_memory_holds_are_refused_with_what_fits(monkeypatch):
@@ -200,7 +202,7 @@ def test_caches_that_no_memory_holds_are_refused_with_what_fits(monkeypatch):
         (["latest_checkpointed_iteration.txt", "iter_0000002/mp_rank_00/model_optim_rng.pt"], "from-legacy --input"),
         (["mp_rank_00_001/model_optim_rng.pt"], "from-legacy --input"),
         (["run_config.yaml"], "give the folder above it"),
-        (["config.json"], "no finished checkpoint in it"),
+        (["config.json"], "is missing"),
     ],
 )
 def test_models_of_another_format_are_named(files, message, tmp_path, capsys, monkeypatch):

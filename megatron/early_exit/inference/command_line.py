@@ -170,7 +170,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
 
 def _checked_mode(args: argparse.Namespace) -> str:
     problems = []
-    check_world_size(args.tensor_model_parallel_size)
+    check_world_size(args.tensor_model_parallel_size, "--tensor-model-parallel-size")
     mode = args.mode or ("early_exit" if args.use_early_exit else "full")
     if args.use_early_exit and mode != "early_exit":
         problems.append(f"--use-early-exit contradicts --mode {mode}")

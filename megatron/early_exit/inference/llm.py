@@ -152,9 +152,8 @@ class LLM:
         from megatron.early_exit.checkpoint.load_model import load_model_for_inference
 
         path, tensor_parallel_size = str(path), checked.integer("tensor_parallel_size", tensor_parallel_size)
-        check_world_size(
-            tensor_parallel_size, torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
-        )
+        existing = torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
+        check_world_size(tensor_parallel_size, "tensor_parallel_size", existing)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
         max_requests = checked.integer("max_requests", max_requests)

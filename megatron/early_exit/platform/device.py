@@ -32,12 +32,14 @@ def backend() -> str:
 
 
 def free_memory_bytes() -> int:
-    """Memory that this process may still take: of its GPU, or of the machine."""
+    """Memory that this process may still take: of its GPU, or its share of the machine's or the container's."""
     if use_cuda():
         return torch.cuda.mem_get_info(device())[0]
     import psutil
 
-    return psutil.virtual_memory().available
+    own = psutil.Process().memory_info().rss
+    free = min(psutil.virtual_memory().available, machine_memory_bytes() - own)
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def peak_memory_bytes() -> int:
