@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,9 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron.early_exit.config.data import DataConfig
-from megatron.early_exit.data.datasets import (
-    DataExhaustedError,
-    TokenDataset,
-    build_datasets,
-    build_iterator,
-    check_token_file,
-)
+from megatron.early_exit.data import token_files
+from megatron.early_exit.data.datasets import DataExhaustedError, TokenDataset, build_datasets, build_iterator
+from megatron.early_exit.data.token_files import check_token_file
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 
 EOD = 256
@@ -176,6 +174,107 @@ def test_new_data_under_an_old_name_are_not_read_through_the_old_index(tmp_path:
     assert all(int(train[i].tokens.min()) == 150 for i in range(10))
 
 
+class Payload:
+    """A pickle that writes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def truncate(path: Path, num_bytes: int = 0) -> None:
+    path.write_bytes(path.read_bytes()[:num_bytes])
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"\0" * 3000)
+
+
+def negative_numbers(path: Path) -> None:
+    np.save(path, np.load(path).astype(np.int64) - 1000)
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Payload(path.with_name("executed"))))
+
+
+def pickled_array(path: Path) -> None:
+    np.save(path, np.array([Payload(path.with_name("executed"))], dtype=object), allow_pickle=True)
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """Core keeps lists of blends for process groups alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("damage", [cut, garbage, negative_numbers, pickled, pickled_array, Path.unlink, truncate])
+@pytest.mark.parametrize(
+    "name", ["document_index", "sample_index", "shuffle_index", "dataset_index", "dataset_sample_index"]
+)
+def test_damaged_lists_of_samples_are_made_again(
+    tmp_path: Path, tokenizer: Tokenizer, name: str, damage: Callable[[Path], object], one_rank: None
+) -> None:
+    prefixes = tuple(write_tokens(tmp_path / name, numbered(20, first)) for name, first in (("a", 0), ("b", 100)))
+    data = DataConfig(data_path=prefixes, split="1,0,0", data_cache_path=str(tmp_path / "cache"))
+    train, _, _ = build(data, tokenizer, (100, 0, 0))
+    samples = [train[i].tokens.tolist() for i in range(100)]
+    names = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    assert len(names) == 11  # descriptions too, nothing else
+    damaged = next((tmp_path / "cache").glob(f"*-{name}.npy"))
+    whole = damaged.read_bytes()
+    damage(damaged)
+    with pytest.warns(UserWarning, match="made again"):
+        train, _, _ = build(data, tokenizer, (100, 0, 0))
+    assert [train[i].tokens.tolist() for i in range(100)] == samples
+    assert damaged.read_bytes() == whole
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == names
+
+
+def test_a_killed_run_leaves_no_list_that_is_not_whole(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataConfig(
+        data_path=(write_tokens(tmp_path / "d", numbered(50)),), split="1,0,0", data_cache_path=str(tmp_path / "cache")
+    )
+    save, paths = np.save, []
+
+    def save_and_fail(path: str, *args: object, **kwargs: object) -> None:
+        paths.append(Path(path))
+        if len(paths) == 3:
+            raise OSError(28, "No space left on device")
+        save(path, *args, **kwargs)
+
+    monkeypatch.setattr(np, "save", save_and_fail)
+    message = r"lists of samples cannot be written in .*cache \(No space left on device\): give --data-cache-path"
+    with pytest.raises(ValueError, match=message):
+        build(data, tokenizer)
+    assert len(paths) == 3 and all(path.parent.parent == tmp_path / "cache" for path in paths)
+    assert not list((tmp_path / "cache").iterdir())
+    left_behind = tmp_path / "cache" / f".{paths[0].name.removesuffix('-document_index.npy')}.killed"
+    left_behind.mkdir()
+    os.utime(left_behind, (0, 0))
+    monkeypatch.undo()
+    build(data, tokenizer)
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "file").touch()
+    prefix = write_tokens(tmp_path / "d", numbered(50))
+    data = DataConfig(data_path=(prefix,), split="1,0,0", data_cache_path=str(tmp_path / "file" / "cache"))
+    with pytest.raises(ValueError, match=r"cannot be written in .*file/cache \(Not a directory\): give"):
+        build(data, tokenizer)
+
+
 def test_mock_data_need_no_files() -> None:
     data = DataConfig(mock_data=True, vocab_size=50)
     train, valid, test = build(data, build_tokenizer(data.tokenizer), (20, 4, 0), vocab_size=64, seq_length=2048)
@@ -212,8 +311,11 @@ def test_two_ranks_build_the_same_datasets(tmp_path: Path) -> None:
 # Bad data
 
 
-def truncate(path: Path, num_bytes: int) -> None:
-    path.write_bytes(path.read_bytes()[:num_bytes])
+def change_index(prefix: Path, position: int, form: str, value: int) -> None:
+    """Write a number into PREFIX.idx; position: bytes after the header."""
+    content = bytearray(Path(f"{prefix}.idx").read_bytes())
+    struct.pack_into(form, content, 34 + position, value)
+    Path(f"{prefix}.idx").write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +330,14 @@ def truncate(path: Path, num_bytes: int) -> None:
         (lambda p: truncate(Path(f"{p}.idx"), 33), r"d\.idx is truncated: expected at least 34 bytes, it has 33"),
         (lambda p: truncate(Path(f"{p}.idx"), 200), r"d\.idx is truncated: expected 242 bytes .*it has 200"),
         (lambda p: Path(f"{p}.idx").write_bytes(b"TNTIDX\0\0" + b"\0" * 99), r"d\.idx is not an index"),
+        (lambda p: change_index(p, 4 * 3, "<i", -20), r"d\.idx is damaged: sequence 3 has a length of -20 tokens"),
+        (lambda p: change_index(p, 4 * 3, "<i", 19), r"d\.idx is damaged: sequence 4 begins at byte 160, .* byte 158"),
+        (lambda p: change_index(p, 4 * 9, "<i", 19), r"d\.bin is too long: .*expects 398 bytes, it has 400"),
+        (lambda p: change_index(p, 40 + 8 * 5, "<q", 202), r"d\.idx is damaged: sequence 5 begins at byte 202"),
+        (lambda p: change_index(p, 40, "<q", -2), r"d\.idx is damaged: sequence 0 begins at byte -2"),
+        (lambda p: change_index(p, 120 + 8 * 4, "<q", 9), r"d\.idx is damaged: the documents do not divide"),
+        (lambda p: change_index(p, 120 + 8 * 10, "<q", 11), r"d\.idx is damaged: the documents .*from 0 to 11"),
+        (lambda p: change_index(p, -17, "<B", 6), r"d\.idx is not an index .*type 6"),
         (lambda p: write_tokens(p, []), r"d\.idx holds no sequences"),
         (lambda p: write_tokens(p, [[], []]), r"d\.bin holds no tokens"),
     ],
@@ -262,6 +372,8 @@ def test_idx_header_is_what_core_writes(tmp_path: Path) -> None:
         ({"data_path": ("d",), "split": "1,1,1,1"}, "up to three shares"),
         ({"data_path": ("d",), "split": "1,-1,1"}, "up to three shares"),
         ({"data_path": ("d",), "split": "99,1,0"}, "no tokens for valid: d has 10 documents, of which it gets 0"),
+        ({"data_path": ("1e308", "d", "1e308", "e")}, "blend weights .* too large or too far apart"),
+        ({"data_path": ("1e-300", "d", "1e300", "e")}, "blend weights .* too large or too far apart"),
     ],
 )
 def test_bad_settings_are_clear_errors(
@@ -273,6 +385,32 @@ def test_bad_settings_are_clear_errors(
         build(DataConfig(**settings), tokenizer, (10, 2, 0))
 
 
+def test_data_that_hold_no_sample_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prefix, short = write_tokens(tmp_path / "d", numbered(10)), write_tokens(tmp_path / "short", numbered(1))
+    data = DataConfig(data_path=(prefix,), split="80,20,0")
+    build(data, tokenizer, (10, 1, 0), seq_length=39)
+    with pytest.raises(ValueError, match=r"40 tokens for valid: .*gets 2, and a sample takes 41 \(--seq-length 40\)"):
+        build(data, tokenizer, (10, 1, 0), seq_length=40)
+    with pytest.raises(ValueError, match=r"20 tokens for train: .*short has 1 documents"):
+        build(DataConfig(data_path=(prefix, short), split="1,0,0"), tokenizer, (10, 0, 0), seq_length=20)
+    with pytest.raises(ValueError, match=r"20 tokens for valid: .*short has 1 documents"):
+        per_split = DataConfig(train_data_path=(prefix,), valid_data_path=(short,))
+        build(per_split, tokenizer, (10, 1, 0), seq_length=20)
+
+
+def test_validation_beyond_its_data(tmp_path: Path, tokenizer: Tokenizer, recwarn: pytest.WarningsRecorder) -> None:
+    data = DataConfig(data_path=(write_tokens(tmp_path / "d", numbered(10)),), split="80,20,0")
+    build(data, tokenizer, (10, 4, 0))
+    assert not recwarn.list
+    message = r"takes 5 samples \(--eval-iters .* its data hold 4 of --seq-length 8: it uses"
+    with pytest.warns(UserWarning, match=message):
+        build(data, tokenizer, (10, 5, 0))
+    with pytest.raises(ValueError, match=r"takes 401 samples .* hold 4 of --seq-length 8: give fewer --eval-iters"):
+        build(data, tokenizer, (10, 401, 0))
+    with pytest.raises(ValueError, match="lists of 1,000,000,000,000,000 samples take .* train shorter"):
+        build(data, tokenizer, (10**15, 0, 0))
+
+
 def test_tiny_corpus_goes_without_a_test_split(tmp_path: Path, tokenizer: Tokenizer) -> None:
     prefix = write_tokens(tmp_path / "d", numbered(50))
     with pytest.warns(UserWarning, match="no documents for the test"):
@@ -282,16 +420,45 @@ def test_tiny_corpus_goes_without_a_test_split(tmp_path: Path, tokenizer: Tokeni
     assert test is None
 
 
-def test_ids_that_do_not_fit_the_vocabulary_are_errors(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    prefix = write_tokens(tmp_path / "d", [[40000] * 20])
+def test_ids_of_another_tokenizer_are_errors_that_name_the_document(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    prefix = write_tokens(tmp_path / "d", [*numbered(3), [1] * 10 + [260] + [1] * 10])
     data = DataConfig(data_path=(prefix,), split="1,0,0")
-    train, _, _ = build(data, tokenizer, (2, 0, 0), vocab_size=300)
-    with pytest.raises(ValueError, match="token id 40000, but the padded vocabulary ends at 299"):
-        train[0]
-    train, _, _ = build(data, tokenizer, (2, 0, 0), vocab_size=40001)
-    assert train[0].tokens.tolist() == [40000] * SEQ_LENGTH
+    for rows in (300, 257):  # rows of the embedding beyond the tokenizer's ids are there to pad it
+        with pytest.raises(ValueError, match=r"document 3 of .*d \(.*has the token id 260, .*are 0 to 256: "):
+            build(data, tokenizer, (2, 0, 0), vocab_size=rows)
     with pytest.raises(ValueError, match="257 ids but the model's embedding has 256 rows"):
         build(data, tokenizer, vocab_size=256)
+    build(data, build_tokenizer(DataConfig(tokenizer_type="NullTokenizer", vocab_size=260)), (2, 0, 0), vocab_size=300)
+
+
+@pytest.mark.parametrize("is_blended", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_ids_that_only_a_batch_shows_name_the_sample_and_its_document(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, is_blended: bool, num_workers: int
+) -> None:
+    monkeypatch.setattr(token_files, "NUM_LOOKED_AT", 2)
+    monkeypatch.setattr(token_files, "TOKENS_LOOKED_AT", 20)  # the first document and the last
+    prefixes = [write_tokens(tmp_path / "d", [*numbered(2), [300] * 20, *numbered(2)])]
+    if is_blended:
+        prefixes.append(write_tokens(tmp_path / "e", numbered(5)))
+    data = DataConfig(data_path=tuple(prefixes), split="1,0,0")
+    train, _, _ = build(data, tokenizer, (20, 0, 0), vocab_size=400)
+    batches = build_iterator(train, micro_batch_size=1, dp_rank=0, dp_size=1, num_workers=num_workers)
+    message = r"^sample \d+, from the documents .*2.* of .*/d, .*has the token id 300"
+    with pytest.raises(ValueError, match=message) as raised:
+        list(batches)
+    assert "Traceback" not in str(raised.value)
+
+
+def test_large_files_are_looked_at_in_many_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_files, "TOKENS_LOOKED_AT", 8)
+    documents = [[1] * 50 for _ in range(100)]
+    write_tokens(tmp_path / "d", documents)
+    check_token_file(str(tmp_path / "d")).check_ids(2)
+    for document in (0, 99):
+        write_tokens(tmp_path / "d", [[2] * 50 if i == document else tokens for i, tokens in enumerate(documents)])
+        with pytest.raises(ValueError, match=f"document {document} of .*has the token id 2"):
+            check_token_file(str(tmp_path / "d")).check_ids(2)
 
 
 # Iterators

@@ -97,6 +97,8 @@ def parse_blend(values: Sequence[str]) -> tuple[list[str], list[float] | None]:
             raise ValueError(f"a blend is PREFIX PREFIX ... or WEIGHT PREFIX WEIGHT PREFIX ..., not {' '.join(values)}")
         if not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"blend weights must be positive numbers, not {' '.join(values[0::2])}")
+        if not math.isfinite(sum(weights)) or not all(weight / sum(weights) > 0 for weight in weights):
+            raise ValueError(f"blend weights {' '.join(values[0::2])} are too large or too far apart to be divided")
     if len(set(prefixes)) != len(prefixes) or "" in prefixes:
         raise ValueError(f"a blend names each prefix once, not {' '.join(prefixes)}; add up the weights")
     return prefixes, weights

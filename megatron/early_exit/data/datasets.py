@@ -11,35 +11,34 @@ import hashlib
 import math
 import os
 import signal
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import normalize
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron.early_exit.config.data import DataConfig, parse_blend, split_shares
+from megatron.early_exit.data.index_cache import cached_indices
+from megatron.early_exit.data.token_files import TokenFile, check_token_file, foreign_id
 from megatron.early_exit.data.tokenizer import Tokenizer, check_ids_fit
 from megatron.early_exit.platform.processes import die_with_parent
 
 SPLITS = ("train", "valid", "test")
 
-# An .idx file: this header, length (int32) and then byte offset (int64) of every sequence, documents (int64).
-IDX_MAGIC = b"MMIDIDX\x00\x00"
-IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
-
 CORE_SURPLUS = 0.005
+
+MOST_PASSES_OF_VALIDATION = 100
+"""A validation that repeats its data more often is no wish, but a mistake with --eval-iters."""
 
 
 class Batch(NamedTuple):
@@ -78,75 +77,31 @@ class DataExhaustedError(RuntimeError):
     """Training asked for more samples than its dataset has."""
 
 
-@dataclass(frozen=True)
-class TokenFile:
-    """What the header of an `.idx` file says about a pair of files."""
-
-    prefix: str
-    num_sequences: int
-    num_tokens: int
-    sequence_lengths: np.ndarray
-    """[num_sequences] int32, in tokens; read from disk only where it is looked at."""
-
-
-def check_token_file(prefix: str) -> TokenFile:
-    """Check that PREFIX.bin and PREFIX.idx are there, whole, and belong together. Reads the header and one entry.
-
-    Raises ValueError naming the file and, when a size is wrong, the expected and the actual bytes.
-    """
-    idx_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path in (idx_path, bin_path):
-        if not path.is_file():
-            hint = "; give the path without .bin or .idx" if prefix.endswith((".bin", ".idx")) else ""
-            raise ValueError(f"{path} does not exist; tools/preprocess_data.py writes it{hint}")
-    idx_bytes, bin_bytes = idx_path.stat().st_size, bin_path.stat().st_size
-    if idx_bytes < IDX_HEADER.size:
-        kind = "truncated" if idx_bytes else "empty"
-        raise ValueError(f"{idx_path} is {kind}: expected at least {IDX_HEADER.size} bytes, it has {idx_bytes}")
-    with idx_path.open("rb") as stream:
-        magic, version, code, num_sequences, num_documents = IDX_HEADER.unpack(stream.read(IDX_HEADER.size))
-    if magic != IDX_MAGIC or version != 1 or code not in {dtype.value for dtype in DType}:
-        header = f"header {magic!r}, version {version}, type {code}"
-        raise ValueError(f"{idx_path} is not an index that Megatron reads ({header})")
-    expected = IDX_HEADER.size + 12 * num_sequences + 8 * num_documents
-    if idx_bytes < expected:
-        raise ValueError(
-            f"{idx_path} is truncated: expected {expected} bytes for {num_sequences} sequences, it has {idx_bytes}"
-        )
-    if num_sequences == 0:
-        raise ValueError(f"{idx_path} holds no sequences; the data are empty")
-
-    lengths = np.memmap(idx_path, np.int32, "r", offset=IDX_HEADER.size, shape=(num_sequences,))
-    offsets = np.memmap(idx_path, np.int64, "r", offset=IDX_HEADER.size + 4 * num_sequences, shape=(num_sequences,))
-    token_bytes = DType.size(int(code))
-    expected = int(offsets[-1]) + int(lengths[-1]) * token_bytes
-    if bin_bytes != expected:
-        kind = "empty" if bin_bytes == 0 else "truncated" if bin_bytes < expected else "too long"
-        raise ValueError(
-            f"{bin_path} is {kind}: {idx_path} expects {expected} bytes, it has {bin_bytes}; preprocess the data again"
-        )
-    if bin_bytes == 0:
-        raise ValueError(f"{bin_path} holds no tokens")
-    return TokenFile(prefix, num_sequences, bin_bytes // token_bytes, lengths)
-
-
-def _check_documents(file: TokenFile, bounds: tuple[float, float], split: str, hint: str) -> None:
-    """Raise ValueError if the split gets no token of `file`: core would count epochs of nothing for ever."""
-    first, last = (round(bound * file.num_sequences) for bound in bounds)
-    if not np.any(file.sequence_lengths[first:last]):
-        raise ValueError(
-            f"no tokens for {split}: {file.prefix} has {file.num_sequences} documents, "
-            f"of which it gets {last - first}; {hint}"
-        )
+def _check_split(
+    split: str, files: Sequence[TokenFile], bounds: tuple[float, float], seq_length: int, hint: str
+) -> None:
+    """Raise ValueError if a file has not one sample of `seq_length` tokens for the split: core would count epochs of
+    nothing for ever, or fill a sample with the same few tokens again and again."""
+    for file in files:
+        num_documents = round(bounds[1] * file.num_sequences) - round(bounds[0] * file.num_sequences)
+        num_tokens = file.num_tokens_between(bounds)
+        if num_tokens <= seq_length:
+            tokens = f"{num_tokens} tokens" if num_tokens else "no tokens"
+            needed = f" and a sample takes {seq_length + 1} (--seq-length {seq_length})" if num_tokens else ""
+            raise ValueError(
+                f"{tokens} for {split}: {file.prefix} has {file.num_sequences} documents, of which it gets "
+                f"{num_documents},{needed} {hint}".replace(",  ", ", ")
+            )
 
 
 class TokenDataset(Dataset):
-    """A core dataset whose samples are checked against the vocabulary.
+    """A core dataset whose samples are checked against the tokenizer.
 
     A sample is a `Batch` without the batch dimension.
     """
 
     def __init__(self, dataset: Any, vocab_size: int) -> None:
+        """vocab_size: ids of the tokenizer, which can be fewer than the embedding has rows."""
         self.dataset = dataset
         self.vocab_size = vocab_size
 
@@ -154,15 +109,23 @@ class TokenDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Batch:
-        """[s] tensors and a mask [1, s, s] or None. Raises ValueError for an id that has no row in the embedding."""
+        """[s] tensors and a mask [1, s, s] or None. Raises ValueError for an id that is none of the tokenizer's."""
         sample = self.dataset[index]
-        largest = max(int(sample["tokens"].max()), int(sample["labels"].max()))
-        if largest >= self.vocab_size:
-            raise ValueError(
-                f"sample {index} has token id {largest}, but the padded vocabulary ends at {self.vocab_size - 1}; "
-                f"the data were made with another tokenizer"
-            )
+        smallest, largest = torch.cat((sample["tokens"], sample["labels"])).aminmax()
+        if smallest < 0 or largest >= self.vocab_size:
+            foreign = int(smallest if smallest < 0 else largest)
+            raise ValueError(foreign_id(f"sample {index}{self._origin(index)}", foreign, self.vocab_size))
         return Batch(**{field: sample.get(field) for field in Batch._fields})
+
+    def _origin(self, index: int) -> str:
+        """Where the tokens of a sample come from."""
+        dataset = self.dataset
+        if isinstance(dataset, BlendedDataset):
+            dataset, index = dataset.datasets[dataset.dataset_index[index]], dataset.dataset_sample_index[index]
+        if not isinstance(dataset, GPTDataset) or dataset.dataset_path is None:
+            return ""
+        _, documents = dataset._query_document_sample_shuffle_indices(index)
+        return f", from the documents {', '.join(map(str, documents.tolist()[:10]))} of {dataset.dataset_path},"
 
 
 @dataclass
@@ -173,7 +136,7 @@ class StampedDatasetConfig(GPTDatasetConfig):
 
 
 class StampedGPTDataset(GPTDataset):
-    """Core's dataset, whose cached index files are found again only for the same data.
+    """Core's dataset, whose cached index files are found again only for the same data, and only if they are whole.
 
     Core knows data by their path: after preprocessing again to the same prefix it would use the sample index of the old
     files, silently.
@@ -182,6 +145,30 @@ class StampedGPTDataset(GPTDataset):
     @staticmethod
     def _key_config_attributes() -> list[str]:
         return [*GPTDataset._key_config_attributes(), "data_stamp"]
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        folder = self.config.path_to_cache or f"{self.dataset.path_prefix}/cache/{type(self).__name__}_indices"
+        names = ("document_index", "sample_index", "shuffle_index")
+        return cached_indices(self, folder, names, super()._build_document_sample_shuffle_indices)
+
+
+class CachedBlendedDataset(BlendedDataset):
+    """Core's blend, whose cached index files are used only if they are whole."""
+
+    def _build_indices(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self.config.path_to_cache:
+            return super()._build_indices()
+        names = ("dataset_index", "dataset_sample_index")
+        return cached_indices(self, self.config.path_to_cache, names, super()._build_indices)
+
+
+class DatasetBuilder(BlendedMegatronDatasetBuilder):
+    """Core's builder, with the classes above."""
+
+    @staticmethod
+    def build_generic_dataset(cls: Any, *args: Any) -> Any:
+        cls = CachedBlendedDataset if cls is BlendedDataset else cls
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, *args)
 
 
 def build_datasets(
@@ -197,10 +184,11 @@ def build_datasets(
 
     A split is None if 0 samples are asked of it or it has no data of its own. vocab_size: rows of the embedding. Every
     rank calls this: rank 0 builds core's index files, the others wait at a barrier and read them. Files are checked on
-    every rank before any barrier. Raises ValueError for missing, empty or damaged files, bad blends and splits, and a
-    vocabulary that is too small.
+    every rank before any barrier. Raises ValueError for missing, empty or damaged files, those of another tokenizer,
+    bad blends and splits, more samples than memory holds, and a vocabulary that is too small.
     """
     check_ids_fit(tokenizer.vocab_size, vocab_size)
+    _check_memory(num_samples)
     common = {
         "random_seed": seed,
         "sequence_length": seq_length,
@@ -213,8 +201,10 @@ def build_datasets(
     }
     config = _dataset_config(data, num_samples, common)
     dataset_class = MockGPTDataset if data.mock_data else StampedGPTDataset
-    datasets = BlendedMegatronDatasetBuilder(dataset_class, list(num_samples), lambda: True, config).build()
-    train, valid, test = (None if dataset is None else TokenDataset(dataset, vocab_size) for dataset in datasets)
+    datasets = DatasetBuilder(dataset_class, list(num_samples), lambda: True, config).build()
+    train, valid, test = (
+        None if dataset is None else TokenDataset(dataset, tokenizer.vocab_size) for dataset in datasets
+    )
     return train, valid, test
 
 
@@ -238,11 +228,13 @@ def _config_of_one_source(
     data: DataConfig, num_samples: tuple[int, int, int], common: dict[str, Any]
 ) -> StampedDatasetConfig:
     """For --data-path, of which every split takes a share."""
-    blend, files = _load_blend(data.data_path)
+    blend, files = _load_blend(data.data_path, common["tokenizer"].vocab_size)
     bounds = _drop_empty_test(_only_wanted(_split_bounds(data.split), num_samples), files)
     for split, bound in zip(SPLITS, bounds, strict=True):
-        for file in files if bound else ():
-            _check_documents(file, bound, split, f"give it a larger share in --split {data.split}, or more data")
+        if bound:
+            hint = f"give it a larger share in --split {data.split}, or more data"
+            _check_split(split, files, bound, common["sequence_length"], hint)
+    _check_passes(bounds[1], files, num_samples[1], common["sequence_length"])
     config = StampedDatasetConfig(
         blend=blend,
         split=data.split,
@@ -264,15 +256,16 @@ def _config_per_split(
         raise ValueError("--valid-data-path and --test-data-path need --train-data-path")
     paths = (data.train_data_path, data.valid_data_path, data.test_data_path)
     loaded = {
-        split: _load_blend(values)
+        split: _load_blend(values, common["tokenizer"].vocab_size)
         for split, values, count in zip(SPLITS, paths, num_samples, strict=True)
         if values and count
     }
     if not loaded:
         raise ValueError(f"no split has both data and samples to draw; samples asked for: {num_samples}")
     for split, (_, files) in loaded.items():
-        for file in files:
-            _check_documents(file, (0.0, 1.0), split, "all of them are empty")
+        _check_split(split, files, (0.0, 1.0), common["sequence_length"], "give it more data")
+    if "valid" in loaded:
+        _check_passes((0.0, 1.0), loaded["valid"][1], num_samples[1], common["sequence_length"])
     blends = [blend for blend, _ in loaded.values()]
     return StampedDatasetConfig(
         blend_per_split=[loaded[split][0] if split in loaded else None for split in SPLITS],
@@ -283,13 +276,43 @@ def _config_per_split(
     )
 
 
-def _load_blend(values: Sequence[str]) -> tuple[tuple[list[str], list[float] | None], list[TokenFile]]:
+def _check_passes(
+    bounds: tuple[float, float] | None, files: Sequence[TokenFile], num_samples: int, seq_length: int
+) -> None:
+    """Raise ValueError if one validation would pass over its data again and again; warn if it repeats some."""
+    if bounds is None:
+        return
+    available = sum((file.num_tokens_between(bounds) - 1) // seq_length for file in files)
+    if num_samples <= available:
+        return
+    message = (
+        f"one validation takes {num_samples:,} samples (--eval-iters x --global-batch-size), but its data hold "
+        f"{available:,} of --seq-length {seq_length}"
+    )
+    if num_samples > MOST_PASSES_OF_VALIDATION * available:
+        raise ValueError(f"{message}: give fewer --eval-iters, or validation more data")
+    warnings.warn(f"{message}: it uses some of them several times", stacklevel=2)
+
+
+def _check_memory(num_samples: tuple[int, int, int]) -> None:
+    """Raise ValueError if core's lists of samples, 12 bytes each and as much while they are made, fit no memory."""
+    needed, there = 24 * sum(num_samples), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"lists of {sum(num_samples):,} samples take {needed / 2**30:,.0f} GiB, and this machine has "
+            f"{there / 2**30:,.0f}: train shorter (--train-iters, --train-samples, --eval-iters, --global-batch-size)"
+        )
+
+
+def _load_blend(values: Sequence[str], vocab_size: int) -> tuple[tuple[list[str], list[float] | None], list[TokenFile]]:
     """A blend in core's form, and its files, checked.
 
     Without weights, several prefixes are weighted by their tokens. Core's own way then stops after one epoch.
     """
     prefixes, weights = parse_blend(values)
     files = [check_token_file(prefix) for prefix in prefixes]
+    for file in files:
+        file.check_ids(vocab_size)
     if len(prefixes) == 1:
         return (prefixes, None), files
     return (prefixes, weights or [float(file.num_tokens) for file in files]), files
@@ -423,16 +446,36 @@ def build_iterator(
     """
     sampler = ReplicaSampler(len(dataset), consumed_samples, micro_batch_size, dp_rank, dp_size, is_cyclic)
     loader = DataLoader(
-        dataset,
+        _ErrorsAsValues(dataset),
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=_collate_or_error,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=num_workers > 0,
         worker_init_fn=functools.partial(_begin_to_load, os.getpid()),
         generator=torch.Generator(),  # else it draws from the generator of dropout, and a resumed run would differ
     )
     return _draw(loader, sampler, device)
+
+
+class _ErrorsAsValues(Dataset):
+    """A dataset that returns what the user can mend, which processes that load data can raise as tracebacks only."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Batch | Exception:
+        try:
+            return self.dataset[index]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _collate_or_error(samples: list[Batch | Exception]) -> Batch | Exception:
+    return next((sample for sample in samples if isinstance(sample, Exception)), None) or collate(samples)
 
 
 def _begin_to_load(trainer: int, worker: int) -> None:
@@ -444,6 +487,8 @@ def _begin_to_load(trainer: int, worker: int) -> None:
 
 def _draw(loader: DataLoader, sampler: ReplicaSampler, device: torch.device | str) -> Iterator[Batch]:
     for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
         yield batch.to(device)
     raise DataExhaustedError(
         f"training has used all {sampler.num_samples} samples of its dataset (from {sampler.consumed_samples} on, "

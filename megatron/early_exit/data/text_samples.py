@@ -8,22 +8,20 @@ import numpy as np
 
 
 def documents_of(prefix: str, vocab_size: int) -> Iterator[np.ndarray]:
-    """The documents of a file, one after the other.
+    """The documents of a file, one after the other. vocab_size: ids of the tokenizer.
 
-    Raises ValueError for ids beyond the vocabulary, and for a file that is missing or damaged."""
+    Raises ValueError for ids beyond it, and for a file that is missing or damaged."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from megatron.early_exit.data.datasets import check_token_file
+    from megatron.early_exit.data.token_files import check_token_file, foreign_id
 
     check_token_file(prefix)
     documents = IndexedDataset(prefix)
     for index in range(len(documents)):
         tokens = np.asarray(documents[index])
-        if tokens.size and tokens.max() >= vocab_size:
-            raise ValueError(
-                f"{prefix} holds id {tokens.max()}, beyond the model's vocabulary of {vocab_size}; it was made with "
-                "another tokenizer"
-            )
+        for token in (tokens.min(), tokens.max()) if tokens.size else ():
+            if not 0 <= token < vocab_size:
+                raise ValueError(foreign_id(f"document {index} of {prefix}", int(token), vocab_size))
         yield tokens
 
 
@@ -39,7 +37,7 @@ def sample_sequences(prefix: str, vocab_size: int, num_tokens: int, length: int)
     """Beginnings of documents from all over the file, of 2 to `length` ids each, together at most `num_tokens`."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from megatron.early_exit.data.datasets import check_token_file
+    from megatron.early_exit.data.token_files import check_token_file
 
     check_token_file(prefix)
     stride = max(len(IndexedDataset(prefix)) * length // max(num_tokens, 1), 1)
