@@ -24,10 +24,13 @@ def main() -> None:
     runs = []
     for run in arguments.runs:
         name, _, path = run.rpartition("=")
-        if not Path(path).is_file():
+        if not Path(path).exists() or Path(path).is_dir():
             parser.error(f"{path}: no such file")
         runs.append((name or Path(path).parent.name, path))
-    draw_loss_curves(runs, arguments.output, arguments.kind)
+    try:
+        draw_loss_curves(runs, arguments.output, arguments.kind)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(f"wrote {arguments.output}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.early_exit.data.tokenizer import load_tokenizer
 from tests.configs import VOCAB_SIZE, make_training_config
 from tests.data_files import write_token_files
 from tests.distributed.training_runs import training_run
@@ -132,6 +133,24 @@ def test_no_load_optim_keeps_counting_but_starts_the_optimizer_anew(data: str, t
     assert [r["iteration"] for r in actual] == [4, 5, 6]
     assert actual[0]["lm_loss"] == pytest.approx(expected[0]["lm_loss"], rel=1e-6)
     assert actual[2]["lm_loss"] != pytest.approx(expected[2]["lm_loss"], rel=1e-6)
+
+
+def test_another_tokenizer_is_refused_unless_it_is_meant(tmp_path: Path) -> None:
+    small = write_token_files(tmp_path, 60)
+    folder = str(tmp_path / "ck")
+    run_distributed(1, training_run, cfg=make_training_config(small, tmp_path / "a", save=folder, train_iters=1))
+    for start in ({"load": folder}, {"load": folder, "finetune": True}, {"pretrained_checkpoint": folder}):
+        other = make_training_config(small, tmp_path / "b", vocab_size=80, **start)
+        message = (
+            r"is not that of the checkpoint, .*: it has 81 ids, not 96; its end of document .* --override-tokenizer"
+        )
+        with pytest.raises(AssertionError, match=message):
+            run_distributed(1, training_run, cfg=other)
+    meant = make_training_config(
+        small, tmp_path / "c", vocab_size=80, load=folder, save=str(tmp_path / "new"), override_tokenizer=True
+    )
+    run_distributed(1, training_run, cfg=meant)
+    assert load_tokenizer(tmp_path / "new" / "iter_0000006" / "tokenizer").vocab_size == 81
 
 
 def test_another_architecture_is_refused_with_its_differences(data: str, tmp_path: Path) -> None:

@@ -50,6 +50,36 @@ def test_progress_survives(tmp_path: Path) -> None:
     assert larger.num_leading(["layer_2_output"]) == 4 and larger.num_leading(["layer_2_output", "final"]) == 0
 
 
+def test_samples_whose_values_were_cut_are_computed_again(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path)
+    cache.write("layer_2_output", 0, 0, torch.ones(4, 6, 5))
+    cache.mark("layer_2_output", [0, 1, 2, 3])
+    values = tmp_path / "layer_2_output.bin"
+    values.write_bytes(values.read_bytes()[: 2 * 60 + 1])  # bytes of a sample: 6 tokens x 5 numbers x 2
+    again = make_cache(tmp_path)
+    assert again.done("layer_2_output").tolist() == [1, 1, 0, 0] and again.num_leading(["layer_2_output"]) == 2
+    assert torch.equal(again.read("layer_2_output", 1, slice(None)).float(), torch.ones(6, 5))
+    values.unlink()
+    assert make_cache(tmp_path).num_leading(["layer_2_output"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cache.json", b'{"seq_length": 6, "hid'),
+        ("cache.json", b"{}"),
+        ("cache.json", b"[1]"),
+        ("cache.json", b"\xff"),
+        ("layer_2_output.done", b"\1\1\7\1"),
+    ],
+)
+def test_damaged_files_are_named_with_what_to_do(tmp_path: Path, name: str, content: bytes) -> None:
+    make_cache(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is damaged .*: remove the folder {tmp_path}, and it is made again"):
+        make_cache(tmp_path)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"seq_length": 7}, "seq length 6, not 7"),
     ({"dtype": "float32"}, "dtype bfloat16, not float32"),

@@ -9,9 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -186,8 +189,9 @@ def test_bad_settings_are_clear_errors(tmp_path: Path) -> None:
         run(tmp_path, str(tmp_path / "cut.txt.gz"))
     with pytest.raises(ValueError, match="no meaning for plain text"):
         run(tmp_path, str(tmp_path / "plain.txt"), json_keys=("body",))
-    with pytest.raises(ValueError, match="--workers 0"):
-        run(tmp_path, path, workers=0)
+    for workers in (0, -1, 100_000):
+        with pytest.raises(ValueError, match=f"--workers {workers}"):
+            run(tmp_path, path, workers=workers)
     assert leftovers(tmp_path) == []
 
 
@@ -214,28 +218,96 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_interrupted_run_leaves_nothing(tmp_path: Path, signal_number: signal.Signals) -> None:
-    # A pipe that never ends keeps the tool reading while the signal arrives.
+@contextmanager
+def endless_run(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """The tool with two workers, while it writes. A pipe that never ends keeps it reading."""
     pipe = tmp_path / "endless.jsonl"
     os.mkfifo(pipe)
     source = write_jsonl(tmp_path / "first.jsonl", ["text"] * 1000)
-    # Programmes started in the background inherit an ignored SIGINT; started from a terminal they do not.
+    # Programs started in the background inherit an ignored SIGINT; started from a terminal they do not.
     launcher = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     launcher += f"runpy.run_path({str(ROOT / 'tools/preprocess_data.py')!r}, run_name='__main__')"
     flags = ["--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "ByteLevelTokenizer", "--workers", "2"]
     command = [sys.executable, "-c", launcher, "--input", source, str(pipe), *flags]
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+    with subprocess.Popen(command, env=ENVIRONMENT) as process:
         try:
             deadline = time.monotonic() + 120
-            while not leftovers(tmp_path) and time.monotonic() < deadline and process.poll() is None:
+            while len(workers_of(process)) < 2 and time.monotonic() < deadline and process.poll() is None:
                 time.sleep(0.1)
-            assert leftovers(tmp_path), "it never began to write"
-            process.send_signal(signal_number)
-            assert process.wait(timeout=60) == {signal.SIGTERM: 143, signal.SIGINT: 130}[signal_number]
+            assert leftovers(tmp_path) and workers_of(process), "it never began to write"
+            yield process
         finally:
             process.kill()
+
+
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
+def test_interrupted_run_leaves_nothing(tmp_path: Path, signal_number: signal.Signals, status: int) -> None:
+    with endless_run(tmp_path) as process:
+        workers = workers_of(process)
+        process.send_signal(signal_number)
+        assert process.wait(timeout=60) == status
     assert leftovers(tmp_path) == []
+    assert not any(map(is_alive, workers))
+
+
+def test_a_killed_run_leaves_no_process_and_the_next_one_removes_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["text"])
+    (tmp_path / "out_other.partial-1.bin").touch()  # of another prefix
+    with endless_run(tmp_path) as process:
+        workers = workers_of(process)
+        with pytest.raises(ValueError, match=r"another run is writing .*out_text_document .*: wait for it, or give"):
+            run(tmp_path, source)
+        process.kill()
+        process.wait(timeout=60)
+    deadline = time.monotonic() + 5
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_alive, workers))
+    [partial] = [name for name in leftovers(tmp_path) if name.startswith("out_text_document.partial")]
+    run(tmp_path, source)
+    assert f"removed what a killed run left behind: {partial}" in capsys.readouterr().err
+    assert leftovers(tmp_path) == ["out_other.partial-1.bin", "out_text_document.bin", "out_text_document.idx"]
+
+
+def test_errors_of_the_disk_say_where_and_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", ["x"] * 1000)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write .*file: File exists"):
+        preprocess(PreprocessConfig(input=(source,), output_prefix=str(tmp_path / "file" / "out"), data=BYTES))
+    add = preprocess_module.PairWriter.add
+
+    def add_on_a_full_disk(self: preprocess_module.PairWriter, *args: object) -> None:
+        self.builder.data_file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        add(self, *args)
+
+    monkeypatch.setattr(preprocess_module.PairWriter, "add", add_on_a_full_disk)
+    with pytest.raises(OSError, match=r"cannot write .*out_text_document.partial-\d+.bin: no space left on the disk"):
+        run(tmp_path, source)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("prefix", ["{}", "{}/", "{}/..", "new/"])
+def test_a_prefix_that_is_a_folder_is_refused(tmp_path: Path, prefix: str) -> None:
+    with pytest.raises(ValueError, match=r"is a folder; add a name, such as .*/corpus"):
+        PreprocessConfig(input=("a",), output_prefix=prefix.format(tmp_path), data=BYTES)
 
 
 def test_progress_line_has_rates_and_time_left() -> None:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron.early_exit.config.data import DataConfig
-from megatron.early_exit.data.tokenizer import build_tokenizer, check_ids_fit, load_tokenizer, save_tokenizer
+from megatron.early_exit.data.tokenizer import (
+    build_tokenizer,
+    check_ids_fit,
+    load_tokenizer,
+    read_tokenizer_files,
+    save_tokenizer,
+    write_tokenizer,
+)
+from megatron.early_exit.data.tokenizer_comparison import check_tokenizer_of_checkpoint, tokenizer_differences
 from megatron.early_exit.data.train_tokenizer import train_tokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog\n", "def f(x):\n    return x + 1\n"] * 20
@@ -166,3 +176,65 @@ def test_saved_tokenizer_works_without_the_original(
         assert copy.unique_identifiers == original.unique_identifiers  # cached sample indices stay valid
     with pytest.raises(ValueError, match="no tokenizer was saved"):
         load_tokenizer(tmp_path)
+
+
+# Comparing
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_tokenizers_that_give_the_same_ids_are_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text, and some more text. " * 50)
+    train_tokenizer([str(tmp_path / "a.txt")], tmp_path / "mine", 270)
+    shutil.copytree(tmp_path / "mine", tmp_path / "other")
+    edit_json(tmp_path / "other" / "tokenizer_config.json", model_max_length=7, chat_template="{{ messages }}")
+    mine, other = (build_tokenizer(DataConfig(tokenizer_model=str(tmp_path / name))) for name in ("mine", "other"))
+    assert mine.fingerprint != other.fingerprint
+    assert tokenizer_differences(mine, other) == tokenizer_differences(mine, mine) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": "other words, quite other words. "}, r"\d+ ids mean something else, such as 257: "),
+        ({"vocab_size": 265}, "it has 270 ids, not 265"),
+        ({"eos_token": "!"}, "its end of document is 0, not "),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+         "it cuts text in another way, such as 'The quick"),
+        ({"added": "<new>"}, "it has 270 ids, not 271"),
+    ],
+)  # fmt: skip
+def test_other_ids_are_told(tmp_path: Path, changes: dict, message: str) -> None:
+    texts = {"mine": "some text, and some more text. ", "other": changes.get("text", "some text, and some more text. ")}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text * 50)
+        size = 270 if name == "mine" else changes.get("vocab_size", 270)
+        train_tokenizer([str(tmp_path / f"{name}.txt")], tmp_path / name, size)
+    if "eos_token" in changes:
+        edit_json(tmp_path / "other" / "tokenizer_config.json", eos_token="!")
+        edit_json(tmp_path / "other" / "special_tokens_map.json", eos_token="!")
+    if "pre_tokenizer" in changes:
+        edit_json(tmp_path / "other" / "tokenizer.json", pre_tokenizer=changes["pre_tokenizer"])
+    if "added" in changes:
+        added = json.loads((tmp_path / "other" / "tokenizer.json").read_text())["added_tokens"]
+        edit_json(tmp_path / "other" / "tokenizer.json",
+                  added_tokens=[*added, {**added[0], "id": 270, "content": changes["added"]}])  # fmt: skip
+    mine, other = (build_tokenizer(DataConfig(tokenizer_model=str(tmp_path / name))) for name in texts)
+    found = tokenizer_differences(mine, other)
+    assert any(re.match(message, difference) for difference in found), found
+    save_tokenizer(DataConfig(tokenizer_model=str(tmp_path / "other")), tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"is not that of the checkpoint, .*saved: .* say --override-tokenizer"):
+        check_tokenizer_of_checkpoint(mine, tmp_path / "saved")
+    check_tokenizer_of_checkpoint(mine, tmp_path / "none was saved here")
+
+
+def test_a_checkpoint_carries_the_tokenizer_that_the_run_began_with(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text, and some more text. " * 50)
+    train_tokenizer([str(tmp_path / "a.txt")], tmp_path / "mine", 270)
+    data = DataConfig(tokenizer_model=str(tmp_path / "mine"))
+    fingerprint, files = build_tokenizer(data).fingerprint, read_tokenizer_files(data)
+    shutil.rmtree(tmp_path / "mine")
+    write_tokenizer(files, tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == fingerprint

@@ -213,6 +213,16 @@ def test_training(settings, expected):
             {"mock_data": False, "tokenizer_type": "NullTokenizer", "valid_data_path": ("a",)},
             ["--valid-data-path without --train-data-path"],
         ),
+        (
+            {"mock_data": False, "data_path": ("a",), "split": "100,0,0", "tokenizer_type": "NullTokenizer"},
+            ["--eval-iters 100 asks for validation, but --split 100,0,0 leaves it no data"],
+        ),
+        (
+            {"mock_data": False, "train_data_path": ("a",), "tokenizer_type": "NullTokenizer"},
+            ["--eval-iters 100 asks for validation, but --valid-data-path is missing"],
+        ),
+        ({"num_workers": 100_000}, ["--num-workers 100000: this machine has", "give at most"]),
+        ({"metrics_file": "/"}, ["--metrics-file / is a folder: give a file, such as /metrics.jsonl"]),
         ({"split": "1,2,3,4"}, ["--split 1,2,3,4"]),
         ({"split": "0,1"}, ["leaves nothing for training"]),
         ({"vocab_size": None}, ["--mock-data", "--vocab-size"]),
@@ -295,10 +305,6 @@ def test_absurd_sizes_are_reported_not_divided_by():
         ({"exit_interval": 5}, "--exit-interval will stop the run without saving"),
         ({"no_load_rng": True}, "--no-load-rng: no effect without --load"),
         ({"rampup_batch_size": (1, 1, 10), "global_batch_size": 2}, "--rampup-batch-size with --train-iters"),
-        (
-            {"mock_data": False, "data_path": ("a",), "split": "1,0,0", "tokenizer_type": "NullTokenizer"},
-            "--eval-iters 100 has no effect",
-        ),
     ],
 )
 def test_settings_without_effect_are_warned_about(settings, expected):

@@ -48,5 +48,8 @@ class CheckpointConfig:
     no_save_rng: bool = False
     """Do not save random-number states."""
 
+    override_tokenizer: bool = False
+    """Train with a tokenizer that gives other ids than the checkpoint's, which the new checkpoints then carry."""
+
     use_checkpoint_args: bool = False
     """Take the architecture and the exits from the checkpoint's configuration."""

@@ -12,7 +12,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron.early_exit.config.data import TOKENIZERS_WITHOUT_MODEL, DataConfig, parse_blend, split_shares
+from megatron.early_exit.config.data import (
+    TOKENIZERS_WITHOUT_MODEL,
+    DataConfig,
+    parse_blend,
+    process_count_problems,
+    split_shares,
+)
 from megatron.early_exit.config.formats import other_content
 from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED
 from megatron.early_exit.config.run import RunConfig
@@ -610,6 +616,14 @@ def _data_problems(cfg: RunConfig) -> Iterator[str]:
         except ValueError as error:
             yield f"{flag(name)} {_words(getattr(data, name))}: {error}"
     yield from _split_problems(data.split)
+    if len(sources) == 1 and cfg.training.eval_iters > 0 and not _has_validation_data(data):
+        where = "--valid-data-path is missing" if data.train_data_path else f"--split {data.split} leaves it no data"
+        asked = f"--eval-iters {cfg.training.eval_iters} asks for validation"
+        yield f"{asked}, but {where}: give it some, or --eval-iters 0"
+    yield from process_count_problems("--num-workers", data.num_workers)
+    metrics_file = cfg.logging.metrics_file
+    if metrics_file is not None and Path(metrics_file).is_dir():
+        yield f"--metrics-file {metrics_file} is a folder: give a file, such as {Path(metrics_file) / 'metrics.jsonl'}"
     yield from _tokenizer_problems(data)
 
 
@@ -618,6 +632,13 @@ def _split_problems(split: str) -> Iterator[str]:
         split_shares(split)
     except ValueError as error:
         yield str(error)
+
+
+def _has_validation_data(data: DataConfig) -> bool:
+    """Whether it has; also where the split is none, which is another problem."""
+    if data.train_data_path:
+        return bool(data.valid_data_path)
+    return data.mock_data or bool(list(_split_problems(data.split))) or split_shares(data.split)[1] > 0
 
 
 def _tokenizer_problems(data: DataConfig) -> Iterator[str]:
@@ -820,14 +841,6 @@ def _training_warnings(cfg: RunConfig) -> Iterator[str]:
             "--rampup-batch-size with --train-iters: the learning rate is scheduled over train-iters full batches, so"
             " smaller batches leave its decay unfinished at the end; use --train-samples to train it out"
         )
-    if training.eval_iters > 0 and not cfg.data.mock_data and not _has_validation_data(cfg.data):
-        yield f"--eval-iters {training.eval_iters} has no effect: --split or --valid-data-path gives no data"
-
-
-def _has_validation_data(data: DataConfig) -> bool:
-    if data.train_data_path:
-        return bool(data.valid_data_path)
-    return not list(_split_problems(data.split)) and split_shares(data.split)[1] > 0
 
 
 def _saving_warnings(cfg: RunConfig) -> Iterator[str]:

@@ -164,5 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     print(f"{args.output}: {summary.num_documents:,} documents, {summary.num_bytes / 1e6:.1f} MB of text")
     return 0

@@ -78,7 +78,7 @@ class HiddenStateCache:
         description = self.folder / _DESCRIPTION
         content = self.content
         if description.is_file():
-            there = CacheContent(**json.loads(description.read_text()))
+            there = _read_description(description)
             if differences := content.differences(there):
                 raise ValueError(
                     f"--cache-hidden-states {self.folder} holds hidden states of something else: "
@@ -97,6 +97,7 @@ class HiddenStateCache:
                 "another folder."
             )
         for point in points:
+            self._forget_what_is_cut(point)
             _make_room(self._path(point), self.num_samples * self._sample_bytes)
             _make_room(self._done_path(point), self.num_samples)
         partial = description.with_suffix(".partial")
@@ -119,12 +120,25 @@ class HiddenStateCache:
         return self.folder / f"{point}.done"
 
     def done(self, point: str) -> np.ndarray:
-        """[num_samples] bool: which samples are there."""
-        path = self._done_path(point)
-        there = np.fromfile(path, np.uint8) if path.is_file() else np.zeros(0, np.uint8)
+        """[num_samples] bool: which samples are there. Raises ValueError if the file that says so is damaged."""
         flags = np.zeros(self.num_samples, bool)
-        flags[: there.size] = there[: self.num_samples] != 0
+        marks = self._marks(point)[: self.num_samples]
+        flags[: marks.size] = marks
         return flags
+
+    def _marks(self, point: str) -> np.ndarray:
+        """A number for each sample of the file: 1 if it is there. One that the file of values does not reach is not."""
+        path, values = self._done_path(point), self._path(point)
+        marks = np.fromfile(path, np.uint8) if path.is_file() else np.zeros(0, np.uint8)
+        if marks.size and marks.max() > 1:
+            raise _damaged(path, f"it holds the byte {marks.max()}")
+        marks[(values.stat().st_size if values.is_file() else 0) // self._sample_bytes :] = 0
+        return marks
+
+    def _forget_what_is_cut(self, point: str) -> None:
+        """Before the file of values is filled up with zeros, which are no hidden states."""
+        if self._done_path(point).is_file():
+            self._done_path(point).write_bytes(self._marks(point).tobytes())
 
     def num_leading(self, points: Sequence[str]) -> int:
         """Samples from 0 on that all of `points` have."""
@@ -154,6 +168,17 @@ class HiddenStateCache:
             data = bytearray((last - first) * self._row_bytes)
             _read_all(file, data)
         return torch.frombuffer(data, dtype=self._dtype).view(last - first, self.content.hidden_size)
+
+
+def _read_description(path: Path) -> CacheContent:
+    try:
+        return CacheContent(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, problem: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({problem}): remove the folder {path.parent}, and it is made again")
 
 
 def _make_room(path: Path, size: int) -> None:

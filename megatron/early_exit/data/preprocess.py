@@ -6,6 +6,8 @@ Run as `tools/preprocess_data.py`. Files appear under their final names only whe
 from __future__ import annotations
 
 import argparse
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -15,14 +17,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
-from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.data import DataConfig, process_count_problems
 from megatron.early_exit.data.documents import (
     Document,
     InputFormat,
@@ -35,12 +37,13 @@ from megatron.early_exit.data.documents import (
 )
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.platform.command_line import add_verbose_flag
+from megatron.early_exit.platform.processes import die_with_parent
 
 # A chunk is what a worker gets at once: enough to hide the cost of sending it, little enough to keep progress smooth.
 CHUNK_DOCUMENTS = 256
 CHUNK_BYTES = 1 << 17
 
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,16 @@ class PreprocessConfig:
         problems = []
         if self.workers < 1:
             problems.append(f"--workers {self.workers} must be at least 1")
+        problems += process_count_problems("--workers", self.workers)
         if not self.json_keys or len(set(self.json_keys)) != len(self.json_keys):
             problems.append(f"--json-keys {' '.join(self.json_keys)} must be one or more different keys")
-        if Path(self.output_prefix).name in ("", ".", ".."):
-            problems.append(f"--output-prefix {self.output_prefix} must end in a name, not a folder")
+        if self.output_prefix.endswith(("/", "/.", "/..")) or Path(self.output_prefix).is_dir():
+            example = Path(self.output_prefix) / "corpus"
+            problems.append(f"--output-prefix {self.output_prefix} is a folder; add a name, such as {example}")
+        elif not Path(self.output_prefix).name:
+            problems.append("--output-prefix must not be empty")
+        if self.log_interval_sec < 0:
+            problems.append(f"--log-interval-sec {self.log_interval_sec} must not be negative")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -121,7 +130,10 @@ def preprocess(config: PreprocessConfig) -> list[PreprocessResult]:
     files = find_input_files(config.input)
     _check_keys_fit_format(config, files)
     tokenizer = build_tokenizer(config.data.tokenizer)
-    Path(config.output_prefix).parent.mkdir(parents=True, exist_ok=True)
+    with _naming(Path(config.output_prefix).parent):
+        Path(config.output_prefix).parent.mkdir(parents=True, exist_ok=True)
+        for prefix in prefixes.values():
+            _remove_left_behind(prefix)
 
     documents = (doc for path in files for doc in read_documents(path, config.input_format, config.split_by))
     sizes = [file_bytes(path) for path in files]
@@ -195,10 +207,12 @@ class Encoder:
 _encoder: Encoder | None = None
 
 
-def _start_worker(data: DataConfig, json_keys: tuple[str, ...], append_eod: bool) -> None:
+def _start_worker(parent: int, data: DataConfig, json_keys: tuple[str, ...], append_eod: bool) -> None:
     global _encoder
-    # Ctrl-C reaches the whole process group; only the parent cleans up, so workers wait to be told.
+    die_with_parent(parent)
+    # Ctrl-C and a lost terminal reach the whole process group; only the parent cleans up, so workers wait to be told.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     _encoder = Encoder(build_tokenizer(data.tokenizer), json_keys, append_eod)
@@ -224,7 +238,7 @@ def _encode_all(
         config.workers,
         mp_context=multiprocessing.get_context(method),
         initializer=_start_worker,
-        initargs=(config.data, config.json_keys, config.append_eod),
+        initargs=(os.getpid(), config.data, config.json_keys, config.append_eod),
     )
     try:
         _start_processes(executor)
@@ -251,6 +265,44 @@ def _start_processes(executor: ProcessPoolExecutor) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Have errors of the file system say where they happened: those of writing do not."""
+    try:
+        yield
+    except OSError as error:
+        reason = "no space left on the disk" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise OSError(error.errno, f"cannot write {error.filename or path}: {reason}") from error
+
+
+def _remove_left_behind(prefix: str) -> None:
+    """Remove the files that killed runs began to write. Raises ValueError if a run that is alive writes them."""
+    beginning = f"{Path(prefix).name}.partial-"
+    partial = [path for path in Path(prefix).parent.iterdir() if path.name.startswith(beginning)]
+    for path in partial:
+        if path.suffix == ".bin" and _is_locked(path):
+            raise ValueError(
+                f"another run is writing {prefix} ({path.name}): wait for it, or give another --output-prefix"
+            )
+    for path in partial:
+        path.unlink(missing_ok=True)
+    if partial:
+        names = ", ".join(sorted(path.name for path in partial))
+        print(f"removed what a killed run left behind: {names}", file=sys.stderr)
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether the process that made the file is alive: locks end with their processes, on other machines too."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False
+
+
 class PairWriter:
     """Writes one pair of files under temporary names; `publish` gives them their final names."""
 
@@ -260,7 +312,11 @@ class PairWriter:
         self.key = key
         self.prefix = prefix
         self.partial = f"{prefix}.partial-{os.getpid()}"
-        self.builder = IndexedDatasetBuilder(f"{self.partial}.bin", dtype=DType.optimal_dtype(vocab_size))
+        with _naming(self.partial):
+            self.builder = IndexedDatasetBuilder(f"{self.partial}.bin", dtype=DType.optimal_dtype(vocab_size))
+            self._lock = open(f"{self.partial}.bin", "r+b")  # noqa: SIM115
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.num_documents = self.num_tokens = self.num_skipped = 0
 
     def add(self, chunk: EncodedChunk, key: str) -> None:
@@ -268,7 +324,8 @@ class PairWriter:
         first = len(self.builder.sequence_lengths)
         lengths = chunk.lengths[key]
         if lengths:
-            self.builder.add_document(chunk.tokens[key], lengths)
+            with _naming(f"{self.partial}.bin"):
+                self.builder.add_document(chunk.tokens[key], lengths)
             self.builder.document_indices[-1:] = range(first + 1, first + len(lengths) + 1)
         self.num_documents += len(lengths)
         self.num_tokens += len(chunk.tokens[key])
@@ -280,7 +337,9 @@ class PairWriter:
             raise ValueError(
                 f"no documents with text for key {self.key!r} in the input ({self.num_skipped} were empty)"
             )
-        self.builder.finalize(f"{self.partial}.idx")
+        with _naming(self.partial):
+            self.builder.data_file.flush()
+            self.builder.finalize(f"{self.partial}.idx")
         return PreprocessResult(self.prefix, self.num_documents, self.num_tokens, self.num_skipped)
 
     def publish(self) -> None:
@@ -290,7 +349,9 @@ class PairWriter:
             os.replace(f"{self.partial}{suffix}", f"{self.prefix}{suffix}")
 
     def discard(self) -> None:
-        self.builder.data_file.close()
+        with suppress(OSError):  # a full disk takes the last bytes no better than those before
+            self.builder.data_file.close()
+        self._lock.close()
         for suffix in (".bin", ".idx"):
             Path(f"{self.partial}{suffix}").unlink(missing_ok=True)
 
@@ -399,13 +460,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit status."""
     args = vars(build_parser().parse_args(argv))
-    # SIGTERM becomes an exception, so that temporary files are removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # These become exceptions, so that temporary files are removed; nohup has SIGHUP ignored, and it stays so.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     tokenizer_flags = {name: args.pop(name) for name in ("tokenizer_type", "tokenizer_model", "vocab_size")}
     args |= {"input": tuple(args["input"]), "json_keys": tuple(args["json_keys"])}
     try:
         results = preprocess(PreprocessConfig(data=DataConfig(**tokenizer_flags), **args))
-    except (ValueError, OSError, RuntimeError) as error:
+    except OSError as error:
+        print(f"error: {error if error.filename else error.strerror or error}", file=sys.stderr)
+        return 1
+    except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -231,20 +230,31 @@ def save_tokenizer(data: TokenizerConfig, folder: str | Path) -> None:
 
     `load_tokenizer(folder)` reads it back.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(read_tokenizer_files(data), folder)
+
+
+def read_tokenizer_files(data: TokenizerConfig) -> dict[str, bytes]:
+    """What `save_tokenizer` writes, by name. A run reads it once: later the files may be others, or be gone with a
+    checkpoint that they lay in."""
+    files = {}
     if data.tokenizer_model and _needs_model(data):
         source = _existing_model(data)
         if data.tokenizer_type == "HuggingFaceTokenizer":
-            for path in _hugging_face_files(source):
-                shutil.copyfile(path, target / path.name)
+            files = {path.name: path.read_bytes() for path in _hugging_face_files(source)}
         else:
-            shutil.copyfile(source, target / SENTENCEPIECE_FILE)
+            files = {SENTENCEPIECE_FILE: source.read_bytes()}
     settings = {
         "tokenizer_type": data.tokenizer_type, "vocab_size": data.vocab_size,
         "has_model": bool(data.tokenizer_model) and _needs_model(data),
     }  # fmt: skip
-    (target / TOKENIZER_SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return {**files, TOKENIZER_SETTINGS_FILE: (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def write_tokenizer(files: Mapping[str, bytes], folder: str | Path) -> None:
+    """Write what `read_tokenizer_files` read into `folder` (made if missing)."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (Path(folder) / name).write_bytes(content)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

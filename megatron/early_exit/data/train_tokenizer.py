@@ -132,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     if got < asked:
         print(
             f"warning: the corpus gave {got} of {asked} ids; use more text or a smaller --vocab-size", file=sys.stderr

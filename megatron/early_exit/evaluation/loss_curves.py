@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron.early_exit.data.metrics_file import read_metrics
 
 Curves = dict[str, list[tuple[int, float]]]
 
@@ -13,10 +14,9 @@ Curves = dict[str, list[tuple[int, float]]]
 def read_losses(path: str | Path, kind: str = "train") -> Curves:
     """(iteration, loss) of every head, by the head's name in the file. A resumed run overwrites what it repeats.
 
-    kind: "train" or "valid". Raises ValueError if the file has no losses of this kind."""
+    kind: "train" or "valid". Raises ValueError if the file is damaged or has no losses of this kind."""
     curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read_metrics(path):
         if record["kind"] != kind:
             continue
         for key, value in record.items():

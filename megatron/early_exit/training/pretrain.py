@@ -16,9 +16,10 @@ from megatron.core.timers import Timers
 
 from megatron.early_exit.checkpoint.start import find_start
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
-from megatron.early_exit.config.serialize import read_description
+from megatron.early_exit.config.serialize import TOKENIZER_FOLDER, read_description
 from megatron.early_exit.data.datasets import Batch, TokenDataset, build_datasets, build_iterator
 from megatron.early_exit.data.tokenizer import build_tokenizer, check_ids_fit
+from megatron.early_exit.data.tokenizer_comparison import check_tokenizer_of_checkpoint
 from megatron.early_exit.model.build import Model, build_model
 from megatron.early_exit.model.exit_losses import ExitLosses
 from megatron.early_exit.platform.device import device
@@ -95,6 +96,8 @@ def build_run(config: RunConfig) -> Run:
     save_folder = None if config.checkpoint.save is None else SaveFolder(config.checkpoint.save)
     config, checkpoint_folder = find_start(config)
     tokenizer = build_tokenizer(config.data.tokenizer)
+    if checkpoint_folder is not None and not (config.checkpoint.override_tokenizer or config.data.mock_data):
+        check_tokenizer_of_checkpoint(tokenizer, checkpoint_folder / TOKENIZER_FOLDER)
     saved = None if checkpoint_folder is None else read_description(checkpoint_folder)
     config = config.resolved(tokenizer.vocab_size, saved)
     vocab_size = config.description.padded_vocab_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import to_dict
+from megatron.early_exit.data.metrics_file import MetricsFile
 
 
 class Reporter:
@@ -21,9 +21,7 @@ class Reporter:
         self._metrics = self._tensorboard = self._wandb = None
         if not is_active:
             return
-        path = metrics_path(config)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._metrics = path.open("a", encoding="utf-8")
+        self._metrics = MetricsFile(metrics_path(config))
         settings = config.logging
         if settings.tensorboard_dir is not None:
             self._tensorboard = _tensorboard_writer(settings.tensorboard_dir)
@@ -42,8 +40,7 @@ class Reporter:
         # NaN is no JSON: unknown values are null.
         clean = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}
         line = {"kind": kind, "iteration": iteration, "time": round(time.time(), 3), **clean}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        self._metrics.append(line)
         present = {f"{kind}/{key}": value for key, value in clean.items() if value is not None}
         if self._tensorboard is not None:
             for key, value in present.items():

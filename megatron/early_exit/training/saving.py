@@ -12,7 +12,6 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,11 +26,10 @@ from megatron.early_exit.checkpoint.store import (
     CONTENT_METADATA,
     link_rest,
     write_checksums,
-    write_description,
 )
-from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.run import ResolvedConfig
-from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, TOKENIZER_FOLDER, save_run_config, saved_tokenizer
+from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, TOKENIZER_FOLDER, save_description, save_run_config
+from megatron.early_exit.data.tokenizer import read_tokenizer_files, write_tokenizer
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.platform.folder_lock import FolderLock
@@ -84,9 +82,8 @@ class CheckpointSaver:
         """base: of a run that tunes exits, the checkpoint with everything else; the files of that are linked, so that
         checkpoints of the exits alone are whole ones. announce: told when a checkpoint is complete."""
         self.config, self._base = config, base
-        self._newest: Path | None = None
-        """Folder of the last checkpoint that this run completed; on rank 0."""
         self.folder = Path(config.checkpoint.save)
+        self._tokenizer = read_tokenizer_files(config.description.tokenizer)
         self._announce = announce
         self._pending: tuple[ShardedSave, int] | None = None
         """What is being written in the background, and its iteration."""
@@ -139,20 +136,12 @@ class CheckpointSaver:
         if self._base is not None:
             checksums |= link_rest(partial, self._base)
         save_run_config(self.config, partial / RUN_CONFIG_FILE)
-        write_description(self._description(), partial)
+        write_tokenizer(self._tokenizer, partial / TOKENIZER_FOLDER)
+        save_description(self.config.description, partial)
         write_checksums(partial, checksums)
-        self._newest = folders.publish(partial, iteration)
+        folders.publish(partial, iteration)
         if self.config.checkpoint.keep_last is not None:
             folders.remove_old(self.folder, self.config.checkpoint.keep_last, iteration)
-
-    def _description(self) -> ModelDescription:
-        """What is saved. The tokenizer may be that of a checkpoint that --keep-last has removed since; then it is that
-        of the newest one."""
-        description = self.config.description
-        path = description.tokenizer.tokenizer_model
-        if path is None or Path(path).exists() or self._newest is None:
-            return description
-        return replace(description, tokenizer=saved_tokenizer(self._newest / TOKENIZER_FOLDER))
 
     @contextmanager
     def _saying(self, iteration: int) -> Iterator[None]:
