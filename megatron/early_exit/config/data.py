@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,13 +102,6 @@ def parse_blend(values: Sequence[str]) -> tuple[list[str], list[float] | None]:
     if len(set(prefixes)) != len(prefixes) or "" in prefixes:
         raise ValueError(f"a blend names each prefix once, not {' '.join(prefixes)}; add up the weights")
     return prefixes, weights
-
-
-def process_count_problems(flag: str, count: int) -> Iterator[str]:
-    """What is wrong with a number of processes beside this one: so many only fill the memory."""
-    most = max(64, 4 * (os.cpu_count() or 1))
-    if count > most:
-        yield f"{flag} {count}: this machine has {os.cpu_count()} processors; give at most {most}"
 
 
 def split_shares(split: str) -> list[float]:

@@ -12,13 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron.early_exit.config.data import (
-    TOKENIZERS_WITHOUT_MODEL,
-    DataConfig,
-    parse_blend,
-    process_count_problems,
-    split_shares,
-)
+from megatron.early_exit.config.data import TOKENIZERS_WITHOUT_MODEL, DataConfig, parse_blend, split_shares
 from megatron.early_exit.config.formats import other_content
 from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED
 from megatron.early_exit.config.run import RunConfig
@@ -620,10 +614,6 @@ def _data_problems(cfg: RunConfig) -> Iterator[str]:
         where = "--valid-data-path is missing" if data.train_data_path else f"--split {data.split} leaves it no data"
         asked = f"--eval-iters {cfg.training.eval_iters} asks for validation"
         yield f"{asked}, but {where}: give it some, or --eval-iters 0"
-    yield from process_count_problems("--num-workers", data.num_workers)
-    metrics_file = cfg.logging.metrics_file
-    if metrics_file is not None and Path(metrics_file).is_dir():
-        yield f"--metrics-file {metrics_file} is a folder: give a file, such as {Path(metrics_file) / 'metrics.jsonl'}"
     yield from _tokenizer_problems(data)
 
 

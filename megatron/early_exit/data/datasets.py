@@ -185,10 +185,9 @@ def build_datasets(
     A split is None if 0 samples are asked of it or it has no data of its own. vocab_size: rows of the embedding. Every
     rank calls this: rank 0 builds core's index files, the others wait at a barrier and read them. Files are checked on
     every rank before any barrier. Raises ValueError for missing, empty or damaged files, those of another tokenizer,
-    bad blends and splits, more samples than memory holds, and a vocabulary that is too small.
+    bad blends and splits, and a vocabulary that is too small.
     """
     check_ids_fit(tokenizer.vocab_size, vocab_size)
-    _check_memory(num_samples)
     common = {
         "random_seed": seed,
         "sequence_length": seq_length,
@@ -292,16 +291,6 @@ def _check_passes(
     if num_samples > MOST_PASSES_OF_VALIDATION * available:
         raise ValueError(f"{message}: give fewer --eval-iters, or validation more data")
     warnings.warn(f"{message}: it uses some of them several times", stacklevel=2)
-
-
-def _check_memory(num_samples: tuple[int, int, int]) -> None:
-    """Raise ValueError if core's lists of samples, 12 bytes each and as much while they are made, fit no memory."""
-    needed, there = 24 * sum(num_samples), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise ValueError(
-            f"lists of {sum(num_samples):,} samples take {needed / 2**30:,.0f} GiB, and this machine has "
-            f"{there / 2**30:,.0f}: train shorter (--train-iters, --train-samples, --eval-iters, --global-batch-size)"
-        )
 
 
 def _load_blend(values: Sequence[str], vocab_size: int) -> tuple[tuple[list[str], list[float] | None], list[TokenFile]]:
