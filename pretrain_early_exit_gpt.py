@@ -21,7 +21,7 @@ from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.validate import LATEST_FILE, check_outputs
 from megatron.early_exit.platform.command_line import STATUS_INTERRUPTED, output_is_closed, run_program
-from megatron.early_exit.platform.failures import lost_peer, os_error_in_words
+from megatron.early_exit.platform.failures import in_words, lost_peer
 from megatron.early_exit.platform.processes import die_with_torchrun
 
 # More than ranks that start together on a busy host lag behind each other.
@@ -42,8 +42,7 @@ def main() -> int:
             check_plan(config, world_size)
     except (ValueError, OSError) as error:
         leave_the_word_to_rank_0(rank)
-        text = os_error_in_words(error) if isinstance(error, OSError) else str(error)
-        print(message(rank, text), file=sys.stderr, flush=True)
+        print(message(rank, in_words(error)), file=sys.stderr, flush=True)
         return 2
 
     if config.training.dry_run:
@@ -64,11 +63,11 @@ def dry_run(config: RunConfig, world_size: int) -> int:
     from megatron.early_exit.training.dry_run import describe
 
     try:
-        print(describe(config, world_size), flush=True)
+        text = describe(config, world_size)
     except (ValueError, OSError) as error:
-        text = os_error_in_words(error) if isinstance(error, OSError) else str(error)
-        print(message(0, text), file=sys.stderr, flush=True)
+        print(message(0, in_words(error)), file=sys.stderr, flush=True)
         return 2
+    print(text, flush=True)
     return 0
 
 
@@ -80,12 +79,9 @@ def train(config: RunConfig, rank: int) -> None:
         pretrain(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         leave_the_word_to_rank_0(rank)
-        if isinstance(error, OSError):
-            is_closed = rank == 0 and output_is_closed()
-            text = "standard output is closed" if is_closed else os_error_in_words(error)
-            text += f"; {last_checkpoint(config)}" if is_closed else ""
-        else:
-            text = str(error)
+        text = in_words(error)
+        if rank == 0 and isinstance(error, OSError) and output_is_closed():
+            text = f"standard output is closed; {last_checkpoint(config)}"
         print(message(rank, text), file=sys.stderr, flush=True)
         end_at_once()
     except Exception as error:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron.early_exit.platform.failures import os_error_in_words
+from megatron.early_exit.training.reporting import Reporter
+from tests.configs import make_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -129,3 +131,17 @@ def test_errors_of_the_system_in_words() -> None:
     assert os_error_in_words(full) == ("/data/x: no space left on device; free some space, or choose another folder")
     assert os_error_in_words(OSError("plain words")) == "plain words"
     assert "/a -> /b: permission denied" in os_error_in_words(OSError(13, "Permission denied", "/a", None, "/b"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full stands for a full disk")
+def test_training_names_a_full_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reporter = Reporter(make_config(metrics_file=str(tmp_path / "metrics.jsonl")), is_active=True)
+    full = open("/dev/full", "w")  # noqa: SIM115
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", full)
+        with pytest.raises(OSError) as error:
+            reporter.text("iteration 1")
+    reporter.close()
+    assert os_error_in_words(error.value).startswith("standard output: no space left on device")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+    full.close()

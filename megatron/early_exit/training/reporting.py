@@ -29,9 +29,14 @@ class Reporter:
             self._wandb = _wandb_run(config)
 
     def text(self, message: str) -> None:
-        """Print lines on the console."""
-        if self._is_active:
+        """Print lines on the console. Raises OSError if it is closed, or a full disk."""
+        if not self._is_active:
+            return
+        try:
             print(message, flush=True)
+        except OSError as error:
+            error.filename = "standard output"
+            raise
 
     def record(self, kind: str, iteration: int, values: dict[str, float | int | None]) -> None:
         """Send one set of numbers to metrics.jsonl and the trackers. kind: "train", "valid" or "test"."""
