@@ -17,15 +17,18 @@ import pytest
 import torch
 import yaml
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
+from megatron.early_exit.checkpoint import megatron
 from megatron.early_exit.checkpoint.convert_command import main as convert
 from megatron.early_exit.checkpoint.megatron import find_megatron, read_megatron
 from megatron.early_exit.checkpoint.megatron_settings import load_file, model_config
 from megatron.early_exit.checkpoint.safe_pickle import read_metadata
 from megatron.early_exit.checkpoint.store import checkpoint_folder
+from megatron.early_exit.checkpoint.tensors import LazyTensor
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import read_description
 from megatron.early_exit.model.key_names import key_of
@@ -95,7 +98,7 @@ def shake(model: GPTModel) -> None:
             parameter.data += whole[rank::2] if is_split else whole[: parameter.numel()]
 
 
-def write_with_core(cfg: RunConfig, folder: Path, is_stacked: bool) -> Tensor | None:
+def write_with_core(cfg: RunConfig, folder: Path, is_stacked: bool, common_is_sharded: bool = False) -> Tensor | None:
     """As Megatron-LM does with --ckpt-format torch_dist. Returns the model's logits if it is on one stage."""
     with layout(cfg):
         torch.manual_seed(5)
@@ -107,6 +110,9 @@ def write_with_core(cfg: RunConfig, folder: Path, is_stacked: bool) -> Tensor | 
             "iteration": 7,
             "model": model.sharded_state_dict(metadata={"non_homogeneous_layers": not is_stacked}),
         }
+        if common_is_sharded:
+            common = {key: state.pop(key) for key in ("args", "checkpoint_version", "iteration")}
+            state["common_state"] = ShardedObject("common_state", common, (1,), (0,), torch.distributed.get_rank())
         if torch.distributed.get_rank() == 0:
             folder.mkdir(parents=True)
         torch.distributed.barrier()
@@ -289,6 +295,34 @@ def test_settings_of_megatron_bridge(tmp_path: Path, capsys: pytest.CaptureFixtu
         write(**changes)
         assert from_megatron(tmp_path / "theirs", tmp_path / "more", *NUMBERS) == 2
         assert said in capsys.readouterr().err
+
+
+def test_settings_among_the_sharded_objects(tmp_path: Path) -> None:
+    """Where core 0.19 keeps them."""
+    cfg = make_config(**PLAIN, **KINDS["llama"])
+    folder = tmp_path / "iter_0000007"
+    run_distributed(1, write_with_core, cfg=cfg, folder=folder, is_stacked=True, common_is_sharded=True)
+    (folder / "common.pt").unlink()
+    assert read_megatron(folder).model.hidden_size == cfg.model.hidden_size
+
+
+def test_what_is_written_is_compared_with_its_source(
+    sharded: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that change places on their way are found, and nothing is left."""
+    assert from_megatron(sharded, tmp_path / "ours") == 0
+    piece_of = megatron._piece
+
+    def moved(name: str, tensor: LazyTensor, num_layers: int) -> Any:
+        piece = piece_of(name, tensor, num_layers)
+        return piece._replace(layer=3 - piece.layer) if "linear_fc2" in name else piece
+
+    monkeypatch.setattr(megatron, "_piece", moved)
+    words = ["to-megatron", "--load", str(tmp_path / "ours"), "--output", str(tmp_path / "back")]
+    assert convert(words) == 2
+    assert "differs from its source" in capsys.readouterr().err
+    assert not list((tmp_path / "back").iterdir())
+    assert convert([*words, "--skip-comparison"]) == 0
 
 
 class Attack:

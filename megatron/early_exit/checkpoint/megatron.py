@@ -18,7 +18,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,9 +39,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron.early_exit.checkpoint.legacy import merge_gate_and_up
 from megatron.early_exit.checkpoint.megatron_settings import arguments, bridge_settings, load_file, model_config
 from megatron.early_exit.checkpoint.parameters import check_parameters
-from megatron.early_exit.checkpoint.safe_pickle import METADATA_FILE, SafeReader
+from megatron.early_exit.checkpoint.safe_pickle import METADATA_FILE, SafeReader, read_metadata
 from megatron.early_exit.checkpoint.store import Progress, reading, writing
-from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors, combined, concatenated
+from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, combined, concatenated
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
@@ -51,6 +51,7 @@ from megatron.early_exit.model.key_names import key_of, name_of
 
 _RANK_FILE = "model_optim_rng.pt"
 _COMMON_FILE, _BRIDGE_FILE = "common.pt", "run_config.yaml"
+_COMMON_OBJECT = "common_state/shard_0_1"  # where core 0.19 keeps it
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _PARAMETERS = ("embedding.", "decoder.", "output_layer.")
 # What else lies beside the parameters in torch_dist.
@@ -135,8 +136,7 @@ def read_megatron(folder: Path) -> MegatronCheckpoint:
 
 
 def _sharded_settings(folder: Path) -> argparse.Namespace:
-    common = folder / _COMMON_FILE
-    if common.is_file() and (args := load_file(common).get("args")) is not None:
+    if (args := _common_state(folder).get("args")) is not None:
         return args
     if (folder / _BRIDGE_FILE).is_file():
         return bridge_settings(read_yaml(folder / _BRIDGE_FILE))
@@ -144,6 +144,20 @@ def _sharded_settings(folder: Path) -> argparse.Namespace:
         f"{folder} does not say what model it holds: neither are Megatron-LM's arguments in {_COMMON_FILE}, nor is "
         f"there Megatron-Bridge's {_BRIDGE_FILE}"
     )
+
+
+def _common_state(folder: Path) -> dict[str, Any]:
+    """What is the same on all ranks."""
+    common = folder / _COMMON_FILE
+    if common.is_file():
+        return load_file(common)
+    for index, info in read_metadata(folder).storage_data.items():
+        if index.fqn == _COMMON_OBJECT:
+            with (folder / info.relative_path).open("rb") as file:
+                file.seek(info.offset)
+                (state,) = load_file(folder / info.relative_path, file.read(info.length))
+            return state
+    return {}
 
 
 def _sharded_tensors(folder: Path, model: ModelConfig) -> Tensors:
@@ -356,11 +370,13 @@ def write_megatron(
     description: ModelDescription,
     tensors: Tensors,
     *,
+    check: Callable[[Path], None] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Write the backbone of a model into the folder `save`, as Megatron-LM's release. Returns the checkpoint's folder.
 
+    check: raises what is wrong with the checkpoint in the folder that it is given, before it gets its name.
     Raises FileExistsError if there is a checkpoint already and not `force`, OSError if it cannot be written, ValueError
     if `tensors` are not those of the model without exits."""
     check_target(save, force)
@@ -386,6 +402,8 @@ def write_megatron(
             "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False},
         }
         torch.save(common, partial / _COMMON_FILE)
+        if check is not None:
+            check(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # nothing half-written is left
         raise
@@ -425,8 +443,3 @@ def _states_beside_parameters(model: ModelConfig) -> list[str]:
         for layer in range(model.num_layers)
     ]
     return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]
-
-
-def without_exits(tensors: Tensors) -> Tensors:
-    """The parameters of the backbone."""
-    return {name: tensor for name, tensor in tensors.items() if EXIT_HEAD not in name}

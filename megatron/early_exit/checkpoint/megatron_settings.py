@@ -89,12 +89,13 @@ _HARMLESS = {
 }
 
 
-def load_file(file: Path) -> dict[str, Any]:
-    """The dictionary that Megatron saved in `file`; its tensors are memory-mapped.
+def load_file(file: Path, content: bytes | None = None) -> dict[str, Any]:
+    """The dictionary that Megatron saved in `file`; its tensors are memory-mapped. content: a part of it, to read that.
 
     Raises UnsafeFileError if it names functions or classes that no checkpoint needs, OSError if it cannot be read."""
+    source = lambda: file if content is None else io.BytesIO(content)
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(source())
         refused = [name for name in names if name not in _HARMLESS and not name.startswith(_STAND_IN_FOR)]
         if refused:
             raise UnsafeFileError(
@@ -103,7 +104,7 @@ def load_file(file: Path) -> dict[str, Any]:
             )
         known = [(_HARMLESS.get(name) or type("StandIn", (_StandIn,), {}), name) for name in names]
         with torch.serialization.safe_globals(known):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(source(), map_location="cpu", weights_only=True, mmap=content is None)
     except UnsafeFileError:
         raise
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.early_exit.checkpoint.commands.common import (
+    add_comparison,
     add_source,
     add_target,
     add_tokenizer,
@@ -29,24 +30,33 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_source(one)
     add_target(one, "--save")
     add_tokenizer(one)
+    add_comparison(one)
     one.set_defaults(run=from_megatron)
 
     one = commands.add_parser("to-megatron", help="ours, without exits -> a checkpoint of Megatron-LM (torch_dist)")
     add_source(one)
     add_target(one, "--output")
+    add_comparison(one)
     one.set_defaults(run=to_megatron)
 
 
 def from_megatron(args: argparse.Namespace) -> None:
+    from megatron.early_exit.checkpoint.comparison import compare_weights
     from megatron.early_exit.checkpoint.megatron import find_megatron, read_megatron
-    from megatron.early_exit.checkpoint.store import check_target
+    from megatron.early_exit.checkpoint.store import check_target, read_checkpoint
     from megatron.early_exit.config.exits import ExitConfig
 
     check_target(args.save, args.force)
     folder = find_megatron(args.load, args.load_iteration)
     model, tensors, settings = read_megatron(folder)
     tokenizer = _tokenizer(args, settings, folder)
-    save(args, describe(args, model, ExitConfig(), tokenizer, tensors), tensors)
+
+    def check(made: Path) -> None:
+        compare_weights(read_checkpoint(made)[1], in_dtype(tensors, args.dtype))
+
+    description = describe(args, model, ExitConfig(), tokenizer, tensors)
+    save(args, description, tensors, None if args.skip_comparison else check)
+    _say_whether_compared(args)
 
 
 def _tokenizer(args: argparse.Namespace, settings: argparse.Namespace, folder: Path) -> TokenizerConfig:
@@ -59,7 +69,9 @@ def _tokenizer(args: argparse.Namespace, settings: argparse.Namespace, folder: P
 
 
 def to_megatron(args: argparse.Namespace) -> None:
-    from megatron.early_exit.checkpoint.megatron import check_target, without_exits, write_megatron
+    from megatron.early_exit.checkpoint.comparison import compare_weights
+    from megatron.early_exit.checkpoint.families import without_exits
+    from megatron.early_exit.checkpoint.megatron import check_target, read_megatron, write_megatron
 
     check_target(args.output, args.force)
     description, tensors, _ = read(args)
@@ -71,9 +83,18 @@ def to_megatron(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     tensors = in_dtype(without_exits(tensors), args.dtype)
+    check = lambda made: compare_weights(read_megatron(made).tensors, tensors)
     with progress_shown("written") as progress:
-        written = write_megatron(args.output, description, tensors, force=args.force, progress=progress)
+        written = write_megatron(
+            args.output, description, tensors, check=None if args.skip_comparison else check, force=args.force,
+            progress=progress,
+        )  # fmt: skip
     print(
         f"{written}: {description.model.num_layers} layers; Megatron-LM reads it with --load {args.output} "
         "--use-checkpoint-args --finetune"
     )
+    _say_whether_compared(args)
+
+
+def _say_whether_compared(args: argparse.Namespace) -> None:
+    print("not compared with its source (--skip-comparison)" if args.skip_comparison else "compared: weights")
