@@ -199,10 +199,12 @@ def test_caches_that_no_memory_holds_are_refused_with_what_fits(monkeypatch):
         (["config.json", "model.safetensors"], "from-hf --input"),
         (["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"], "from-hf --input"),
         (["model.gguf"], "from-hf --input"),
-        (["latest_checkpointed_iteration.txt", "iter_0000002/mp_rank_00/model_optim_rng.pt"], "from-legacy --input"),
-        (["mp_rank_00_001/model_optim_rng.pt"], "from-legacy --input"),
+        (["latest_checkpointed_iteration.txt", "iter_0000002/mp_rank_00/model_optim_rng.pt"], "from-megatron --load"),
+        (["mp_rank_00_001/model_optim_rng.pt"], "of EE-LLM: from-legacy"),
+        (["latest_checkpointed_iteration.txt", "iter_0000002/.metadata"], "from-megatron --load"),
+        (["release/.metadata", "release/common.pt"], "from-megatron --load"),
         (["run_config.yaml"], "give the folder above it"),
-        (["config.json"], "is missing"),
+        (["config.json"], "no finished checkpoint in"),
     ],
 )
 def test_models_of_another_format_are_named(files, message, tmp_path, capsys, monkeypatch):

@@ -143,6 +143,8 @@ def odd_paths(folder: Path, suffix: str = "") -> dict[str, Path]:
     (folder / f"file{suffix}").write_text("x")
     (folder / f"folder{suffix}").mkdir()
     (folder / f"folder{suffix}" / LATEST_FILE).write_text("1")
+    (folder / f"folder{suffix}" / "iter_0000001").mkdir()
+    (folder / f"folder{suffix}" / "iter_0000001" / "model.yaml").touch()
     (folder / f"link{suffix}").symlink_to(folder / "nothing")
     return {
         "file": folder / f"file{suffix}",

@@ -300,15 +300,12 @@ def checkpoint_folder(load: str | Path, load_iteration: int | None = None) -> Pa
     if not folder.exists() and is_checkpoint(replaced):
         return replaced  # the run was killed between two renames
     if folder.exists():
-        what = f"no finished checkpoint ({folder / DESCRIPTION_FILE} is missing; {_OF_MEGATRON})"
+        what = f"no finished checkpoint ({folder / DESCRIPTION_FILE} is missing)"
     elif load_iteration:
         what = f"--load-iteration {load_iteration}: {folder} does not exist"
     else:
         what = f"{Path(load) / LATEST_FILE} names iteration {iteration}, but {folder} does not exist"
     raise ConfigError([f"--load {load}: {what}. {_instead(Path(load))}"])
-
-
-_OF_MEGATRON = "what Megatron-LM wrote is converted first: tools/convert_checkpoint.py from-megatron"
 
 
 def _latest_iteration(load: Path) -> int:
@@ -319,10 +316,7 @@ def _latest_iteration(load: Path) -> int:
         raise ConfigError([f"--load {load}: {latest} is missing. {_instead(load)}"]) from None
     if not text.isdecimal():
         raise ConfigError(
-            [
-                f"--load {load}: {latest} should hold an iteration, it holds {text[:40]!r} ({_OF_MEGATRON}). "
-                f"{_instead(load)}"
-            ]
+            [f"--load {load}: {latest} should hold an iteration, it holds {text[:40]!r}. {_instead(load)}"]
         )
     return int(text)
 
