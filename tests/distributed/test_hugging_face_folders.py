@@ -15,11 +15,18 @@ import torch
 from megatron.early_exit.checkpoint.accounting import _size
 from megatron.early_exit.checkpoint.comparison import Head, compare_logits, compare_tokenizers
 from megatron.early_exit.checkpoint.convert_command import main
-from megatron.early_exit.checkpoint.families import FAMILIES, _llama_ours, _llama_theirs, llama3_factors
+from megatron.early_exit.checkpoint.families import (
+    FAMILIES,
+    _llama_ours,
+    _llama_theirs,
+    llama3_factors,
+    standard_model_type,
+)
 from megatron.early_exit.checkpoint.gguf import complete_gguf_config
 from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
 from megatron.early_exit.checkpoint.store import read_checkpoint, write_checkpoint
 from megatron.early_exit.checkpoint.tensors import LazyTensor
+from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.serialize import checkpoint_folder
 from tests.distributed.test_conversion import (
     EXIT_FLAGS,
@@ -456,7 +463,9 @@ def test_what_went_wrong_is_not_called_done(
 ) -> None:
     """A conversion that loses something in either direction is refused by the comparison, and leaves nothing."""
     convert("from-hf", "--input", llama, "--save", tmp_path / "ours")
-    assert "compared: weights; logits of 48 sample tokens are those of transformers" in capsys.readouterr().out
+    assert (
+        "compared: weights, tokenizer; logits of 48 sample tokens are those of transformers" in capsys.readouterr().out
+    )
 
     def damaged(tensor: LazyTensor) -> LazyTensor:
         def damage(value: torch.Tensor) -> torch.Tensor:
@@ -494,7 +503,7 @@ def test_models_that_do_not_fit_into_memory(
         "megatron.early_exit.checkpoint.comparison.psutil.virtual_memory", lambda: SimpleNamespace(available=2**20)
     )
     convert("from-hf", "--input", llama, "--save", tmp_path / "ours")
-    assert "compared: weights; logits not compared: that takes" in capsys.readouterr().out
+    assert "compared: weights, tokenizer; logits not compared: that takes" in capsys.readouterr().out
 
 
 def test_tokenizers_that_differ(llama: Path, tmp_path: Path) -> None:
@@ -545,3 +554,30 @@ def test_a_gguf_file_is_the_model_of_transformers(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", rope, tensors)
     with pytest.raises(ValueError, match="does not hold the model that its settings describe: .*up_proj"):
         read_hugging_face(tmp_path / "model.gguf")
+
+
+def test_tokenizers_that_transformers_does_not_have(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The line on what was compared says so."""
+    from tests.configs import make_config
+    from tests.distributed.test_added_exits import save
+
+    cfg = make_config(exit_layer_nums=(), exit_layer_weight=(), max_position_embeddings=64)
+    run_distributed(1, save, cfg=cfg, folder=tmp_path / "ours")
+    convert("to-hf", "--load", tmp_path / "ours", "--output", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "compared: weights, no tokenizer (transformers has none like NullTokenizer); logits of 48" in said
+
+
+def test_a_tokenizer_that_cannot_be_read(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (llama / "tokenizer.json").write_text("{}")
+    assert main(["from-hf", "--input", str(llama), "--save", str(tmp_path / "ours")]) == 2
+    assert "transformers cannot read the tokenizer in" in capsys.readouterr().err
+
+
+def test_no_architecture_is_wide_enough_for_everything() -> None:
+    model = ModelConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=2, normalization="RMSNorm", position_embedding_type="rope",
+        swiglu=True, add_bias_linear=False, qk_layernorm=True, add_qkv_bias=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="norms and biases of queries and keys"):
+        standard_model_type(model)

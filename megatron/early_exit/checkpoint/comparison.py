@@ -20,6 +20,8 @@ from megatron.early_exit.checkpoint.plain_forward import head_logits
 from megatron.early_exit.checkpoint.tensors import Tensors
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
+from megatron.early_exit.data.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
+from megatron.early_exit.platform.device import machine_memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -83,7 +85,7 @@ def compare_logits(
     gguf: name of the file in `folder` and its completed settings. tolerance: of the largest logit. choices_only:
     compare the most probable tokens alone. Raises ValueError if they differ."""
     needed = _bytes_of(head)
-    free = psutil.virtual_memory().available
+    free = min(psutil.virtual_memory().available, machine_memory_bytes() - psutil.Process().memory_info().rss)
     if needed > free:
         return f"logits not compared: that takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
     tokens, positions = _sample(vocab_size, head.model.max_position_embeddings)
@@ -143,17 +145,41 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def compare_exported_tokenizer(made: Path, folder: Path, kind: str) -> str:
+    """A line on the tokenizer that `transformers` finds beside an exported model, against that of our checkpoint in
+    `folder`, of the type `kind`. Raises ValueError if both are of `transformers` and differ."""
+    if kind == "HuggingFaceTokenizer":
+        compare_tokenizers(made, folder)
+        return "tokenizer"
+    if not (made / SENTENCEPIECE_FILE).is_file():
+        return f"no tokenizer (transformers has none like {kind})"
+    try:
+        found = their_tokenizer(made)
+    except ValueError as error:
+        return f"no tokenizer ({error})"
+    own = load_tokenizer(folder)
+    different = [text for text in _TEXTS if list(found(text).input_ids) != own.encode_prompt(text)]
+    if different:
+        return f"weights alone (CAUTION: the tokenizer of transformers gives other ids than ours for {different[0]!r})"
+    return "tokenizer"
+
+
+def their_tokenizer(folder: Path) -> Any:
+    """The tokenizer that `transformers` finds in a folder. Raises ValueError if it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of many kinds
+        words = " ".join(str(error).split())
+        raise ValueError(f"transformers cannot read the tokenizer in {folder}: {words}") from error
+
+
 def compare_tokenizers(made: Path, source: Path) -> None:
     """Raise ValueError unless `transformers` finds the same tokenizer in both folders: ids of sample texts, special
     tokens, chat template and ends of generation."""
-    from transformers import AutoTokenizer
-
-    with _quiet_transformers():
-        try:
-            expected = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except Exception:  # of many kinds: one that transformers cannot read, and so nothing to compare with
-            return
-        found = AutoTokenizer.from_pretrained(made, trust_remote_code=False)
+    expected, found = their_tokenizer(source), their_tokenizer(made)
     special = "".join(expected.all_special_tokens[:8])
     texts = (*_TEXTS, f"{special}text{special}")
     pairs: dict[str, tuple[Any, Any]] = {

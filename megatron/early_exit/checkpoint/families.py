@@ -71,8 +71,10 @@ def standard_model_type(model: ModelConfig) -> str:
         raise ValueError(f"no supported architecture rotates {model.rotary_percent} of the channels")
     is_llama_like = model.normalization == "RMSNorm" and model.position_embedding_type == "rope" and model.swiglu
     if is_llama_like and not model.add_bias_linear:
-        if model.qk_layernorm:
+        if model.qk_layernorm and not model.add_qkv_bias:
             return "qwen3"
+        if model.qk_layernorm:
+            raise ValueError("no supported architecture has norms and biases of queries and keys")
         return "qwen2" if model.add_qkv_bias else "llama"
     is_gpt2_like = model.normalization == "LayerNorm" and model.position_embedding_type == "learned_absolute"
     is_gpt2_like = is_gpt2_like and model.add_bias_linear and not (model.swiglu or model.group_query_attention)

@@ -101,9 +101,12 @@ def read_hugging_face(path: Path, max_position_embeddings: int | None = None) ->
 
 def from_transformers(theirs: PreTrainedModel, vocab_rows: int) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """(our settings, our parameters) of a model that is in memory already. vocab_rows: of the embedding, padded."""
-    family = family_of(theirs.config.model_type)
-    model = family.model_config(theirs.config, theirs.config.max_position_embeddings)
-    ours = family.ours({name: LazyTensor.of(tensor) for name, tensor in theirs.state_dict().items()}, model)
+    config, family = theirs.config, family_of(theirs.config.model_type)
+    tensors = {name: LazyTensor.of(tensor) for name, tensor in theirs.state_dict().items()}
+    tensors, _ = resolve_tied_output(tensors, config, family)
+    check_tensors(tensors, config, family)
+    model = family.model_config(config, config.max_position_embeddings)
+    ours = family.ours(tensors, model)
     return model, {name: tensor.read() for name, tensor in pad_vocabulary(ours, vocab_rows).items()}
 
 

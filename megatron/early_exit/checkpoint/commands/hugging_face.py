@@ -81,9 +81,9 @@ def _rows_for(tokenizer: Path, rows: int) -> int:
     """Rows of the embedding for a model of `rows` ids: more, if its tokenizer has got further tokens.
 
     Raises ValueError if other tokens than added ones have no row: it is another model's tokenizer."""
-    from transformers import AutoTokenizer
+    from megatron.early_exit.checkpoint.comparison import their_tokenizer
 
-    library = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    library = their_tokenizer(tokenizer)
     without_row = {token: index for token, index in library.get_vocab().items() if index >= rows}
     if not without_row:
         return rows
@@ -115,7 +115,9 @@ def _compare_import(made: Path, source: Source, tokenizer: Path) -> str:
     compare_tokenizers(made / TOKENIZER_FOLDER, tokenizer)
     gguf = None if source.gguf_file is None else (source.gguf_file, source.config)
     head = Head(source.tensors, source.model)
-    return "compared: weights; " + compare_logits(head, source.folder, vocab_size=source.config.vocab_size, gguf=gguf)
+    return "compared: weights, tokenizer; " + compare_logits(
+        head, source.folder, vocab_size=source.config.vocab_size, gguf=gguf
+    )
 
 
 def to_hugging_face(args: argparse.Namespace) -> None:
@@ -163,19 +165,25 @@ def _compare_export(
     tokenizer: Path,
 ) -> str:
     """What was compared. Raises ValueError if the model in `made` is not the one of `tensors`, or its exit."""
-    from megatron.early_exit.checkpoint.comparison import Head, compare_logits, compare_tokenizers, compare_weights
+    from megatron.early_exit.checkpoint.comparison import (
+        Head,
+        compare_exported_tokenizer,
+        compare_logits,
+        compare_weights,
+    )
     from megatron.early_exit.checkpoint.families import pad_vocabulary, without_exits
     from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
 
     again = read_hugging_face(made)
     rows = again.config.vocab_size
     compare_weights(again.tensors, pad_vocabulary(written if args.with_exits else without_exits(written), rows))
-    if any(tokenizer.glob("tokenizer*.json")):
-        compare_tokenizers(made, tokenizer)
+    compared = "no tokenizer (there is none)"
+    if tokenizer.is_dir():
+        compared = compare_exported_tokenizer(made, tokenizer, description.tokenizer.tokenizer_type)
     # A temperature is divided out of a weight, which rounds.
     is_rounded = args.exit is not None and description.exits.exit_layer_temperature and args.dtype != "fp32"
     head = Head(tensors, description.model, description.exits, args.exit)
-    return "compared: weights; " + compare_logits(
+    return f"compared: weights, {compared}; " + compare_logits(
         head, made, vocab_size=rows, tolerance=2e-2 if is_rounded else 1e-3, choices_only=args.unit_norm
     )
 
