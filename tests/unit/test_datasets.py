@@ -416,6 +416,9 @@ def test_tiny_corpus_goes_without_a_test_split(tmp_path: Path, tokenizer: Tokeni
     assert train is not None
     assert valid is not None
     assert test is None
+    with pytest.warns(UserWarning, match="or fewer tokens than one sample has"):
+        _, _, test = build(DataConfig(data_path=(prefix,), split="90,8,2"), tokenizer, (10, 2, 2), seq_length=20)
+    assert test is None
 
 
 def test_ids_of_another_tokenizer_are_errors_that_name_the_document(tmp_path: Path, tokenizer: Tokenizer) -> None:

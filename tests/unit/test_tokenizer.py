@@ -238,3 +238,10 @@ def test_a_checkpoint_carries_the_tokenizer_that_the_run_began_with(tmp_path: Pa
     shutil.rmtree(tmp_path / "mine")
     write_tokenizer(files, tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("content", [b"", b'{"tokenizer_type": "Byte', b"[]", b"{}", b"\xff"])
+def test_damaged_settings_of_a_saved_tokenizer_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer_settings.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokenizer_settings.json is damaged \(.*copy it from a checkpoint"):
+        load_tokenizer(tmp_path)

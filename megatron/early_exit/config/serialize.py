@@ -244,7 +244,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise ConfigError([f"cannot read {path}: {error.strerror}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, RecursionError) as error:
         raise ConfigError([f"{path} is not valid YAML: {' '.join(str(error).split())}"]) from None
     if data is None:
         return {}
@@ -403,23 +403,26 @@ def save_description(description: ModelDescription, folder: Path) -> None:
 def saved_tokenizer(folder: str | Path) -> TokenizerConfig:
     """Settings of the tokenizer that `data.tokenizer.save_tokenizer` wrote into `folder`.
 
-    Raises ConfigError if there is none."""
+    Raises ConfigError if there is none, or it is damaged."""
     folder = Path(folder)
     path = folder / TOKENIZER_SETTINGS_FILE
     if not path.is_file():
         raise ConfigError(
             [f"no tokenizer was saved in {folder}: {path.name} is missing; copy it from a checkpoint of the same run"]
         )
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kind, size, has_model = (settings[name] for name in ("tokenizer_type", "vocab_size", "has_model"))
+        mock_data = settings.get("mock_data", False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            [f"{path} is damaged ({type(error).__name__}: {error}); copy it from a checkpoint of the same run"]
+        ) from None
     model = None
-    if settings["has_model"]:
-        is_folder = settings["tokenizer_type"] == "HuggingFaceTokenizer"
+    if has_model:
+        is_folder = kind == "HuggingFaceTokenizer"
         model = str((folder if is_folder else folder / SENTENCEPIECE_FILE).absolute())
-    data = DataConfig(
-        tokenizer_type=settings["tokenizer_type"], tokenizer_model=model, vocab_size=settings["vocab_size"],
-        mock_data=settings.get("mock_data", False),
-    )  # fmt: skip
-    return data.tokenizer
+    return DataConfig(tokenizer_type=kind, tokenizer_model=model, vocab_size=size, mock_data=mock_data).tokenizer
 
 
 def overlay_architecture(cfg: RunConfig, present: ModelDescription, given: Collection[str] = ()) -> RunConfig:

@@ -228,7 +228,8 @@ def _config_of_one_source(
 ) -> StampedDatasetConfig:
     """For --data-path, of which every split takes a share."""
     blend, files = _load_blend(data.data_path, common["tokenizer"].vocab_size)
-    bounds = _drop_empty_test(_only_wanted(_split_bounds(data.split), num_samples), files)
+    bounds = _only_wanted(_split_bounds(data.split), num_samples)
+    bounds = _drop_empty_test(bounds, files, common["sequence_length"])
     for split, bound in zip(SPLITS, bounds, strict=True):
         if bound:
             hint = f"give it a larger share in --split {data.split}, or more data"
@@ -324,11 +325,15 @@ def _only_wanted(bounds: list, num_samples: tuple[int, int, int]) -> list:
     return [bound if count else None for bound, count in zip(bounds, num_samples, strict=True)]
 
 
-def _drop_empty_test(bounds: list, files: list[TokenFile]) -> list:
+def _drop_empty_test(bounds: list, files: list[TokenFile], seq_length: int) -> list:
     """The default split gives one document in a thousand to the test: a small corpus goes without, with a warning."""
     test = bounds[2]
-    if test and any(round(test[0] * file.num_sequences) == round(test[1] * file.num_sequences) for file in files):
-        warnings.warn("no documents for the test after training; give it a larger share in --split", stacklevel=2)
+    if test and any(file.num_tokens_between(test) <= seq_length for file in files):
+        warnings.warn(
+            "no documents for the test after training, or fewer tokens than one sample has; give it a larger share in "
+            "--split",
+            stacklevel=2,
+        )
         return [*bounds[:2], None]
     return bounds
 
