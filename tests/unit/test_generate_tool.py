@@ -203,8 +203,10 @@ def test_caches_that_no_memory_holds_are_refused_with_what_fits(monkeypatch):
         (["mp_rank_00_001/model_optim_rng.pt"], "of EE-LLM: from-legacy"),
         (["latest_checkpointed_iteration.txt", "iter_0000002/.metadata"], "from-megatron --load"),
         (["release/.metadata", "release/common.pt"], "from-megatron --load"),
-        (["run_config.yaml"], "give the folder above it"),
+        ([".metadata", "run_config.yaml"], "from-megatron --load"),  # as Megatron-Bridge writes it
+        (["model.yaml", ".metadata"], "give the folder above it"),
         (["config.json"], "no finished checkpoint in"),
+        (["iter_0000002.partial/.metadata"], "no finished checkpoint in"),
     ],
 )
 def test_models_of_another_format_are_named(files, message, tmp_path, capsys, monkeypatch):

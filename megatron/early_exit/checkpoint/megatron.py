@@ -44,8 +44,9 @@ from megatron.early_exit.checkpoint.store import Progress, reading, writing
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, combined, concatenated
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.formats import is_own
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.config.serialize import DESCRIPTION_FILE, read_yaml
+from megatron.early_exit.config.serialize import read_yaml
 from megatron.early_exit.config.validate import LATEST_FILE
 from megatron.early_exit.model.key_names import key_of, name_of
 
@@ -79,14 +80,7 @@ def is_megatron(folder: Path) -> bool:
     """Whether `folder` is one checkpoint of Megatron-LM or Megatron-Bridge."""
     if any(folder.glob(f"mp_rank_*/{_RANK_FILE}")):
         return True
-    return (folder / METADATA_FILE).is_file() and not _is_ours(folder)
-
-
-def _is_ours(folder: Path) -> bool:
-    if (folder / DESCRIPTION_FILE).is_file():
-        return True
-    settings = folder / _BRIDGE_FILE  # the same name for another content, in our early checkpoints
-    return settings.is_file() and re.search(r"^exits:", settings.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    return (folder / METADATA_FILE).is_file() and not is_own(folder)
 
 
 def find_megatron(load: Path, iteration: int | None = None) -> Path:
@@ -102,7 +96,7 @@ def find_megatron(load: Path, iteration: int | None = None) -> Path:
         word = tracker.read_text(encoding="utf-8").strip()
         name = f"iter_{int(word):07d}" if word.isdecimal() else word
     folder = load / name
-    if _is_ours(folder):
+    if is_own(folder):
         raise ValueError(f"{folder} is a checkpoint of this project already")
     if not is_megatron(folder):
         raise FileNotFoundError(

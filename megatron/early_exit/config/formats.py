@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 DESCRIPTION_FILE = "model.yaml"
@@ -11,23 +12,28 @@ RUN_CONFIG_FILE = "run_config.yaml"
 """All settings of the run that wrote a checkpoint; a converted one has none. Earlier versions wrote it alone."""
 
 
+def is_own(folder: Path) -> bool:
+    """Whether `folder` is one checkpoint of this project. Megatron-Bridge has a file of the same name as ours."""
+    settings = folder / RUN_CONFIG_FILE
+    return (folder / DESCRIPTION_FILE).is_file() or (
+        settings.is_file() and re.search("^exits:", settings.read_text("utf-8", "replace"), re.MULTILINE) is not None
+    )
+
+
 def other_content(folder: str | Path) -> str | None:
     """What `folder` holds and what to do with it, or None: it has a checkpoint of ours, or nothing that is known."""
     folder = Path(folder)
-    ours = (DESCRIPTION_FILE, RUN_CONFIG_FILE)
-    if any(any(folder.glob(f"iter_*/{name}")) for name in ours):
+    if any(map(is_own, folder.glob("iter_*"))):
         return None
-    convert = "tools/convert_checkpoint.py {} " + f"{folder} --save NEW_FOLDER"
-    if any((folder / name).is_file() for name in ours):
+    if is_own(folder):
         return f"one checkpoint itself; give the folder above it, {folder.absolute().parent}"
-    if any(folder.glob("mp_rank_*")) or any(folder.glob("*/mp_rank_*")):
-        return (
-            f"a checkpoint of Megatron-LM or of EE-LLM; convert it: {convert.format('from-megatron --load')} "
-            "(of EE-LLM: from-legacy)"
-        )
-    if any(any(folder.glob(f"{place}.metadata")) for place in ("", "iter_*/", "release/")):
-        return f"a checkpoint of Megatron-LM; convert it: {convert.format('from-megatron --load')}"
-    weights = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
-    if any(any(folder.glob(pattern)) for pattern in weights):
+    has = lambda *patterns: any(any(folder.glob(pattern)) for pattern in patterns)
+    convert = "tools/convert_checkpoint.py {} " + f"{folder} --save NEW_FOLDER"
+    megatron = convert.format("from-megatron --load")
+    if has("mp_rank_*", "*/mp_rank_*"):
+        return f"a checkpoint of Megatron-LM or of EE-LLM; convert it: {megatron} (of EE-LLM: from-legacy)"
+    if has(".metadata", "iter_*[0-9]/.metadata", "release/.metadata"):  # not one that is being written
+        return f"a checkpoint of Megatron-LM or Megatron-Bridge; convert it: {megatron}"
+    if has("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf"):
         return f"a model of transformers; convert it: {convert.format('from-hf --input')}"
     return None
