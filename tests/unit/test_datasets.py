@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -545,3 +547,19 @@ def test_cyclic_iterator_starts_again(train_set: TokenDataset) -> None:
 def test_impossible_iterators_are_refused(train_set: TokenDataset, options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="micro_batch_size"):
         build_iterator(train_set, **options)
+
+
+def test_a_program_ends_while_processes_load_data() -> None:
+    """They ignore the signal by which Python ends them."""
+    program = """
+import torch
+from megatron.early_exit.data.datasets import Batch, build_iterator
+class Samples(torch.utils.data.Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, index): return Batch(*[torch.zeros(2)] * 4, None)
+batches = build_iterator(Samples(), micro_batch_size=2, dp_rank=0, dp_size=1, num_workers=1)
+next(batches)
+print("end", flush=True)
+"""
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=90)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "end\n", "")

@@ -6,6 +6,7 @@ may own an exit and need the labels. Nothing is broadcast.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import math
@@ -480,10 +481,17 @@ def _begin_to_load(trainer: int, worker: int) -> None:
 
 
 def _draw(loader: DataLoader, sampler: ReplicaSampler, device: torch.device | str) -> Iterator[Batch]:
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch.to(device)
+    batches = iter(loader)
+    # A program that ends with an iterator in use would wait for ever: Python ends processes by the signal they ignore.
+    end_workers = getattr(batches, "_shutdown_workers", lambda: None)
+    atexit.register(end_workers)
+    try:
+        for batch in batches:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch.to(device)
+    finally:
+        atexit.unregister(end_workers)
     raise DataExhaustedError(
         f"training has used all {sampler.num_samples} samples of its dataset (from {sampler.consumed_samples} on, "
         f"{sampler.stride} at a time); ask for fewer iterations or build the dataset for more samples"
