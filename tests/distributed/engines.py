@@ -63,9 +63,9 @@ def make_engine(
     return Engine(decoder, cfg.exits, **{"costs": COSTS, **changes})
 
 
-def head_logits(folder: Path, tokens: list[list[int]], tp_size: int = 1) -> dict[str, Tensor]:
+def head_logits(folder: Path, tokens: list[list[int]], tp_size: int = 1, dtype: str | None = None) -> dict[str, Tensor]:
     """[sequences, positions, vocabulary] of every exit (exit_N) and of the final head, from a checkpoint."""
-    decoder = LLM.load(str(folder), tensor_parallel_size=tp_size, max_requests=1).engine.decoder
+    decoder = LLM.load(str(folder), tensor_parallel_size=tp_size, max_requests=1, dtype=dtype).engine.decoder
     names = [f"exit_{one.layer_number}" for one in decoder.exits] + ["final"]
     with torch.inference_mode():
         said = [outputs_over(decoder, sequence) for sequence in tokens]
