@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.early_exit.checkpoint.folders import checkpoint_folder
 from megatron.early_exit.checkpoint.store import read_checkpoint
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
+from megatron.early_exit.config.serialize import checkpoint_folder
 from tests.data_files import write_documents
 from tests.distributed.test_conversion import random_model
-from tests.integration.test_training_programme import ROOT, environment
+from tests.integration.test_training_program import ROOT, environment
 
 # Script, its variables (ranks that stay few), layers with exits.
 RECIPES = {
