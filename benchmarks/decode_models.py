@@ -15,7 +15,7 @@ from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.parallel import ParallelConfig
-from megatron.early_exit.config.run import BuildConfig
+from megatron.early_exit.config.settings import BuildConfig
 from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.decoder import Decoder
 from megatron.early_exit.inference.engine import Engine

@@ -52,11 +52,11 @@ def _attach_exit_in_forward(
 ) -> Tensor:
     labels, loss_mask = kwargs["context"], kwargs["context_mask"]
     head, exit_losses = layer.exit_head, layer.exit_losses
-    position = head.spec.position
+    exit_index = head.spec.exit_index
     logits = head(hidden_states, **head_arguments) @ head.output_weight.t()
     loss_sum = _masked_loss_sum(logits, labels, loss_mask)
-    _count(exit_losses, position, loss_sum, loss_mask)
-    loss = loss_sum * (exit_losses.gradient_scale(loss_mask) * exit_losses.weights[position])
+    _count(exit_losses, exit_index, loss_sum, loss_mask)
+    loss = loss_sum * (exit_losses.gradient_scale(loss_mask) * exit_losses.weights[exit_index])
     return make_viewless_tensor(_AddLoss.apply(hidden_states, loss), requires_grad=True, keep_graph=True)
 
 
@@ -77,6 +77,6 @@ def _masked_loss_sum(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> Tenso
     return (losses * loss_mask.t()).sum()
 
 
-def _count(exit_losses: Any, position: int, loss_sum: Tensor, loss_mask: Tensor) -> None:
+def _count(exit_losses: Any, exit_index: int, loss_sum: Tensor, loss_mask: Tensor) -> None:
     zero = loss_sum.new_zeros(())  # correct predictions are not counted here
-    exit_losses.add_statistics(position, torch.stack([loss_sum.detach(), loss_mask.sum(), zero]).double())
+    exit_losses.add_statistics(exit_index, torch.stack([loss_sum.detach(), loss_mask.sum(), zero]).double())

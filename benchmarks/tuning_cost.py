@@ -34,7 +34,8 @@ from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.optimization import OptimizerConfig, TrainingConfig
 from megatron.early_exit.config.parallel import ParallelConfig
-from megatron.early_exit.config.run import RunConfig, with_tuned_stages
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.platform.device import use_cuda
 
 

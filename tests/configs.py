@@ -14,6 +14,7 @@ from megatron.early_exit.config.optimization import OptimizerConfig, TrainingCon
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.config.pipeline import PipelineConfig
 from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.settings import RunSettings
 
 VOCAB_SIZE = 96
 
@@ -39,13 +40,20 @@ def make_config(**changes: Any) -> RunConfig:
     """The small configuration with some fields changed; each field name belongs to one section.
 
     A Llama of four layers (odd sizes, grouped queries) with exits after layers 2 and 3, in fp32."""
+    return RunConfig(**vars(make_settings(**changes)))
+
+
+def make_settings(**changes: Any) -> RunSettings:
+    """As `make_config`, not checked. The weights of exits are those of two, if there are two."""
+    if len(changes.get("exit_layer_nums", (2, 3))) != 2:
+        changes.setdefault("exit_layer_weight", ())
     sections = {}
     for name, (section_class, defaults) in _SECTIONS.items():
         mine = {key: changes.pop(key) for key in list(changes) if key in section_class.__dataclass_fields__}
         sections[name] = section_class(**{**defaults, **mine})
     if changes:
         raise TypeError(f"no section has the fields {sorted(changes)}")
-    return RunConfig(**sections)
+    return RunSettings(**sections)
 
 
 def make_training_config(data_prefix: str, folder: Path, **changes: Any) -> RunConfig:

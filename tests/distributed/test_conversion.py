@@ -107,8 +107,8 @@ def trained_logits(folder: Path, parallel: ParallelConfig) -> torch.Tensor | Non
 
     from megatron.early_exit.checkpoint.load_model import load_weights
     from megatron.early_exit.checkpoint.start import find_checkpoint
-    from megatron.early_exit.config.run import BuildConfig
     from megatron.early_exit.config.serialize import read_description
+    from megatron.early_exit.config.settings import BuildConfig
     from megatron.early_exit.model.build import build_model
     from megatron.early_exit.platform.distributed import initialize_model_parallel
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron.early_exit.config.run import RunConfig, with_tuned_stages
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.training.dry_run import describe, stages
 from tests.configs import VOCAB_SIZE, make_config
 from tests.distributed.engines import HEADS, STYLES

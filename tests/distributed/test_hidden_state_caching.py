@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.early_exit.config.run import RunConfig, with_tuned_stages
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.config.validate import problems
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files

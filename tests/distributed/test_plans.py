@@ -15,7 +15,7 @@ from megatron.early_exit.schedules.plan import Kind, Plan
 from megatron.early_exit.schedules.simulate import Timeline, simulate
 from megatron.early_exit.schedules.stage_costs import StageCosts
 from megatron.early_exit.training.plans import build_plan, check_plan, measured_costs, most_fill
-from tests.configs import VOCAB_SIZE, make_config, make_training_config
+from tests.configs import VOCAB_SIZE, make_config, make_settings, make_training_config
 from tests.data_files import write_token_files
 from tests.distributed.training_runs import training_run
 from tests.distributed.workers import run_distributed
@@ -151,7 +151,7 @@ def config(num_stages: int, **changes: Any) -> RunConfig:
 ])  # fmt: skip
 def test_what_is_refused(num_stages: int, changes: dict, message: str) -> None:
     changes = {"num_layers": 4, "pipeline_model_parallel_size": num_stages, "train_iters": 5, **changes}
-    found = problems(make_config(**changes), num_stages)
+    found = problems(make_settings(**changes), num_stages)
     assert any(message in problem for problem in found), found
 
 

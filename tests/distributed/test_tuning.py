@@ -12,7 +12,8 @@ import torch
 
 from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
-from megatron.early_exit.config.run import RunConfig, with_tuned_stages
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.config.validate import problems, warnings
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files

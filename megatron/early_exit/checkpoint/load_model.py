@@ -16,8 +16,8 @@ from megatron.early_exit.checkpoint.start import reading, tensor_mismatches
 from megatron.early_exit.checkpoint.store import CONTENT_METADATA
 from megatron.early_exit.config.description import MismatchError, ModelDescription
 from megatron.early_exit.config.parallel import ParallelConfig
-from megatron.early_exit.config.run import BuildConfig
 from megatron.early_exit.config.serialize import checkpoint_folder, read_description
+from megatron.early_exit.config.settings import BuildConfig
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.model.build import Model, build_model
 from megatron.early_exit.model.key_names import stored_key

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 from megatron.early_exit.config.description import FREE_MODEL_FIELDS, ModelDescription
 from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED, REFUSED_VALUES, is_harmless, note_of
-from megatron.early_exit.config.run import RunConfig, with_tuned_stages
+from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import (
     FieldInfo,
-    build_run_config,
+    build_settings,
     checkpoint_description,
     config_fields,
     convert_value,
@@ -34,6 +34,7 @@ from megatron.early_exit.config.serialize import (
     read_yaml,
     section_classes,
 )
+from megatron.early_exit.config.settings import RunSettings, with_tuned_stages
 from megatron.early_exit.config.validate import ConfigError, has_checkpoint, problems
 from megatron.early_exit.config.validate import warnings as settings_without_effect
 
@@ -66,7 +67,7 @@ def parse_run_config(argv: Sequence[str], *, world_size: int, warn: Callable[[st
     assert cfg is not None, "no configuration and no problem"
     for message in settings_without_effect(cfg):
         warn(message)
-    return cfg
+    return RunConfig(**vars(cfg))
 
 
 class _Notes:
@@ -370,7 +371,7 @@ def _note_foreign_yaml_key(label: str, flag: str, value: Any, notes: _Notes) -> 
 # Building
 
 
-def _build(settings: dict[str, Any], notes: _Notes, warn: Callable[[str], None]) -> RunConfig | None:
+def _build(settings: dict[str, Any], notes: _Notes, warn: Callable[[str], None]) -> RunSettings | None:
     """The configuration, or None if required settings are missing (noted)."""
     present: ModelDescription | None = None
     if settings.get("use_checkpoint_args"):
@@ -394,7 +395,7 @@ def _build(settings: dict[str, Any], notes: _Notes, warn: Callable[[str], None])
             f"missing: {', '.join(missing)} (as flags or in --config; sizes also by --use-checkpoint-args)"
         )
         return None
-    cfg = build_run_config({**from_checkpoint, **settings})
+    cfg = build_settings({**from_checkpoint, **settings})
     if present is not None:
         before, cfg = cfg, overlay_architecture(cfg, present, given=settings.keys())
         _warn_of_replaced(before, cfg, settings, warn)
@@ -410,7 +411,7 @@ def _checkpoint_source(settings: Mapping[str, Any]) -> tuple[str | None, int | N
 
 
 def _warn_of_replaced(
-    before: RunConfig, after: RunConfig, given: Mapping[str, Any], warn: Callable[[str], None]
+    before: RunSettings, after: RunSettings, given: Mapping[str, Any], warn: Callable[[str], None]
 ) -> None:
     """Say which flags lost against the checkpoint."""
     for section in ("model", "exits"):
@@ -420,7 +421,7 @@ def _warn_of_replaced(
                 warn(f"{flag_of(name)} {value} is replaced by the checkpoint's {taken} (--use-checkpoint-args)")
 
 
-def _normalised(cfg: RunConfig, warn: Callable[[str], None]) -> RunConfig:
+def _normalised(cfg: RunSettings, warn: Callable[[str], None]) -> RunSettings:
     """Megatron's silent corrections, of which we speak."""
     if cfg.parallel.sequence_parallel and cfg.parallel.tensor_model_parallel_size == 1:
         warn("--sequence-parallel is turned off: with --tensor-model-parallel-size 1 there is nothing to share")

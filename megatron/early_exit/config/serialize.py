@@ -28,7 +28,7 @@ from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.formats import DESCRIPTION_FILE, RUN_CONFIG_FILE, other_content
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.optimization import Dtype
-from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.settings import RunSettings
 from megatron.early_exit.config.validate import LATEST_FILE, ConfigError
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -40,7 +40,7 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """One field of one section of RunConfig."""
+    """One field of one section of a run's settings."""
 
     section: str
     name: str
@@ -56,8 +56,8 @@ class FieldInfo:
 
 
 def section_classes() -> dict[str, type]:
-    """RunConfig's sections by name, in order."""
-    return dict(typing.get_type_hints(RunConfig))
+    """Sections of a run's settings by name, in order."""
+    return dict(typing.get_type_hints(RunSettings))
 
 
 @functools.cache
@@ -71,8 +71,8 @@ def config_fields() -> tuple[FieldInfo, ...]:
     )
 
 
-def build_run_config(settings: Mapping[str, Any]) -> RunConfig:
-    """RunConfig from values by field name; what is not in `settings` takes its default."""
+def build_settings(settings: Mapping[str, Any]) -> RunSettings:
+    """Settings from values by field name; what is not in `settings` takes its default."""
     names = {
         section: [field.name for field in dataclasses.fields(section_class)]
         for section, section_class in section_classes().items()
@@ -81,7 +81,7 @@ def build_run_config(settings: Mapping[str, Any]) -> RunConfig:
         section: section_class(**{name: settings[name] for name in names[section] if name in settings})
         for section, section_class in section_classes().items()
     }
-    return RunConfig(**sections)
+    return RunSettings(**sections)
 
 
 # Types
@@ -171,7 +171,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 # Dictionaries and files
 
 
-def to_dict(cfg: RunConfig) -> dict[str, dict[str, Any]]:
+def to_dict(cfg: RunSettings) -> dict[str, dict[str, Any]]:
     """Sections of field values in YAML's types (tuples become lists)."""
     return {section: _plain(getattr(cfg, section)) for section in section_classes()}
 
@@ -180,11 +180,11 @@ def _plain(section: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(section).items()}
 
 
-def from_dict(data: Mapping[str, Any]) -> RunConfig:
+def from_dict(data: Mapping[str, Any]) -> RunSettings:
     """The inverse of `to_dict`. Fields that are absent take their defaults.
 
     Raises ConfigError with all unknown names, wrong types and missing required fields."""
-    return RunConfig(**_build_sections(data, section_classes()))
+    return RunSettings(**_build_sections(data, section_classes()))
 
 
 def _build_sections(data: Mapping[str, Any], classes: Mapping[str, type]) -> dict[str, Any]:
@@ -253,12 +253,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def save_run_config(cfg: RunConfig, path: str | Path) -> None:
+def save_run_config(cfg: RunSettings, path: str | Path) -> None:
     """Write all settings to the YAML file `path`; `load_run_config` gives an equal object back."""
     _write_yaml(to_dict(cfg), Path(path))
 
 
-def load_run_config(path: str | Path) -> RunConfig:
+def load_run_config(path: str | Path) -> RunSettings:
     """Settings that `save_run_config` wrote. Raises ConfigError that names the path and every problem."""
     with _naming(path):
         return from_dict(read_yaml(path))
@@ -425,7 +425,7 @@ def saved_tokenizer(folder: str | Path) -> TokenizerConfig:
     return DataConfig(tokenizer_type=kind, tokenizer_model=model, vocab_size=size, mock_data=mock_data).tokenizer
 
 
-def overlay_architecture(cfg: RunConfig, present: ModelDescription, given: Collection[str] = ()) -> RunConfig:
+def overlay_architecture(cfg: RunSettings, present: ModelDescription, given: Collection[str] = ()) -> RunSettings:
     """`cfg` with the checkpoint's model and exits (--use-checkpoint-args).
 
     given: names of the fields that the user set. These win only where the checkpoint's weights do not depend on them:

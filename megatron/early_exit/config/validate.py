@@ -15,7 +15,7 @@ from typing import Any
 from megatron.early_exit.config.data import TOKENIZERS_WITHOUT_MODEL, DataConfig, parse_blend, split_shares
 from megatron.early_exit.config.formats import other_content
 from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED
-from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.settings import RunSettings
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 
@@ -29,14 +29,24 @@ class ConfigError(ValueError):
         super().__init__(f"{count} with the settings:\n" + "\n".join(f"  - {problem}" for problem in self.problems))
 
 
-def validate(cfg: RunConfig, world_size: int) -> None:
+def validate(cfg: RunSettings, world_size: int) -> None:
     """Raise ConfigError with all problems of `cfg` on `world_size` ranks."""
     found = problems(cfg, world_size)
     if found:
         raise ConfigError(found)
 
 
-def problems(cfg: RunConfig, world_size: int) -> list[str]:
+def check(cfg: RunSettings) -> None:
+    """Raise ConfigError with what contradicts itself in `cfg`, whatever the number of ranks, files and data."""
+    found = list(_range_problems(cfg))
+    if not found:
+        found += [*_model_problems(cfg), *_split_layer_problems(cfg)]
+    found += [*_exit_problems(cfg), *_choice_problems(cfg)]
+    if found:
+        raise ConfigError(found)
+
+
+def problems(cfg: RunSettings, world_size: int) -> list[str]:
     """What cannot work, one line each; empty if everything fits."""
     ranges = list(_range_problems(cfg))
     found = [
@@ -146,12 +156,12 @@ SEED_STEP = 100
 """What every pipeline stage adds to --seed, times its number."""
 
 
-def _values(cfg: RunConfig) -> dict[str, Any]:
+def _values(cfg: RunSettings) -> dict[str, Any]:
     """All settings by field name."""
     return {name: value for section in vars(cfg).values() for name, value in vars(section).items()}
 
 
-def _range_problems(cfg: RunConfig) -> Iterator[str]:
+def _range_problems(cfg: RunSettings) -> Iterator[str]:
     values = _values(cfg)
     for smallest, names in AT_LEAST.items():
         for name in names:
@@ -181,7 +191,7 @@ def _range_problems(cfg: RunConfig) -> Iterator[str]:
 # Exits
 
 
-def _exit_problems(cfg: RunConfig) -> Iterator[str]:
+def _exit_problems(cfg: RunSettings) -> Iterator[str]:
     exits = cfg.exits
     if not exits.exit_layer_nums:
         yield from _exit_options_without_exits(cfg)
@@ -213,7 +223,7 @@ def _exit_problems(cfg: RunConfig) -> Iterator[str]:
         yield "--use-exit-mlp with --use-exit-block: an exit has an MLP branch or a block, not both; drop one"
 
 
-def _exit_options_without_exits(cfg: RunConfig) -> Iterator[str]:
+def _exit_options_without_exits(cfg: RunSettings) -> Iterator[str]:
     options = [flag(field.name) for field in fields(cfg.exits) if getattr(cfg.exits, field.name) != field.default]
     if options:
         yield f"{', '.join(options)} without exits: name the layers with --exit-layer-nums, or leave these flags out"
@@ -240,7 +250,7 @@ def _exit_layer_problems(layers: Sequence[int], num_layers: int) -> Iterator[str
 # Model
 
 
-def _model_problems(cfg: RunConfig) -> Iterator[str]:
+def _model_problems(cfg: RunSettings) -> Iterator[str]:
     model, tp_size = cfg.model, cfg.parallel.tensor_model_parallel_size
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
         yield (
@@ -281,7 +291,7 @@ def _model_problems(cfg: RunConfig) -> Iterator[str]:
 # Layout
 
 
-def _layout_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
+def _layout_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
     parallel, num_layers = cfg.parallel, cfg.model.num_layers
     tp_size, pp_size, num_stages = (
         parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.num_stages
@@ -312,16 +322,23 @@ def _layout_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
             f"--seed {cfg.training.seed}: must be at most {largest_seed} on {num_stages} pipeline stages, each of which"
             f" adds {SEED_STEP} to it"
         )
+    yield from _split_layer_problems(cfg)
+    yield from _tuning_problems(cfg, world_size)
+
+
+def _split_layer_problems(cfg: RunSettings) -> Iterator[str]:
+    """Problems of chunks, recomputation and plans of layers that are split evenly over the pipeline."""
+    if cfg.model.num_layers % cfg.parallel.pipeline_model_parallel_size:
+        return
     yield from _interleaving_problems(cfg)
     yield from _recompute_problems(cfg)
-    yield from _tuning_problems(cfg, world_size)
     yield from _plan_problems(cfg)
 
 
 _FILL_SETTINGS = ("num_fill_warmup_microbatches", "num_fill_cooldown_microbatches", "backward_forward_ratio")
 
 
-def _plan_problems(cfg: RunConfig) -> Iterator[str]:
+def _plan_problems(cfg: RunSettings) -> Iterator[str]:
     """How many microbatches fit is for the plan's builder to say (`training.plans.check_plan`)."""
     pipeline, parallel, training = cfg.pipeline, cfg.parallel, cfg.training
     for name in _FILL_SETTINGS:
@@ -350,7 +367,7 @@ def _plan_problems(cfg: RunConfig) -> Iterator[str]:
         yield from _fill_problems(cfg)
 
 
-def _fill_problems(cfg: RunConfig) -> Iterator[str]:
+def _fill_problems(cfg: RunSettings) -> Iterator[str]:
     pipeline = cfg.pipeline
     if cfg.parallel.num_layers_per_virtual_pipeline_stage is not None:
         yield (
@@ -373,7 +390,7 @@ def _fill_problems(cfg: RunConfig) -> Iterator[str]:
         yield f"--backward-forward-ratio {ratio}: must be above 0 and below 100; 2 is usual, 3 with full recomputation"
 
 
-def _cache_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
+def _cache_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
     training, samples = cfg.training, cfg.training.cache_samples
     if samples is None:
         return
@@ -387,7 +404,7 @@ def _cache_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
         )
 
 
-def _tuning_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
+def _tuning_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
     exits, parallel, checkpoint = cfg.exits, cfg.parallel, cfg.checkpoint
     given = parallel.tune_exit_pipeline_parallel_size
     if not cfg.training.tune_exit:
@@ -429,7 +446,7 @@ def _tuning_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
         yield "--tune-exit needs a model: --pretrained-checkpoint, or --load to go on"
 
 
-def _interleaving_problems(cfg: RunConfig) -> Iterator[str]:
+def _interleaving_problems(cfg: RunSettings) -> Iterator[str]:
     parallel = cfg.parallel
     per_chunk = parallel.num_layers_per_virtual_pipeline_stage
     if per_chunk is None:
@@ -448,7 +465,7 @@ def _interleaving_problems(cfg: RunConfig) -> Iterator[str]:
         )
 
 
-def _recompute_problems(cfg: RunConfig) -> Iterator[str]:
+def _recompute_problems(cfg: RunSettings) -> Iterator[str]:
     parallel = cfg.parallel
     method, count = parallel.recompute_method, parallel.recompute_num_layers
     if parallel.recompute_granularity == "full":
@@ -473,14 +490,14 @@ def _recompute_problems(cfg: RunConfig) -> Iterator[str]:
         yield f"{given}: only used with --recompute-granularity full; add it, or drop them"
 
 
-def _num_chunks(cfg: RunConfig) -> int:
+def _num_chunks(cfg: RunSettings) -> int:
     return max(cfg.parallel.num_model_chunks(cfg.model.num_layers), 1)
 
 
 # Batches
 
 
-def _batch_problems(cfg: RunConfig, world_size: int) -> Iterator[str]:
+def _batch_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
     training = cfg.training
     dp_size = max(cfg.parallel.data_parallel_size(world_size), 1)
     unit = training.micro_batch_size * dp_size
@@ -538,7 +555,7 @@ def _rampup_problems(rampup: Sequence[int], target: int, unit: int) -> Iterator[
 # Length and learning rate
 
 
-def _schedule_problems(cfg: RunConfig) -> Iterator[str]:
+def _schedule_problems(cfg: RunSettings) -> Iterator[str]:
     training, optimizer = cfg.training, cfg.optimizer
     if (training.train_iters is None) == (training.train_samples is None):
         yield (
@@ -565,7 +582,7 @@ def _mixed_unit_problems(unit: str, other: str, decay: int | None, warmup: int) 
             yield f"{name} {value} with --train-{unit}: count all in {unit} ({name.replace(other, unit)})"
 
 
-def _warmup_problems(cfg: RunConfig, unit: str, length: int) -> Iterator[str]:
+def _warmup_problems(cfg: RunSettings, unit: str, length: int) -> Iterator[str]:
     """unit: 'iters' or 'samples', in which `length`, decay and warmup are counted."""
     optimizer = cfg.optimizer
     decay = getattr(optimizer, f"lr_decay_{unit}") or length
@@ -579,7 +596,7 @@ def _warmup_problems(cfg: RunConfig, unit: str, length: int) -> Iterator[str]:
         )
 
 
-def _choice_problems(cfg: RunConfig) -> Iterator[str]:
+def _choice_problems(cfg: RunSettings) -> Iterator[str]:
     """Settings that exclude or need each other."""
     if cfg.training.bf16 and cfg.training.fp16:
         yield "--bf16 and --fp16: one run has one precision; give one"
@@ -593,7 +610,7 @@ def _choice_problems(cfg: RunConfig) -> Iterator[str]:
 # Data
 
 
-def _data_problems(cfg: RunConfig) -> Iterator[str]:
+def _data_problems(cfg: RunSettings) -> Iterator[str]:
     data = cfg.data
     names = ("train_data_path", "valid_data_path", "test_data_path")
     split_wise = [flag(name) for name in names if getattr(data, name)]
@@ -655,7 +672,7 @@ def _tokenizer_problems(data: DataConfig) -> Iterator[str]:
 # Checkpoints
 
 
-def _checkpoint_problems(cfg: RunConfig) -> Iterator[str]:
+def _checkpoint_problems(cfg: RunSettings) -> Iterator[str]:
     checkpoint = cfg.checkpoint
     pretrained = checkpoint.pretrained_checkpoint
     if pretrained is not None:
@@ -706,7 +723,7 @@ def _missing_checkpoint(load: str, load_iteration: int | None) -> str | None:
 # What a run writes
 
 
-def check_outputs(cfg: RunConfig) -> None:
+def check_outputs(cfg: RunSettings) -> None:
     """Raise ConfigError if files or folders that the run writes cannot be written. For the rank that writes them."""
     found = list(_output_problems(cfg))
     if found:
@@ -717,7 +734,7 @@ OUTPUT_FOLDERS = ("save", "cache_hidden_states", "data_cache_path", "tensorboard
 OUTPUT_FILES = ("metrics_file", "profile_pipeline")
 
 
-def _output_problems(cfg: RunConfig) -> Iterator[str]:
+def _output_problems(cfg: RunSettings) -> Iterator[str]:
     values = _values(cfg)
     for name in (*OUTPUT_FOLDERS, *OUTPUT_FILES):
         if values[name] is None:
@@ -749,7 +766,7 @@ def unwritable(path: Path, is_folder: bool) -> str | None:
 # Settings without effect
 
 
-def warnings(cfg: RunConfig) -> list[str]:
+def warnings(cfg: RunSettings) -> list[str]:
     """Settings that are allowed but do nothing, or do something surprising; one line each."""
     return [
         *_model_warnings(cfg),
@@ -761,7 +778,7 @@ def warnings(cfg: RunConfig) -> list[str]:
     ]
 
 
-def _model_warnings(cfg: RunConfig) -> Iterator[str]:
+def _model_warnings(cfg: RunSettings) -> Iterator[str]:
     model, data = cfg.model, cfg.data
     if model.num_query_groups != 1 and not model.group_query_attention:
         yield f"--num-query-groups {model.num_query_groups} has no effect without --group-query-attention"
@@ -786,7 +803,7 @@ def _model_warnings(cfg: RunConfig) -> Iterator[str]:
         yield f"--vocab-size {data.vocab_size} has no effect: the tokenizer knows its own size"
 
 
-def _tuning_warnings(cfg: RunConfig) -> Iterator[str]:
+def _tuning_warnings(cfg: RunSettings) -> Iterator[str]:
     if not cfg.training.tune_exit:
         return
     if cfg.parallel.recompute_granularity is not None:
@@ -795,7 +812,7 @@ def _tuning_warnings(cfg: RunConfig) -> Iterator[str]:
         yield "--overlap-grad-reduce has no effect with --tune-exit"
 
 
-def _plan_warnings(cfg: RunConfig) -> Iterator[str]:
+def _plan_warnings(cfg: RunSettings) -> Iterator[str]:
     pipeline, iterations = cfg.pipeline, cfg.training.train_iters
     if not pipeline.is_planned or iterations is None:
         return
@@ -809,7 +826,7 @@ def _plan_warnings(cfg: RunConfig) -> Iterator[str]:
         yield f"--profile-pipeline has no effect in {iterations} iterations: it needs {needed}"
 
 
-def _exit_warnings(cfg: RunConfig) -> Iterator[str]:
+def _exit_warnings(cfg: RunSettings) -> Iterator[str]:
     exits = cfg.exits
     if exits.exit_layer_weight_warmup_style != "linear" and not exits.exit_layer_weight_warmup_iters:
         yield "--exit-layer-weight-warmup-style has no effect without --exit-layer-weight-warmup-iters"
@@ -820,7 +837,7 @@ def _exit_warnings(cfg: RunConfig) -> Iterator[str]:
         yield "the exit before layer 1 sees the embeddings alone"
 
 
-def _training_warnings(cfg: RunConfig) -> Iterator[str]:
+def _training_warnings(cfg: RunSettings) -> Iterator[str]:
     training, parallel = cfg.training, cfg.parallel
     if training.loss_scale is not None and not training.fp16:
         yield f"--loss-scale {training.loss_scale} has no effect without --fp16"
@@ -833,7 +850,7 @@ def _training_warnings(cfg: RunConfig) -> Iterator[str]:
         )
 
 
-def _saving_warnings(cfg: RunConfig) -> Iterator[str]:
+def _saving_warnings(cfg: RunSettings) -> Iterator[str]:
     checkpoint, training = cfg.checkpoint, cfg.training
     if checkpoint.save is None:
         names = ("keep_last", "async_save", "no_save_optim", "no_save_rng")

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.optimization import Dtype
-from megatron.early_exit.config.run import BuildConfig, RunConfig
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.settings import BuildConfig
 from megatron.early_exit.model.exit_losses import ExitLosses
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 from megatron.early_exit.model.layer_specs import block_spec

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.pipeline import PipelineConfig
 from megatron.early_exit.config.run import ResolvedConfig
 from megatron.early_exit.schedules.builders import (
     forward_only_tuning,
@@ -76,7 +77,8 @@ class Setup:
     @cached_property
     def plain_costs(self) -> tuple[StageCosts, ...]:
         """Costs of the model without exits."""
-        return replace(self, config=replace(self.config, exits=ExitConfig())).costs
+        plain = replace(self.config, exits=ExitConfig(), pipeline=PipelineConfig())
+        return replace(self, config=plain).costs
 
     @property
     def early_exit_stages(self) -> list[int]:

@@ -22,6 +22,7 @@ from megatron.early_exit.schedules.comparison import Variant, base_plan, exits_i
 from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
 from megatron.early_exit.schedules.links import StageLinks
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
+from megatron.early_exit.schedules.plan_checks import validate
 from megatron.early_exit.schedules.runtime import PlanRuntime
 from megatron.early_exit.schedules.simulate import TimedAction, Timeline, simulate
 from megatron.early_exit.schedules.stage_costs import StageCosts
@@ -41,10 +42,16 @@ def follows_plan(config: RunConfig) -> bool:
 
 
 def build_plan(config: RunConfig, num_microbatches: int, costs: Sequence[StageCosts] | None = None) -> Plan:
-    """The plan of an iteration. costs: of all stages where they are measured; without, filling waits until they are
-    (unless the flags say enough), and all exits that can run before the first gradient do.
+    """The plan of an iteration, checked. costs: of all stages where they are measured; without, filling waits until
+    they are (unless the flags say enough), and all exits that can run before the first gradient do.
 
     Raises ValueError if more microbatches are to fill bubbles than fit, with the largest number that works."""
+    plan = _build_plan(config, num_microbatches, costs)
+    validate(plan, config.exit_stages)
+    return plan
+
+
+def _build_plan(config: RunConfig, num_microbatches: int, costs: Sequence[StageCosts] | None) -> Plan:
     pipeline, num_ranks = config.pipeline, config.parallel.num_stages
     if config.training.tune_exit:
         return forward_only_tuning(num_ranks, num_microbatches, config.exit_stages)

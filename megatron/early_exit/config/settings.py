@@ -1,0 +1,126 @@
+"""All settings of one run as they were given, and what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from megatron.early_exit.config.checkpoint import CheckpointConfig
+from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.description import ModelDescription
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.logging import LoggingConfig
+from megatron.early_exit.config.model import ModelConfig
+from megatron.early_exit.config.optimization import Dtype, OptimizerConfig, TrainingConfig
+from megatron.early_exit.config.parallel import ParallelConfig
+from megatron.early_exit.config.pipeline import PipelineConfig
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Which part of a model is built, in which precision, and how ranks share it."""
+
+    model: ModelConfig
+    """With `max_position_embeddings`."""
+
+    exits: ExitConfig
+    dtype: Dtype
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tunes_exits: bool = False
+    """Only the exits are trained (EE-Tuning)."""
+
+    distillation_share: float = 0.0
+    """Share of the exits' loss that is the divergence from the final head."""
+
+    @property
+    def num_built_layers(self) -> int:
+        """Layers that are built: all, or with --tune-exit those up to the last exit."""
+        return self.model.num_layers if self.builds_final_head else self.exits.exit_layer_nums[-1]
+
+    @property
+    def builds_final_head(self) -> bool:
+        """Whether the final head is needed: to be trained, or as the teacher of exits that are tuned."""
+        return not self.tunes_exits or self.distillation_share > 0
+
+    @property
+    def layers_per_stage(self) -> int:
+        """Layers of each pipeline stage; of the last one that is tuned, at most so many."""
+        return self.model.num_layers // self.parallel.pipeline_model_parallel_size
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What `pretrain_early_exit_gpt.py` was asked to do, whether it fits together or not."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    exits: ExitConfig = field(default_factory=ExitConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def build(self) -> BuildConfig:
+        """What of the model this run builds."""
+        return BuildConfig(
+            model=replace(self.model, max_position_embeddings=self.max_position_embeddings),
+            exits=self.exits,
+            dtype=self.training.dtype,
+            parallel=self.parallel,
+            tunes_exits=self.training.tune_exit,
+            distillation_share=self.training.tune_exit_distillation,
+        )
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest sequence that the model accepts, after defaults."""
+        return self.model.max_position_embeddings or self.training.seq_length
+
+    @property
+    def layers_per_stage(self) -> int:
+        """Layers of each pipeline stage; of the last one that is tuned, at most so many."""
+        return self.build.layers_per_stage
+
+    @property
+    def num_stages_with_exits(self) -> int:
+        """Pipeline stages up to the one with the last exit."""
+        return -(-self.exits.exit_layer_nums[-1] // self.layers_per_stage)
+
+    @property
+    def exit_stages(self) -> tuple[int, ...]:
+        """Pipeline stages that own exits, counted from 0; with interleaving those of model chunks."""
+        per_stage = self.layers_per_stage // self.parallel.num_model_chunks(self.model.num_layers)
+        return tuple(sorted({(layer - 1) // per_stage for layer in self.exits.exit_layer_nums}))
+
+    def describe(self, vocab_size: int, present: ModelDescription | None = None) -> ModelDescription:
+        """The model of this run. vocab_size: ids of its tokenizer. present: the model that it starts from, whose number
+        of rows of the embedding it keeps unless --padded-vocab-size is given.
+
+        Raises ValueError if these rows cannot be shared by --tensor-model-parallel-size."""
+        tp_size = self.parallel.tensor_model_parallel_size
+        rows = self.model.padded_vocab_size
+        if rows is None and present is not None:
+            rows = present.padded_vocab_size
+            if rows % tp_size:
+                raise ValueError(
+                    f"the checkpoint's vocabulary has {rows} rows, which --tensor-model-parallel-size {tp_size} does "
+                    "not divide. Choose another size."
+                )
+        if rows is None:
+            rows = self.model.padded_to(vocab_size, tp_size)
+        model = replace(self.model, padded_vocab_size=rows, max_position_embeddings=self.max_position_embeddings)
+        return ModelDescription(model, self.exits, self.data.tokenizer, self.training.dtype)
+
+
+Settings = TypeVar("Settings", bound=RunSettings)
+
+
+def with_tuned_stages(cfg: Settings) -> Settings:
+    """`cfg`, which has --tune-exit, with the number of stages that run filled in where it is left open."""
+    given = cfg.parallel.tune_exit_pipeline_parallel_size
+    if given is not None or not cfg.exits.num_exits or cfg.layers_per_stage < 1:
+        return cfg
+    return replace(cfg, parallel=replace(cfg.parallel, tune_exit_pipeline_parallel_size=cfg.num_stages_with_exits))
