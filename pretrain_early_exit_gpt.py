@@ -41,7 +41,7 @@ def main() -> int:
 
             check_plan(config, world_size)
     except (ValueError, OSError) as error:
-        leave_the_word_to_rank_0(rank)
+        let_rank_zero_report_first(rank)
         print(message(rank, in_words(error)), file=sys.stderr, flush=True)
         return 2
 
@@ -54,7 +54,7 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second one
         if rank == 0:
             print(f"interrupted; {last_checkpoint(config)}", file=sys.stderr, flush=True)
-        end_at_once(STATUS_INTERRUPTED)
+        abort(STATUS_INTERRUPTED)
     return 0
 
 
@@ -78,17 +78,17 @@ def train(config: RunConfig, rank: int) -> None:
 
         pretrain(config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        leave_the_word_to_rank_0(rank)
+        let_rank_zero_report_first(rank)
         text = in_words(error)
         if rank == 0 and isinstance(error, OSError) and output_is_closed():
             text = f"standard output is closed; {last_checkpoint(config)}"
         print(message(rank, text), file=sys.stderr, flush=True)
-        end_at_once()
+        abort()
     except Exception as error:
         found = lost_peer(error, rank, config.parallel.distributed_timeout_minutes)
         text = f"error: {found}\n" if found else f"rank {rank} failed:\n"
         print(text + traceback.format_exc(), file=sys.stderr, flush=True)
-        end_at_once()
+        abort()
 
 
 def last_checkpoint(config: RunConfig) -> str:
@@ -101,7 +101,7 @@ def last_checkpoint(config: RunConfig) -> str:
     return f"last checkpoint: iteration {iteration} in {folder}" if iteration else "no checkpoint was saved"
 
 
-def leave_the_word_to_rank_0(rank: int) -> None:
+def let_rank_zero_report_first(rank: int) -> None:
     """Let one rank say what all ranks find.
 
     What the user can mend is mostly found by all ranks alike. Rank 0 says it and ends, upon which torchrun ends the
@@ -116,7 +116,7 @@ def message(rank: int, text: str) -> str:
     return f"error: {text}" if rank == 0 else f"error on rank {rank}: {text}"
 
 
-def end_at_once(status: int = 1) -> NoReturn:
+def abort(status: int = 1) -> NoReturn:
     """Exit without waiting for other ranks, which lets torchrun end them; leave no process of our own behind."""
     for child in multiprocessing.active_children():
         child.kill()

@@ -100,22 +100,22 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on this rank. Returns the exit status: 1 if a prompt was refused, 2 for bad settings."""
     args = build_parser().parse_args(argv)
-    is_speaker = os.environ.get("RANK", "0") == "0"
+    is_rank_zero = os.environ.get("RANK", "0") == "0"
     try:
         prompts = [*args.prompt, *_lines(args.prompt_file)]
         params, llm = _prepare(args)
     except (ValueError, OSError) as error:
-        if is_speaker:
+        if is_rank_zero:
             print(f"generate.py: {in_words(error)}", file=sys.stderr, flush=True)
         _leave()
         return 2
     try:
         if _is_interactive(args):
-            all_answered = _converse(args, params, llm, is_speaker)
+            all_answered = _converse(args, params, llm, is_rank_zero)
         elif len(prompts) == 1 and args.samples == 1 and not args.json:
-            all_answered = _show_live(args, prompts[0], prompts[0], params, llm, is_speaker) is not None
+            all_answered = _show_live(args, prompts[0], prompts[0], params, llm, is_rank_zero) is not None
         else:
-            all_answered = _answer_all(args, prompts, params, llm, is_speaker)
+            all_answered = _answer_all(args, prompts, params, llm, is_rank_zero)
     finally:  # also when interrupted, or when nobody reads the output any more (see `run_program`)
         _leave()
     return 0 if all_answered else 1
@@ -214,22 +214,22 @@ def _lines(path: Path | None) -> list[str]:
     return lines
 
 
-def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM, is_speaker: bool) -> bool:
+def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM, is_rank_zero: bool) -> bool:
     """Answer one prompt a line until standard input ends. Returns whether all were answered."""
     messages: list[dict[str, str]] = []
     all_answered = True
-    for line in _typed_lines(is_speaker):
+    for line in _typed_lines(is_rank_zero):
         if not args.chat:
-            all_answered &= _show_live(args, line, line, params, llm, is_speaker) is not None
+            all_answered &= _show_live(args, line, line, params, llm, is_rank_zero) is not None
             continue
         turn = [*messages, {"role": "user", "content": line}]
         try:
             prompt_ids = llm.tokenizer.chat(turn)
         except ValueError as error:
-            _refuse(line, str(error), is_speaker)
+            _refuse(line, str(error), is_rank_zero)
             all_answered = False
             continue
-        answer = _show_live(args, line, prompt_ids, params, llm, is_speaker)
+        answer = _show_live(args, line, prompt_ids, params, llm, is_rank_zero)
         if answer is None:
             all_answered = False
         else:
@@ -237,13 +237,13 @@ def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM, is_s
     return all_answered
 
 
-def _typed_lines(is_speaker: bool) -> Iterator[str]:
+def _typed_lines(is_rank_zero: bool) -> Iterator[str]:
     """The lines of rank 0's standard input, on all ranks; empty ones are skipped."""
     import torch
 
     own_lines = _lines_of_standard_input()
     while True:
-        lines = [next(own_lines, None) if is_speaker else None]
+        lines = [next(own_lines, None) if is_rank_zero else None]
         if torch.distributed.get_world_size() > 1:
             torch.distributed.broadcast_object_list(lines, src=0)
         if lines[0] is None:
@@ -266,19 +266,24 @@ def _lines_of_standard_input() -> Iterator[str]:
 
 
 def _show_live(
-    args: argparse.Namespace, typed: str, prompt: str | list[int], params: GenerationParams, llm: LLM, is_speaker: bool
+    args: argparse.Namespace,
+    typed: str,
+    prompt: str | list[int],
+    params: GenerationParams,
+    llm: LLM,
+    is_rank_zero: bool,
 ) -> Answer | None:
     """Answer one prompt and show the text as it comes, on rank 0, after what was typed unless it is a chat. None if the
     prompt was refused."""
     from megatron.early_exit.inference import report
 
     in_colour, num_layers = _in_colour(args.color), llm.engine.decoder.num_layers
-    quiet = args.json or not is_speaker
+    quiet = args.json or not is_rank_zero
     before = "" if args.chat else typed
     update: Update | None = None
     for update in llm.stream(prompt, params):
         if update.answer.result is None and update.answer.error is not None:
-            _refuse(typed, update.answer.error, is_speaker)
+            _refuse(typed, update.answer.error, is_rank_zero)
             return None
         if quiet:
             continue
@@ -293,11 +298,11 @@ def _show_live(
         print(text, end="", flush=True)
     answer = update.answer
     if answer.error is not None:
-        _refuse(typed, answer.error, is_speaker)
+        _refuse(typed, answer.error, is_rank_zero)
         return None
-    if args.json and is_speaker:
+    if args.json and is_rank_zero:
         _print_json(typed, answer)
-    elif is_speaker:
+    elif is_rank_zero:
         print("\n")
         _print_tables(args, answer, llm, in_colour)
     return answer
@@ -314,7 +319,7 @@ def _print_tables(args: argparse.Namespace, answer: Answer, llm: LLM, in_colour:
 
 
 def _answer_all(
-    args: argparse.Namespace, prompts: list[str], params: GenerationParams, llm: LLM, is_speaker: bool
+    args: argparse.Namespace, prompts: list[str], params: GenerationParams, llm: LLM, is_rank_zero: bool
 ) -> bool:
     """Answer all prompts at once and show each when it and those before it are done. False if one was refused."""
     from megatron.early_exit.inference import report
@@ -331,8 +336,8 @@ def _answer_all(
             following = next(expected, None)
             if answer.error is not None:
                 all_answered = False
-                _refuse(prompt, answer.error, is_speaker)
-            if not is_speaker:
+                _refuse(prompt, answer.error, is_rank_zero)
+            if not is_rank_zero:
                 continue
             if args.json:
                 _print_json(prompt, answer)
@@ -354,8 +359,8 @@ def _print_json(prompt: str, answer: Answer) -> None:
     print(json.dumps(document, ensure_ascii=not is_utf_8), flush=True)
 
 
-def _refuse(prompt: str, error: str, is_speaker: bool) -> None:
-    if is_speaker:
+def _refuse(prompt: str, error: str, is_rank_zero: bool) -> None:
+    if is_rank_zero:
         print(f"generate.py: prompt {prompt[:40]!r} was refused: {error}", file=sys.stderr, flush=True)
 
 
