@@ -200,3 +200,16 @@ def test_bad_input_is_said_once_and_ends_all_ranks(data: str, world_size: int, f
     assert message in result.stderr
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in result.stderr
     assert time.monotonic() - started < 120
+
+
+@pytest.mark.parametrize("clip", ["1", "0"])
+def test_divergence_ends_the_run_before_such_weights_are_saved(data: str, tmp_path: Path, clip: str) -> None:
+    """With --clip-grad 0 core computes no gradient norm, and the losses show it."""
+    flags = ["--train-iters", "6", "--save", str(tmp_path), "--save-interval", "1", "--log-interval", "100"]
+    command = [sys.executable, "pretrain_early_exit_gpt.py", *MODEL, *TRAINING, *flags, "--data-path", data]
+    command += ["--lr", "1e30", "--lr-warmup-iters", "0", "--clip-grad", clip, "--optimizer", "sgd"]
+    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and "training has diverged" in run.stderr, run.stdout + run.stderr
+    assert "Traceback" not in run.stderr
+    saved = [int(path.name.removeprefix("iter_")) for path in tmp_path.glob("iter_???????")]
+    assert max(saved, default=0) < 6

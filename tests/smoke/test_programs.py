@@ -47,6 +47,11 @@ STEPS = {
     "reshard": "tools/convert_checkpoint.py reshard --load F/tuned --save F/resharded --tensor-model-parallel-size 2",
     "draft": "tools/generate.py --load F/resharded --prompt import --tokens-to-generate 4 --mode self_speculative"
     " --draft-length 2 --json",
+    "to Megatron": "tools/convert_checkpoint.py to-megatron --load F/plain --output F/megatron",
+    "from Megatron": "tools/convert_checkpoint.py from-megatron --load F/megatron --save F/from_megatron"
+    " --tokenizer-model F/tokenizer",
+    "one exit": "tools/convert_checkpoint.py to-hf --load F/tuned --output F/exit_1 --exit 1",
+    "verify": "tools/convert_checkpoint.py inspect --load F/from_megatron --verify",
     "plan": "tools/plan_pipeline.py --case 1.3B --num-microbatches 8 --output F/plan.svg",
     "dry run": f"{TRAIN} {MODEL} {LENGTH} --mock-data --vocab-size 300 --dry-run",
 }
@@ -64,6 +69,9 @@ SAID = {
     "inspect": "after layers 1, 3",
     "tune": "early loss [3]",
     "draft": '"tokens"',
+    "to Megatron": "Megatron",
+    "from Megatron": "no exits",
+    "one exit": "llama",
     "plan": "rank",
     "dry run": "stage 0",
 }

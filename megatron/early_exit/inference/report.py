@@ -53,10 +53,11 @@ def usage_table(answer: Answer) -> str:
         lines.append(f"drafted {statistics.drafted} tokens, accepted {statistics.acceptance:.1%}")
     forced = sum(token.is_forced for token in result.tokens)
     notes = f" ({forced} tokens ran all layers because of the cap on deferred rows)" if forced else ""
-    lines.append(
-        f"layer runs saved: {statistics.runs_saved:.1%} of {statistics.full_layer_passes}, with all rows that wait run "
-        f"at once; row computations saved: {statistics.layers_saved:.1%}{notes}"
-    )
+    if statistics.full_layer_passes:  # none for an answer of one token, which comes with the prompt
+        lines.append(
+            f"layer runs saved: {statistics.runs_saved:.1%} of {statistics.full_layer_passes}, with all rows that wait "
+            f"run at once; row computations saved: {statistics.layers_saved:.1%}{notes}"
+        )
     lines.append(f"{_speed(answer)}; stopped by {result.finish_reason}")
     return "\n".join(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from megatron.early_exit.platform.distributed import (
     initialize_model_parallel,
 )
 from megatron.early_exit.training.checkpointing import load_checkpoint
+from megatron.early_exit.training.divergence import check_gradients, check_loss_scale, check_losses
 from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching, cached_samples
 from megatron.early_exit.training.memory import check_memory
 from megatron.early_exit.training.metrics import collect_losses
@@ -169,7 +169,7 @@ def train(run: Run) -> bool:
     """Iterate until the end, or until a stop condition; save on the way and at the end. Returns whether it ran to the
     end.
 
-    Raises FloatingPointError when the gradients are no numbers any more, before such weights are saved."""
+    Raises FloatingPointError when losses or gradients are no numbers any more, before such weights are saved."""
     config, state, stop = run.config, run.state, run.stop
     if run.caching is None:
         iterators = _iterators(run, run.datasets[0], state.consumed_train_samples)
@@ -249,6 +249,7 @@ def _one_iteration(run: Run, iterators: list[Iterator[Batch] | None]) -> StepRes
     if run.planned is not None:
         unit = config.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
         num_samples += unit * run.planned.plan(microbatches.count).num_fill
+    loss_scale = run.optimizer.get_loss_scale().item() if config.training.fp16 else 1.0
     result = train_step(
         run.model,
         run.optimizer,
@@ -260,11 +261,10 @@ def _one_iteration(run: Run, iterators: list[Iterator[Batch] | None]) -> StepRes
         has_hidden_states=run.caching is not None,
         planned=run.planned,
     )
-    if not config.training.fp16 and result.grad_norm is not None and not math.isfinite(result.grad_norm):
-        raise FloatingPointError(
-            f"the gradient norm of iteration {state.iteration + 1} is {result.grad_norm}: training has diverged. "
-            "Resume from the last checkpoint with a smaller --lr, more warmup or other data."
-        )
+    if not config.training.fp16:
+        check_gradients(result.grad_norm, state.iteration + 1)
+    elif result.is_skipped and config.training.loss_scale is None:
+        check_loss_scale(loss_scale, config.training.min_loss_scale, state.iteration + 1)
     if result.is_skipped:
         state.num_skipped_iterations += 1
     else:
@@ -341,6 +341,7 @@ def _log(run: Run, result: StepResult, window: LogWindow) -> None:
     """One line per log interval."""
     config, state = run.config, run.state
     losses = collect_losses(run.model.exit_losses, config.exits)
+    check_losses(losses, state.iteration)
     seconds_per_iteration = window.seconds_per_iteration
     values: dict[str, float | int | None] = {
         "consumed_samples": state.consumed_train_samples,
@@ -376,8 +377,9 @@ def _timer_values(timers: Timers) -> dict[str, float]:
 
 
 def _save(run: Run) -> None:
-    """Save this iteration, unless it is saved already."""
+    """Save this iteration, unless it is saved already. To be called where the window of losses is paused."""
     if run.saver is None or run.saved_iteration == run.state.iteration:
         return
+    check_losses(collect_losses(run.model.exit_losses, run.config.exits), run.state.iteration)
     run.saver.save(run.model, run.optimizer, run.scheduler, run.state)
     run.saved_iteration = run.state.iteration
