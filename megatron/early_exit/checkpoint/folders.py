@@ -40,31 +40,39 @@ def partial_folder(save: Path, iteration: int) -> Path:
 
 def begin(save: Path, iteration: int) -> Path:
     """An empty folder to write the checkpoint of `iteration` into, which `publish` gives its name."""
-    partial = partial_folder(save, iteration)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
+    return empty(partial_folder(save, iteration))
+
+
+def empty(folder: Path) -> Path:
+    """`folder`, made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def publish(partial: Path, iteration: int) -> Path:
     """Give a complete checkpoint its name, in place of one that has it, and make it the latest. Returns its folder."""
+    return publish_as(partial, iteration_folder(partial.parent, iteration), str(iteration))
+
+
+def publish_as(partial: Path, final: Path, latest: str) -> Path:
+    """`publish` under any name. final: folder beside `partial`; latest: what the file with the latest one says."""
     _flush(partial)
-    final = iteration_folder(partial.parent, iteration)
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
-    _make_latest(final.parent, iteration)
+    _make_latest(final.parent, latest)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
-def _make_latest(save: Path, iteration: int) -> None:
+def _make_latest(save: Path, latest: str) -> None:
     tracker = save / LATEST_FILE
     temporary = tracker.with_suffix(".tmp")
     with temporary.open("w") as file:
-        file.write(str(iteration))
+        file.write(latest)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(tracker)
@@ -106,7 +114,7 @@ def clean_up(save: Path) -> list[str]:
             done.append(f"removed {path.name}, which a killed run left")
     (save / LATEST_FILE).with_suffix(".tmp").unlink(missing_ok=True)
     if not (save / LATEST_FILE).exists() and (iterations := finished_iterations(save)):
-        _make_latest(save, iterations[-1])
+        _make_latest(save, str(iterations[-1]))
         done.append(f"made iteration {iterations[-1]} the latest: {LATEST_FILE} was missing")
     return done
 

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -36,11 +34,18 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron.early_exit.checkpoint.folders import publish_as
 from megatron.early_exit.checkpoint.legacy import merge_gate_and_up
 from megatron.early_exit.checkpoint.megatron_settings import arguments, bridge_settings, load_file, model_config
 from megatron.early_exit.checkpoint.parameters import check_parameters
-from megatron.early_exit.checkpoint.safe_pickle import METADATA_FILE, SafeReader, read_metadata
-from megatron.early_exit.checkpoint.store import Progress, reading, writing
+from megatron.early_exit.checkpoint.safe_pickle import COMMON_FILE, METADATA_FILE, SafeReader, read_metadata
+from megatron.early_exit.checkpoint.store import (
+    Progress,
+    reading,
+    write_common,
+    writing,
+    written_whole,
+)
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, combined, concatenated
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
@@ -51,7 +56,7 @@ from megatron.early_exit.config.validate import LATEST_FILE
 from megatron.early_exit.model.key_names import key_of, name_of
 
 _RANK_FILE = "model_optim_rng.pt"
-_COMMON_FILE, _BRIDGE_FILE = "common.pt", "run_config.yaml"
+_BRIDGE_FILE = "run_config.yaml"
 _COMMON_OBJECT = "common_state/shard_0_1"  # where core 0.19 keeps it
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _PARAMETERS = ("embedding.", "decoder.", "output_layer.")
@@ -135,14 +140,14 @@ def _sharded_settings(folder: Path) -> argparse.Namespace:
     if (folder / _BRIDGE_FILE).is_file():
         return bridge_settings(read_yaml(folder / _BRIDGE_FILE))
     raise FileNotFoundError(
-        f"{folder} does not say what model it holds: neither are Megatron-LM's arguments in {_COMMON_FILE}, nor is "
+        f"{folder} does not say what model it holds: neither are Megatron-LM's arguments in {COMMON_FILE}, nor is "
         f"there Megatron-Bridge's {_BRIDGE_FILE}"
     )
 
 
 def _common_state(folder: Path) -> dict[str, Any]:
     """What is the same on all ranks."""
-    common = folder / _COMMON_FILE
+    common = folder / COMMON_FILE
     if common.is_file():
         return load_file(common)
     for index, info in read_metadata(folder).storage_data.items():
@@ -376,18 +381,12 @@ def write_megatron(
     check_target(save, force)
     model = description.model
     check_parameters(tensors, model, ExitConfig())
-    final, partial = save / "release", save / "release.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     pieces = [_piece(name, tensor, model.num_layers) for name, tensor in tensors.items()]
-    try:
-        partial.mkdir(parents=True)
+    partial = save / "release.partial"
+    with written_whole(partial, sum(tensor.num_bytes for tensor in tensors.values())):
         planner = _PiecesPlanner(pieces, _states_beside_parameters(model), progress)
         with writing(partial):
             dcp.save({}, storage_writer=FileSystemWriter(partial, thread_count=1), planner=planner, no_dist=True)
-        (partial / "metadata.json").write_text(
-            json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
-                        "common_backend_version": 1})
-        )  # fmt: skip
         dtype = next(iter(tensors.values())).dtype
         common = {
             "args": arguments(model, description.tokenizer, dtype),
@@ -395,17 +394,10 @@ def write_megatron(
             "iteration": 0,
             "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False},
         }
-        torch.save(common, partial / _COMMON_FILE)
+        write_common(common, partial)
         if check is not None:
             check(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing half-written is left
-        raise
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    (save / LATEST_FILE).write_text("release", encoding="utf-8")
-    return final
+        return publish_as(partial, save / "release", "release")
 
 
 def check_target(save: Path, force: bool) -> None:

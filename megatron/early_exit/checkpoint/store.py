@@ -145,46 +145,51 @@ def write_checkpoint(
     check_target(save, force)
     linked = _linked(tensors, save)
     new = {name: tensor for name, tensor in tensors.items() if name not in linked}
-    _check_room(save, sum(tensor.num_bytes for tensor in new.values()))
-    save.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(save)
-    try:
-        folders.clean_up(save)
-        return _write(save, description, new, linked, check, progress)
-    finally:
-        lock.release()
-
-
-def _write(
-    save: Path,
-    description: ModelDescription,
-    new: Tensors,
-    linked: dict[str, Origin],
-    check: Callable[[Path], None] | None,
-    progress: Progress | None,
-) -> Path:
-    partial = folders.begin(save, 0)
-    try:
+    partial = folders.partial_folder(save, 0)
+    with written_whole(partial, sum(tensor.num_bytes for tensor in new.values())):
         _write_tensors(partial, new, progress)
         checksums = _checksums_of_tensors(partial)
         if linked:
             checksums |= _link(partial, linked)
-        (partial / "metadata.json").write_text(
-            json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
-                        "common_backend_version": 1})
-        )  # fmt: skip
-        torch.save({"content_metadata": dict(CONTENT_METADATA)}, partial / COMMON_FILE)
+        write_common({"content_metadata": dict(CONTENT_METADATA)}, partial)
         write_description(description, partial)
         write_checksums(partial, checksums)
         if check is not None:
             check(partial)
+        return folders.publish(partial, 0)
+
+
+@contextmanager
+def written_whole(partial: Path, num_bytes: int) -> Iterator[None]:
+    """Have the folder of a run for one writer alone and `partial` in it empty, to be published at the end; whatever
+    fails, nothing half-written is left. num_bytes: what will be written.
+
+    Raises OSError if there is no room, or if somebody else writes there."""
+    save = partial.parent
+    _check_room(save, num_bytes)
+    save.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(save)
+    try:
+        folders.clean_up(save)
+        folders.empty(partial)
+        yield
     except BaseException as error:
         reason = folders.why_not_written(error, partial)
-        shutil.rmtree(partial, ignore_errors=True)  # nothing half-written is left
+        shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, RuntimeError):  # of PyTorch's writer
             raise OSError(f"{partial} cannot be written: {reason}") from error
         raise
-    return folders.publish(partial, 0)
+    finally:
+        lock.release()
+
+
+def write_common(common: dict[str, Any], folder: Path) -> None:
+    """Write what core wants beside the tensors of `torch_dist` into `folder`. common: for all ranks."""
+    (folder / "metadata.json").write_text(
+        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+                    "common_backend_version": 1})
+    )  # fmt: skip
+    torch.save(common, folder / COMMON_FILE)
 
 
 def _checksums_of_tensors(folder: Path) -> Checksums:
