@@ -187,12 +187,47 @@ def test_gpt2_as_older_files_hold_it(tmp_path: Path) -> None:
     source = read_hugging_face(tmp_path / "theirs")
     assert source.notes == []
     assert torch.equal(source.tensors[EMBEDDING].read(), weights["transformer.wte.weight"])
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64, dtype=(torch.bool, torch.uint8)[i % 2]) for i in range(4)}
+    put_weights(tmp_path / "theirs", old | masks)
+    assert read_hugging_face(tmp_path / "theirs").notes == []
     put_weights(tmp_path / "theirs", old | {"h.0.crossattention.c_attn.weight": torch.ones(4)})
     with pytest.raises(ValueError, match="transformer.h.0.crossattention.c_attn.weight, which config.json does not"):
         read_hugging_face(tmp_path / "theirs")
     edit(tmp_path / "theirs", add_cross_attention=True)
     with pytest.raises(ValueError, match="not supported: add_cross_attention True"):
         read_hugging_face(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_only_weights_must_have_a_type_of_weights(llama: Path, dtype: torch.dtype, is_pickled: bool) -> None:
+    def put(weights: dict[str, torch.Tensor]) -> None:
+        if is_pickled:
+            (llama / "model.safetensors").unlink(missing_ok=True)
+            torch.save(weights, llama / "pytorch_model.bin")
+        else:
+            put_weights(llama, weights)
+
+    weights, name = weights_of(llama), "model.layers.1.mlp.up_proj.weight"
+    put(weights | {"step": torch.ones(2).to(dtype)})
+    assert read_hugging_face(llama).notes == ["not part of the model, and left out: step"]
+    put(weights | {name: weights[name].to(dtype)})
+    with pytest.raises(ValueError, match=f"{name} has the type {str(dtype)[6:]}, which weights cannot have here"):
+        read_hugging_face(llama)
+
+
+def test_weights_that_are_not_finite(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    weights = weights_of(llama)
+    words = ["from-hf", "--input", str(llama), "--save", str(tmp_path / "ours")]
+    for value, more in ((torch.nan, []), (torch.inf, []), (1e6, ["--dtype", "fp16"])):
+        changed = weights["model.norm.weight"].clone()
+        changed[3] = value
+        put_weights(llama, weights | {"model.norm.weight": changed})
+        assert main([*words, *more]) == 2
+        error = capsys.readouterr().err
+        assert "final_layernorm.weight holds values that are not finite in float" in error and "report" not in error
+    assert not list((tmp_path / "ours").glob("iter_*"))
+    convert(*words, *more, "--skip-comparison")
 
 
 def test_settings_without_an_effect_are_named_or_kept(llama: Path) -> None:
@@ -257,8 +292,22 @@ def test_shards_of_different_versions(llama: Path) -> None:
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "../a.safetensors")}))
     with pytest.raises(ValueError, match="names files outside of its folder"):
         read_hugging_face(llama)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "a.safetensors") | {"x": None}}))
+    with pytest.raises(ValueError, match=r"index.json is damaged: its weight_map names files by other things than text"):
+        read_hugging_face(llama)
     index.write_text("{")
     with pytest.raises(ValueError, match=r"index.json is not readable as JSON"):
+        read_hugging_face(llama)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_were_not_fetched(name: str, llama: Path) -> None:
+    (llama / "model.safetensors").unlink()
+    (llama / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ValueError, match=f"{name} only points to the weights: run `git lfs pull`"):
+        read_hugging_face(llama)
+    (llama / name).write_bytes(b"")
+    with pytest.raises(OSError, match=f"{name} cannot be read, it may be damaged or not fully copied: [A-Za-z]"):
         read_hugging_face(llama)
 
 

@@ -296,10 +296,20 @@ def test_ends_are_those_of_the_models_folder(
     assert build_tokenizer(DataConfig(tokenizer_type="ByteLevelTokenizer")).ends == {256}
 
 
-def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"eos_token_id": [', r"generation_config\.json is not JSON"),
+        ("[]", r"generation_config\.json holds no JSON object"),
+        ('{"eos_token_id": "3"}', r"eos_token_id in .*generation_config\.json is '3', and no id or list of ids"),
+        ('{"eos_token_id": [3, null]}', r"eos_token_id in .*generation_config\.json is \[3, None\], and no id"),
+        ('{"text_config": 7}', r"text_config in .*generation_config\.json is 7, and no JSON object"),
+    ],
+)
+def test_a_damaged_generation_config_is_named(content: str, message: str, tmp_path: Path) -> None:
     plain(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [')
-    with pytest.raises(ValueError, match=r"generation_config\.json is not JSON"):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
         build_tokenizer(DataConfig(tokenizer_model=str(tmp_path)))
 
 

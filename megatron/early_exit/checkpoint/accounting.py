@@ -36,6 +36,7 @@ _ROPE_SETTINGS = frozenset((
     "rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor",
     "original_max_position_embeddings",
 ))  # fmt: skip
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SHOWN = 5
 
 
@@ -100,8 +101,8 @@ def resolve_tied_output(tensors: Tensors, config: PretrainedConfig, family: Fami
 def check_tensors(tensors: Tensors, config: PretrainedConfig, family: Family) -> list[str]:
     """Notes on tensors that are not part of the model.
 
-    Raises ValueError with the names of parameters that are missing, of other shapes than the settings say, or in the
-    model's layers without a setting that names them."""
+    Raises ValueError with the names of parameters that are missing, of other shapes than the settings say or of other
+    types than weights have, or in the model's layers without a setting that names them."""
     shapes, sizes = family.shapes(config), family.sizes(config)
     problems = []
     missing = [name for name in shapes if name not in tensors]
@@ -117,6 +118,11 @@ def check_tensors(tensors: Tensors, config: PretrainedConfig, family: Family) ->
                 f"{name} has the shape {list(tensors[name].shape)}, but config.json says {list(expected)} "
                 f"({', '.join(_explained(dimension, sizes) for dimension in shape)})"
             )
+    problems += [
+        f"{name} has the type {str(tensor.dtype).removeprefix('torch.')}, which weights cannot have here"
+        for name, tensor in tensors.items()
+        if (name in shapes or name.startswith(THEIR_EXITS)) and tensor.dtype not in _WEIGHT_DTYPES
+    ]
     rest = [name for name in tensors if name not in shapes and not family.derived.fullmatch(name)]
     rest = [name for name in rest if not name.startswith(THEIR_EXITS)]
     inside = [name for name in rest if name.startswith(family.base_prefix) or name == "lm_head.bias"]

@@ -17,7 +17,11 @@ _PICKLED, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _ORDER = (WEIGHTS, INDEX, _PICKLED, _PICKLED_INDEX)
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_LFS_POINTER = b"version https://git-lfs"
+"""What stands in place of a large file that was cloned without Git LFS."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -48,6 +52,7 @@ def read_weight_files(folder: Path) -> tuple[Tensors, list[str]]:
     files = [folder / chosen] if chosen in (WEIGHTS, _PICKLED) else _shards(folder / chosen)
     tensors: Tensors = {}
     for file in files:
+        _check_is_no_pointer(file)
         new = read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
         twice = sorted(set(tensors) & set(new))
         if twice:
@@ -62,6 +67,8 @@ def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} is damaged: its weight_map names files by other things than text")
     names = sorted(set(weight_map.values()))
     folder = index.parent
     outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
@@ -71,6 +78,12 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:3])}")
     return [folder / name for name in names]
+
+
+def _check_is_no_pointer(file: Path) -> None:
+    with file.open("rb") as opened:
+        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{file} only points to the weights: run `git lfs pull` in its folder to get them")
 
 
 def _check_index(index: Path, tensors: Iterable[str]) -> None:
@@ -115,7 +128,8 @@ def _read_pickled(file: Path) -> Tensors:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file} holds more than weights, and is not read: {str(error).splitlines()[0]}") from error
     except (OSError, RuntimeError, EOFError) as error:
-        raise OSError(f"{file} cannot be read, it may be damaged or not fully copied: {error}") from error
+        words = str(error) or "it is empty"
+        raise OSError(f"{file} cannot be read, it may be damaged or not fully copied: {words}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{file} holds no weights by their names")
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

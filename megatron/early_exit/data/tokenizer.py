@@ -317,17 +317,25 @@ def _build_hugging_face(folder: Path) -> Tokenizer:
 def _ends_of_model(folder: Path) -> list[int]:
     """Ids that end an answer by the model's own files, as transformers reads them: generation_config.json, else
     config.json. Empty if neither says. Raises ValueError if one is damaged."""
-    for name in ("generation_config.json", "config.json"):
-        if not (folder / name).is_file():
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        if not file.is_file():
             continue
         try:
-            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+            settings = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{folder / name} is not JSON: {error}") from error
-        for section in (settings, settings.get("text_config") or {}):
-            ends = section.get("eos_token_id")
-            if ends is not None:
-                return [ends] if isinstance(ends, int) else list(ends)
+            raise ValueError(f"{file} is not JSON: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{file} holds no JSON object")
+        of_text = settings.get("text_config") or {}
+        if not isinstance(of_text, dict):
+            raise ValueError(f"text_config in {file} is {of_text!r}, and no JSON object")
+        for ends in (settings.get("eos_token_id"), of_text.get("eos_token_id")):
+            if ends is None:
+                continue
+            ids = ends if isinstance(ends, list) else [ends]
+            if not all(isinstance(token, int) for token in ids):
+                raise ValueError(f"eos_token_id in {file} is {ends!r}, and no id or list of ids")
+            return ids
     return []
 
 
