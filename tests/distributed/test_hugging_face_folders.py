@@ -293,7 +293,9 @@ def test_shards_of_different_versions(llama: Path) -> None:
     with pytest.raises(ValueError, match="names files outside of its folder"):
         read_hugging_face(llama)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "a.safetensors") | {"x": None}}))
-    with pytest.raises(ValueError, match=r"index.json is damaged: its weight_map names files by other things than text"):
+    with pytest.raises(
+        ValueError, match=r"index.json is damaged: its weight_map names files by other things than text"
+    ):
         read_hugging_face(llama)
     index.write_text("{")
     with pytest.raises(ValueError, match=r"index.json is not readable as JSON"):

@@ -24,6 +24,15 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run" / "metrics.jsonl"
 
 
+@pytest.mark.parametrize("left", [0, 5, 30])
+def test_zeros_of_a_power_failure_are_cut_off(path: Path, left: int) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:left] + bytes(100))
+    assert list(read_metrics(path)) == RECORDS
+    MetricsFile(path).close()
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize("left", [1, 5, 9, 30, 60])
 def test_a_torn_last_line_is_cut_off_and_passed_over(path: Path, left: int) -> None:
     whole = path.read_bytes()
@@ -44,7 +53,7 @@ def test_a_whole_last_line_without_its_end_is_kept(path: Path) -> None:
 
 
 def test_files_of_something_else_are_left_alone(path: Path) -> None:
-    for content in (b"my notes", b"a line\nand my notes"):
+    for content in (b"my notes", b"a line\nand my notes", b"my notes\n", b'{"text": "a"}\nmy notes\n'):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="does not hold metrics: it ends in b'.*my notes'. Give another file"):
             MetricsFile(path)

@@ -58,8 +58,8 @@ class Head:
 
 
 def compare_weights(made: Tensors, source: Tensors) -> None:
-    """Raise ValueError unless `made` has the parameters of `source`, bit for bit, and all are finite. Reads one tensor of
-    each at a time.
+    """Raise ValueError unless `made` has the parameters of `source`, bit for bit, and all are finite. Reads one
+    tensor of each at a time.
 
     Rows that one has more than the other are padding of the vocabulary and must be zeros."""
     names = sorted(made.keys() ^ source.keys())
@@ -69,8 +69,8 @@ def compare_weights(made: Tensors, source: Tensors) -> None:
         one, other = made[name].read(), tensor.read().to(made[name].dtype)
         if not other.isfinite().all():
             raise ValueError(
-                f"{name} holds values that are not finite in {str(other.dtype).removeprefix('torch.')} (NaN, infinity): "
-                "the source is damaged, or goes beyond the range of --dtype. --skip-comparison takes it as it is"
+                f"{name} holds values that are not finite in {str(other.dtype).removeprefix('torch.')} (NaN, infinity):"
+                " the source is damaged, or goes beyond the range of --dtype. --skip-comparison takes it as it is"
             )
         rows = min(len(one), len(other))
         if not torch.equal(one[:rows], other[:rows]) or one[rows:].any() or other[rows:].any():

@@ -67,17 +67,21 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _repair(path: Path) -> None:
-    """Remove a last line that a killed run began to write, so that the next one does not stand behind it."""
+    """Remove a last line that a killed run began to write, so that the next one does not stand behind it.
+
+    Raises ValueError if the file holds something else than metrics."""
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - _TAIL_BYTES, 0))
-        last_line = file.read().rpartition(b"\n")[2]
+        *whole_lines, last_line = file.read().split(b"\n")
+        written = last_line.rstrip(b"\0")  # a power failure leaves zeros where nothing had been written
+        ending = written or (whole_lines[-1] if whole_lines else b"")
+        if not (ending.startswith(_BEGINNING) or _BEGINNING.startswith(ending)):
+            raise ValueError(
+                f"--metrics-file {path} does not hold metrics: it ends in {ending[:40]!r}. Give another file."
+            )
         if not last_line:
             return
-        if not (last_line.startswith(_BEGINNING) or _BEGINNING.startswith(last_line)):
-            raise ValueError(
-                f"--metrics-file {path} does not hold metrics: it ends in {last_line[:40]!r}. Give another file."
-            )
         try:
             json.loads(last_line)
         except ValueError:
