@@ -21,7 +21,7 @@ from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.validate import LATEST_FILE, check_outputs
 from megatron.early_exit.platform.command_line import STATUS_INTERRUPTED, output_is_closed, run_program
-from megatron.early_exit.platform.failures import in_words, lost_peer
+from megatron.early_exit.platform.failures import in_words, lost_loader, lost_peer
 from megatron.early_exit.platform.processes import die_with_torchrun
 
 # More than ranks that start together on a busy host lag behind each other.
@@ -85,6 +85,9 @@ def train(config: RunConfig, rank: int) -> None:
         print(message(rank, text), file=sys.stderr, flush=True)
         abort()
     except Exception as error:
+        if ended := lost_loader(error):
+            print(message(rank, ended), file=sys.stderr, flush=True)
+            abort()
         found = lost_peer(error, rank, config.parallel.distributed_timeout_minutes)
         text = f"error: {found}\n" if found else f"rank {rank} failed:\n"
         print(text + traceback.format_exc(), file=sys.stderr, flush=True)

@@ -29,6 +29,13 @@ def run_tool(words: list[str]) -> tuple[int, str]:
     return status, errors.getvalue()
 
 
+def run_tool_with_output(words: list[str]) -> tuple[int, str, str]:
+    """(exit status, what it prints, what it says of errors)"""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        status, errors = run_tool(words)
+    return status, output.getvalue(), errors
+
+
 def expected_quality(cfg: RunConfig, documents: list[list[int]]) -> list[dict[str, float]]:
     with layout(cfg):
         sums: list[dict[str, float]] = []
@@ -114,3 +121,12 @@ def test_what_cannot_be_evaluated(words: list[str], message: str, tmp_path: Path
     words = ["--load", str(tmp_path / "model"), "--data-path", prefix, *words]
     ((status, text),) = run_distributed(1, run_tool, words=words)
     assert status == 2 and message in text
+
+
+def test_all_checkpoints_are_looked_at_first(tmp_path: Path) -> None:
+    cfg = make_config(use_exit_norm=True, max_position_embeddings=128)
+    run_distributed(1, save, cfg=cfg, folder=tmp_path / "model")
+    prefix = write_documents(tmp_path / "text", [list(range(40))])
+    words = ["--load", str(tmp_path / "model"), str(tmp_path / "nowhere"), "--data-path", prefix]
+    ((status, said, text),) = run_distributed(1, run_tool_with_output, words=words)
+    assert status == 2 and "nowhere: no such folder" in text and said == ""

@@ -89,6 +89,11 @@ def test_train_resume_and_generate(data: str, tmp_path: Path) -> None:
     second = train(2, *common, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--train-iters", "30")
     assert second.returncode == 0, second.stdout + second.stderr
     assert "training goes on at iteration 20" in second.stdout
+    assert "nothing is left to train" not in second.stdout
+
+    third = train(1, *common, "--train-iters", "30")
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert "nothing is left to train: --train-iters or --train-samples is reached" in third.stdout
 
     trained = records(folder / "metrics.jsonl", "train")
     assert [record["iteration"] for record in trained] == list(range(1, 31))

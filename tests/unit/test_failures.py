@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from megatron.early_exit.platform.failures import lost_peer
+import pretrain_early_exit_gpt
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.platform.failures import lost_loader, lost_peer
+from tests.configs import make_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,4 +85,28 @@ def test_what_is_said(sentences: dict[str, str], case: str, parts: list[str]) ->
     TimeoutError("gloo timed out"),
 ])  # fmt: skip
 def test_other_errors_are_left_alone(error: Exception) -> None:
-    assert lost_peer(error, 0, 10.0) is None
+    assert lost_peer(error, 0, 10.0) is None and lost_loader(error) is None
+
+
+class Killed(torch.utils.data.Dataset):
+    """A dataset whose loading process is killed."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_a_process_that_loads_data_is_killed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def pretrain(config: RunConfig) -> None:
+        next(iter(torch.utils.data.DataLoader(Killed(), num_workers=1)))
+
+    monkeypatch.setattr("megatron.early_exit.training.pretrain.pretrain", pretrain)
+    monkeypatch.setattr(pretrain_early_exit_gpt, "abort", lambda: sys.exit(1))
+    with pytest.raises(SystemExit):
+        pretrain_early_exit_gpt.train(make_config(), 1)
+    said = capsys.readouterr().err
+    assert said.startswith("error on rank 1: a process that loads data has ended (DataLoader worker")
+    assert "--num-workers" in said and "Traceback" not in said

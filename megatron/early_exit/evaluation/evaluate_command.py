@@ -9,10 +9,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.platform.command_line import add_verbose_flag, show_progress
 from megatron.early_exit.platform.failures import in_words
+
+if TYPE_CHECKING:
+    from megatron.early_exit.inference.params import GenerationParams
 
 _PROMPT_LENGTH = 32
 """Tokens that answers are decoded from."""
@@ -22,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate_exits.py",
         description="Loss and accuracy of every exit on a text, how often it says what the final head says, and with "
-        "--thresholds what early exit brings: speed, layers saved, agreement with the full model, perplexity.",
+        "--thresholds what early exit brings: speed, layers saved, how many tokens the full model would have taken at "
+        "their place, and the perplexity of the answers under the full model.",
     )
     parser.add_argument("--load", required=True, nargs="+", metavar="DIR", help="folders of checkpoints to compare")
     parser.add_argument("--load-iteration", type=int, help="checkpoint of each; default: the last one")
@@ -43,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         _check_output(args.output)
-        results = [evaluate(args, path) for path in args.load]
+        lengths = [check(args, path) for path in args.load]  # all of them before the first is loaded
+        results = [evaluate(args, path, *one) for path, one in zip(args.load, lengths, strict=True)]
     except BrokenPipeError:  # the reader of the output has ended: `run_program` deals with it
         raise
     except (ValueError, OSError) as error:
@@ -65,24 +70,18 @@ def _check_output(path: Path | None) -> None:
         raise ValueError(f"--output {path}: {problem}")
 
 
-def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
-    """Print and return what the exits of one checkpoint do. Raises ValueError or OSError."""
+def check(args: argparse.Namespace, path: str) -> tuple[int, int]:
+    """(tokens of a sampled sequence, longest sequence that the evaluation needs). Loads no weights.
+
+    Raises ValueError or OSError for what could not be evaluated."""
     from megatron.early_exit.config.serialize import checkpoint_folder, read_description
-    from megatron.early_exit.data.text_samples import sample_sequences, sequence_length
-    from megatron.early_exit.evaluation.exit_quality import decoding_quality, exit_quality
-    from megatron.early_exit.inference.llm import LLM
-    from megatron.early_exit.inference.params import GenerationParams
-    from megatron.early_exit.inference.report import aligned
+    from megatron.early_exit.data.text_samples import sequence_length
+    from megatron.early_exit.data.token_files import check_token_file
     from megatron.early_exit.platform.world import check_world_size
 
     check_world_size(1)
     if args.tokens < 2 or args.prompts < 1 or args.answer_tokens < 2:
         raise ValueError("--tokens and --answer-tokens must be at least 2, --prompts at least 1")
-    common = {"max_tokens": args.answer_tokens, "ignore_eod": True}
-    settings = {"full": GenerationParams(**common)} | {
-        f"threshold {value:g}": GenerationParams(**common, mode="early_exit", exit_thresholds=(value,))
-        for value in args.thresholds
-    }
     description = read_description(checkpoint_folder(path, args.load_iteration))
     longest = description.max_position_embeddings
     length = sequence_length(args.sequence_length, longest)
@@ -92,8 +91,32 @@ def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
             f"decoding needs prompts of {_PROMPT_LENGTH} tokens and room for --answer-tokens {args.answer_tokens}; the "
             f"model takes {longest}"
         )
-    for one in settings.values():
+    for one in _decoding_settings(args).values():
         one.exit_policy(description.exits)
+    check_token_file(args.data_path)
+    return length, needed
+
+
+def _decoding_settings(args: argparse.Namespace) -> dict[str, GenerationParams]:
+    """The ways of decoding that are compared, by name; the full model is the first."""
+    from megatron.early_exit.inference.params import GenerationParams
+
+    common = {"max_tokens": args.answer_tokens, "ignore_eod": True}
+    return {"full": GenerationParams(**common)} | {
+        f"threshold {value:g}": GenerationParams(**common, mode="early_exit", exit_thresholds=(value,))
+        for value in args.thresholds
+    }
+
+
+def evaluate(args: argparse.Namespace, path: str, length: int, needed: int) -> dict[str, Any]:
+    """Print and return what the exits of one checkpoint do. `length` and `needed` are those of `check`.
+
+    Raises ValueError or OSError."""
+    from megatron.early_exit.data.text_samples import sample_sequences
+    from megatron.early_exit.evaluation.exit_quality import decoding_quality, exit_quality
+    from megatron.early_exit.inference.llm import LLM
+    from megatron.early_exit.inference.report import aligned
+
     llm = LLM.load(path, iteration=args.load_iteration, max_requests=1, max_length=needed, dtype=args.dtype)
     decoder = llm.engine.decoder
     sequences = sample_sequences(args.data_path, decoder.vocab_size, args.tokens, length)
@@ -122,7 +145,7 @@ def evaluate(args: argparse.Namespace, path: str) -> dict[str, Any]:
             f"decoding needs prompts of {_PROMPT_LENGTH} tokens: no sampled sequence of {args.data_path} is so long; "
             "raise --sequence-length or --tokens, or choose another text"
         )
-    ways = decoding_quality(llm, prompts, settings, show_progress("answers"))
+    ways = decoding_quality(llm, prompts, _decoding_settings(args), show_progress("answers"))
     rows = [("decoding", "tokens/s", "speed", "layer runs saved", "agreement", "perplexity")]
     for way in ways:
         rows.append((

@@ -1,4 +1,4 @@
-"""Failures in words: other ranks that are gone or do not answer, and what the operating system refuses.
+"""Failures in words: other ranks and processes that are gone or do not answer, and what the operating system refuses.
 
 Imports neither torch nor core, so that it serves where these fail.
 """
@@ -47,6 +47,17 @@ def lost_peer(error: BaseException, rank: int, timeout_minutes: float) -> str | 
             "scheduler) leaves none. Resume from the last checkpoint with --load."
         )
     return None
+
+
+def lost_loader(error: BaseException) -> str | None:
+    """A sentence for the end of a process that loads data, and what to do; None for other errors."""
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker"):
+        return None
+    return (
+        f"a process that loads data has ended ({str(error).strip().rstrip('.')}). Mostly the system has killed it for "
+        "want of memory: fewer --num-workers need less (0 loads in the training process itself). Resume from the last "
+        "checkpoint with --load."
+    )
 
 
 def _waiting_place(trace: TracebackType | None) -> str:

@@ -178,6 +178,11 @@ def train(run: Run) -> bool:
     else:
         return False
     window = LogWindow(run.model.exit_losses)
+    if _is_finished(run):
+        run.reporter.text(
+            " nothing is left to train: --train-iters or --train-samples is reached. To go on, give more, with "
+            "--override-opt-param-scheduler"
+        )
 
     stop_reason = None
     while not (stop_reason or _is_finished(run)):

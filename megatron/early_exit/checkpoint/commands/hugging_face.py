@@ -96,7 +96,7 @@ def _rows_for(tokenizer: Path, rows: int) -> int:
     names = sorted(without_row, key=without_row.__getitem__)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     show_notes([
-        f"the tokenizer has {len(names)} added tokens that the model has no row for ({', '.join(names[:5])}{more}): "
+        f"the tokenizer has {len(names)} added token(s) that the model has no row for ({', '.join(names[:5])}{more}): "
         "rows of zeros are added, and the model never says them unless it is trained to"
     ])  # fmt: skip
     return num_ids
