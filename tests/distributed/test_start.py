@@ -117,6 +117,16 @@ def test_tuning_does_not_go_on_from_training_nor_training_from_tuning(data: str,
     assert "is of a run that tuned exits alone" in error and "--pretrained-checkpoint" in error
 
 
+def why_not_served(folder: Path) -> str | None:
+    from megatron.early_exit.inference.llm import LLM
+
+    try:
+        LLM.load(str(folder))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 @pytest.mark.parametrize("name", [METADATA_FILE, "metadata.json", "common.pt", "__0_0.distcp"])
 def test_a_missing_file_is_named(data: str, tmp_path: Path, name: str) -> None:
     folder = save(data, tmp_path / "ck")
@@ -124,6 +134,7 @@ def test_a_missing_file_is_named(data: str, tmp_path: Path, name: str) -> None:
     error = start(data, tmp_path, folder)
     assert error.startswith(f"FileNotFoundError: the checkpoint {folder}/iter_0000001 is not whole: {name} is missing.")
     assert "Copy it again" in error and "\n" not in error
+    assert run_distributed(1, why_not_served, folder=folder) == [error]
 
 
 def test_other_tensors_than_the_settings_say(data: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron.early_exit.checkpoint.core_loading import load_sharded
 from megatron.early_exit.checkpoint.safe_pickle import read_metadata
-from megatron.early_exit.checkpoint.start import reading, tensor_mismatches
+from megatron.early_exit.checkpoint.start import check_is_whole, reading, tensor_mismatches
 from megatron.early_exit.checkpoint.store import CONTENT_METADATA
 from megatron.early_exit.config.description import MismatchError, ModelDescription
 from megatron.early_exit.config.parallel import ParallelConfig
@@ -50,6 +50,7 @@ def load_model_for_inference(
 
 def load_weights(folder: Path, model: Model) -> None:
     """Load the parameters of the checkpoint in `folder`, whose architecture `model` has. Raises OSError."""
+    check_is_whole(folder)
     sharded = sharded_weights(model)
     with reading(folder):
         check_tensors(sharded, folder)

@@ -81,13 +81,7 @@ def _check(folder: Path, config: RunConfig) -> None:
             f"{folder} holds another architecture:\n  " + "\n  ".join(differences)
             + "\nChange the flags, or take the architecture from the checkpoint with --use-checkpoint-args."
         )  # fmt: skip
-    with reading(folder):
-        missing = _missing_files(folder)
-    if missing:
-        raise FileNotFoundError(
-            f"the checkpoint {folder} is not whole: {_some(missing)} {'is' if len(missing) == 1 else 'are'} missing. "
-            "Copy it again, or choose another with --load-iteration."
-        )
+    check_is_whole(folder)
     if not loads_optimizer(config):
         return
     with reading(folder):
@@ -107,6 +101,17 @@ def _check(folder: Path, config: RunConfig) -> None:
         raise MismatchError(
             f"the optimizer state of {folder} is {reason}. Resume with the settings of the run that saved it, or go on "
             "without its optimizer state with --no-load-optim."
+        )
+
+
+def check_is_whole(folder: Path) -> None:
+    """Raise FileNotFoundError if files of the checkpoint in `folder` are missing, OSError if it cannot be read."""
+    with reading(folder):
+        missing = _missing_files(folder)
+    if missing:
+        raise FileNotFoundError(
+            f"the checkpoint {folder} is not whole: {_some(missing)} {'is' if len(missing) == 1 else 'are'} missing. "
+            "Copy it again, or choose another with --load-iteration."
         )
 
 
