@@ -551,10 +551,23 @@ def test_models_that_do_not_fit_into_memory(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(
-        "megatron.early_exit.checkpoint.comparison.psutil.virtual_memory", lambda: SimpleNamespace(available=2**20)
+        "megatron.early_exit.checkpoint.comparison.psutil.virtual_memory",
+        lambda: SimpleNamespace(available=2**20, total=2**40),
     )
     convert("from-hf", "--input", llama, "--save", tmp_path / "ours")
     assert "compared: weights, tokenizer; logits not compared: that takes" in capsys.readouterr().out
+
+
+def test_all_chat_templates_are_kept(llama: Path, tmp_path: Path) -> None:
+    import transformers
+
+    (llama / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (llama / "additional_chat_templates").mkdir()
+    (llama / "additional_chat_templates/tool_use.jinja").write_text("tools: {{ messages[0].content }}")
+    convert("from-hf", "--input", llama, "--save", tmp_path / "ours")
+    convert("to-hf", "--load", tmp_path / "ours", "--output", tmp_path / "back")
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back").chat_template
+    assert back == {"default": "{{ messages[0].content }}", "tool_use": "tools: {{ messages[0].content }}"}
 
 
 def test_tokenizers_that_differ(llama: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, with_row
 from megatron.early_exit.checkpoint.weight_files import INDEX, WEIGHTS, read_json, read_weight_files
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.data.tokenizer import HUGGING_FACE_FILES, MODEL_FILES
+from megatron.early_exit.data.tokenizer import present_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -147,12 +147,6 @@ def _read_config(path: Path, gguf_file: str | None) -> PretrainedConfig:
         raise ValueError(f"transformers cannot read the settings of the model in {path}: {words}") from error
 
 
-def tokenizer_files(path: Path) -> list[Path]:
-    """Files of the tokenizer and the settings in a folder of `transformers`."""
-    names = (*HUGGING_FACE_FILES, *MODEL_FILES)
-    return [path / name for name in names if (path / name).is_file()]
-
-
 def write_hugging_face(
     output: Path,
     model: ModelConfig,
@@ -192,9 +186,11 @@ def write_hugging_face(
         _write_safetensors(partial, theirs, max_shard_bytes, progress)
         if exits is not None:
             write_exit_class(partial, exits, family)
-        for file in tokenizer_files(tokenizer) if tokenizer is not None else []:
+        for file in present_files(tokenizer) if tokenizer is not None else []:
             if file.name != "config.json":
-                shutil.copyfile(file, partial / file.name)
+                copied = partial / file.relative_to(tokenizer)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copied)
         if check is not None:
             check(partial)
     return model_type

@@ -25,6 +25,7 @@ HUGGING_FACE_FILES = (
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 class Library(Protocol):
@@ -240,7 +241,7 @@ def read_tokenizer_files(data: TokenizerConfig) -> dict[str, bytes]:
     if data.tokenizer_model and _needs_model(data):
         source = _existing_model(data)
         if data.tokenizer_type == "HuggingFaceTokenizer":
-            files = {path.name: path.read_bytes() for path in _hugging_face_files(source)}
+            files = {str(path.relative_to(source)): path.read_bytes() for path in _hugging_face_files(source)}
         else:
             files = {SENTENCEPIECE_FILE: source.read_bytes()}
     settings = {
@@ -254,7 +255,9 @@ def write_tokenizer(files: Mapping[str, bytes], folder: str | Path) -> None:
     """Write what `read_tokenizer_files` read into `folder` (made if missing)."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (Path(folder) / name).write_bytes(content)
+        path = Path(folder) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -281,8 +284,14 @@ def _existing_model(data: TokenizerConfig) -> Path:
     return path
 
 
+def present_files(folder: Path) -> list[Path]:
+    """Files in a folder of transformers that make up its tokenizer, or say what model it is."""
+    names = [folder / name for name in (*HUGGING_FACE_FILES, *MODEL_FILES)]
+    return [path for path in (*names, *sorted(folder.glob(_MORE_TEMPLATES))) if path.is_file()]
+
+
 def _hugging_face_files(folder: Path) -> list[Path]:
-    files = [folder / name for name in (*HUGGING_FACE_FILES, *MODEL_FILES) if (folder / name).is_file()]
+    files = present_files(folder)
     if not any(path.name not in MODEL_FILES for path in files):
         raise ValueError(f"--tokenizer-model {folder} holds no tokenizer (tokenizer.json, vocab.json, tokenizer.model)")
     return files
