@@ -119,7 +119,7 @@ def interrupted_fill(cfg: RunConfig) -> list[str]:
     try:
         run = build_run(cfg)
         assert not run.caching.fill(said.append, lambda: next(answers))
-        assert run.caching.cache.num_leading(run.caching.points) == 16
+        assert run.caching.cache.num_leading(run.caching.capture_points) == 16
         assert run.caching.fill(said.append, lambda: None)
         assert run.caching.cache.done("layer_3_output").all()
         said.append("now complete")

@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -461,7 +460,7 @@ def test_added_tokens_without_rows(tmp_path: Path, capsys: pytest.CaptureFixture
     tokenizer.save_pretrained(tmp_path / "theirs")
     words = ("from-hf", "--input", tmp_path / "theirs", "--save", tmp_path / "ours")
     convert(*words, "--make-vocab-size-divisible-by", 31)
-    assert "1 added tokens that the model has no row for ([PAD]): rows of zeros are added" in capsys.readouterr().err
+    assert "1 added token(s) that the model has no row for ([PAD]): rows of zeros are added" in capsys.readouterr().err
     found = ours(tmp_path / "ours")
     assert found[OUTPUT].shape[0] == 124 and not found[OUTPUT][93:].any()
     assert greedy(tmp_path / "ours") == [92] * 3
@@ -550,10 +549,7 @@ def test_what_went_wrong_is_not_called_done(
 def test_models_that_do_not_fit_into_memory(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(
-        "megatron.early_exit.checkpoint.comparison.psutil.virtual_memory",
-        lambda: SimpleNamespace(available=2**20, total=2**40),
-    )
+    monkeypatch.setattr("megatron.early_exit.checkpoint.comparison.free_main_memory_bytes", lambda: 2**10)
     convert("from-hf", "--input", llama, "--save", tmp_path / "ours")
     assert "compared: weights, tokenizer; logits not compared: that takes" in capsys.readouterr().out
 

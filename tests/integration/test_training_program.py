@@ -39,8 +39,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    joined = lambda first, name: os.pathsep.join(filter(None, [str(first), os.environ.get(name)]))
+    return {
+        **os.environ, "PYTHONPATH": joined(ROOT, "PYTHONPATH"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+        "PATH": joined(Path(sys.executable).parent, "PATH"),  # scripts call python and torchrun by name
+    }  # fmt: skip
 
 
 def run_tool(*words: str, timeout: int = 120) -> subprocess.CompletedProcess:

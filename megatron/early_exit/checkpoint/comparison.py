@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from megatron.early_exit.checkpoint.tensors import Tensors
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.data.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
-from megatron.early_exit.platform.device import machine_memory_bytes
+from megatron.early_exit.platform.device import free_main_memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -91,7 +90,7 @@ def compare_logits(
     gguf: name of the file in `folder` and its completed settings. tolerance: of the largest logit. choices_only:
     compare the most probable tokens alone. Raises ValueError if they differ."""
     needed = _bytes_of(head)
-    free = min(psutil.virtual_memory().available, machine_memory_bytes() - psutil.Process().memory_info().rss)
+    free = free_main_memory_bytes()
     if needed > free:
         return f"logits not compared: that takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
     tokens, positions = _sample(vocab_size, head.model.max_position_embeddings)

@@ -35,6 +35,11 @@ def free_memory_bytes() -> int:
     """Memory that this process may still take: of its GPU, or its share of the machine's or the container's."""
     if use_cuda():
         return torch.cuda.mem_get_info(device())[0]
+    return free_main_memory_bytes()
+
+
+def free_main_memory_bytes() -> int:
+    """Main memory that this process may still take: its share of the machine's or the container's."""
     import psutil
 
     own = psutil.Process().memory_info().rss
