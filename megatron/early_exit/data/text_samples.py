@@ -34,19 +34,24 @@ def sequence_length(wanted: int | None, longest: int) -> int:
 
 
 def sample_sequences(prefix: str, vocab_size: int, num_tokens: int, length: int) -> list[list[int]]:
-    """Beginnings of documents from all over the file, of 2 to `length` ids each, together at most `num_tokens`."""
+    """Beginnings of documents from all over the file, of 2 to `length` ids each, together at most `num_tokens`: so many
+    where documents are short as well, or all that there are."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     from megatron.early_exit.data.token_files import check_token_file
 
     check_token_file(prefix)
-    stride = max(len(IndexedDataset(prefix)) * length // max(num_tokens, 1), 1)
+    dataset = IndexedDataset(prefix)  # its lengths lie in a mapped file that closes with it
+    available = int(np.minimum(dataset.sequence_lengths, length).sum(dtype=np.int64))
     sequences: list[list[int]] = []
-    room = num_tokens
-    for index, tokens in enumerate(documents_of(prefix, vocab_size)):
-        if index % stride == 0 and tokens.size >= 2 and room >= 2:
+    taken = passed = 0
+    for tokens in documents_of(prefix, vocab_size):
+        room = num_tokens - taken
+        is_behind = taken * available <= passed * num_tokens  # taken as evenly as the file is passed
+        if is_behind and tokens.size >= 2 and room >= 2:
             sequences.append(tokens[: min(length, room)].tolist())
-            room -= len(sequences[-1])
+            taken += len(sequences[-1])
+        passed += min(tokens.size, length)
     if not sequences:
         raise ValueError(f"{prefix} holds no document of two tokens")
     return sequences

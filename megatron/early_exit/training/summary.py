@@ -20,8 +20,10 @@ def start_up_summary(config: RunConfig, model: Model, microbatches: Microbatches
     dtype = str(params_dtype(config)).removeprefix("torch.")
     where = f"{torch.cuda.get_device_name() if use_cuda() else 'CPU'}, {backend()}, {dtype}"
     tokens = microbatches.target_global_batch_size * training.seq_length
-    first_missing = config.build.num_built_layers + 1
-    tuned = f"; tuned alone, layers {first_missing} and up are not built" if training.tune_exit else ""
+    num_built = config.build.num_built_layers
+    tuned = "; tuned alone" if training.tune_exit else ""
+    if num_built < config.model.num_layers:
+        tuned += f", layers {num_built + 1} and up are not built"
     lines = [
         f"layout      {world_size} ranks = TP {parallel.tensor_model_parallel_size}"
         f"{' with sequence parallelism' if parallel.sequence_parallel else ''}"
