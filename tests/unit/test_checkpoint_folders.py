@@ -35,6 +35,8 @@ def test_a_missing_target_names_the_newest_checkpoint(tmp_path: Path) -> None:
         checkpoint_folder(tmp_path)
     with pytest.raises(ConfigError, match="--load-iteration 11: .*--load-iteration 10"):
         checkpoint_folder(tmp_path, 11)
+    with pytest.raises(ConfigError, match="--pretrained-checkpoint nowhere: no such folder"):
+        checkpoint_folder("nowhere", flag="--pretrained-checkpoint")
     (tmp_path / LATEST).write_text("12")
     with pytest.raises(ConfigError) as error:
         checkpoint_folder(tmp_path)
@@ -155,3 +157,13 @@ def test_no_space_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     usage = folders.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert "no space" in folders.why_not_written(RuntimeError("unexpected pos"), tmp_path / "not" / "there")
+
+
+def test_a_checkpoint_without_its_description_is_not_taken_for_another_kind(tmp_path: Path) -> None:
+    folder = finished(tmp_path, 3)
+    (folder / "run_config.yaml").unlink()
+    (folder / ".metadata").touch()
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer_settings.json").touch()
+    with pytest.raises(ConfigError, match=r"no finished checkpoint \(.*model.yaml is missing\)"):
+        checkpoint_folder(tmp_path)

@@ -43,13 +43,14 @@ def reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def find_checkpoint(load: str | None, load_iteration: int | None) -> Path | None:
-    """Folder of the checkpoint to load, or None if `load` has none yet (a run that starts where it will save).
+def find_checkpoint(load: str | None, load_iteration: int | None, flag: str = "--load") -> Path | None:
+    """Folder of the checkpoint to load, or None if `load` has none yet (a run that starts where it will save). flag:
+    which gave `load`.
 
     Raises ConfigError if what it or `load_iteration` names is not there."""
     if load is None or (load_iteration is None and not (Path(load) / LATEST_FILE).exists()):
         return None
-    return checkpoint_folder(load, load_iteration)
+    return checkpoint_folder(load, load_iteration, flag)
 
 
 def find_start(config: RunConfig) -> tuple[RunConfig, Path | None]:
@@ -60,7 +61,7 @@ def find_start(config: RunConfig) -> tuple[RunConfig, Path | None]:
     folder = find_checkpoint(checkpoint.load, checkpoint.load_iteration)
     if folder is None and checkpoint.pretrained_checkpoint is not None:
         config = replace(config, checkpoint=replace(checkpoint, finetune=True))
-        folder = find_checkpoint(checkpoint.pretrained_checkpoint, None)
+        folder = find_checkpoint(checkpoint.pretrained_checkpoint, None, "--pretrained-checkpoint")
     if folder is not None:
         _check(folder, config)
     return config, folder

@@ -375,12 +375,12 @@ def _build(settings: dict[str, Any], notes: _Notes, warn: Callable[[str], None])
     """The configuration, or None if required settings are missing (noted)."""
     present: ModelDescription | None = None
     if settings.get("use_checkpoint_args"):
-        source, iteration = _checkpoint_source(settings)
+        source, iteration, named_by = _checkpoint_source(settings)
         if source is None:
             notes.problems.append("--use-checkpoint-args without --load: give the checkpoint's folder")
             return None
         try:
-            present = checkpoint_description(source, iteration)
+            present = checkpoint_description(source, iteration, named_by)
         except ConfigError as error:
             notes.problems += [f"--use-checkpoint-args: {problem}" for problem in error.problems]
             return None
@@ -402,12 +402,12 @@ def _build(settings: dict[str, Any], notes: _Notes, warn: Callable[[str], None])
     return _normalised(cfg, warn)
 
 
-def _checkpoint_source(settings: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    """(folder, iteration) of the checkpoint that the run starts from."""
+def _checkpoint_source(settings: Mapping[str, Any]) -> tuple[str | None, int | None, str]:
+    """(folder, iteration) of the checkpoint that the run starts from, and the flag that names the folder."""
     load, pretrained = settings.get("load"), settings.get("pretrained_checkpoint")
     if pretrained is not None and (load is None or not has_checkpoint(load)):
-        return pretrained, None
-    return load, settings.get("load_iteration")
+        return pretrained, None, "--pretrained-checkpoint"
+    return load, settings.get("load_iteration"), "--load"
 
 
 def _warn_of_replaced(

@@ -28,6 +28,8 @@ def other_content(folder: str | Path) -> str | None:
     if is_own(folder):
         return f"one checkpoint itself; give the folder above it, {folder.absolute().parent}"
     has = lambda *patterns: any(any(folder.glob(pattern)) for pattern in patterns)
+    if has("iter_*[0-9]/tokenizer/tokenizer_settings.json"):
+        return None  # ours, but its description is missing
     convert = "tools/convert_checkpoint.py {} " + f"{folder} --save NEW_FOLDER"
     megatron = convert.format("from-megatron --load")
     if has("mp_rank_*", "*/mp_rank_*"):

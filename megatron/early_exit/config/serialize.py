@@ -284,15 +284,16 @@ REPLACED = ".replaced"
 """Behind the name of a checkpoint while another gets that name."""
 
 
-def checkpoint_folder(load: str | Path, load_iteration: int | None = None) -> Path:
-    """Folder of a checkpoint below the folder `load`: of the last finished one, or of `load_iteration`.
+def checkpoint_folder(load: str | Path, load_iteration: int | None = None, flag: str = "--load") -> Path:
+    """Folder of a checkpoint below the folder `load`: of the last finished one, or of `load_iteration`. flag: which
+    gave `load`.
 
     Raises ConfigError with what is missing and what to load instead."""
     if not Path(load).is_dir():
-        raise ConfigError([f"--load {load}: no such folder"])
+        raise ConfigError([f"{flag} {load}: no such folder"])
     if other := other_content(load):
-        raise ConfigError([f"--load {load} holds {other}"])
-    iteration = load_iteration or _latest_iteration(Path(load))
+        raise ConfigError([f"{flag} {load} holds {other}"])
+    iteration = load_iteration or _latest_iteration(Path(load), flag)
     folder = iteration_folder(load, iteration)
     if is_checkpoint(folder):
         return folder
@@ -305,18 +306,18 @@ def checkpoint_folder(load: str | Path, load_iteration: int | None = None) -> Pa
         what = f"--load-iteration {load_iteration}: {folder} does not exist"
     else:
         what = f"{Path(load) / LATEST_FILE} names iteration {iteration}, but {folder} does not exist"
-    raise ConfigError([f"--load {load}: {what}. {_instead(Path(load))}"])
+    raise ConfigError([f"{flag} {load}: {what}. {_instead(Path(load))}"])
 
 
-def _latest_iteration(load: Path) -> int:
+def _latest_iteration(load: Path, flag: str) -> int:
     latest = load / LATEST_FILE
     try:
         text = latest.read_text(encoding="utf-8").strip()
     except OSError:
-        raise ConfigError([f"--load {load}: {latest} is missing. {_instead(load)}"]) from None
+        raise ConfigError([f"{flag} {load}: {latest} is missing. {_instead(load)}"]) from None
     if not text.isdecimal():
         raise ConfigError(
-            [f"--load {load}: {latest} should hold an iteration, it holds {text[:40]!r}. {_instead(load)}"]
+            [f"{flag} {load}: {latest} should hold an iteration, it holds {text[:40]!r}. {_instead(load)}"]
         )
     return int(text)
 
@@ -347,11 +348,13 @@ def is_checkpoint(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (DESCRIPTION_FILE, RUN_CONFIG_FILE))
 
 
-def checkpoint_description(load: str | Path, load_iteration: int | None = None) -> ModelDescription:
-    """The model that a checkpoint below the folder `load` holds.
+def checkpoint_description(
+    load: str | Path, load_iteration: int | None = None, flag: str = "--load"
+) -> ModelDescription:
+    """The model that a checkpoint below the folder `load`, which `flag` gave, holds.
 
     Raises ConfigError that names the missing path."""
-    return read_description(checkpoint_folder(load, load_iteration))
+    return read_description(checkpoint_folder(load, load_iteration, flag))
 
 
 def read_description(folder: Path) -> ModelDescription:

@@ -77,7 +77,7 @@ def _read_base(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[
         return describe(args, model, exits, tokenizer_of(args, settings), tensors), tensors
     if not (args.base / LATEST_FILE).is_file():
         raise FileNotFoundError(f"--base {args.base} holds no checkpoint, of EE-LLM or ours")
-    description, tensors = read_checkpoint(checkpoint_folder(args.base))
+    description, tensors = read_checkpoint(checkpoint_folder(args.base, flag="--base"))
     if args.tokenizer_type or args.tokenizer_model:
         description = replace(description, tokenizer=tokenizer_of(args, settings))
     return description, tensors
