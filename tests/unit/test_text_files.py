@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import threading
 from collections.abc import Callable
@@ -99,8 +101,11 @@ def test_json_lines_and_gzip_are_known_by_their_content(tmp_path: Path, make: Ca
     assert texts(make(tmp_path / "c", gzip.compress(RECORDS)), "file") == ["one", "two"]
     assert texts(make(tmp_path / "d", RECORDS), "file", "text") == [RECORDS.decode()]
     assert texts(make(tmp_path / "e", b"{braces} are text\n"), "file") == ["{braces} are text\n"]
-    with pytest.raises(ValueError, match="f is compressed with zstd, which is not read: give --input <"):
-        texts(make(tmp_path / "f", b"\x28\xb5\x2f\xfd" + bytes(50)))
+    others = {"zstd": b"\x28\xb5\x2f\xfd" + bytes(50), "bzip2": bz2.compress(RECORDS), "xz": lzma.compress(RECORDS)}
+    for name, content in others.items():
+        with pytest.raises(ValueError, match=rf"f_{name} is compressed with {name}, which is not read: give --input <"):
+            texts(make(tmp_path / f"f_{name}", content))
+    assert texts(make(tmp_path / "g", b"BZh is text"), "file") == ["BZh is text"]
 
 
 def test_bytes_read_are_counted_of_compressed_files_and_pipes_alike(tmp_path: Path) -> None:

@@ -28,7 +28,13 @@ STANDARD_INPUT = "/dev/stdin"
 _HEAD_BYTES = 4096  # what is looked at to tell what a file is
 _BUFFER_BYTES = 1 << 17
 _GZIP_MAGIC = b"\x1f\x8b"
-_OTHER_COMPRESSIONS = {b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"), b"\xfd7zXZ\x00": ("xz", "xz -dc")}
+_OTHER_COMPRESSIONS = (
+    (rb"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
+    (rb"\xfd7zXZ\x00", "xz", "xz -dc"),
+    (rb"BZh[1-9]1AY&SY", "bzip2", "bzip2 -dc"),
+    (rb"PK\x03\x04", "zip", "unzip -p"),
+)
+"""First bytes, name, and the command that writes the text to its standard output."""
 _JQ = "`jq -c '.[]' FILE` makes lines of a list, `jq -c . FILE` of an object"
 _JSON_BEGINNING = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"')
 
@@ -205,8 +211,8 @@ def _opened(path: Path) -> Iterator[_Source]:
     with path.open("rb", buffering=0) as raw:
         file = _CountedFile(raw)
         head, stream = _peek(io.BufferedReader(file))
-        for magic, (name, command) in _OTHER_COMPRESSIONS.items():
-            if head.startswith(magic):
+        for magic, name, command in _OTHER_COMPRESSIONS:
+            if re.match(magic, head):
                 raise ValueError(
                     f"{path} is compressed with {name}, which is not read: give --input <({command} {path})"
                 )
