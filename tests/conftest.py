@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 
@@ -12,3 +13,9 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 # Programs that the tests start inherit what is ignored here: Ctrl-C in a background job, SIGHUP under nohup.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_sessionfinish() -> None:
+    """End processes that tests left: those that load data ignore SIGTERM, and Python would wait for them at its exit."""
+    for child in multiprocessing.active_children():
+        child.kill()
