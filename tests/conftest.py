@@ -16,6 +16,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_sessionfinish() -> None:
-    """End processes that tests left: those that load data ignore SIGTERM, and Python would wait for them at its exit."""
+    """End processes that tests left: those that load data ignore SIGTERM, and Python would wait for them at exit."""
     for child in multiprocessing.active_children():
         child.kill()
