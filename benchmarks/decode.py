@@ -4,7 +4,7 @@
 
 Parts (`--parts`; what they print is explained in `benchmarks/README.md`):
 - full: SmolLM2-135M, all layers, against `transformers.generate`; share of the time of the matrix products alone;
-- overhead: where a step's time goes; heads: what asking an exit costs, with and without shortlist and int8;
+- overhead: where a step's time goes; heads: what exit_probe an exit costs, with and without shortlist and int8;
 - assisted: self-speculation against transformers' `assistant_early_exit`, with the same untrained exit;
 - early_exit, speculative, throughput: a checkpoint that was trained with exits (`--load`).
 
@@ -28,11 +28,11 @@ import torch
 from benchmarks import common
 from benchmarks.decode_models import Checkpoint, SmolLM2
 from megatron.early_exit.inference.calibration import ExitCalibration, observe_exits
-from megatron.early_exit.inference.engine import Engine
+from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import RequestResult
-from megatron.early_exit.inference.rows import Layout, Segment
-from megatron.early_exit.inference.weights import Asking
+from megatron.early_exit.inference.worker.attention import AttentionMetadata, Segment
+from megatron.early_exit.inference.worker.weights import ExitProbe
 from megatron.early_exit.platform.device import device, use_cuda
 
 PARTS = ("full", "overhead", "heads", "assisted", "early_exit", "speculative", "throughput")
@@ -169,7 +169,9 @@ def measure_overhead(model: SmolLM2, settings: argparse.Namespace) -> list[dict[
                 return now() - started
 
             def attend() -> float:
-                layout: Layout = engine.decoder.layout([Segment(slot, 40, 1) for slot in range(batch)])
+                layout: AttentionMetadata = engine.decoder.attention_metadata(
+                    [Segment(slot, 40, 1) for slot in range(batch)]
+                )
                 started = now()
                 for index in range(engine.decoder.num_layers):
                     layout.attend(index, attention)
@@ -204,16 +206,22 @@ def measure_overhead(model: SmolLM2, settings: argparse.Namespace) -> list[dict[
 
 @torch.inference_mode()
 def measure_heads(model: SmolLM2, settings: argparse.Namespace) -> list[dict[str, Any]]:
-    """What asking the exit costs, in milliseconds and in layers."""
+    """What exit_probe the exit costs, in milliseconds and in layers."""
     frequent = tuple(range(0, model.vocab_size, model.vocab_size // 8192))[:8192]
-    askings = {"full": None, "shortlist": Asking(frequent), "int8": Asking(int8=True), "both": Asking(frequent, True)}
+    askings = {
+        "full": None,
+        "shortlist": ExitProbe(frequent),
+        "int8": ExitProbe(int8=True),
+        "both": ExitProbe(frequent, True),
+    }
     rows = []
     for count in (1, 2, 4, 8):
         progress(f"heads: {count} rows")
         decoders = {
-            name: model.engine(asking=asking, num_slots=1, length=64).decoder for name, asking in askings.items()
+            name: model.engine(exit_probe=exit_probe, num_slots=1, length=64).decoder
+            for name, exit_probe in askings.items()
         }
-        layout = decoders["full"].layout([Segment(0, 0, count)])
+        layout = decoders["full"].attention_metadata([Segment(0, 0, count)])
         hidden = decoders["full"].embed([5] * count, layout)
 
         def timed(action: Callable[[], object], times: int = 10) -> float:
@@ -223,7 +231,7 @@ def measure_heads(model: SmolLM2, settings: argparse.Namespace) -> list[dict[str
             return (now() - started) / times
 
         layers = decoders["full"].num_layers
-        variants = {name: (lambda d=d: timed(lambda: d.ask_exit(0, hidden))) for name, d in decoders.items()}
+        variants = {name: (lambda d=d: timed(lambda: d.probe_exit(0, hidden))) for name, d in decoders.items()}
         variants["layer"] = lambda: timed(lambda: decoders["full"].run_layers(hidden, layout, 0, layers), 2) / layers
         seconds = in_turn(variants, settings.rounds)
         rows.append({
@@ -302,7 +310,7 @@ def quality(engine: Engine, prompts: list[list[int]], results: list[RequestResul
     agree, log_prob, total = 0, 0.0, 0
     for prompt, result in zip(prompts, results, strict=True):
         tokens = prompt + result.token_ids
-        layout = decoder.layout([Segment(0, 0, len(tokens) - 1)])
+        layout = decoder.attention_metadata([Segment(0, 0, len(tokens) - 1)])
         hidden = decoder.run_layers(decoder.embed(tokens[:-1], layout), layout, 0, decoder.num_layers)[0]
         output = decoder.final_output(hidden[len(prompt) - 1 :])
         for row, token in enumerate(result.token_ids):

@@ -17,10 +17,10 @@ from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.config.settings import BuildConfig
 from megatron.early_exit.inference.calibration import ExitCalibration
-from megatron.early_exit.inference.decoder import Decoder
-from megatron.early_exit.inference.engine import Engine
-from megatron.early_exit.inference.linear import Int8Linear
-from megatron.early_exit.inference.weights import Asking, decoder_weights
+from megatron.early_exit.inference.engine.engine import Engine
+from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.worker.linear import Int8Linear
+from megatron.early_exit.inference.worker.weights import ExitProbe, decoder_weights
 from megatron.early_exit.model.build import build_model
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 from megatron.early_exit.platform.device import device
@@ -61,12 +61,12 @@ class TwinModel:
         self,
         kind: str = "fp32",
         num_slots: int = 16,
-        asking: Asking | None = None,
+        exit_probe: ExitProbe | None = None,
         length: int = 512,
         use_graphs: bool | None = None,
     ) -> Engine:
         return make_engine(
-            self.chunk, self.config, self.vocab_size, kind, num_slots, asking, length, use_graphs=use_graphs
+            self.chunk, self.config, self.vocab_size, kind, num_slots, exit_probe, length, use_graphs=use_graphs
         )
 
 
@@ -85,14 +85,14 @@ def make_engine(
     vocab_size: int,
     kind: str = "fp32",
     num_slots: int = 16,
-    asking: Asking | None = None,
+    exit_probe: ExitProbe | None = None,
     length: int | None = None,
     calibration: ExitCalibration | None = None,
     use_graphs: bool | None = None,
 ) -> Engine:
     """kind: fp32, bf16, or int8 (all linear layers); use_graphs: CUDA graphs, default where they can be used"""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    weights = decoder_weights(chunk, config.model, dtype, Int8Linear if kind == "int8" else None, asking)
+    weights = decoder_weights(chunk, config.model, dtype, Int8Linear if kind == "int8" else None, exit_probe)
     decoder = Decoder(weights, num_slots=num_slots, num_positions=length, vocab_size=vocab_size, use_graphs=use_graphs)
     return Engine(decoder, config.exits, calibration=calibration)
 

@@ -20,7 +20,7 @@ from benchmarks.decode import in_turn, quality, run_requests, their_seconds
 from benchmarks.decode_models import TwinModel
 from benchmarks.gpu.record import Record
 from megatron.early_exit.inference.calibration import observe_exits
-from megatron.early_exit.inference.engine import Engine
+from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.platform.device import use_cuda

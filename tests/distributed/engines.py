@@ -13,15 +13,15 @@ from torch import Tensor
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.calibration import outputs_over
-from megatron.early_exit.inference.costs import StepCosts
-from megatron.early_exit.inference.decoder import Decoder
-from megatron.early_exit.inference.engine import Engine
-from megatron.early_exit.inference.exit_policy import ExitPolicy
+from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.engine.engine import Engine
+from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
+from megatron.early_exit.inference.engine.request import RunningRequest
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import RequestResult
-from megatron.early_exit.inference.running import RunningRequest
-from megatron.early_exit.inference.weights import decoder_weights
+from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.worker.weights import decoder_weights
 from tests.configs import VOCAB_SIZE, make_config
 from tests.distributed.parallel_model import build_with_reference_parameters, layout
 from tests.reference import ReferenceBatch, ReferenceModel
@@ -154,15 +154,15 @@ def check_against_reference(
     policy = params.exit_policy(cfg.exits)
     for row, token in enumerate(result.tokens, start=len(prompt) - 1):
         asked = () if policy is None or token.is_forced else policy.exit_layers
-        readings = iter(token.readings)
+        predictions = iter(token.predictions)
         for head in (*asked, None):
             log_prob, best = log_probs[head][row].max(0)
-            reading = next(readings)
+            reading = next(predictions)
             assert (reading.exit_layer, reading.token) == (head, best.item()), (row, token)
             assert reading.confidence == pytest.approx(log_prob.exp().item(), rel=1e-5)
             if head is not None and log_prob.exp().item() >= policy.thresholds[policy.exit_layers.index(head)]:
                 break
-        assert next(readings, None) is None
+        assert next(predictions, None) is None
         assert (token.exit_layer, token.is_final) == (head or cfg.model.num_layers, head is None)
         assert token.confidence == reading.confidence
         assert token.log_prob == pytest.approx(log_probs[head][row, token.token].item(), rel=1e-5, abs=1e-6)
@@ -293,7 +293,7 @@ def walk_at_random(cfg: RunConfig, num_steps: int = 60, seed: int = 0, **changes
 
 
 def add_random_request(engine: Engine, cfg: RunConfig, mode: str) -> int:
-    from megatron.early_exit.inference.sampling import SamplingSettings
+    from megatron.early_exit.inference.params import SamplingSettings
 
     prompt = [random.randrange(VOCAB_SIZE) for _ in range(random.choice([1, 2, 5, 12, 20]))]
     layers = list(cfg.exits.exit_layer_nums)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.inference.beam_search import Beam, beam_search
+from megatron.early_exit.inference.engine.beam_search import Beam, beam_search
 from megatron.early_exit.inference.params import GenerationParams
 from tests.distributed.engines import decoding_config, make_engine, reference_over, run_all
 from tests.distributed.parallel_model import layout
@@ -79,9 +79,9 @@ def compare_with_transformers(beam_width: int) -> None:
 
     from megatron.early_exit.checkpoint.hugging_face import from_transformers
     from megatron.early_exit.config.exits import ExitConfig
-    from megatron.early_exit.inference.decoder import Decoder
-    from megatron.early_exit.inference.engine import Engine
-    from megatron.early_exit.inference.weights import decoder_weights
+    from megatron.early_exit.inference.engine.engine import Engine
+    from megatron.early_exit.inference.worker.decoder import Decoder
+    from megatron.early_exit.inference.worker.weights import decoder_weights
     from megatron.early_exit.model.build import build_model
     from tests.configs import make_config
     from tests.distributed.test_transformers import SIZES

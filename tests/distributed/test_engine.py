@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.inference import engine as engine_module
-from megatron.early_exit.inference.engine import QueueFull
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.engine import engine as engine_module
+from megatron.early_exit.inference.engine.engine import QueueFull
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.results import RequestResult
-from megatron.early_exit.inference.rows import Segment
-from megatron.early_exit.inference.sampling import SamplingSettings
+from megatron.early_exit.inference.worker.attention import Segment
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import (
     HEADS,
@@ -64,7 +63,7 @@ def thresholds_between(
     (observed,) = on_one(answer, cfg=cfg, requests=[(prompt, params)])
     thresholds = []
     for layer in params.exit_policy(cfg.exits).exit_layers:
-        confidences = sorted({r.confidence for t in observed.tokens for r in t.readings if r.exit_layer == layer})
+        confidences = sorted({r.confidence for t in observed.tokens for r in t.predictions if r.exit_layer == layer})
         index = int((len(confidences) - 1) * (1 - share))
         thresholds.append(sum(confidences[index : index + 2]) / 2)
     return tuple(thresholds)
@@ -93,7 +92,7 @@ def test_threshold_zero_takes_the_first_exit(head: str) -> None:
     cfg = decoding_config(**HEADS[head])
     result = checked(cfg, early_exit([0.0]))
     assert {t.exit_layer for t in result.tokens} == {1}
-    assert [len(t.readings) for t in result.tokens] == [1] * 20
+    assert [len(t.predictions) for t in result.tokens] == [1] * 20
     layers_of_a_row = (0 if cfg.exits.pre_exit else 1) + (1 if cfg.exits.use_exit_block else 0)
     assert result.statistics.layer_passes == 20 * layers_of_a_row
 
@@ -122,7 +121,7 @@ def test_subset_of_exits_with_thresholds_of_their_own() -> None:
     cfg = decoding_config(use_exit_block=True)
     thresholds = thresholds_between(cfg, exit_layers=[2, 3], sampling=SAMPLED)
     result = checked(cfg, early_exit(thresholds[::-1], exit_layers=(3, 2), sampling=SAMPLED))
-    assert {r.exit_layer for t in result.tokens for r in t.readings} == {2, 3, None}
+    assert {r.exit_layer for t in result.tokens for r in t.predictions} == {2, 3, None}
     assert [usage.exit_layer for usage in result.usage] == [2, 3, 4]
 
 
@@ -329,7 +328,7 @@ def first_tokens(cfg: RunConfig, params: GenerationParams, draws: int, wrong_rul
 
 def expected_pairs(cfg: RunConfig, sampling: SamplingSettings) -> dict[tuple[int, int], float]:
     """Probability of each pair of tokens, from the full model's logits."""
-    from megatron.early_exit.inference.sampling import Sampler
+    from megatron.early_exit.inference.worker.sampling import Sampler
 
     sampler = Sampler(sampling)
     _, logits = reference_over(cfg, PROMPT)
@@ -503,7 +502,7 @@ def decode_in_bf16(cfg: RunConfig) -> None:
         assert decoder.weights.dtype == torch.bfloat16
         with torch.inference_mode():
             for row, token in enumerate(tokens):
-                rows = decoder.layout([Segment(1, row, 1)])
+                rows = decoder.attention_metadata([Segment(1, row, 1)])
                 hidden, _ = decoder.run_layers(decoder.embed([token], rows), rows, 0, decoder.num_layers)
                 logits = decoder.final_output(hidden).logits(0)
                 assert (logits[:VOCAB_SIZE] - whole[row]).abs().max() < 0.02 * whole[row].abs().max()
@@ -520,7 +519,7 @@ def training_logits(cfg: RunConfig) -> None:
             whole = chunk(tokens, torch.arange(30).expand(2, 30), None)
         decoder = make_engine(cfg).decoder
         with torch.inference_mode():
-            rows = decoder.layout([Segment(1, 0, 30), Segment(2, 0, 30)])
+            rows = decoder.attention_metadata([Segment(1, 0, 30), Segment(2, 0, 30)])
             hidden = decoder.embed(tokens.flatten().tolist(), rows)
             output = decoder.final_output(decoder.run_layers(hidden, rows, 0, decoder.num_layers)[0])
         for row in range(60):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.inference import graphs
 from megatron.early_exit.inference.params import GenerationParams
-from megatron.early_exit.inference.rows import Segment
+from megatron.early_exit.inference.worker import graphs
+from megatron.early_exit.inference.worker.attention import Segment
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import HEADS, STYLES, answer, decoding_config, make_engine, walk_at_random
 from tests.distributed.parallel_model import layout
@@ -57,7 +57,7 @@ def run_ranges(cfg: RunConfig) -> None:
             segments = [Segment(slot, random.randrange(0, 30), random.randrange(1, 9)) for slot in slots]
             outputs = []
             for one in (decoder, plain):
-                place = one.layout(segments)
+                place = one.attention_metadata(segments)
                 torch.manual_seed(len(segments))
                 out, residual = one.run_layers(torch.randn(place.num_rows, cfg.model.hidden_size), place, 1, 3)
                 outputs.append(torch.cat([out, residual]))
@@ -65,7 +65,7 @@ def run_ranges(cfg: RunConfig) -> None:
         # 1 to 8 slots (6 at most), 1 to 8 rows each, one number of keys: powers of two.
         assert decoder._graphs.num_graphs <= 4 * 4
         # A prompt has more rows than graphs take.
-        num_graphs, place = decoder._graphs.num_graphs, decoder.layout([Segment(0, 0, 9)])
+        num_graphs, place = decoder._graphs.num_graphs, decoder.attention_metadata([Segment(0, 0, 9)])
         decoder.run_layers(torch.randn(9, cfg.model.hidden_size), place, 1, 3)
         assert decoder._graphs.num_graphs == num_graphs
 

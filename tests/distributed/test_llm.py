@@ -12,9 +12,9 @@ import torch
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.llm import LLM, Answer
-from megatron.early_exit.inference.params import GenerationParams
-from megatron.early_exit.inference.sampling import Sampler, SamplingSettings
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.text import StopStrings
+from megatron.early_exit.inference.worker.sampling import Sampler
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import check_invariants, decoding_config, make_engine
 from tests.distributed.parallel_model import layout

@@ -25,9 +25,9 @@ def compare(kind: str, **changes: object) -> None:
 
     from megatron.early_exit.checkpoint.hugging_face import from_transformers
     from megatron.early_exit.config.exits import ExitConfig
-    from megatron.early_exit.inference.decoder import Decoder
-    from megatron.early_exit.inference.engine import Engine
-    from megatron.early_exit.inference.weights import decoder_weights
+    from megatron.early_exit.inference.engine.engine import Engine
+    from megatron.early_exit.inference.worker.decoder import Decoder
+    from megatron.early_exit.inference.worker.weights import decoder_weights
     from megatron.early_exit.model.build import build_model
     from tests.configs import make_config
 

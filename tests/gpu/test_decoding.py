@@ -13,10 +13,10 @@ PROMPTS = [[5, 17, 80, 3, 41], [9] * 20, [1]]
 
 
 def answers(dtype: torch.dtype, modes: tuple[str, ...], use_graphs: bool = True) -> list[list[int]]:
-    from megatron.early_exit.inference.decoder import Decoder
-    from megatron.early_exit.inference.engine import Engine
+    from megatron.early_exit.inference.engine.engine import Engine
     from megatron.early_exit.inference.params import GenerationParams
-    from megatron.early_exit.inference.weights import decoder_weights
+    from megatron.early_exit.inference.worker.decoder import Decoder
+    from megatron.early_exit.inference.worker.weights import decoder_weights
     from tests.configs import VOCAB_SIZE
     from tests.distributed.engines import check_invariants, decoding_config, run_all
     from tests.distributed.parallel_model import build_with_reference_parameters, layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.inference.exit_policy import ExitPolicy
+from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
 
 EXITS = ExitConfig(exit_layer_nums=(2, 4, 7))
 

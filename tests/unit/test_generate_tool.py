@@ -14,10 +14,10 @@ from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.evaluation import evaluate_command
 from megatron.early_exit.inference import calibrate_command, report
 from megatron.early_exit.inference.command_line import _lines, _print_json, _typed_lines, main
-from megatron.early_exit.inference.kv_cache import check_cache_fits
 from megatron.early_exit.inference.llm import Answer
-from megatron.early_exit.inference.results import GeneratedToken, HeadReading, PromptToken, RequestResult, Statistics
+from megatron.early_exit.inference.results import GeneratedToken, HeadPrediction, PromptToken, RequestResult, Statistics
 from megatron.early_exit.inference.text import StopStrings, TextStream, pieces
+from megatron.early_exit.inference.worker.kv_cache import check_cache_fits
 from megatron.early_exit.platform.world import check_world_size
 from tests.configs import make_config
 
@@ -25,8 +25,8 @@ BYTES = build_tokenizer(DataConfig(tokenizer_type="ByteLevelTokenizer"))
 
 
 def token(token_id: int, exit_layer: int | None = None, confidence: float = 0.5) -> GeneratedToken:
-    readings = (HeadReading(exit_layer, token_id, confidence),)
-    return GeneratedToken(token_id, exit_layer or 4, exit_layer is None, confidence, -0.7, readings)
+    predictions = (HeadPrediction(exit_layer, token_id, confidence),)
+    return GeneratedToken(token_id, exit_layer or 4, exit_layer is None, confidence, -0.7, predictions)
 
 
 TOKENS = (token(ord("a"), 2, 0.9), token(ord("b")), token(ord("c"), 2, 0.7), token(BYTES.eod))
@@ -181,7 +181,7 @@ def test_caches_that_no_memory_holds_are_refused_with_what_fits(monkeypatch):
     cfg = make_config(max_position_embeddings=64).describe(vocab_size=93)
     heads, size, layers = cfg.model.num_kv_heads, cfg.model.head_size, cfg.model.num_layers
     per_token = layers * 2 * heads * size * 4
-    monkeypatch.setattr("megatron.early_exit.inference.kv_cache.free_memory_bytes", lambda: 100 * per_token)
+    monkeypatch.setattr("megatron.early_exit.inference.worker.kv_cache.free_memory_bytes", lambda: 100 * per_token)
     check_cache_fits(cfg, 10, 10, 1, 4)
     check_cache_fits(cfg, 1, None, 1, 4)
     check_cache_fits(cfg, 20, 10, 2, 4)  # a rank has half of the heads

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from megatron.early_exit.inference.llm import _as_list
-from megatron.early_exit.inference.params import GenerationParams
-from megatron.early_exit.inference.sampling import SamplingSettings
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megatron.early_exit.inference import linear as linear_module
-from megatron.early_exit.inference.linear import (
+from megatron.early_exit.inference.worker import linear as linear_module
+from megatron.early_exit.inference.worker.linear import (
     DenseLinear,
     FewRowsLinear,
     Int8Linear,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.early_exit.inference.sampling import Sampler, SamplingSettings, penalised, restrict
+from megatron.early_exit.inference.params import SamplingSettings
+from megatron.early_exit.inference.worker.sampling import Sampler, penalised, restrict
 
 PROBS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
 LOGITS = PROBS.log()

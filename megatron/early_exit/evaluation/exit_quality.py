@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron.early_exit.inference.calibration import outputs_over
-from megatron.early_exit.inference.decoder import Decoder
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.worker.decoder import Decoder
 
 
 @dataclass(frozen=True)

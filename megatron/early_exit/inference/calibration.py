@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron.early_exit.inference.decoder import Decoder
-from megatron.early_exit.inference.output import HeadOutput
-from megatron.early_exit.inference.rows import Segment
+from megatron.early_exit.inference.worker.attention import Segment
+from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.worker.head_output import HeadOutput
 
 CALIBRATION_FILE = "exit_calibration.npz"
 
@@ -88,7 +88,7 @@ def frequent_tokens(counts: np.ndarray, size: int) -> tuple[np.ndarray, float]:
 @torch.inference_mode()
 def outputs_over(decoder: Decoder, tokens: list[int]) -> list[HeadOutput]:
     """What every exit's own head, in order, and then the final head say about each row of a sequence. Uses slot 0."""
-    layout = decoder.layout([Segment(0, 0, len(tokens))])
+    layout = decoder.attention_metadata([Segment(0, 0, len(tokens))])
     hidden, residual, depth = decoder.embed(tokens, layout), None, 0
     outputs = []
     for index, one in enumerate(decoder.exits):

@@ -123,8 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
     """What is cheap is checked first. Raises ValueError or OSError (no checkpoint, or a damaged one)."""
-    from megatron.early_exit.inference.params import GenerationParams
-    from megatron.early_exit.inference.sampling import SamplingSettings
+    from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 
     mode = _checked_mode(args)
     temperature = args.temperature
@@ -314,7 +313,7 @@ def _print_tables(args: argparse.Namespace, answer: Answer, llm: LLM, in_colour:
     if len(answer.result.usage) > 1 and not in_colour:
         print(report.marked(answer.pieces, answer.tokens) + "\n")
     if args.print_max_prob:
-        print(report.readings_table(answer.pieces, answer.tokens, llm.tokenizer) + "\n")
+        print(report.predictions_table(answer.pieces, answer.tokens, llm.tokenizer) + "\n")
     print(report.usage_table(answer) + "\n", flush=True)
 
 

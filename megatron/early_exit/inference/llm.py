@@ -18,14 +18,14 @@ from megatron.early_exit.config.serialize import checkpoint_folder, read_descrip
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.calibration import ExitCalibration
-from megatron.early_exit.inference.decoder import Decoder
-from megatron.early_exit.inference.engine import Engine, Event, QueueFull
-from megatron.early_exit.inference.kv_cache import check_cache_fits
-from megatron.early_exit.inference.linear import Int8Linear
+from megatron.early_exit.inference.engine.engine import Engine, Event, QueueFull
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.inference.text import StopStrings, TextStream
-from megatron.early_exit.inference.weights import Asking, decoder_weights, num_ids_with_rows
+from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.worker.kv_cache import check_cache_fits
+from megatron.early_exit.inference.worker.linear import Int8Linear
+from megatron.early_exit.inference.worker.weights import ExitProbe, decoder_weights, num_ids_with_rows
 from megatron.early_exit.platform.device import use_cuda
 from megatron.early_exit.platform.world import check_world_size
 
@@ -182,7 +182,7 @@ class LLM:
             description.model,
             computes_in,
             Int8Linear if quantize == "all" else None,
-            _asking(calibration, shortlist, quantize, tokenizer.vocab_size),
+            _exit_probe(calibration, shortlist, quantize, tokenizer.vocab_size),
         )
         num_ids = num_ids_with_rows(model.chunks[0].model_output_weight, tokenizer.vocab_size, weights.tp_group)
         decoder = Decoder(
@@ -310,15 +310,15 @@ def _in_words(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError | QueueFull) else f"{type(error).__name__}: {error}"
 
 
-def _asking(
+def _exit_probe(
     calibration: ExitCalibration | None, shortlist: bool | None, quantize: str | None, vocab_size: int
-) -> Asking | None:
+) -> ExitProbe | None:
     if shortlist and calibration is None:
         raise ValueError("shortlist needs a calibration of the exits; tools/calibrate_exits.py makes it")
     if shortlist is None:
         shortlist = calibration is not None and 2 * len(calibration.shortlist) <= vocab_size
     ids = tuple(calibration.shortlist.tolist()) if shortlist else ()
-    return Asking(ids, quantize == "exits") if ids or quantize == "exits" else None
+    return ExitProbe(ids, quantize == "exits") if ids or quantize == "exits" else None
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

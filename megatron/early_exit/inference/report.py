@@ -73,16 +73,16 @@ def _speed(answer: Answer) -> str:
     return text
 
 
-def readings_table(texts: Sequence[str], tokens: Sequence[GeneratedToken], tokenizer: Tokenizer) -> str:
+def predictions_table(texts: Sequence[str], tokens: Sequence[GeneratedToken], tokenizer: Tokenizer) -> str:
     """For every token what each asked head would have said, and how sure it was; the last one spoke."""
     rows = [("token", "text", "exit", "log-prob", "most probable token and confidence of each head asked")]
     for index, (text, token) in enumerate(zip(texts, tokens, strict=True)):
-        readings = "  ".join(
+        predictions = "  ".join(
             f"{_head(r.exit_layer, r.exit_layer is None)}: {tokenizer.detokenize([r.token])!r} {r.confidence:.3f}"
-            for r in token.readings
+            for r in token.predictions
         )
         head = _head(token.exit_layer, token.is_final)
-        rows.append((str(index), repr(text), head, f"{token.log_prob:.3f}", readings))
+        rows.append((str(index), repr(text), head, f"{token.log_prob:.3f}", predictions))
     return aligned(rows)
 
 

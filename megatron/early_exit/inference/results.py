@@ -12,7 +12,7 @@ no longer sequence."""
 
 
 @dataclass(frozen=True)
-class HeadReading:
+class HeadPrediction:
     """What one head said about the next token."""
 
     exit_layer: int | None
@@ -21,7 +21,7 @@ class HeadReading:
     """Its most probable token."""
     confidence: float
     """That token's probability."""
-    is_estimate: bool = False
+    is_approximate: bool = False
     """Whether a cheap head said so (a shortlist, low precision), and the exit's own head was not asked."""
 
 
@@ -38,7 +38,7 @@ class GeneratedToken:
     """Largest probability of the head that produced it."""
     log_prob: float
     """Log-probability (nats) of the token in that head's distribution, before penalty, temperature, top-k and top-p."""
-    readings: tuple[HeadReading, ...] = ()
+    predictions: tuple[HeadPrediction, ...] = ()
     """All heads asked for this token in order; the last one produced it."""
     is_forced: bool = False
     """Whether the cap on deferred rows sent this row through all layers without asking exits."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.inference.linear import Int8Linear, Linear, MakeLinear, fastest_linear
+from megatron.early_exit.inference.worker.linear import Int8Linear, Linear, MakeLinear, fastest_linear
 from megatron.early_exit.model.attention import SdpaAttention
 from megatron.early_exit.model.exit_head import ExitHead
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
@@ -71,8 +71,8 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How exits are asked more cheaply than with their own heads."""
+class ExitProbe:
+    """How exits are evaluated at less cost than with their own heads."""
 
     shortlist: tuple[int, ...] = ()
     """Compute the logits of these ids only; none: of all."""
@@ -81,7 +81,7 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class CheapHead:
+class ApproximateHead:
     """An exit's output projection over some ids, or in low precision."""
 
     linear: Linear
@@ -106,7 +106,7 @@ class ExitWeights:
     """The owning layer's norm before its MLP, which an MLP branch shares."""
     norm: Norm | None
     output: Linear
-    cheap: CheapHead | None
+    approximate: ApproximateHead | None
     """What is asked first; None: `output`."""
 
 
@@ -161,15 +161,17 @@ def decoder_weights(
     config: ModelConfig,
     dtype: torch.dtype | None = None,
     make_linear: MakeLinear | None = None,
-    asking: Asking | None = None,
+    exit_probe: ExitProbe | None = None,
 ) -> DecoderWeights:
     """Take the weights of `chunk`, which holds the whole model; those that need no change are shared with it.
 
     dtype: of weights and computation, default the model's. make_linear: (weight, bias) -> the linear layer to use,
-    default `fastest_linear`. asking: cheap heads for the exits. Raises ValueError if the model cannot be decoded as it
+    default `fastest_linear`. exit_probe: approximate heads for the exits. Raises ValueError if the model cannot be decoded as it
     is."""
     _check_can_decode(chunk)
-    return _Extraction(chunk, config, dtype or chunk.config.params_dtype, make_linear or fastest_linear, asking).run()
+    return _Extraction(
+        chunk, config, dtype or chunk.config.params_dtype, make_linear or fastest_linear, exit_probe
+    ).run()
 
 
 class _Extraction:
@@ -179,13 +181,13 @@ class _Extraction:
         config: ModelConfig,
         dtype: torch.dtype,
         make_linear: MakeLinear,
-        asking: Asking | None,
+        exit_probe: ExitProbe | None,
     ) -> None:
         self.chunk, self.config, self.dtype, self.make_linear = chunk, config, dtype, make_linear
-        self.asking = asking
+        self.exit_probe = exit_probe
         # One linear layer for each output weight, however many heads use it.
         self._outputs: dict[int, Linear] = {}
-        self._cheap: dict[int, CheapHead] = {}
+        self._approximate: dict[int, ApproximateHead] = {}
 
     def run(self) -> DecoderWeights:
         chunk = self.chunk
@@ -282,24 +284,24 @@ class _Extraction:
             mlp_norm=self._norm(layer.pre_mlp_layernorm) if has_mlp else None,
             norm=None if head.norm is None else self._norm(head.norm),
             output=self._output(head.output_weight),
-            cheap=None if self.asking is None else self._cheap_head(head.output_weight),
+            approximate=None if self.exit_probe is None else self._approximate_head(head.output_weight),
         )
 
-    def _cheap_head(self, weight: Tensor) -> CheapHead:
-        if weight.data_ptr() not in self._cheap:
-            self._cheap[weight.data_ptr()] = self._make_cheap_head(weight)
-        return self._cheap[weight.data_ptr()]
+    def _approximate_head(self, weight: Tensor) -> ApproximateHead:
+        if weight.data_ptr() not in self._approximate:
+            self._approximate[weight.data_ptr()] = self._make_approximate_head(weight)
+        return self._approximate[weight.data_ptr()]
 
-    def _make_cheap_head(self, weight: Tensor) -> CheapHead:
-        make_linear = Int8Linear if self.asking.int8 else self.make_linear
-        if not self.asking.shortlist:
-            return CheapHead(make_linear(self._tensor(weight), None), None, None)
+    def _make_approximate_head(self, weight: Tensor) -> ApproximateHead:
+        make_linear = Int8Linear if self.exit_probe.int8 else self.make_linear
+        if not self.exit_probe.shortlist:
+            return ApproximateHead(make_linear(self._tensor(weight), None), None, None)
         rows, rank = weight.size(0), self.chunk.pg_collection.tp.rank()
-        ids = torch.tensor(sorted(set(self.asking.shortlist)))
+        ids = torch.tensor(sorted(set(self.exit_probe.shortlist)))
         num_columns = int(torch.bincount(ids // rows).max())  # of the rank that holds most of them
         mine = ids[ids // rows == rank] - rank * rows
         local = torch.cat([mine, mine.new_zeros(num_columns - len(mine))]).to(weight.device)
-        return CheapHead(make_linear(self._tensor(weight)[local], None), local + rank * rows, len(mine))
+        return ApproximateHead(make_linear(self._tensor(weight)[local], None), local + rank * rows, len(mine))
 
 
 def _check_can_decode(chunk: EarlyExitGPTModel) -> None:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron.early_exit.inference.costs import StepCosts
-from megatron.early_exit.inference.sampling import Sampler
+from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.worker.sampling import Sampler
 
 
 class Draft(NamedTuple):
@@ -78,6 +78,6 @@ class DraftLength:
         """Of each request."""
         costs, acceptance, verified = self._costs, self.acceptance, num_requests * (length + 1)
         tokens = sum(acceptance**i for i in range(length + 1))
-        shallow = (length + 1) * self._depth * costs.layer(num_requests) + length * costs.ask(num_requests)
+        shallow = (length + 1) * self._depth * costs.layer(num_requests) + length * costs.probe(num_requests)
         deep = (self._num_layers - self._depth) * costs.layer(verified) + costs.final_head(verified)
         return tokens / (shallow + deep + (length + 1) * costs.batch_seconds)

@@ -23,24 +23,25 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.inference.ask_plan import choose_exits
 from megatron.early_exit.inference.calibration import ExitCalibration
-from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts, measure_costs
-from megatron.early_exit.inference.decoder import Decoder
-from megatron.early_exit.inference.exit_policy import ExitPolicy
-from megatron.early_exit.inference.output import HeadOutput
+from megatron.early_exit.inference.engine.costs import ROW_COUNTS, StepCosts
+from megatron.early_exit.inference.engine.draft_length import Draft, DraftLength, verify
+from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
+from megatron.early_exit.inference.engine.exit_selection import select_exits
+from megatron.early_exit.inference.engine.request import RunningRequest
 from megatron.early_exit.inference.params import GenerationParams, check_prompt
 from megatron.early_exit.inference.results import (
     FinishReason,
     GeneratedToken,
-    HeadReading,
+    HeadPrediction,
     PromptToken,
     RequestResult,
 )
-from megatron.early_exit.inference.running import RunningRequest
-from megatron.early_exit.inference.sampling import Sampler
-from megatron.early_exit.inference.speculation import Draft, DraftLength, verify
-from megatron.early_exit.inference.walk import Feed, Walk
+from megatron.early_exit.inference.worker.cost_measurement import measure_costs
+from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.worker.head_output import HeadOutput
+from megatron.early_exit.inference.worker.sampling import Sampler
+from megatron.early_exit.inference.worker.stage_runner import Feed, Walk
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ class Engine:
         costs = self._get_costs()
         key = (indices, policy.thresholds, num_requests, costs)
         if key not in self._plans:
-            self._plans[key] = choose_exits(
+            self._plans[key] = select_exits(
                 self._calibration.confidences[:, list(indices)],
                 policy.thresholds,
                 [self.decoder.exits[index].depth for index in indices],
@@ -364,7 +365,7 @@ class Engine:
             else:
                 output, row = feed.final
                 row += feed.stop - 1 - feed.wanted_from
-                feed.readings.append(HeadReading(None, output.token(row), output.confidence(row)))
+                feed.predictions.append(HeadPrediction(None, output.token(row), output.confidence(row)))
                 self._emit(feed, event, *self._choose(request, output, row), output, row)
 
     @staticmethod
@@ -396,7 +397,7 @@ class Engine:
             is_final=exit_index is None,
             confidence=output.confidence(row),
             log_prob=log_prob,
-            readings=tuple(feed.readings),
+            predictions=tuple(feed.predictions),
             is_forced=feed.is_forced,
             is_draft=is_draft,
             top_log_probs=_top_log_probs(output, row, request.params.top_log_probs),
@@ -453,7 +454,7 @@ class Engine:
                 log_prob = output.log_probs(row)[token].item()
             num_accepted += is_accepted
             request.accepted += is_accepted
-            feed.readings = [HeadReading(None, output.token(row), output.confidence(row))]
+            feed.predictions = [HeadPrediction(None, output.token(row), output.confidence(row))]
             ended = self._emit(feed, event, token, log_prob, output, row, is_draft=is_accepted)
             if ended or not is_accepted:
                 break

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.early_exit.inference.decoder import Decoder
-from megatron.early_exit.inference.engine import Engine
-from megatron.early_exit.inference.output import HeadOutput
+from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.params import check_prompt
-from megatron.early_exit.inference.rows import Segment
+from megatron.early_exit.inference.worker.attention import Segment
+from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.worker.head_output import HeadOutput
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def beam_search(
             break  # a guess, as in transformers: longer ones have less probability, but are divided by more
         start = len(prompt) + length - 1
         decoder.cache.gather_slots(0, torch.tensor(parents, device=decoder.weights.device), start)
-        layout = decoder.layout([Segment(slot, start, 1) for slot in range(len(beams))])
+        layout = decoder.attention_metadata([Segment(slot, start, 1) for slot in range(len(beams))])
         hidden = decoder.embed([tokens[-1] for tokens, _ in beams], layout)
         output = decoder.final_output(decoder.run_layers(hidden, layout, 0, decoder.num_layers)[0])
     unfinished = [Beam(tokens, log_prob, score(log_prob, len(tokens)), False) for tokens, log_prob in beams]
@@ -103,7 +103,7 @@ def _prefill(decoder: Decoder, prompt: list[int], chunk: int) -> HeadOutput:
     """Feed the prompt to slot 0; returns what the final head says about its last row."""
     for first in range(0, len(prompt), chunk):
         tokens = prompt[first : first + chunk]
-        layout = decoder.layout([Segment(0, first, len(tokens))])
+        layout = decoder.attention_metadata([Segment(0, first, len(tokens))])
         hidden = decoder.run_layers(decoder.embed(tokens, layout), layout, 0, decoder.num_layers)[0]
     return decoder.final_output(hidden[-1:])
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
-from megatron.early_exit.inference.sampling import Sampler, SamplingSettings
-from megatron.early_exit.inference.speculation import Draft, DraftLength, verify
+from megatron.early_exit.inference.engine.costs import ROW_COUNTS, StepCosts
+from megatron.early_exit.inference.engine.draft_length import Draft, DraftLength, verify
+from megatron.early_exit.inference.params import SamplingSettings
+from megatron.early_exit.inference.worker.sampling import Sampler
 
 P = torch.tensor([0.5, 0.2, 0.3, 0.0])
 Q = torch.tensor([0.1, 0.6, 0.2, 0.1])

@@ -3,89 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference import checked
-
-# Below this temperature the most probable token is taken: nothing else has a probability to speak of.
-GREEDY_BELOW = 1e-5
+from megatron.early_exit.inference.params import SamplingSettings
 
 # Most distributions reach top-p within this many tokens; sorting the whole vocabulary costs more than a small model.
 _SORTED_FIRST = 512
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How one request's tokens are chosen. The default is greedy."""
-
-    temperature: float = 0.0
-    """Divide the logits by this; 0, and values so small that they do the same: take the most probable token."""
-
-    top_k: int = 0
-    """Choose among the k most probable tokens only; 0: among all."""
-
-    top_p: float = 0.0
-    """Choose among the fewest most probable tokens whose probabilities add up to this; 0: among all."""
-
-    top_p_decay: float = 0.0
-    """Multiply top_p by this after every token; 0: keep it."""
-
-    top_p_bound: float = 0.0
-    """With top_p_decay: top_p never falls below this."""
-
-    repetition_penalty: float = 1.0
-    """Divide positive logits of tokens that the prompt or the answer holds by this, multiply negative ones; 1: off."""
-
-    seed: int = 1234
-    """The same seed, prompt and settings give the same tokens."""
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "top_p_decay", "top_p_bound", "repetition_penalty"):
-            object.__setattr__(self, name, checked.number(name, getattr(self, name)))
-        for name in ("top_k", "seed"):
-            object.__setattr__(self, name, checked.integer(name, getattr(self, name)))
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or positive")
-        if not 0.0 <= self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p}; it must lie between 0 (off) and 1")
-        if not 0.0 <= self.top_p_decay <= 1.0:
-            raise ValueError(f"top_p_decay is {self.top_p_decay}; it must lie between 0 (off) and 1")
-        if not 0.0 <= self.top_p_bound <= self.top_p:
-            raise ValueError(f"top_p_bound is {self.top_p_bound}; it must lie between 0 and top_p ({self.top_p})")
-        if self.top_p_decay and not self.top_p:
-            raise ValueError(f"top_p_decay is {self.top_p_decay}, which has no effect without top_p")
-        if self.top_p_bound and not self.top_p_decay:
-            raise ValueError(f"top_p_bound is {self.top_p_bound}, which has no effect without top_p_decay")
-        if not 0.0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be positive (1: off)")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2**63 - 1")
-        if self.temperature == 0.0 and (self.top_k > 1 or self.top_p > 0.0):
-            raise ValueError(
-                f"top_k {self.top_k} and top_p {self.top_p} have no effect at temperature 0 (greedy); "
-                "set a temperature, for instance 1.0"
-            )
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the most probable token (after the penalty) is always taken."""
-        return self.temperature < GREEDY_BELOW or self.top_k == 1
-
-    @property
-    def is_plain_argmax(self) -> bool:
-        """Whether the head's most probable token is taken as it is: no logits need to be looked at."""
-        return self.is_greedy and self.repetition_penalty == 1.0
-
-    def top_p_at(self, index: int) -> float:
-        """top_p for the answer's token number `index`, from 0, as Megatron's text generation lowers it."""
-        if not self.top_p_decay:
-            return self.top_p
-        return max(self.top_p * self.top_p_decay**index, self.top_p_bound, torch.finfo(torch.float32).tiny)
 
 
 class Sampler:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron.early_exit.inference.kv_cache import KVCache
+from megatron.early_exit.inference.worker.kv_cache import KVCache
 
 
 class Segment(NamedTuple):
@@ -79,7 +79,7 @@ class _Group:
 _MANY_ROWS = 16
 
 
-class Layout:
+class AttentionMetadata:
     """A batch of rows: where they are written, where they are on the rotary circle, what they attend to."""
 
     def __init__(
@@ -105,7 +105,7 @@ class Layout:
             self.rotation = rotary.at(self.positions, num_heads + 2 * num_kv_heads, num_kv_heads)
         if len(self.segments) == 1:
             (segment,) = self.segments
-            self._places = cache.places(segment.slot, segment.first, segment.stop)
+            self._write_views = cache.write_views(segment.slot, segment.first, segment.stop)
         else:
             self._layers = cache.layers()
             self._slots = torch.tensor([s.slot for s in self.segments for _ in range(s.count)], device=device)
@@ -138,7 +138,7 @@ class Layout:
     def write(self, layer: int, rows: Tensor) -> None:
         """Put keys and values of the rows into a layer's cache. rows: [rows, 2 * kv heads, d], keys first"""
         if len(self.segments) == 1:
-            self._places[layer].copy_(rows)
+            self._write_views[layer].copy_(rows)
         else:
             self._layers[layer][self._slots, self.positions] = rows
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron.early_exit.inference.ask_plan import choose_exits, step_seconds
-from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
+from megatron.early_exit.inference.engine.costs import ROW_COUNTS, StepCosts
+from megatron.early_exit.inference.engine.exit_selection import select_exits, step_seconds
 
 
 def costs(
     layer: float = 1.0, ask: float = 0.0, head: float = 0.0, per_row: float = 0.0, cheap: bool = False
 ) -> StepCosts:
     rising = lambda cost: tuple(cost * (1 + per_row * (rows - 1)) for rows in ROW_COUNTS)
-    return StepCosts(rising(layer), rising(ask), rising(head), rising(head), is_asking_cheap=cheap)
+    return StepCosts(rising(layer), rising(ask), rising(head), rising(head), has_approximate_heads=cheap)
 
 
 # Of ten tokens five are sure at the first exit, and three more at the second.
@@ -46,7 +46,7 @@ def test_rows_that_waited_are_paid_for() -> None:
 
 
 def test_a_cheap_question_is_followed_by_the_exits_own_head() -> None:
-    asked = step_seconds((0,), LEAVES, (2, 6), 10, costs(ask=1.0, head=4.0, cheap=True))
+    asked = step_seconds((0,), LEAVES, (2, 6), 10, costs(ask=1.0, head=4.0, approximate=True))
     assert asked == pytest.approx(2 + 1 + 0.5 * 4 + 0.5 * (8 + 4))
 
 
@@ -68,17 +68,17 @@ def test_many_requests_seldom_leave_together() -> None:
     ],
 )
 def test_choice(settings: dict, num_requests: int, expected: tuple[int, ...]) -> None:
-    assert choose_exits(SURE, (0.5, 0.5), (2, 6), 10, costs(**settings), num_requests) == expected
+    assert select_exits(SURE, (0.5, 0.5), (2, 6), 10, costs(**settings), num_requests) == expected
 
 
 def test_thresholds_belong_to_their_exits() -> None:
-    assert choose_exits(SURE, (0.95, 0.5), (2, 6), 10, costs()) == (1,)
-    assert choose_exits(SURE, (1.0, 1.0), (2, 6), 10, costs(ask=0.1)) == ()
+    assert select_exits(SURE, (0.95, 0.5), (2, 6), 10, costs()) == (1,)
+    assert select_exits(SURE, (1.0, 1.0), (2, 6), 10, costs(ask=0.1)) == ()
 
 
 def test_too_many_exits_are_refused() -> None:
     with pytest.raises(ValueError, match="11 exits are too many"):
-        choose_exits(np.zeros((3, 11)), (0.5,) * 11, range(1, 12), 12, costs())
+        select_exits(np.zeros((3, 11)), (0.5,) * 11, range(1, 12), 12, costs())
 
 
 def test_interpolated_costs() -> None:

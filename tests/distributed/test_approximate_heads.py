@@ -1,4 +1,4 @@
-"""Asking exits with a shortlist or in int8: what is decided, and what never changes."""
+"""ExitProbe exits with a shortlist or in int8: what is decided, and what never changes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.calibration import ExitCalibration, frequent_tokens, observe_exits
-from megatron.early_exit.inference.costs import measure_costs
-from megatron.early_exit.inference.decoder import Decoder
-from megatron.early_exit.inference.engine import Engine
-from megatron.early_exit.inference.linear import Int8Linear
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.engine.engine import Engine
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.results import RequestResult
-from megatron.early_exit.inference.rows import Segment
-from megatron.early_exit.inference.sampling import SamplingSettings
-from megatron.early_exit.inference.weights import Asking, decoder_weights
+from megatron.early_exit.inference.worker.attention import Segment
+from megatron.early_exit.inference.worker.cost_measurement import measure_costs
+from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.worker.linear import Int8Linear
+from megatron.early_exit.inference.worker.weights import ExitProbe, decoder_weights
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import (
     COSTS,
@@ -33,19 +32,21 @@ from tests.distributed.workers import run_distributed
 
 PROMPT = [5, 17, 80, 3, 41]
 SHORTLIST = tuple(range(0, 96, 3))
-CHEAP = {"shortlist": Asking(SHORTLIST), "one rank's": Asking((1, 2, 40)), "int8": Asking(int8=True),
-         "both": Asking(SHORTLIST, int8=True)}  # fmt: skip
+CHEAP = {"shortlist": ExitProbe(SHORTLIST), "one rank's": ExitProbe((1, 2, 40)), "int8": ExitProbe(int8=True),
+         "both": ExitProbe(SHORTLIST, int8=True)}  # fmt: skip
 SAMPLED = SamplingSettings(temperature=1.0, seed=5)
 
 
-def make_decoder(cfg: RunConfig, asking: Asking | None = None, **changes: object) -> Decoder:
+def make_decoder(cfg: RunConfig, exit_probe: ExitProbe | None = None, **changes: object) -> Decoder:
     chunk = build_with_reference_parameters(cfg, wrap_with_ddp=False).chunks[0].eval()
-    return Decoder(decoder_weights(chunk, cfg.model, asking=asking, **changes), num_slots=3, vocab_size=VOCAB_SIZE)
+    return Decoder(
+        decoder_weights(chunk, cfg.model, exit_probe=exit_probe, **changes), num_slots=3, vocab_size=VOCAB_SIZE
+    )
 
 
-def answer(cfg: RunConfig, params: list[GenerationParams], asking: Asking | None) -> list[RequestResult]:
+def answer(cfg: RunConfig, params: list[GenerationParams], exit_probe: ExitProbe | None) -> list[RequestResult]:
     with layout(cfg):
-        engine = Engine(make_decoder(cfg, asking), cfg.exits, costs=COSTS)
+        engine = Engine(make_decoder(cfg, exit_probe), cfg.exits, costs=COSTS)
         for one in params:
             engine.add(PROMPT, one)
         results = run_all(engine)
@@ -53,19 +54,19 @@ def answer(cfg: RunConfig, params: list[GenerationParams], asking: Asking | None
         return [results[i] for i in sorted(results)]
 
 
-def compare_questions(cfg: RunConfig, asking: Asking) -> None:
+def compare_questions(cfg: RunConfig, exit_probe: ExitProbe) -> None:
     """The cheap head says of its ids what the exit's own head says, among themselves."""
     with layout(cfg), torch.inference_mode():
-        decoder = make_decoder(cfg, asking)
-        rows = decoder.layout([Segment(0, 0, len(PROMPT))])
+        decoder = make_decoder(cfg, exit_probe)
+        rows = decoder.attention_metadata([Segment(0, 0, len(PROMPT))])
         hidden = decoder.run_layers(decoder.embed(PROMPT, rows), rows, 0, 1)[0]
-        cheap, own = decoder.ask_exit(0, hidden), decoder.exit_output(0, hidden)
-        assert decoder.is_asking_cheap
-        ids = list(asking.shortlist) or list(range(VOCAB_SIZE))
+        cheap, own = decoder.probe_exit(0, hidden), decoder.exit_output(0, hidden)
+        assert decoder.has_approximate_heads
+        ids = list(exit_probe.shortlist) or list(range(VOCAB_SIZE))
         others = sorted(set(range(VOCAB_SIZE)) - set(ids))
         for row in range(len(PROMPT)):
             logits = own.logits(row)[:VOCAB_SIZE]
-            tolerance = 0.05 * logits.abs().max().item() if asking.int8 else 1e-5
+            tolerance = 0.05 * logits.abs().max().item() if exit_probe.int8 else 1e-5
             assert (cheap.logits(row)[ids] - logits[ids]).abs().max() < tolerance
             assert torch.isneginf(cheap.logits(row)[others]).all()
             among = cheap.logits(row)[ids].log_softmax(-1)
@@ -78,10 +79,10 @@ def compare_questions(cfg: RunConfig, asking: Asking) -> None:
 @pytest.mark.parametrize("kind", CHEAP)
 def test_what_a_cheap_head_says(kind: str, world_size: int) -> None:
     cfg = decoding_config(tensor_model_parallel_size=world_size, use_exit_norm=True)
-    run_distributed(world_size, compare_questions, cfg=cfg, asking=CHEAP[kind])
+    run_distributed(world_size, compare_questions, cfg=cfg, exit_probe=CHEAP[kind])
 
 
-def never_falsely_confident(cfg: RunConfig, asking: Asking) -> None:
+def never_falsely_confident(cfg: RunConfig, exit_probe: ExitProbe) -> None:
     thresholds = (0.0122, 0.0123, 0.0122)
     params = [
         GenerationParams(
@@ -90,7 +91,7 @@ def never_falsely_confident(cfg: RunConfig, asking: Asking) -> None:
         for seed in range(6)
     ]
     taken = 0
-    for result in answer(cfg, params, asking):
+    for result in answer(cfg, params, exit_probe):
         # What it says of tokens that left is the exits' own word.
         logits = reference_over(cfg, PROMPT + result.token_ids[:-1])[1]
         for row, token in enumerate(result.tokens, start=len(PROMPT) - 1):
@@ -101,21 +102,21 @@ def never_falsely_confident(cfg: RunConfig, asking: Asking) -> None:
             if head is not None:
                 taken += 1
                 assert token.confidence >= thresholds[cfg.exits.index_of(head)]
-            assert not token.readings[-1].is_estimate
+            assert not token.predictions[-1].is_approximate
     assert taken > 5
 
 
 @pytest.mark.parametrize("kind", CHEAP)
 def test_exits_are_taken_only_where_their_own_heads_are_sure(kind: str) -> None:
     cfg = decoding_config(use_exit_norm=True, untie_exit_output_weights=True)
-    run_distributed(1, never_falsely_confident, cfg=cfg, asking=CHEAP[kind])
+    run_distributed(1, never_falsely_confident, cfg=cfg, exit_probe=CHEAP[kind])
 
 
 def test_a_shortlist_of_everything_changes_nothing() -> None:
     cfg = decoding_config(use_exit_norm=True)
     params = [GenerationParams(max_tokens=20, mode="early_exit", exit_thresholds=(0.016,), sampling=SAMPLED)]
-    (with_list,) = run_distributed(1, answer, cfg=cfg, params=params, asking=Asking(tuple(range(VOCAB_SIZE))))[0]
-    (without,) = run_distributed(1, answer, cfg=cfg, params=params, asking=None)[0]
+    (with_list,) = run_distributed(1, answer, cfg=cfg, params=params, exit_probe=ExitProbe(tuple(range(VOCAB_SIZE))))[0]
+    (without,) = run_distributed(1, answer, cfg=cfg, params=params, exit_probe=None)[0]
     assert with_list.token_ids == without.token_ids
     assert [t.exit_layer for t in with_list.tokens] == [t.exit_layer for t in without.tokens]
 
@@ -129,13 +130,13 @@ def test_cheap_drafts_give_the_full_model_s_tokens(kind: str, world_size: int) -
         for mode in ("full", "self_speculative")
         for sampling in (SamplingSettings(), SamplingSettings(repetition_penalty=1.4))
     ]
-    for rank in run_distributed(world_size, answer_and_check, cfg=cfg, params=params, asking=CHEAP[kind]):
+    for rank in run_distributed(world_size, answer_and_check, cfg=cfg, params=params, exit_probe=CHEAP[kind]):
         full, penalised, drafted, penalised_drafted = (result.token_ids for result in rank)
         assert (full, penalised) == (drafted, penalised_drafted)
 
 
-def answer_and_check(cfg: RunConfig, params: list[GenerationParams], asking: Asking) -> list[RequestResult]:
-    results = answer(cfg, params, asking)
+def answer_and_check(cfg: RunConfig, params: list[GenerationParams], exit_probe: ExitProbe) -> list[RequestResult]:
+    results = answer(cfg, params, exit_probe)
     with layout(cfg):
         for one, result in zip(params, results, strict=True):
             check_against_reference(cfg, PROMPT, one, result, VOCAB_SIZE)
@@ -149,7 +150,7 @@ def answer_in_int8(cfg: RunConfig) -> None:
         outputs = []
         for make_linear in (None, Int8Linear):
             decoder = make_decoder(cfg, make_linear=make_linear)
-            rows = decoder.layout([Segment(0, 0, 20)])
+            rows = decoder.attention_metadata([Segment(0, 0, 20)])
             hidden = decoder.run_layers(decoder.embed(tokens, rows), rows, 0, decoder.num_layers)[0]
             outputs.append(decoder.final_output(hidden).logits(19))
         exact, rounded = outputs
@@ -207,7 +208,7 @@ def plan(cfg: RunConfig) -> None:
     with layout(cfg):
         decoder = make_decoder(cfg, CHEAP["shortlist"])
         measured = measure_costs(decoder, repetitions=1)
-        assert measured.is_asking_cheap and min(measured.layer_seconds + measured.ask_seconds) > 0
+        assert measured.has_approximate_heads and min(measured.layer_seconds + measured.probe_seconds) > 0
         calibration = ExitCalibration(
             np.arange(3), 1.0, (1, 2, 3), np.tile(np.float32([0.1, 0.9, 0.9]), (10, 1)), np.ones((10, 3), bool)
         )

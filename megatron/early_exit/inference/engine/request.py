@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.exit_policy import ExitPolicy
+from megatron.early_exit.inference.engine.draft_length import Draft, DraftLength
+from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import (
     FinishReason,
@@ -18,8 +19,7 @@ from megatron.early_exit.inference.results import (
     RequestResult,
     Statistics,
 )
-from megatron.early_exit.inference.sampling import Sampler
-from megatron.early_exit.inference.speculation import Draft, DraftLength
+from megatron.early_exit.inference.worker.sampling import Sampler
 
 
 @dataclass

@@ -60,7 +60,7 @@ class KVCache:
         """Of each layer [slots, positions, 2 * kv heads / tp, d]."""
         return self._cache.flatten(3, 4).unbind(0)
 
-    def places(self, slot: int, first: int, stop: int) -> tuple[Tensor, ...]:
+    def write_views(self, slot: int, first: int, stop: int) -> tuple[Tensor, ...]:
         """Of each layer [stop - first, 2 * kv heads / tp, d]: where rows of one slot are written."""
         return self._cache[:, slot, first:stop].flatten(2, 3).unbind(0)
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron.early_exit.inference.graphs import FixedLayout, LayerGraphs
-from megatron.early_exit.inference.kv_cache import KVCache
-from megatron.early_exit.inference.linear import Linear
-from megatron.early_exit.inference.output import HeadOutput
-from megatron.early_exit.inference.rows import Layout, RotaryTable, Segment, rotate
-from megatron.early_exit.inference.weights import DecoderWeights, LayerWeights, MlpWeights
+from megatron.early_exit.inference.worker.attention import AttentionMetadata, RotaryTable, Segment, rotate
+from megatron.early_exit.inference.worker.graphs import FixedAttentionMetadata, LayerGraphs
+from megatron.early_exit.inference.worker.head_output import HeadOutput
+from megatron.early_exit.inference.worker.kv_cache import KVCache
+from megatron.early_exit.inference.worker.linear import Linear
+from megatron.early_exit.inference.worker.weights import DecoderWeights, LayerWeights, MlpWeights
 
 
 class Decoder:
@@ -62,16 +62,16 @@ class Decoder:
         self._graphs = None
         if use_graphs:
             self._graphs = LayerGraphs(
-                self._launch_layers, self._fixed_layout,
+                self._launch_layers, self._fixed_attention_metadata,
                 num_slots=num_slots, num_positions=self.num_positions, device=weights.device,
             )  # fmt: skip
         self._rotary = None
         if model.position_embedding_type == "rope":
             self._rotary = RotaryTable(num_places, model.head_size, weights.rotary_frequencies, weights.device)
 
-    def layout(self, segments: Sequence[Segment]) -> Layout:
+    def attention_metadata(self, segments: Sequence[Segment]) -> AttentionMetadata:
         """What `run_layers` needs to know of the rows of `segments`, in the order of slots."""
-        return Layout(
+        return AttentionMetadata(
             segments,
             self.cache,
             num_heads=self._num_heads,
@@ -81,9 +81,9 @@ class Decoder:
             rotary=self._rotary,
         )
 
-    def _fixed_layout(self, positions: Tensor, num_keys: int) -> FixedLayout:
-        """The layout of a graph's rows. positions: [slots, rows per slot]"""
-        return FixedLayout(
+    def _fixed_attention_metadata(self, positions: Tensor, num_keys: int) -> FixedAttentionMetadata:
+        """The attention of a graph's rows. positions: [slots, rows per slot]"""
+        return FixedAttentionMetadata(
             positions,
             num_keys,
             self.cache,
@@ -93,7 +93,7 @@ class Decoder:
             rotary=self._rotary,
         )
 
-    def embed(self, tokens: Sequence[int], layout: Layout) -> Tensor:
+    def embed(self, tokens: Sequence[int], attention: AttentionMetadata) -> Tensor:
         """[rows, h]: what the first layer reads."""
         ids = torch.tensor(tokens, device=self.weights.device)
         table = self.weights.embedding
@@ -105,43 +105,43 @@ class Decoder:
             hidden = F.embedding(local * is_mine, table) * is_mine[:, None]
             self._sum_over_ranks(hidden)
         if self.weights.positions is not None:
-            hidden = hidden + self.weights.positions[layout.positions]
+            hidden = hidden + self.weights.positions[attention.positions]
         return hidden
 
-    def run_layers(self, hidden: Tensor, layout: Layout, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def run_layers(self, hidden: Tensor, attention: AttentionMetadata, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Run rows that have run `first` layers until they have run `last`, writing keys and values.
 
         hidden: [rows, h]. Returns the same after the last of these layers, and its residual after attention, which an
         MLP branch reads (`hidden` itself if no layer runs)."""
-        if self._graphs is not None and first < last and self._graphs.can_run(layout):
-            return self._graphs.run(hidden, layout, first, last)
-        return self._launch_layers(hidden, layout, first, last)
+        if self._graphs is not None and first < last and self._graphs.can_run(attention):
+            return self._graphs.run(hidden, attention, first, last)
+        return self._launch_layers(hidden, attention, first, last)
 
     def _launch_layers(
-        self, hidden: Tensor, layout: Layout | FixedLayout, first: int, last: int
+        self, hidden: Tensor, attention: AttentionMetadata | FixedAttentionMetadata, first: int, last: int
     ) -> tuple[Tensor, Tensor]:
         """As `run_layers`, kernel by kernel."""
         residual = hidden
         for index in range(first, last):
-            residual, hidden = self._run_layer(self.weights.layers[index], index, hidden, layout)
+            residual, hidden = self._run_layer(self.weights.layers[index], index, hidden, attention)
         return hidden, residual
 
-    def run_exit_block(self, exit_index: int, hidden: Tensor, layout: Layout) -> Tensor:
+    def run_exit_block(self, exit_index: int, hidden: Tensor, attention: AttentionMetadata) -> Tensor:
         """The transformer block of an exit over rows that it has not seen; as `run_layers`."""
         block = self.exits[exit_index].block
-        return self._run_layer(block, self._block_cache[exit_index], hidden, layout)[1]
+        return self._run_layer(block, self._block_cache[exit_index], hidden, attention)[1]
 
     @property
-    def is_asking_cheap(self) -> bool:
-        """Whether `ask_exit` is cheaper, and says less, than `exit_output`."""
-        return any(one.cheap is not None for one in self.exits)
+    def has_approximate_heads(self) -> bool:
+        """Whether `probe_exit` is cheaper, and says less, than `exit_output`."""
+        return any(one.approximate is not None for one in self.exits)
 
-    def ask_exit(self, exit_index: int, hidden: Tensor) -> HeadOutput:
+    def probe_exit(self, exit_index: int, hidden: Tensor) -> HeadOutput:
         """What decides whether an exit may be taken, or is drafted from: its cheap head, or its own if it has none.
 
         A shortlist without the best token says less than the exit's own head; with it, it is at least as sure: only
         some of the ids share the probability. Arguments as of `exit_output`."""
-        cheap = self.exits[exit_index].cheap
+        cheap = self.exits[exit_index].approximate
         if cheap is None:
             return self.exit_output(exit_index, hidden)
         return self._exit_head(exit_index, hidden, cheap.linear, ids=cheap.ids, num_ids=cheap.num_ids)
@@ -170,20 +170,24 @@ class Decoder:
         return HeadOutput(logits, vocab_size=self.vocab_size, tp_group=self.weights.tp_group, **columns)
 
     def _run_layer(
-        self, layer: LayerWeights, cache_index: int, hidden: Tensor, layout: Layout | FixedLayout
+        self,
+        layer: LayerWeights,
+        cache_index: int,
+        hidden: Tensor,
+        attention: AttentionMetadata | FixedAttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
         """(residual after attention, output), each [rows, h]"""
         heads = layer.qkv(layer.attention_norm(hidden))
         if heads.dtype != self.weights.dtype:
             heads = heads.to(self.weights.dtype)
-        heads = heads.view(layout.num_rows, -1, self._head_size)
+        heads = heads.view(attention.num_rows, -1, self._head_size)
         if layer.query_norm is not None:
             heads = self._norm_heads(layer, heads)
-        if layout.rotation is not None:
-            heads = rotate(heads, layout.rotation)
+        if attention.rotation is not None:
+            heads = rotate(heads, attention.rotation)
         queries, keys_and_values = heads.split((self._num_heads, 2 * self._num_kv_heads), 1)
-        layout.write(cache_index, keys_and_values)
-        context = layout.attend(cache_index, queries)
+        attention.write(cache_index, keys_and_values)
+        context = attention.attend(cache_index, queries)
         residual = self._add(layer.projection, context, layer.projection_bias, hidden)
         return residual, self._add_mlp(layer.mlp, layer.mlp_norm(residual), residual)
 

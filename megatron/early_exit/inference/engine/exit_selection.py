@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron.early_exit.inference.costs import StepCosts
+from megatron.early_exit.inference.engine.costs import StepCosts
 
 # A plan must promise this share of the full model's time, so that errors of its figures do not cost more than it wins.
 _MIN_GAIN = 0.03
@@ -15,7 +15,7 @@ _MIN_GAIN = 0.03
 _MAX_EXITS = 10
 
 
-def choose_exits(
+def select_exits(
     confidences: np.ndarray,
     thresholds: Sequence[float],
     depths: Sequence[int],
@@ -63,9 +63,9 @@ def step_seconds(
         asking = num_requests * goes_on / runs  # rows that have not left, in a step in which there are some
         if index is None:
             return seconds + runs * costs.final_head(asking)
-        seconds += runs * costs.ask(asking)
+        seconds += runs * costs.probe(asking)
         leaves = staying & would_leave[:, index]
-        if costs.is_asking_cheap:
+        if costs.has_approximate_heads:
             # The exit's own head gives the token.
             left = num_requests * leaves.mean()
             seconds += min(left, 1.0) * costs.exit_head(max(left, 1.0))

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.decoder import Decoder
-from megatron.early_exit.inference.output import HeadOutput
-from megatron.early_exit.inference.results import HeadReading
-from megatron.early_exit.inference.rows import Layout, Segment
-from megatron.early_exit.inference.running import RunningRequest
+from megatron.early_exit.inference.engine.request import RunningRequest
+from megatron.early_exit.inference.results import HeadPrediction
+from megatron.early_exit.inference.worker.attention import AttentionMetadata, Segment
+from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.worker.head_output import HeadOutput
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Feed:
     """The final head is asked for the rows from this position on; None: for none."""
     first: int = 0
     """First position of its rows in the batch: those that waited have joined."""
-    readings: list[HeadReading] = field(default_factory=list)
+    predictions: list[HeadPrediction] = field(default_factory=list)
     taken: tuple[int, HeadOutput, int] | None = None
     """(exit, its output, row) of the exit that was taken."""
     final: tuple[HeadOutput, int] | None = None
@@ -70,7 +70,7 @@ class _Batch:
 
     feeds: list[Feed]
     hidden: Tensor
-    layout: Layout
+    attention: AttentionMetadata
 
     def offsets(self) -> list[int]:
         """Where each feed's rows begin."""
@@ -91,17 +91,17 @@ class Walk:
     def run(self, feeds: list[Feed]) -> None:
         """Take the rows of `feeds`, in the order of slots, up the layers until all have exited or reached the end.
 
-        Sets `readings`, `taken` and `final` of each, and keeps rows that left with their requests."""
-        layout = self.decoder.layout([feed.segment for feed in feeds])
-        hidden = self.decoder.embed([token for feed in feeds for token in feed.tokens], layout)
-        batch, residual, depth = _Batch(feeds, hidden, layout), hidden, 0
+        Sets `predictions`, `taken` and `final` of each, and keeps rows that left with their requests."""
+        attention = self.decoder.attention_metadata([feed.segment for feed in feeds])
+        hidden = self.decoder.embed([token for feed in feeds for token in feed.tokens], attention)
+        batch, residual, depth = _Batch(feeds, hidden, attention), hidden, 0
         while True:
             if depth in self.exit_at_depth:
                 batch = self._at_exit(self.exit_at_depth[depth], depth, batch, residual)
             if not batch.feeds or depth == self.decoder.num_layers:
                 break
             following = self._next_depth(depth, batch.feeds)
-            batch.hidden, residual = self.decoder.run_layers(batch.hidden, batch.layout, depth, following)
+            batch.hidden, residual = self.decoder.run_layers(batch.hidden, batch.attention, depth, following)
             for feed in batch.feeds:
                 self._count(feed, feed.num_rows * (following - depth), following - depth)
             depth = following
@@ -159,8 +159,8 @@ class Walk:
         if not changed:
             return batch
         if not staying:
-            return _Batch([], batch.hidden[:0], batch.layout)
-        return _Batch(staying, torch.cat(parts), self.decoder.layout([feed.segment for feed in staying]))
+            return _Batch([], batch.hidden[:0], batch.attention)
+        return _Batch(staying, torch.cat(parts), self.decoder.attention_metadata([feed.segment for feed in staying]))
 
     def _ask(self, index: int, feeds: list[Feed], states: Tensor) -> None:
         """Ask the exit about each feed's last row. A cheap head only says which rows may leave: the exit's own head
@@ -168,25 +168,25 @@ class Walk:
 
         states: [feeds, h]"""
         layer_number = self.decoder.exits[index].layer_number
-        output = self.decoder.ask_exit(index, states)
-        reading = lambda said, row, **kind: HeadReading(layer_number, said.token(row), said.confidence(row), **kind)
+        output = self.decoder.probe_exit(index, states)
+        reading = lambda said, row, **kind: HeadPrediction(layer_number, said.token(row), said.confidence(row), **kind)
         candidates = []
         for row, feed in enumerate(feeds):
             if feed.is_draft:
                 feed.taken = (index, output, row)
-            elif self.decoder.is_asking_cheap and not feed.request.policy.should_exit(
+            elif self.decoder.has_approximate_heads and not feed.request.policy.should_exit(
                 layer_number, output.confidence(row)
             ):
-                feed.readings.append(reading(output, row, is_estimate=True))
+                feed.predictions.append(reading(output, row, is_approximate=True))
             else:
                 candidates.append(row)
         if not candidates:
             return
         rows = candidates
-        if self.decoder.is_asking_cheap:
+        if self.decoder.has_approximate_heads:
             output, rows = self.decoder.exit_output(index, _take_rows(states, candidates)), range(len(candidates))
         for row, feed in zip(rows, (feeds[candidate] for candidate in candidates), strict=True):
-            feed.readings.append(reading(output, row))
+            feed.predictions.append(reading(output, row))
             if feed.request.policy.should_exit(layer_number, output.confidence(row)):
                 feed.taken = (index, output, row)
 
@@ -196,14 +196,14 @@ class Walk:
         users = [i for i, feed in enumerate(batch.feeds) if index in feed.request.asked]
         if not users:
             return batch.hidden
-        layout, rows = batch.layout, list(range(batch.layout.num_rows))
+        attention, rows = batch.attention, list(range(batch.attention.num_rows))
         if len(users) < len(batch.feeds):
-            layout = self.decoder.layout([batch.feeds[i].segment for i in users])
+            attention = self.decoder.attention_metadata([batch.feeds[i].segment for i in users])
             rows = [offsets[i] + row for i in users for row in range(batch.feeds[i].num_rows)]
         for i in users:
             self._count(batch.feeds[i], batch.feeds[i].num_rows, 1)
-        out = self.decoder.run_exit_block(index, _take_rows(batch.hidden, rows), layout)
-        if len(rows) == batch.layout.num_rows:
+        out = self.decoder.run_exit_block(index, _take_rows(batch.hidden, rows), attention)
+        if len(rows) == batch.attention.num_rows:
             return out
         return batch.hidden.index_copy(0, torch.tensor(rows, device=out.device), out)
 

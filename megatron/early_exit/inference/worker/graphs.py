@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.rows import additive_mask, attend
+from megatron.early_exit.inference.worker.attention import additive_mask, attend
 
 if TYPE_CHECKING:
-    from megatron.early_exit.inference.kv_cache import KVCache
-    from megatron.early_exit.inference.rows import Layout, RotaryTable
+    from megatron.early_exit.inference.worker.attention import AttentionMetadata, RotaryTable
+    from megatron.early_exit.inference.worker.kv_cache import KVCache
 
 # More rows of one slot are a prompt, whose kernels are long enough.
 _MAX_ROWS_PER_SLOT = 8
@@ -48,8 +48,8 @@ class _Inputs(NamedTuple):
     """[slots, rows per slot]"""
 
 
-class FixedLayout:
-    """The rows of a graph, as `rows.Layout` for the layers that run them: made of operations on `positions` alone."""
+class FixedAttentionMetadata:
+    """`AttentionMetadata` of the rows of a graph: made of operations on `positions` alone."""
 
     def __init__(
         self,
@@ -75,15 +75,15 @@ class FixedLayout:
         self._mask = additive_mask(positions, num_keys, num_heads // num_kv_heads, dtype)
 
     def write(self, layer: int, rows: Tensor) -> None:
-        """As of `rows.Layout`."""
+        """As of `AttentionMetadata`."""
         self._layers[layer][self._slots, self._positions] = rows
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
-        """As of `rows.Layout`."""
+        """As of `AttentionMetadata`."""
         return attend(queries, self._keys[layer], self._values[layer], self._mask)
 
 
-Launch = Callable[[Tensor, FixedLayout, int, int], tuple[Tensor, Tensor]]
+Launch = Callable[[Tensor, FixedAttentionMetadata, int, int], tuple[Tensor, Tensor]]
 """Runs layers kernel by kernel; as `Decoder.run_layers`."""
 
 
@@ -93,21 +93,21 @@ class LayerGraphs:
     def __init__(
         self,
         launch_layers: Launch,
-        fixed_layout: Callable[[Tensor, int], FixedLayout],
+        fixed_attention_metadata: Callable[[Tensor, int], FixedAttentionMetadata],
         *,
         num_slots: int,
         num_positions: int,
         device: torch.device,
     ) -> None:
-        """fixed_layout: of rows at positions [slots, rows per slot], with a number of keys. Its cache must have a place
-        behind position `num_positions` - 1."""
-        self._launch_layers, self._fixed_layout = launch_layers, fixed_layout
+        """fixed_attention_metadata: of rows at positions [slots, rows per slot], with a number of keys. Its cache must
+        have a place behind position `num_positions` - 1."""
+        self._launch_layers, self._fixed_attention_metadata = launch_layers, fixed_attention_metadata
         self._num_slots, self._num_positions, self._device = num_slots, num_positions, device
         self._pool: tuple[int, int] | None = None
         self._inputs: dict[_Shape, _Inputs] = {}
         self._graphs: dict[tuple[int, int, _Shape], Callable[[], tuple[Tensor, Tensor]]] = {}
-        # The layout whose positions are in place: a step runs several ranges with it.
-        self._placed: Layout | None = None
+        # The attention whose positions are in place: a step runs several ranges with it.
+        self._placed: AttentionMetadata | None = None
         self._rows = torch.empty(0)
 
     @property
@@ -115,21 +115,21 @@ class LayerGraphs:
         return len(self._graphs)
 
     @staticmethod
-    def can_run(layout: Layout) -> bool:
+    def can_run(attention: AttentionMetadata) -> bool:
         """Whether no slot has more rows than graphs take."""
-        return max(segment.count for segment in layout.segments) <= _MAX_ROWS_PER_SLOT
+        return max(segment.count for segment in attention.segments) <= _MAX_ROWS_PER_SLOT
 
-    def run(self, hidden: Tensor, layout: Layout, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def run(self, hidden: Tensor, attention: AttentionMetadata, first: int, last: int) -> tuple[Tensor, Tensor]:
         """As `Decoder.run_layers`."""
-        shape = self._shape_of(layout)
+        shape = self._shape_of(attention)
         if shape not in self._inputs:
             self._inputs[shape] = _Inputs(
                 torch.zeros(shape.num_rows, hidden.size(1), dtype=hidden.dtype, device=self._device),
                 torch.zeros(shape[:2], dtype=torch.long, device=self._device),
             )
         inputs = self._inputs[shape]
-        if layout is not self._placed:
-            self._place(layout, shape, inputs.positions)
+        if attention is not self._placed:
+            self._place(attention, shape, inputs.positions)
         inputs.hidden.index_copy_(0, self._rows, hidden)
         key = (first, last, shape)
         if key not in self._graphs:
@@ -138,31 +138,31 @@ class LayerGraphs:
         # Copies: the next run of a graph overwrites its outputs, and rows that wait keep theirs.
         return out[self._rows], residual[self._rows]
 
-    def _shape_of(self, layout: Layout) -> _Shape:
-        segments = layout.segments
+    def _shape_of(self, attention: AttentionMetadata) -> _Shape:
+        segments = attention.segments
         return _Shape(
             _bucket(max(segment.slot for segment in segments) + 1, 1, self._num_slots),
             _bucket(max(segment.count for segment in segments), 1, _MAX_ROWS_PER_SLOT),
             _bucket(max(segment.stop for segment in segments), _MIN_KEYS, self._num_positions),
         )
 
-    def _place(self, layout: Layout, shape: _Shape, positions: Tensor) -> None:
-        """Say which rows of the fixed batch are those of `layout`, and where all of them are."""
+    def _place(self, attention: AttentionMetadata, shape: _Shape, positions: Tensor) -> None:
+        """Say which rows of the fixed batch are those of `attention`, and where all of them are."""
         rows, places = [], [self._num_positions] * shape.num_rows
-        for segment in layout.segments:
+        for segment in attention.segments:
             start = segment.slot * shape.rows_per_slot
             rows += range(start, start + segment.count)
             places[start : start + segment.count] = range(segment.first, segment.stop)
         numbers = torch.tensor(places + rows).to(self._device)  # one copy for both
         positions.copy_(numbers[: shape.num_rows].view_as(positions))
-        self._rows, self._placed = numbers[shape.num_rows :], layout
+        self._rows, self._placed = numbers[shape.num_rows :], attention
 
     def _make(self, first: int, last: int, shape: _Shape) -> Callable[[], tuple[Tensor, Tensor]]:
         inputs = self._inputs[shape]
 
         def launch() -> tuple[Tensor, Tensor]:
-            layout = self._fixed_layout(inputs.positions, shape.num_keys)
-            return self._launch_layers(inputs.hidden, layout, first, last)
+            attention = self._fixed_attention_metadata(inputs.positions, shape.num_keys)
+            return self._launch_layers(inputs.hidden, attention, first, last)
 
         if self._device.type != "cuda":
             return launch

@@ -1,0 +1,49 @@
+"""What a layer and a head cost, by the number of rows; measured by a worker (`worker/cost_measurement.py`)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+ROW_COUNTS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds, each measured for `ROW_COUNTS` rows of one slot. Exits: of the first; zeros if the model has none."""
+
+    layer_seconds: tuple[float, ...]
+    probe_seconds: tuple[float, ...]
+    """What is asked of every row: the cheap head if there is one, else the exit's own."""
+    exit_head_seconds: tuple[float, ...]
+    final_head_seconds: tuple[float, ...]
+    batch_seconds: float = 0.0
+    """To set up a batch of rows: once a step, and again where rows leave."""
+    has_approximate_heads: bool = False
+    """Whether the exit's own head is needed as well when a token leaves."""
+
+    def layer(self, rows: float) -> float:
+        return _interpolate(self.layer_seconds, rows)
+
+    def probe(self, rows: float) -> float:
+        return _interpolate(self.probe_seconds, rows)
+
+    def exit_head(self, rows: float) -> float:
+        return _interpolate(self.exit_head_seconds, rows)
+
+    def final_head(self, rows: float) -> float:
+        return _interpolate(self.final_head_seconds, rows)
+
+
+def _interpolate(seconds: tuple[float, ...], rows: float) -> float:
+    """Between the measured row counts, and proportional beyond the last."""
+    if rows <= ROW_COUNTS[0]:
+        return seconds[0]
+    if rows >= ROW_COUNTS[-1]:
+        return seconds[-1] * rows / ROW_COUNTS[-1]
+    above = bisect_left(ROW_COUNTS, rows)
+    if ROW_COUNTS[above] == rows:
+        return seconds[above]
+    low, high = ROW_COUNTS[above - 1], ROW_COUNTS[above]
+    share = (rows - low) / (high - low)
+    return seconds[above - 1] * (1 - share) + seconds[above] * share

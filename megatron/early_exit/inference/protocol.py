@@ -1,0 +1,229 @@
+"""What the engine and its workers tell each other: plain data, without tensors.
+
+A step goes from the engine to the workers: operations on slots first, then rows. A row is one token of one slot at one
+position. What the heads made of the rows comes back. The engine owns tokens, slots, draft lengths and finish reasons;
+a worker owns weights, keys and values, deferred rows and sampling. Settings of a request travel once, at admission.
+
+Rows carry the generation of their slot, which counts the requests that had it, and the epoch of their request, which
+counts rejected drafts: outputs of older ones are stale.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from megatron.early_exit.inference.params import SamplingSettings
+
+FINAL_HEAD = -1
+"""In place of an exit index."""
+
+Phase = Literal["prefill", "decode", "draft", "verify", "score"]
+"""prefill: rows of a prompt, through all layers. decode: the row of a request's last token; the first exit that is
+confident gives the next one, else the final head. draft: the same, but its only exit gives the token, however confident
+it is. verify: the row of the last draft, through all layers, with the rows of the drafts before it. score: rows of
+given tokens, through as many layers as the heads in `score_heads` need."""
+
+
+class ExitDescription(msgspec.Struct, frozen=True):
+    """One exit of the model."""
+
+    layer_number: int
+    """The layer, counted from 1, that names it."""
+    depth: int
+    """Layers that a row has run when the exit reads it."""
+    has_block: bool
+    """Whether it has attention, and so keys and values, of its own."""
+
+
+class WorkerDescription(msgspec.Struct, frozen=True):
+    """What the engine needs to know of the model and of the memory that its workers have for it."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    """Ids that may be given and drawn."""
+    exits: tuple[ExitDescription, ...]
+    num_slots: int
+    """Requests that run at once."""
+    num_positions: int
+    """Longest prompt and answer together."""
+    has_approximate_heads: bool = False
+    """Whether exits are probed by something cheaper than their own heads."""
+
+    def index_of(self, exit_layer: int) -> int:
+        """Index of the exit that `exit_layer` names."""
+        return next(index for index, one in enumerate(self.exits) if one.layer_number == exit_layer)
+
+
+# Operations on slots.
+
+
+class Admit(msgspec.Struct, frozen=True, tag=True):
+    """Give a slot to a request. The keys and values of its first `num_rows` positions are there already."""
+
+    request_id: int
+    slot: int
+    generation: int
+    num_prompt_tokens: int
+    prefix: tuple[int, ...]
+    """Tokens of the rows that are there already."""
+    sampling: SamplingSettings
+    exits: tuple[int, ...] = ()
+    """Indices of exits that may be evaluated: their blocks must see all rows."""
+    max_deferred: int = 0
+    """Rows that may be deferred; one more, and they run the remaining layers."""
+    top_log_probs: int = 0
+    """Report this many of the most probable tokens with each token."""
+
+
+class CopyPrefix(msgspec.Struct, frozen=True, tag=True):
+    """Give slot `target` the keys and values of the first `count` positions of slot `source`."""
+
+    source: int
+    target: int
+    count: int
+
+
+class Free(msgspec.Struct, frozen=True, tag=True):
+    """The request of a slot has ended: its deferred rows are dropped, its keys and values stay for others to copy."""
+
+    slot: int
+    clear: bool = False
+    """Overwrite the keys and values: they are not finite, and a masked NaN still spoils a sum."""
+
+
+class Gather(msgspec.Struct, frozen=True, tag=True):
+    """Slots 0, 1, ... get the first `count` positions of the slots `sources`, all at once (beam search)."""
+
+    sources: tuple[int, ...]
+    count: int
+
+
+SlotOperation = Admit | CopyPrefix | Free | Gather
+
+
+# Rows.
+
+
+class ExitThreshold(msgspec.Struct, frozen=True, array_like=True):
+    """An exit to evaluate, and the confidence from which on it gives the token."""
+
+    exit: int
+    threshold: float
+
+
+class Rows(msgspec.Struct, frozen=True):
+    """Consecutive positions of one slot, to be run in one step. A slot has at most one of them in a step."""
+
+    request_id: int
+    slot: int
+    generation: int
+    epoch: int
+    phase: Phase
+    first: int
+    """Position of the first token."""
+    tokens: tuple[int, ...]
+    exits: tuple[ExitThreshold, ...] = ()
+    """Exits to evaluate on the last row, in the order of layers."""
+    sample_from: int | None = None
+    """The final head draws a token for each position from this one on; None: for none. It may lie before `first`: the
+    drafts that are verified with this row were deferred."""
+    score_heads: tuple[int, ...] = ()
+    """Heads whose predictions for the positions from `score_from` on are wanted: exit indices in the order of layers,
+    `FINAL_HEAD` last."""
+    score_from: int = 0
+    targets: tuple[int, ...] = ()
+    """Tokens whose log-probabilities are wanted, one for each scored position; none: no log-probabilities."""
+    score_top: int = 0
+    """Report this many of the most probable tokens of each scored position."""
+    score_logits: bool = False
+    """Report all logits of scored positions."""
+
+    @property
+    def stop(self) -> int:
+        """Position behind the last token."""
+        return self.first + len(self.tokens)
+
+
+class Step(msgspec.Struct, frozen=True):
+    """What the workers do next: all operations in order, then all rows."""
+
+    number: int
+    operations: tuple[SlotOperation, ...] = ()
+    rows: tuple[Rows, ...] = ()
+
+
+# What comes back.
+
+TokenLogProb = tuple[int, float]
+
+
+class Prediction(msgspec.Struct, frozen=True, array_like=True):
+    """What one head predicts for the next token."""
+
+    exit: int
+    """Index, or `FINAL_HEAD`."""
+    token: int
+    """Its most probable token."""
+    confidence: float
+    """That token's probability."""
+    is_approximate: bool = False
+    """Whether an approximate head predicted it and the exit's own head was not evaluated."""
+
+
+class DrawnToken(msgspec.Struct, frozen=True):
+    """A token that a head gave."""
+
+    token: int
+    log_prob: float
+    """Log-probability (nats) in the head's distribution, before penalty, temperature, top-k and top-p."""
+    confidence: float
+    """The head's largest probability."""
+    exit: int
+    """Index of the exit, or `FINAL_HEAD`."""
+    predictions: tuple[Prediction, ...] = ()
+    """Of all evaluated heads in order; the last one gave the token."""
+    top_log_probs: tuple[TokenLogProb, ...] = ()
+    caught_up: bool = False
+    """Whether the row went on through the remaining layers, with those that were deferred before it, because no more
+    rows may be deferred."""
+
+
+class HeadScores(msgspec.Struct, frozen=True):
+    """What one head says about some positions, each list with one value a position."""
+
+    exit: int
+    """Index, or `FINAL_HEAD`."""
+    tokens: list[int]
+    """Most probable token."""
+    confidences: list[float]
+    """Its probability."""
+    log_probs: list[float]
+    """Of the targets (nats); empty if there are none."""
+    top_log_probs: list[list[TokenLogProb]]
+    """Empty if none were asked for."""
+    logits: bytes | None = None
+    """[positions, vocabulary] fp32 in the machine's byte order."""
+
+
+class RowsOutput(msgspec.Struct, frozen=True):
+    """What became of one `Rows`."""
+
+    request_id: int
+    slot: int
+    generation: int
+    epoch: int
+    stop: int
+    """Position behind the last of its rows."""
+    tokens: tuple[DrawnToken, ...] = ()
+    scores: tuple[HeadScores, ...] = ()
+    layer_passes: int = 0
+    """(row, layer) pairs that were computed; rows that were deferred before count where they ran."""
+    layer_runs: int = 0
+    """Times that a layer or an exit block ran rows of this slot."""
+    complete_to: int = 0
+    """Positions before this one have keys and values in all layers."""
+    error: str | None = None
+    """Why there are no tokens; the request ends with it."""
