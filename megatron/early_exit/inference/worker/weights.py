@@ -166,8 +166,8 @@ def decoder_weights(
     """Take the weights of `chunk`, which holds the whole model; those that need no change are shared with it.
 
     dtype: of weights and computation, default the model's. make_linear: (weight, bias) -> the linear layer to use,
-    default `fastest_linear`. exit_probe: approximate heads for the exits. Raises ValueError if the model cannot be decoded as it
-    is."""
+    default `fastest_linear`. exit_probe: approximate heads for the exits. Raises ValueError if the model cannot be
+    decoded as it is."""
     _check_can_decode(chunk)
     return _Extraction(
         chunk, config, dtype or chunk.config.params_dtype, make_linear or fastest_linear, exit_probe
