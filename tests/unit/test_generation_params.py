@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.llm import _as_list
-from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams, check_prompt
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,13 @@ def test_values_are_what_their_fields_say(name: str, given: Any, expected: Any) 
         ("stop", b"END", "stop is b'END'; it must be text"),
         ("stop", ["a", ""], "a stop string is empty"),
         ("stop", "\ud83d", "not valid Unicode"),
+        ("stop", ["a"] * 17, "stop has 17 strings; give at most 16"),
+        ("stop", ["b" * 257], "'bbbbbbbbbbbbbbbbbbbb'... has 257 characters; it may have 256"),
+        ("stop_tokens", range(1025), "stop_tokens has 1025 ids; give at most 1024"),
+        ("top_log_probs", 513, "top_log_probs is 513; it must lie between 0 and 512"),
+        ("top_log_probs", -1, "top_log_probs is -1; it must lie between 0 and 512"),
+        ("n", 129, "n is 129; it must lie between 1 and 128"),
+        ("n", 0, "n is 0; it must lie between 1 and 128"),
         ("stop_tokens", "3", "stop_tokens is '3'; it must be an integer"),
         ("stop_tokens", 3.0, "stop_tokens is 3.0; it must be an integer"),
         ("stop_tokens", {3: 4}, "stop_tokens is {3: 4}"),
@@ -70,6 +79,67 @@ def test_wrong_types_are_refused_by_name(name: str, given: Any, message: str) ->
     with pytest.raises(ValueError) as caught:
         GenerationParams(**{name: given})
     assert message in str(caught.value)
+
+
+def test_settings_at_their_bounds() -> None:
+    params = GenerationParams(
+        stop=["b" * 256] * 16, stop_tokens=range(1024), top_log_probs=512, n=128, sampling=SamplingSettings(1.0)
+    )
+    assert (len(params.stop), len(params.stop_tokens)) == (16, 1024)
+
+
+EXITS = ExitConfig(exit_layer_nums=(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("params", "heads"),
+    [
+        (ScoreParams(), (2, 4, None)),
+        (ScoreParams(exit_layers=()), (None,)),
+        (ScoreParams(exit_layers=np.array([4]), final=np.False_), (4,)),
+        (ScoreParams(exit_layers=[4, 2, 4]), (2, 4, None)),
+    ],
+)
+def test_heads_that_score(params: ScoreParams, heads: tuple) -> None:
+    assert params.heads(EXITS) == heads
+    assert hash(params) == hash(replace(params))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exit_layers": 3}, "exit_layers names 3, but the model's exits are 2, 4"),
+        ({"exit_layers": (), "final": False}, "no head is to be evaluated"),
+        ({"exit_layers": "2"}, "exit_layers is '2'; it must be an integer"),
+        ({"final": 1}, "final is 1; it must be True or False"),
+        ({"logits": None}, "logits is None; it must be True or False"),
+        ({"top_log_probs": 513}, "top_log_probs is 513"),
+        ({"score_from": -1}, "score_from is -1; it must be 0 or more"),
+        ({"score_from": 3}, "score_from is 3; it must be below the number of tokens, 3"),
+    ],
+)
+def test_scores_that_cannot_be_made(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        params = ScoreParams(**changes)
+        params.heads(EXITS)
+        params.check_tokens([1, 2, 3], 10, 96)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([1] * 11, "the prompt has 11 tokens; at most 10 fit"),
+        ([1, 96], "the prompt has ids outside of the vocabulary of 96: [96]"),
+        ([-1], "the prompt has ids outside of the vocabulary of 96: [-1]"),
+    ],
+)
+def test_prompts_that_do_not_fit(ids: list[int], message: str) -> None:
+    for check in (check_prompt, ScoreParams().check_tokens):
+        with pytest.raises(ValueError) as caught:
+            check(ids, 10, 96)
+        assert message in str(caught.value)
 
 
 def test_settings_of_sampling() -> None:

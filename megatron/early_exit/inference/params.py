@@ -1,7 +1,8 @@
-"""What one request asks for, checked when it is made and, against the model, when it is added."""
+"""The settings of one request, checked when it is made and, against the model, when it is added."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,11 @@ MODES = ("full", "early_exit", "self_speculative")
 
 LONGEST_DRAFT = 1024
 """All lengths up to `max_draft_length` are compared before every draft."""
+
+MAX_TOP_LOG_PROBS = 512
+MAX_SAMPLES = 128
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
+MAX_STOP_TOKENS = 1024
 
 
 # Below this temperature the most probable token is taken: nothing else has a probability to speak of.
@@ -103,7 +109,7 @@ class GenerationParams:
     """Stop after this many tokens."""
 
     mode: Mode = "full"
-    """full: all layers for every token. early_exit: take a token from the first exit that is sure enough.
+    """full: all layers for every token. early_exit: take a token from the first exit that is confident.
     self_speculative: let an exit draft tokens and all layers verify them; the distribution is that of `full`."""
 
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -114,14 +120,15 @@ class GenerationParams:
     first exit is always taken, at 1.0 only where the probability rounds to 1."""
 
     exit_layers: tuple[int, ...] = ()
-    """early_exit: exits that may be asked; none given: all."""
+    """early_exit: exits that may be evaluated; none given: all."""
 
     plan_exits: bool = False
-    """early_exit: of these exits, ask only those that pay, by what the model's calibration says of how often they would
-    be taken and by what layers and heads cost on this machine. Possibly none."""
+    """early_exit: of these exits, evaluate only those that pay, by how often the model's calibration expects them to be
+    taken and by what layers and heads cost on this machine. Possibly none."""
 
     max_deferred: int = 32
-    """early_exit: when this many rows wait for deeper layers, the next one runs all layers and takes them along."""
+    """early_exit: rows of this request that may be deferred. Where one more exits, it runs the remaining layers with
+    those deferred before it; the token is still the exit's."""
 
     draft_exit: int | None = None
     """self_speculative: the exit that drafts; None: the first."""
@@ -175,16 +182,26 @@ class GenerationParams:
             raise ValueError(f"draft_length is {self.draft_length}; it must be at least 1, or None to adapt")
         if not 1 <= self.max_draft_length <= LONGEST_DRAFT:
             raise ValueError(f"max_draft_length is {self.max_draft_length}; it must lie between 1 and {LONGEST_DRAFT}")
-        if any(not text for text in self.stop):
-            raise ValueError("a stop string is empty")
-        for text in self.stop:
-            check_unicode(text)
-        if self.top_log_probs < 0:
-            raise ValueError(f"top_log_probs is {self.top_log_probs}; it must be 0 or more")
-        if self.n < 1:
-            raise ValueError(f"n is {self.n}; it must be at least 1")
+        self._check_stops()
+        _check_top_log_probs(self.top_log_probs)
+        if not 1 <= self.n <= MAX_SAMPLES:
+            raise ValueError(f"n is {self.n}; it must lie between 1 and {MAX_SAMPLES}")
         if self.n > 1 and self.sampling.is_greedy:
             raise ValueError(f"n is {self.n}, but greedy answers are all equal; set a temperature")
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise ValueError(f"stop has {len(self.stop)} strings; give at most {MAX_STOP_STRINGS}")
+        for text in self.stop:
+            if not text:
+                raise ValueError("a stop string is empty")
+            if len(text) > MAX_STOP_CHARACTERS:
+                raise ValueError(
+                    f"the stop string {text[:20]!r}... has {len(text)} characters; it may have {MAX_STOP_CHARACTERS}"
+                )
+            check_unicode(text)
+        if len(self.stop_tokens) > MAX_STOP_TOKENS:
+            raise ValueError(f"stop_tokens has {len(self.stop_tokens)} ids; give at most {MAX_STOP_TOKENS}")
 
     def _normalise(self) -> None:
         """Make every field what its annotation says. One value stands for a list of one; NumPy's and torch's numbers
@@ -207,7 +224,7 @@ class GenerationParams:
             raise ValueError(f"sampling is {self.sampling!r}; it must be SamplingSettings(...)")
 
     def exit_policy(self, exits: ExitConfig) -> ExitPolicy | None:
-        """When to exit, or None if this request never does. Raises ValueError if the model cannot do what is asked."""
+        """When to exit, or None if this request never does. Raises ValueError if the model has no such exits."""
         if self.mode != "early_exit":
             return None
         return ExitPolicy.for_model(exits, self.exit_thresholds, self.exit_layers)
@@ -227,12 +244,75 @@ class GenerationParams:
         return layer
 
 
-def check_prompt(prompt_ids: list[int] | tuple[int, ...], num_positions: int, vocab_size: int) -> None:
+@dataclass(frozen=True)
+class ScoreParams:
+    """Which predictions over given tokens are wanted. Exits are named by their layer numbers, counted from 1."""
+
+    exit_layers: tuple[int, ...] | None = None
+    """Exits to evaluate at every position, whatever their confidence; None: all, (): none."""
+
+    final: bool = True
+    """Whether the final head is evaluated. Without it, layers above the deepest of the exits do not run."""
+
+    top_log_probs: int = 0
+    """Report this many of the most probable tokens, with log-probabilities, at each position."""
+
+    logits: bool = False
+    """Report the logits of the whole vocabulary as well."""
+
+    score_from: int = 0
+    """First position whose prediction is wanted; those before it are context."""
+
+    def __post_init__(self) -> None:
+        if self.exit_layers is not None:
+            layers = checked.several("exit_layers", self.exit_layers, checked.integer)
+            object.__setattr__(self, "exit_layers", layers)
+        for name in ("top_log_probs", "score_from"):
+            object.__setattr__(self, name, checked.integer(name, getattr(self, name)))
+        for name in ("final", "logits"):
+            object.__setattr__(self, name, checked.truth(name, getattr(self, name)))
+        _check_top_log_probs(self.top_log_probs)
+        if self.score_from < 0:
+            raise ValueError(f"score_from is {self.score_from}; it must be 0 or more")
+
+    def heads(self, exits: ExitConfig) -> tuple[int | None, ...]:
+        """Layer numbers of the exits to evaluate, ascending, then None if the final head is. Raises ValueError if the
+        model has no such exit, or there is no head to evaluate."""
+        layers = exits.exit_layer_nums if self.exit_layers is None else self.exit_layers
+        unknown = sorted(set(layers) - set(exits.exit_layer_nums))
+        if unknown:
+            raise ValueError(
+                f"exit_layers names {', '.join(map(str, unknown))}, but the model's exits are "
+                f"{', '.join(map(str, exits.exit_layer_nums)) or 'none'}"
+            )
+        heads = (*sorted(set(layers)), *((None,) if self.final else ()))
+        if not heads:
+            raise ValueError("no head is to be evaluated: there are no exits, and final is False")
+        return heads
+
+    def check_tokens(self, ids: Sequence[int], num_positions: int, vocab_size: int) -> None:
+        """Raise ValueError if a model with these limits cannot score `ids`."""
+        check_prompt(ids, num_positions, vocab_size)
+        if self.score_from >= len(ids):
+            raise ValueError(f"score_from is {self.score_from}; it must be below the number of tokens, {len(ids)}")
+
+
+def check_prompt(prompt_ids: Sequence[int], num_positions: int, vocab_size: int) -> None:
     """Raise ValueError if a model with these limits cannot continue `prompt_ids`."""
     if not prompt_ids:
         raise ValueError("the prompt is empty; give at least one token (for instance the end of document)")
     if len(prompt_ids) > num_positions:
         raise ValueError(f"the prompt has {len(prompt_ids)} tokens; at most {num_positions} fit")
-    outside = [token for token in prompt_ids if not 0 <= token < vocab_size]
+    check_ids("the prompt", prompt_ids, vocab_size)
+
+
+def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raise ValueError that names the field if some of `ids` are outside of the vocabulary."""
+    outside = [token for token in ids if not 0 <= token < vocab_size]
     if outside:
-        raise ValueError(f"the prompt has ids outside of the vocabulary of {vocab_size}: {outside[:5]}")
+        raise ValueError(f"{name} has ids outside of the vocabulary of {vocab_size}: {outside[:5]}")
+
+
+def _check_top_log_probs(count: int) -> None:
+    if not 0 <= count <= MAX_TOP_LOG_PROBS:
+        raise ValueError(f"top_log_probs is {count}; it must lie between 0 and {MAX_TOP_LOG_PROBS}")

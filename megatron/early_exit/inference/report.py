@@ -51,7 +51,7 @@ def usage_table(answer: Answer) -> str:
     lines = [aligned(rows)]
     if statistics.acceptance is not None:
         lines.append(f"drafted {statistics.drafted} tokens, accepted {statistics.acceptance:.1%}")
-    forced = sum(token.is_forced for token in result.tokens)
+    forced = sum(token.is_forced or token.caught_up for token in result.tokens)
     notes = f" ({forced} tokens ran all layers because of the cap on deferred rows)" if forced else ""
     if statistics.full_layer_passes:  # none for an answer of one token, which comes with the prompt
         lines.append(

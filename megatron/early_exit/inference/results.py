@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FinishReason = Literal["eod", "stop", "max_tokens", "max_positions", "cancelled", "error"]
 """eod: one of the model's ends (of a document, of a turn); stop: a stop token or string; max_positions: the model takes
@@ -13,7 +16,7 @@ no longer sequence."""
 
 @dataclass(frozen=True)
 class HeadPrediction:
-    """What one head said about the next token."""
+    """What one head predicts for the next token."""
 
     exit_layer: int | None
     """Layer number that names the exit; None for the final head."""
@@ -22,7 +25,7 @@ class HeadPrediction:
     confidence: float
     """That token's probability."""
     is_approximate: bool = False
-    """Whether a cheap head said so (a shortlist, low precision), and the exit's own head was not asked."""
+    """Whether an approximate head (a shortlist, low precision) predicted it; the exit's own was not evaluated."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,12 @@ class GeneratedToken:
     log_prob: float
     """Log-probability (nats) of the token in that head's distribution, before penalty, temperature, top-k and top-p."""
     predictions: tuple[HeadPrediction, ...] = ()
-    """All heads asked for this token in order; the last one produced it."""
+    """Of all heads evaluated for this token, in order; the last one produced it."""
     is_forced: bool = False
     """Whether the cap on deferred rows sent this row through all layers without asking exits."""
+    caught_up: bool = False
+    """Whether the cap on deferred rows ran this row, and those deferred before it, through the remaining layers; the
+    token is still the exit's."""
     is_draft: bool = False
     """Whether an exit drafted the token and all layers accepted it."""
     top_log_probs: tuple[tuple[int, float], ...] = ()
@@ -117,7 +123,7 @@ class RequestResult:
     finish_reason: FinishReason
     statistics: Statistics
     exit_layers: tuple[int, ...]
-    """Layer numbers of the exits that it may have asked, ascending."""
+    """Layer numbers of the exits that it may have evaluated, ascending."""
     num_layers: int
     prompt: tuple[PromptToken, ...] = ()
     """With echo: the prompt's tokens."""
@@ -131,10 +137,39 @@ class RequestResult:
 
     @property
     def usage(self) -> tuple[ExitUsage, ...]:
-        """Asked exits in the order of layers, then the final head. Their tokens add up to the generated ones."""
+        """Enabled exits in the order of layers, then the final head. Their tokens add up to the generated ones."""
         usage = []
         for layer, is_final in [*((layer, False) for layer in self.exit_layers), (self.num_layers, True)]:
             confidences = [t.confidence for t in self.tokens if (t.exit_layer, t.is_final) == (layer, is_final)]
             mean = math.fsum(confidences) / len(confidences) if confidences else None
             usage.append(ExitUsage(layer, is_final, len(confidences), mean))
         return tuple(usage)
+
+
+@dataclass(frozen=True)
+class ScoredHead:
+    """What one head predicts at each scored position p, from `score_from` to the last: the token at p + 1."""
+
+    exit_layer: int | None
+    """Layer number that names the exit; None for the final head."""
+    tokens: tuple[int, ...]
+    """Its most probable token."""
+    confidences: tuple[float, ...]
+    """That token's probability."""
+    log_probs: tuple[float, ...]
+    """Log-probability (nats) of the given next token; one fewer than positions, as none follows the last."""
+    top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """(id, log-probability) of the most probable tokens; empty if none are wanted."""
+    logits: np.ndarray | None = field(default=None, compare=False)
+    """[positions, vocabulary], fp32; None if not wanted."""
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """The predictions of one request for scores."""
+
+    request_id: int
+    heads: tuple[ScoredHead, ...]
+    """In the order of layers, the final head last; empty with an error."""
+    error: str | None = None
+    """What went wrong."""
