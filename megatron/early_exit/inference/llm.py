@@ -184,7 +184,7 @@ class LLM:
             Int8Linear if quantize == "all" else None,
             _exit_probe(calibration, shortlist, quantize, tokenizer.vocab_size),
         )
-        num_ids = num_ids_with_rows(model.chunks[0].model_output_weight, tokenizer.vocab_size, weights.tp_group)
+        num_ids = num_ids_with_rows(model.chunks[0].model_output_weight, tokenizer.vocab_size, weights.tp)
         decoder = Decoder(
             weights, num_slots=max_requests, num_positions=max_length, vocab_size=num_ids,
             use_graphs=None if cuda_graphs else False,

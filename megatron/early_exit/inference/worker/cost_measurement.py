@@ -35,10 +35,7 @@ def measure_costs(decoder: Decoder, slot: int = 0, repetitions: int = 5) -> Step
         action()
     seconds = torch.tensor([[_seconds(action) for action in actions] for _ in range(repetitions)], dtype=torch.float64)
     seconds = seconds.amin(0).view(len(ROW_COUNTS), -1).t().to(decoder.weights.device)
-    group = decoder.weights.tp_group
-    if group.size() > 1:
-        seconds = seconds.contiguous()
-        torch.distributed.broadcast(seconds, src=torch.distributed.get_global_rank(group, 0), group=group)
+    seconds = decoder.weights.tp.gather(seconds)[0]
     layers, asks, exits, final, batches = (tuple(row) for row in seconds.tolist())
     layers = tuple(value / decoder.num_layers for value in layers)
     if not decoder.exits:

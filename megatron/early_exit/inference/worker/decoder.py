@@ -42,10 +42,10 @@ class Decoder:
         self.num_positions = weights.max_positions if num_positions is None else num_positions
         if not 1 <= self.num_positions <= weights.max_positions:
             raise ValueError(f"the model takes sequences of 1 to {weights.max_positions} tokens, not {num_positions}")
-        self.vocab_size = vocab_size if vocab_size is not None else weights.embedding.size(0) * weights.tp_size
+        self.vocab_size = vocab_size if vocab_size is not None else weights.embedding.size(0) * weights.tp.size
         self._head_size = model.head_size
-        self._num_heads = model.num_attention_heads // weights.tp_size
-        self._num_kv_heads = model.num_kv_heads // weights.tp_size
+        self._num_heads = model.num_attention_heads // weights.tp.size
+        self._num_kv_heads = model.num_kv_heads // weights.tp.size
         self._swiglu, self._gelu = model.swiglu, "tanh" if model.openai_gelu else "none"
         # A block exit attends to what it has seen itself: its keys and values lie behind those of the layers.
         self._block_cache = {
@@ -53,7 +53,7 @@ class Decoder:
             for number, index in enumerate(i for i, one in enumerate(self.exits) if one.block is not None)
         }
         if use_graphs is None:
-            use_graphs = weights.device.type == "cuda" and weights.tp_size == 1
+            use_graphs = weights.device.type == "cuda" and weights.tp.size == 1
         num_places = self.num_positions + use_graphs  # graphs have rows that write nowhere
         self.cache = KVCache(
             self.num_layers + len(self._block_cache), num_slots, num_places, self._num_kv_heads,
@@ -97,13 +97,13 @@ class Decoder:
         """[rows, h]: what the first layer reads."""
         ids = torch.tensor(tokens, device=self.weights.device)
         table = self.weights.embedding
-        if self.weights.tp_size == 1:
+        if self.weights.tp.size == 1:
             hidden = F.embedding(ids, table)
         else:
-            local = ids - self.weights.tp_group.rank() * table.size(0)
+            local = ids - self.weights.tp.rank * table.size(0)
             is_mine = (local >= 0) & (local < table.size(0))
             hidden = F.embedding(local * is_mine, table) * is_mine[:, None]
-            self._sum_over_ranks(hidden)
+            self.weights.tp.sum(hidden)
         if self.weights.positions is not None:
             hidden = hidden + self.weights.positions[attention.positions]
         return hidden
@@ -167,7 +167,7 @@ class Decoder:
         return self._output(self.weights.output(self.weights.final_norm(hidden)))
 
     def _output(self, logits: Tensor, **columns: Any) -> HeadOutput:
-        return HeadOutput(logits, vocab_size=self.vocab_size, tp_group=self.weights.tp_group, **columns)
+        return HeadOutput(logits, vocab_size=self.vocab_size, tp=self.weights.tp, **columns)
 
     def _run_layer(
         self,
@@ -209,13 +209,10 @@ class Decoder:
 
     def _add(self, linear: Linear, x: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
         """residual + linear(x) + bias, summed over the ranks, which hold a part of the inputs each."""
-        if self.weights.tp_size == 1:
+        if self.weights.tp.size == 1:
             out = linear.add_to(residual, x)
         else:
             part = linear(x).to(residual.dtype).contiguous()
-            self._sum_over_ranks(part)
+            self.weights.tp.sum(part)
             out = part.add_(residual)
         return out if bias is None else out.add_(bias)
-
-    def _sum_over_ranks(self, part: Tensor) -> None:
-        torch.distributed.all_reduce(part, group=self.weights.tp_group)

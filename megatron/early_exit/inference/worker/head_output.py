@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+
 # exp of it is still a normal number in fp32.
 _SMALLEST = -80.0
 
@@ -23,15 +25,15 @@ class HeadOutput:
         logits: Tensor,
         *,
         vocab_size: int,
-        tp_group: torch.distributed.ProcessGroup,
+        tp: TensorParallel,
         ids: Tensor | None = None,
         num_ids: int | None = None,
     ) -> None:
         """logits: [rows, padded vocabulary / tp], any float type; vocab_size: ids of the tokenizer. Over a shortlist:
         [rows, shortlist / tp], and the id of each column; columns from `num_ids` on are padding."""
-        self._tp_group, self._vocab_size, self._ids = tp_group, vocab_size, ids
+        self._tp, self._vocab_size, self._ids = tp, vocab_size, ids
         self._local_logits = logits.float()
-        first_id = tp_group.rank() * logits.size(1)
+        first_id = tp.rank * logits.size(1)
         num_columns = max(vocab_size - first_id, 0) if ids is None else num_ids
         if num_columns < logits.size(1):
             self._local_logits[:, num_columns:] = -torch.inf
@@ -43,7 +45,7 @@ class HeadOutput:
         sum_exp = shifted.clamp_(min=_SMALLEST).exp_().sum(1)
         local = torch.stack([max_logit.double(), sum_exp.double(), token.double()])
         self._full_logits: Tensor | None = None
-        self._rows = [_combine(numbers) for numbers in zip(*_gather(local.t(), tp_group), strict=True)]
+        self._rows = [_combine(numbers) for numbers in zip(*_gather(local.t(), tp), strict=True)]
 
     def is_finite(self, row: int) -> bool:
         """Whether the row's logits are numbers: weights with NaN, or an overflow, make them otherwise."""
@@ -68,9 +70,9 @@ class HeadOutput:
 
         The first call gathers the rows of all ranks."""
         if self._full_logits is None:
-            logits = torch.cat(self._all_ranks(self._local_logits), 1).cpu()
+            logits = torch.cat(self._tp.gather(self._local_logits), 1).cpu()
             if self._ids is not None:
-                ids = torch.cat(self._all_ranks(self._ids)).cpu()
+                ids = torch.cat(self._tp.gather(self._ids)).cpu()
                 # Padding columns say -inf of an id that another column may know more about.
                 logits = logits.new_full((len(logits), self._vocab_size), -torch.inf).scatter_reduce_(
                     1, ids.expand(len(logits), -1), logits, "amax"
@@ -78,26 +80,14 @@ class HeadOutput:
             self._full_logits = logits
         return self._full_logits[row]
 
-    def _all_ranks(self, tensor: Tensor) -> list[Tensor]:
-        if self._tp_group.size() == 1:
-            return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self._tp_group.size())]
-        torch.distributed.all_gather(parts, tensor.contiguous(), group=self._tp_group)
-        return parts
-
     def log_probs(self, row: int) -> Tensor:
         """[vocabulary] on every rank, fp32 on the CPU; as `logits`."""
         return self.logits(row) - self._rows[row][1]
 
 
-def _gather(local: Tensor, group: torch.distributed.ProcessGroup) -> list[list[list[float]]]:
+def _gather(local: Tensor, tp: TensorParallel) -> list[list[list[float]]]:
     """Every rank's [rows, 3] numbers. A gather, since the order in which an all-reduce adds may differ by rank."""
-    if group.size() == 1:
-        return [local.tolist()]
-    local = local.contiguous()
-    everyone = [torch.empty_like(local) for _ in range(group.size())]
-    torch.distributed.all_gather(everyone, local, group=group)
-    return torch.stack(everyone).tolist()
+    return torch.stack(tp.gather(local)).tolist()
 
 
 def _combine(ranks: tuple[list[float], ...]) -> tuple[float, float, int]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.inference.worker.linear import Int8Linear, Linear, MakeLinear, fastest_linear
+from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 from megatron.early_exit.model.attention import SdpaAttention
 from megatron.early_exit.model.exit_head import ExitHead
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
@@ -110,18 +111,17 @@ class ExitWeights:
     """What is asked first; None: `output`."""
 
 
-def num_ids_with_rows(output_weight: Tensor, num_ids: int, tp_group: torch.distributed.ProcessGroup) -> int:
+def num_ids_with_rows(output_weight: Tensor, num_ids: int, tp: TensorParallel) -> int:
     """How many of the first `num_ids` ids a model can say: those up to the last whose row is not all zeros.
 
     A tokenizer may have tokens that the model has never had (`from-hf` pads the vocabulary with zeros for them); a row
     of zeros gives the logit 0, which may be the largest. output_weight: this rank's [padded vocabulary / tp, h]"""
-    first = tp_group.rank() * len(output_weight)
+    first = tp.rank * len(output_weight)
     count = max(min(num_ids - first, len(output_weight)), 0)
     while count > 0 and not output_weight[count - 1].any():
         count -= 1
-    last = torch.tensor([first + count if count else 0], device=output_weight.device)
-    torch.distributed.all_reduce(last, torch.distributed.ReduceOp.MAX, group=tp_group)
-    return int(last) or num_ids
+    everywhere = tp.gather(torch.tensor([first + count if count else 0], device=output_weight.device))
+    return max(int(last) for last in everywhere) or num_ids
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class DecoderWeights:
     final_norm: Norm
     output: Linear
     max_positions: int
-    tp_group: torch.distributed.ProcessGroup
+    tp: TensorParallel
 
     @property
     def dtype(self) -> torch.dtype:
@@ -149,10 +149,6 @@ class DecoderWeights:
     @property
     def device(self) -> torch.device:
         return self.embedding.device
-
-    @property
-    def tp_size(self) -> int:
-        return self.tp_group.size()
 
 
 @torch.no_grad()
@@ -204,7 +200,7 @@ class _Extraction:
             final_norm=self._norm(chunk.decoder.final_layernorm),
             output=self._output(chunk.model_output_weight),
             max_positions=chunk.max_sequence_length,
-            tp_group=chunk.pg_collection.tp,
+            tp=TensorParallel(chunk.pg_collection.tp),
         )
 
     def _tensor(self, tensor: Tensor | None) -> Tensor | None:
