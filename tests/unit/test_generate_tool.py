@@ -138,7 +138,7 @@ def test_json_survives_a_round_trip():
         (["--stop", ""], "a stop string is empty"),
         (["--top-p", "1.5"], "top_p is 1.5"),
         (["--top-p", "0.9", "--top-p-decay", "2"], "top_p_decay is 2"),
-        (["--top-k", "5", "--temperature", "0"], "no effect at temperature 0"),
+        (["--min-p", "2"], "min_p is 2.0; it must lie between 0 (off) and 1"),
         (["--repetition-penalty", "0"], "repetition_penalty is 0"),
         (["--tokens-to-generate", "0"], "max_tokens is 0"),
         (["--max-requests", "0"], "max_requests is 0"),

@@ -58,14 +58,17 @@ def build_parser() -> argparse.ArgumentParser:
     prompts.add_argument("--chat", action="store_true", help="talk: each answer sees the conversation before it")
     sampling = parser.add_argument_group("sampling (the default is greedy)")
     sampling.add_argument("--tokens-to-generate", type=int, default=64, metavar="N")
-    sampling.add_argument("--temperature", type=float, help="0: greedy; default: 1 with --top-k or --top-p, else 0")
+    sampling.add_argument("--temperature", type=float, help="0: greedy; default: 1 with --top-k, --top-p or --min-p")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K most probable; 0: all")
     sampling.add_argument(
         "--top-p", type=float, default=0.0, metavar="P", help="choose among the fewest with probability P; 0: all"
     )
     sampling.add_argument("--top-p-decay", type=float, default=0.0, metavar="F", help="multiply top-p by this a token")
     sampling.add_argument("--top-p-bound", type=float, default=0.0, metavar="P", help="top-p decays no further")
+    sampling.add_argument("--min-p", type=float, default=0.0, metavar="F", help="at least this share of the best; 0: all")
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="F", help="1: off")
+    sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="F", help="as OpenAI's; 0: off")
+    sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="F", help="as OpenAI's; 0: off")
     sampling.add_argument("--seed", type=int, default=1234, help="the same seed for every prompt")
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this; repeatable")
     sampling.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt")
@@ -128,12 +131,21 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
     mode = _checked_mode(args)
     temperature = args.temperature
     if temperature is None:
-        temperature = 1.0 if args.top_k > 1 or args.top_p > 0 else 0.0
+        temperature = 1.0 if args.top_k > 1 or args.top_p > 0 or args.min_p > 0 else 0.0
     params = GenerationParams(
         max_tokens=args.tokens_to_generate,
         mode=mode,
         sampling=SamplingSettings(
-            temperature, args.top_k, args.top_p, args.top_p_decay, args.top_p_bound, args.repetition_penalty, args.seed
+            temperature=temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            top_p_decay=args.top_p_decay,
+            top_p_bound=args.top_p_bound,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            frequency_penalty=args.frequency_penalty,
+            presence_penalty=args.presence_penalty,
+            seed=args.seed,
         ),
         exit_thresholds=(0.8,) if args.early_exit_thres is None else tuple(args.early_exit_thres),
         exit_layers=tuple(args.exit_layers or ()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron.early_exit.config.exits import ExitConfig
@@ -35,7 +35,8 @@ class SamplingSettings:
     """How one request's tokens are chosen. The default is greedy."""
 
     temperature: float = 0.0
-    """Divide the logits by this; 0, and values so small that they do the same: take the most probable token."""
+    """Divide the logits by this; 0, and values so small that they do the same: take the most probable token, whatever
+    the other settings but the penalties are."""
 
     top_k: int = 0
     """Choose among the k most probable tokens only; 0: among all."""
@@ -49,14 +50,27 @@ class SamplingSettings:
     top_p_bound: float = 0.0
     """With top_p_decay: top_p never falls below this."""
 
+    min_p: float = 0.0
+    """Leave out tokens whose probability is below this share of the most probable one's; 0: none."""
+
     repetition_penalty: float = 1.0
     """Divide positive logits of tokens that the prompt or the answer holds by this, multiply negative ones; 1: off."""
 
+    frequency_penalty: float = 0.0
+    """Subtract this from a token's logit as often as the answer holds it; negative values make it more probable."""
+
+    presence_penalty: float = 0.0
+    """Subtract this from the logits of tokens that the answer holds."""
+
     seed: int = 1234
-    """The same seed, prompt and settings give the same tokens."""
+    """The same seed, prompt and settings give the same tokens; from -2**63 to 2**63 - 1."""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "top_p_decay", "top_p_bound", "repetition_penalty"):
+        numbers = (
+            "temperature", "top_p", "top_p_decay", "top_p_bound", "min_p", "repetition_penalty", "frequency_penalty",
+            "presence_penalty",
+        )  # fmt: skip
+        for name in numbers:
             object.__setattr__(self, name, checked.number(name, getattr(self, name)))
         for name in ("top_k", "seed"):
             object.__setattr__(self, name, checked.integer(name, getattr(self, name)))
@@ -74,25 +88,34 @@ class SamplingSettings:
             raise ValueError(f"top_p_decay is {self.top_p_decay}, which has no effect without top_p")
         if self.top_p_bound and not self.top_p_decay:
             raise ValueError(f"top_p_bound is {self.top_p_bound}, which has no effect without top_p_decay")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p is {self.min_p}; it must lie between 0 (off) and 1")
         if not 0.0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be positive (1: off)")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must lie between 0 and 2**63 - 1")
-        if self.temperature == 0.0 and (self.top_k > 1 or self.top_p > 0.0):
-            raise ValueError(
-                f"top_k {self.top_k} and top_p {self.top_p} have no effect at temperature 0 (greedy); "
-                "set a temperature, for instance 1.0"
-            )
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between -2 and 2 (0: off)")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; it must lie between -2**63 and 2**63 - 1")
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most probable token (after the penalty) is always taken."""
+        """Whether the most probable token (after penalties) is always taken."""
         return self.temperature < GREEDY_BELOW or self.top_k == 1
 
     @property
     def is_plain_argmax(self) -> bool:
         """Whether the head's most probable token is taken as it is: no logits need to be looked at."""
-        return self.is_greedy and self.repetition_penalty == 1.0
+        return self.is_greedy and not self.has_penalty
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether tokens that came before change the logits."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    def of_sample(self, number: int) -> SamplingSettings:
+        """The same with seed + `number`, for one of several answers; behind the largest seed comes the smallest."""
+        return replace(self, seed=(self.seed + number + 2**63) % 2**64 - 2**63)
 
     def top_p_at(self, index: int) -> float:
         """top_p for the answer's token number `index`, from 0, as Megatron's text generation lowers it."""

@@ -1,12 +1,25 @@
-"""Next-token distributions of one head for a batch of rows, with the vocabulary split over tensor-parallel ranks."""
+"""Next-token distributions of one head for a batch of rows, with the vocabulary split over tensor-parallel ranks.
+
+What leaves the device is small: a few numbers a row when the output is made, and what is then asked for.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from megatron.early_exit.inference.worker.sampling import (
+    Draw,
+    columns_of,
+    draw_tokens,
+    ids_of,
+    ordered_keys,
+    values_of,
+)
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 
 # exp of it is still a normal number in fp32.
@@ -17,8 +30,7 @@ class HeadOutput:
     """softmax(logits) over the tokenizer's ids, or over a shortlist of them, for each of some rows.
 
     Ids that pad the embedding have probability 0. Every tensor-parallel rank must make the same calls; all get equal
-    numbers, bit for bit, so that all take the same decisions.
-    """
+    numbers, bit for bit, so that all take the same decisions. Of equally probable ids the smallest comes first."""
 
     def __init__(
         self,
@@ -30,22 +42,24 @@ class HeadOutput:
         num_ids: int | None = None,
     ) -> None:
         """logits: [rows, padded vocabulary / tp], any float type; vocab_size: ids of the tokenizer. Over a shortlist:
-        [rows, shortlist / tp], and the id of each column; columns from `num_ids` on are padding."""
-        self._tp, self._vocab_size, self._ids = tp, vocab_size, ids
+        [rows, shortlist / tp], and the ascending ids of the columns; columns from `num_ids` on are padding."""
+        self._tp, self._vocab_size, self._shortlist = tp, vocab_size, ids
         self._local_logits = logits.float()
-        first_id = tp.rank * logits.size(1)
-        num_columns = max(vocab_size - first_id, 0) if ids is None else num_ids
-        if num_columns < logits.size(1):
-            self._local_logits[:, num_columns:] = -torch.inf
+        self._first_id = tp.rank * logits.size(1)
+        self._num_ids = max(vocab_size - self._first_id, 0) if ids is None else num_ids
+        if self._num_ids < logits.size(1):
+            self._local_logits[:, self._num_ids :] = -torch.inf
         max_logit, column = self._local_logits.max(1)
-        token = column + first_id if ids is None else ids[column]
+        token = column + self._first_id if ids is None else ids[column]
         # A rank of padding only has no finite logit. Numbers below the clamp add nothing, but would make exp return
         # denormal numbers, with which processors are slow.
         shifted = self._local_logits - max_logit.clamp(min=torch.finfo(torch.float32).min)[:, None]
         sum_exp = shifted.clamp_(min=_SMALLEST).exp_().sum(1)
-        local = torch.stack([max_logit.double(), sum_exp.double(), token.double()])
+        local = torch.stack([max_logit.double(), sum_exp.double(), token.double()], 1)
+        # A gather, since the order in which an all-reduce adds may differ by rank.
+        ranks = torch.stack(tp.gather(local)).tolist()
+        self._rows = [_combine(numbers) for numbers in zip(*ranks, strict=True)]
         self._full_logits: Tensor | None = None
-        self._rows = [_combine(numbers) for numbers in zip(*_gather(local.t(), tp), strict=True)]
 
     def is_finite(self, row: int) -> bool:
         """Whether the row's logits are numbers: weights with NaN, or an overflow, make them otherwise."""
@@ -61,33 +75,81 @@ class HeadOutput:
 
     def max_log_prob(self, row: int) -> float:
         """Log-probability (nats) of `token`."""
-        max_logit, log_sum_exp, _ = self._rows[row]
-        return min(max_logit - log_sum_exp, 0.0)
+        return self._log_prob(row, self._rows[row][0])
+
+    def log_probs_of(self, rows: Sequence[int], ids: Sequence[int]) -> list[float]:
+        """Log-probability (nats) of one id for each of the rows; -inf for what is not on the shortlist."""
+        tokens = torch.tensor(ids, dtype=torch.int64, device=self._ids.device)
+        columns, is_here = columns_of(tokens, self._ids)
+        local = self._local_logits[list(rows), columns].masked_fill_(~is_here, -torch.inf)
+        logits = torch.stack(self._tp.gather(local)).amax(0).tolist()
+        return [self._log_prob(row, logit) for row, logit in zip(rows, logits, strict=True)]
+
+    def top(self, rows: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
+        """The `count` most probable (id, log-probability) of each of the rows, fewer if others have probability 0."""
+        keys = ordered_keys(self._local_logits[list(rows)], self._ids)
+        local = keys.topk(min(count, keys.size(1))).values
+        keys = torch.cat(self._tp.gather(local), 1).sort(descending=True).values[:, :count]
+        pairs = torch.stack([ids_of(keys).double(), values_of(keys).double()], 2).tolist()
+        return [
+            [(int(token), self._log_prob(row, logit)) for token, logit in largest if logit != -math.inf]
+            for row, largest in zip(rows, pairs, strict=True)
+        ]
+
+    def draw(self, draws: Sequence[Draw]) -> list[tuple[int, float]]:
+        """(token, its log-probability in the head's own distribution) of each draw; see `sampling.py`.
+
+        A row that is not finite gives token 0 and NaN."""
+        sampled = [one for one in draws if not one.settings.is_plain_argmax and self.is_finite(one.row)]
+        drawn = iter(())
+        if sampled:
+            drawn = iter(draw_tokens(self._local_logits[[one.row for one in sampled]], self._ids, sampled, self._tp))
+        results = []
+        for one in draws:
+            if one.settings.is_plain_argmax or not self.is_finite(one.row):
+                results.append((self.token(one.row), self.max_log_prob(one.row)))
+            else:
+                token, logit = next(drawn)
+                results.append((token, self._log_prob(one.row, logit)))
+        return results
 
     def logits(self, row: int) -> Tensor:
-        """[vocabulary, padded or not] on every rank, fp32 on the CPU, -inf for padding and for what is not on the
-        shortlist: what a sampler reads.
+        """[vocabulary] fp32 on the CPU, on every rank; -inf for what is not on the shortlist.
 
-        The first call gathers the rows of all ranks."""
+        The first call gathers the rows of all ranks: for scores and tests, not for decoding."""
         if self._full_logits is None:
             logits = torch.cat(self._tp.gather(self._local_logits), 1).cpu()
-            if self._ids is not None:
-                ids = torch.cat(self._tp.gather(self._ids)).cpu()
+            if self._shortlist is not None:
+                ids = torch.cat(self._tp.gather(self._shortlist)).cpu()
                 # Padding columns say -inf of an id that another column may know more about.
                 logits = logits.new_full((len(logits), self._vocab_size), -torch.inf).scatter_reduce_(
                     1, ids.expand(len(logits), -1), logits, "amax"
                 )
-            self._full_logits = logits
+            self._full_logits = logits[:, : self._vocab_size]
         return self._full_logits[row]
 
     def log_probs(self, row: int) -> Tensor:
         """[vocabulary] on every rank, fp32 on the CPU; as `logits`."""
         return self.logits(row) - self._rows[row][1]
 
+    @cached_property
+    def _ids(self) -> Tensor:
+        """[columns] ascending: the id of each column, of padding one that is no token."""
+        if self._shortlist is None:
+            return torch.arange(self._first_id, self._first_id + self._num_columns, device=self._local_logits.device)
+        is_padding = torch.arange(self._num_columns, device=self._shortlist.device) >= self._num_ids
+        return self._shortlist.masked_fill(is_padding, _NO_ID)
 
-def _gather(local: Tensor, tp: TensorParallel) -> list[list[list[float]]]:
-    """Every rank's [rows, 3] numbers. A gather, since the order in which an all-reduce adds may differ by rank."""
-    return torch.stack(tp.gather(local)).tolist()
+    @property
+    def _num_columns(self) -> int:
+        return self._local_logits.size(1)
+
+    def _log_prob(self, row: int, logit: float) -> float:
+        return min(logit - self._rows[row][1], 0.0)
+
+
+# Larger than any id, and below 2^32 (see `ordered_keys`).
+_NO_ID = 2**31
 
 
 def _combine(ranks: tuple[list[float], ...]) -> tuple[float, float, int]:
