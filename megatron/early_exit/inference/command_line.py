@@ -65,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sampling.add_argument("--top-p-decay", type=float, default=0.0, metavar="F", help="multiply top-p by this a token")
     sampling.add_argument("--top-p-bound", type=float, default=0.0, metavar="P", help="top-p decays no further")
-    sampling.add_argument("--min-p", type=float, default=0.0, metavar="F", help="at least this share of the best; 0: all")
+    sampling.add_argument(
+        "--min-p", type=float, default=0.0, metavar="F", help="leave out what is below this share of the best; 0: none"
+    )
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="F", help="1: off")
     sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="F", help="as OpenAI's; 0: off")
     sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="F", help="as OpenAI's; 0: off")

@@ -16,9 +16,8 @@ from megatron.early_exit.inference.worker.sampling import (
     Draw,
     columns_of,
     draw_tokens,
-    ids_of,
     ordered_keys,
-    values_of,
+    values_and_ids,
 )
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 
@@ -80,17 +79,22 @@ class HeadOutput:
     def log_probs_of(self, rows: Sequence[int], ids: Sequence[int]) -> list[float]:
         """Log-probability (nats) of one id for each of the rows; -inf for what is not on the shortlist."""
         tokens = torch.tensor(ids, dtype=torch.int64, device=self._ids.device)
+        logits = self._logits_of(rows, tokens).tolist()
+        return [self._log_prob(row, logit) for row, logit in zip(rows, logits, strict=True)]
+
+    def _logits_of(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
+        """[rows] fp32 on every rank, of one id for each of the rows."""
         columns, is_here = columns_of(tokens, self._ids)
         local = self._local_logits[list(rows), columns].masked_fill_(~is_here, -torch.inf)
-        logits = torch.stack(self._tp.gather(local)).amax(0).tolist()
-        return [self._log_prob(row, logit) for row, logit in zip(rows, logits, strict=True)]
+        return torch.stack(self._tp.gather(local)).amax(0)
 
     def top(self, rows: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
         """The `count` most probable (id, log-probability) of each of the rows, fewer if others have probability 0."""
         keys = ordered_keys(self._local_logits[list(rows)], self._ids)
         local = keys.topk(min(count, keys.size(1))).values
         keys = torch.cat(self._tp.gather(local), 1).sort(descending=True).values[:, :count]
-        pairs = torch.stack([ids_of(keys).double(), values_of(keys).double()], 2).tolist()
+        values, ids = values_and_ids(keys)
+        pairs = torch.stack([ids.double(), values.double()], 2).tolist()
         return [
             [(int(token), self._log_prob(row, logit)) for token, logit in largest if logit != -math.inf]
             for row, largest in zip(rows, pairs, strict=True)
@@ -100,17 +104,18 @@ class HeadOutput:
         """(token, its log-probability in the head's own distribution) of each draw; see `sampling.py`.
 
         A row that is not finite gives token 0 and NaN."""
-        sampled = [one for one in draws if not one.settings.is_plain_argmax and self.is_finite(one.row)]
-        drawn = iter(())
-        if sampled:
-            drawn = iter(draw_tokens(self._local_logits[[one.row for one in sampled]], self._ids, sampled, self._tp))
-        results = []
-        for one in draws:
-            if one.settings.is_plain_argmax or not self.is_finite(one.row):
-                results.append((self.token(one.row), self.max_log_prob(one.row)))
-            else:
-                token, logit = next(drawn)
-                results.append((token, self._log_prob(one.row, logit)))
+        results = [(self.token(draw.row), self.max_log_prob(draw.row)) for draw in draws]
+        drawn = [
+            number
+            for number, draw in enumerate(draws)
+            if self.is_finite(draw.row) and not draw.settings.is_plain_argmax
+        ]
+        if drawn:
+            rows = [draws[number].row for number in drawn]
+            tokens = draw_tokens(self._local_logits[rows], self._ids, [draws[number] for number in drawn], self._tp)
+            pairs = torch.stack([tokens.double(), self._logits_of(rows, tokens).double()], 1).tolist()
+            for number, row, (token, logit) in zip(drawn, rows, pairs, strict=True):
+                results[number] = int(token), self._log_prob(row, logit)
         return results
 
     def logits(self, row: int) -> Tensor:

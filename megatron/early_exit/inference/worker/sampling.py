@@ -1,10 +1,10 @@
 """From logits to tokens: penalties, temperature, top-k, top-p, min-p, and noise from a hash.
 
-A token is the argmax of logits plus Gumbel noise, which draws from softmax(logits) (Gumbel 1954; Maddison et al.,
-arXiv:1411.0030). The noise of an id depends on the seed, the number of the token in the answer and the id alone. So there
-is no generator whose state must travel; a tensor-parallel rank makes the noise of its own ids; and two heads that draw the
-same token of an answer share their noise, so that a drafted token is often the one that the final head draws
-(Daliri et al., arXiv:2408.07978).
+A token is the argmax of logits plus Gumbel noise, which draws from softmax(logits) (Maddison et al., arXiv:1411.0030).
+The noise of an id depends on the seed, the number of the token in the answer and the id alone. So there is no generator
+whose state must travel; a tensor-parallel rank makes the noise of its own ids; and two heads that draw the same token of
+an answer share their noise, so that a drafted token is often the one that the final head draws (Daliri et al.,
+arXiv:2408.07978).
 
 Shapes: n = draws, c = columns, the ids whose logits this rank has. Ids of columns ascend, over the ranks as well.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from megatron.early_exit.inference.params import SamplingSettings
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 
 # Most distributions reach top-p within this many tokens; sorting a whole vocabulary costs more than a small model.
-_SORTED_FIRST = 512
+_SENT_FIRST = 512
 
 # exp of it is still a normal number in fp32.
 _SMALLEST_LOG = -80.0
@@ -44,46 +45,87 @@ class Draw:
     """How many ids of `history` are the prompt's."""
 
 
-def draw_tokens(logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorParallel) -> list[tuple[int, float]]:
-    """(token, its logit) of each draw, equal on all ranks. Of equal scores the smallest id wins.
+def draw_tokens(logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorParallel) -> Tensor:
+    """[n] ids, equal on all ranks.
 
-    logits: [n, c] fp32 as the head gave them, finite or -inf (never drawn); ids: [c]"""
-    scores = _temper(_penalise(logits, ids, draws), draws, tp)
-    _restrict(scores, ids, draws, tp)
-    _add_noise(scores, ids, draws)
-    best, column = scores.max(1)
-    raw = logits.gather(1, column[:, None])[:, 0]
-    local = torch.stack([best.double(), raw.double(), ids[column].double()], 1)
-    ranks = torch.stack(tp.gather(local)).tolist()
-    winners = [max(numbers, key=lambda one: one[0]) for numbers in zip(*ranks, strict=True)]  # the first of equals
-    return [(int(token), logit) for _, logit, token in winners]
+    logits: [n, c] fp32 as the head gave them, finite or -inf (never drawn), overwritten; ids: [c]"""
+    _penalise(logits, ids, draws)
+    logits = _temper(logits, draws, tp)
+    tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
+    is_limited = [_Limits.of(draw) is not None for draw in draws]
+    for draw_some, is_theirs in ((_draw_among_largest, is_limited), (_draw_among_all, [not one for one in is_limited])):
+        rows = list(itertools.compress(range(len(draws)), is_theirs))
+        if rows:
+            some = logits if len(rows) == len(draws) else logits[rows]
+            tokens[rows] = draw_some(some, ids, [draws[row] for row in rows], tp)
+    return tokens
 
 
-def _penalise(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """[n, c]: tokens of the answer, and for the repetition penalty also of the prompt, made less probable.
+def _draw_among_all(logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorParallel) -> Tensor:
+    """[n] ids. Each rank finds the best of its own ids; of equal ones the smallest wins."""
+    scores, columns = _best(logits, ids, draws)
+    local = torch.stack([scores.double(), ids[columns].double()])
+    ranks = torch.stack(tp.gather(local))  # [tp, 2, n]
+    winner = ranks[:, 0].argmax(0, keepdim=True)  # the first of equals
+    return ranks[:, 1].gather(0, winner)[0].long()
+
+
+def _draw_among_largest(
+    logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorParallel, count: int = _SENT_FIRST
+) -> Tensor:
+    """[n] ids within top-k and top-p. Each rank sends its `count` largest logits, and all where these are too few."""
+    values, candidates, is_settled = _largest_kept(logits, ids, draws, tp, count)
+    columns = _best(values, candidates, draws)[1]
+    tokens = candidates.gather(1, columns[:, None])[:, 0]
+    if count >= len(ids) or all(0 < draw.settings.top_k <= count for draw in draws):
+        return tokens  # without a look at the device
+    left = [row for row, settled in enumerate(is_settled.tolist()) if not settled]
+    if left:
+        tokens[left] = _draw_among_largest(logits[left], ids, [draws[row] for row in left], tp, len(ids))
+    return tokens
+
+
+def _best(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+    """[n] each: the largest sum of logit and noise, of those within min-p, and its column.
+
+    logits: [n, c], overwritten; the largest of all ranks is 0. ids: [c] or [n, c]"""
+    if any(draw.settings.min_p for draw in draws):
+        min_p = [draw.settings.min_p for draw in draws]
+        smallest = _column([math.log(p) if p else -math.inf for p in min_p], logits)
+        logits.masked_fill_(logits < smallest, -torch.inf)
+    _add_noise(logits, ids, draws)
+    return logits.max(1)
+
+
+# Penalties and temperature.
+
+
+def _penalise(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> None:
+    """Make tokens of the answer, and for the repetition penalty those of the prompt, less probable, in place.
 
     Sources: CTRL, arXiv:1909.05858, as in transformers; OpenAI's API for frequency and presence."""
-    if not any(draw.settings.has_penalty for draw in draws):
-        return logits
-    histories = [draw.history if draw.settings.has_penalty else () for draw in draws]
-    seen = _count_tokens(histories, ids)
-    generated = _count_tokens([all_[draw.num_prompt_tokens :] for all_, draw in zip(histories, draws)], ids)
-    # As fp32 has it: 0 * inf is no number.
-    repetition = _column([min(draw.settings.repetition_penalty, _LARGEST) for draw in draws], logits)
-    changed = torch.where(logits > 0, logits / repetition, logits * repetition).clamp_(-_LARGEST, _LARGEST)
-    penalised = torch.where((seen > 0) & ~logits.isneginf(), changed, logits)
-    penalised -= _column([draw.settings.frequency_penalty for draw in draws], logits) * generated
-    return penalised - _column([draw.settings.presence_penalty for draw in draws], logits) * (generated > 0)
-
-
-def _count_tokens(histories: Sequence[Sequence[int]], ids: Tensor) -> Tensor:
-    """[n, c] fp32: how often each column's id occurs in each history."""
-    tokens = torch.tensor(list(itertools.chain.from_iterable(histories)), dtype=torch.int64)
-    rows = torch.arange(len(histories)).repeat_interleave(torch.tensor([len(history) for history in histories]))
-    tokens, rows = tokens.to(ids.device), rows.to(ids.device)
+    counts = [_count_tokens(draw) if draw.settings.has_penalty else {} for draw in draws]
+    if not any(counts):
+        return
+    entries = [(row, token, count) for row, counted in enumerate(counts) for token, count in counted.items()]
+    rows, tokens, times = torch.tensor(entries, device=logits.device).t().contiguous()
     columns, is_here = columns_of(tokens, ids)
-    counts = torch.zeros(len(histories), len(ids), device=ids.device)
-    return counts.index_put_((rows, columns), is_here.float(), accumulate=True)
+    rows, columns, times = rows[is_here], columns[is_here], times[is_here]
+    numbers = [
+        (min(one.repetition_penalty, _LARGEST), one.frequency_penalty, one.presence_penalty)
+        for one in (draw.settings for draw in draws)
+    ]
+    repetition, frequency, presence = torch.tensor(numbers, device=logits.device)[rows].t()
+    old = logits[rows, columns]
+    new = torch.where(old > 0, old / repetition, old * repetition).clamp_(-_LARGEST, _LARGEST)
+    new -= frequency * times + presence * (times > 0)
+    logits[rows, columns] = torch.where(old.isneginf(), old, new)
+
+
+def _count_tokens(draw: Draw) -> dict[int, int]:
+    """How often the answer holds each id of the prompt and the answer."""
+    prompt, answer = draw.history[: draw.num_prompt_tokens], draw.history[draw.num_prompt_tokens :]
+    return dict.fromkeys(prompt, 0) | Counter(answer)
 
 
 def columns_of(tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,12 +135,14 @@ def columns_of(tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _temper(logits: Tensor, draws: Sequence[Draw], tp: TensorParallel) -> Tensor:
-    """[n, c]: (logits - the largest of all ranks) / temperature; greedy draws at temperature 1.
+    """[n, c]: (logits - the largest of all ranks) / temperature; as they are for greedy draws.
 
     From the largest on downwards, a quotient that overflows is a probability of 0."""
+    if all(draw.settings.is_greedy for draw in draws):
+        return logits
     largest = torch.stack(tp.gather(logits.amax(1))).amax(0)
     temperatures = [1.0 if draw.settings.is_greedy else min(draw.settings.temperature, _LARGEST) for draw in draws]
-    return (logits - largest[:, None]).div_(_column(temperatures, logits))
+    return logits.sub_(largest[:, None]).div_(_column(temperatures, logits))
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
@@ -106,24 +150,7 @@ def _column(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
-# What top-k, top-p and min-p leave.
-
-
-def _restrict(logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorParallel) -> None:
-    """Write -inf to what is outside of the top-k largest, then of the fewest that reach top-p, then below min-p.
-
-    logits: [n, c], the largest of all ranks is 0. It always stays."""
-    min_p = [0.0 if draw.settings.is_greedy else draw.settings.min_p for draw in draws]
-    limits = [_Limits.of(draw) for draw in draws]
-    rows = [row for row, limit in enumerate(limits) if limit is not None]
-    if rows:
-        chosen = logits[rows]
-        keys = ordered_keys(chosen, ids)
-        cutoffs = _cutoffs(chosen, keys, [limits[row] for row in rows], tp)
-        logits[rows] = chosen.masked_fill_(keys < cutoffs[:, None], -torch.inf)
-    if any(min_p):
-        smallest = _column([math.log(p) if p else -math.inf for p in min_p], logits)
-        logits.masked_fill_(logits < smallest, -torch.inf)
+# Top-k and top-p.
 
 
 @dataclass(frozen=True)
@@ -142,45 +169,34 @@ class _Limits:
         return _Limits(float(top_k or math.inf), top_p if 0.0 < top_p < 1.0 else math.inf)
 
 
-def _cutoffs(logits: Tensor, keys: Tensor, limits: list[_Limits], tp: TensorParallel) -> Tensor:
-    """[n]: the smallest key that top-k and top-p keep in each row. keys: [n, c] of `logits`."""
+def _largest_kept(
+    logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorParallel, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[n, any] each: the largest logits of all ranks from the largest on, -inf outside of the top-k largest and then of
+    the fewest that reach top-p; and their ids. [n]: whether the `count` largest of each rank decide these.
+
+    logits: [n, c], the largest of all ranks is 0. It always stays."""
+    count = min(count, len(ids))
     sums = logits.clamp(min=_SMALLEST_LOG).exp_().sum(1, dtype=torch.float64)
-    cutoffs, is_settled = _cutoffs_among(keys, sums, limits, tp, _SORTED_FIRST)
-    if all(limit.top_k <= _SORTED_FIRST for limit in limits):
-        return cutoffs  # without a look at the device
-    left = [row for row, settled in enumerate(is_settled.tolist()) if not settled]
-    if left:
-        cutoffs[left], _ = _cutoffs_among(keys[left], sums[left], [limits[row] for row in left], tp, keys.size(1))
-    return cutoffs
-
-
-def _cutoffs_among(
-    keys: Tensor, sums: Tensor, limits: list[_Limits], tp: TensorParallel, count: int
-) -> tuple[Tensor, Tensor]:
-    """As `_cutoffs`, from the `count` largest keys of each rank; and [n], whether these were enough.
-
-    sums: [n] fp64, of exp(logits) over this rank's columns."""
-    count = min(count, keys.size(1))
-    is_all = count == keys.size(1)
-    local = torch.cat([keys.topk(count).values, sums.view(torch.int64)[:, None]], 1)
+    local = torch.cat([ordered_keys(logits, ids).topk(count).values, sums.view(torch.int64)[:, None]], 1)
     ranks = torch.stack(tp.gather(local), 1)  # [n, tp, count + 1]
-    largest = ranks[:, :, :-1].flatten(1).sort(descending=True).values
-    if not is_all:
-        largest = largest[:, :count]  # the others may be smaller than some that were not sent
-    # In fp64, since the order in which ranks and kernels add must not decide what is kept.
-    mass = ranks[:, :, -1].contiguous().view(torch.float64).sum(1)
-    weights = values_of(largest).clamp_(min=_SMALLEST_LOG).exp_().double()
+    keys = ranks[:, :, :-1].flatten(1).sort(descending=True).values
+    if count < len(ids):
+        keys = keys[:, :count]  # the others may be smaller than some that were not sent
+    values, candidates = values_and_ids(keys)
+    limits = [_Limits.of(draw) for draw in draws]
     numbers = [[limit.top_k, limit.top_p] for limit in limits]
-    top_k, top_p = torch.tensor(numbers, dtype=torch.float64, device=keys.device).t()
-    is_kept = torch.arange(largest.size(1), device=keys.device) < top_k[:, None]
-    weights = weights * is_kept
+    top_k, top_p = torch.tensor(numbers, dtype=torch.float64, device=keys.device)[:, :, None].unbind(1)  # [n, 1] each
+    is_kept = torch.arange(keys.size(1), device=keys.device) < top_k
+    # In fp64, since the order in which ranks and kernels add must not decide what is kept.
+    weights = values.clamp(min=_SMALLEST_LOG).exp_().double() * is_kept
     sums = weights.cumsum(1)
-    mass = torch.where(top_k.isinf(), mass, sums[:, -1])
-    is_kept &= sums - weights < (top_p * mass)[:, None]  # what comes before it does not reach top-p
-    cutoffs = largest.gather(1, is_kept.sum(1, keepdim=True).clamp_(min=1) - 1)[:, 0]
-    if is_all:
-        return cutoffs, torch.ones_like(top_k, dtype=torch.bool)
-    return cutoffs, (top_k <= count) | top_k.isinf() & (sums[:, -1] >= top_p * mass)
+    mass = ranks[:, :, -1].contiguous().view(torch.float64).sum(1, keepdim=True)
+    needed = top_p * torch.where(top_k.isinf(), mass, sums[:, -1:])
+    is_kept &= sums - weights < needed  # what comes before it does not reach top-p
+    is_kept[:, 0] = True
+    is_settled = (top_k <= count) | top_k.isinf() & (sums[:, -1:] >= needed)
+    return values.masked_fill_(~is_kept, -torch.inf), candidates, is_settled[:, 0]
 
 
 def ordered_keys(values: Tensor, ids: Tensor) -> Tensor:
@@ -190,18 +206,15 @@ def ordered_keys(values: Tensor, ids: Tensor) -> Tensor:
     bits = (values + 0.0).view(torch.int32)  # -0 becomes 0
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)  # negative floats are ordered backwards
     keys <<= 32
-    return keys.add_(0xFFFFFFFF - ids)
+    keys -= ids
+    return keys
 
 
-def values_of(keys: Tensor) -> Tensor:
-    """The fp32 values that `ordered_keys` took."""
-    bits = (keys >> 32).to(torch.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
-
-
-def ids_of(keys: Tensor) -> Tensor:
-    """The ids that `ordered_keys` took."""
-    return 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+def values_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """What `ordered_keys` took: fp32 and int64, in the shape of the keys."""
+    ids = -keys & 0xFFFFFFFF
+    bits = ((keys + ids) >> 32).to(torch.int32)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32), ids
 
 
 # Noise.
@@ -211,15 +224,17 @@ _STEP = 0x9E3779B97F4A7C15 - 2**64
 _SHIFTS_AND_FACTORS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, None))
 
 
-def _add_noise(scores: Tensor, ids: Tensor, draws: Sequence[Draw]) -> None:
-    """Add Gumbel noise to the rows of draws that are not greedy. scores: [n, c]"""
+def _add_noise(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> None:
+    """Add Gumbel noise to the rows of draws that are not greedy, in place. ids: [c] or [n, c]"""
     rows = [row for row, draw in enumerate(draws) if not draw.settings.is_greedy]
+    if not rows:
+        return
+    starts = _stream_starts([draws[row] for row in rows]).to(logits.device)
     # A CPU is fastest with what fits into its caches, a GPU with few launches.
-    step = 1 if scores.device.type == "cpu" else max(len(rows), 1)
+    step = 1 if logits.device.type == "cpu" else len(rows)
     for first in range(0, len(rows), step):
-        part = rows[first : first + step]
-        starts = _stream_starts([draws[row] for row in part]).to(scores.device)
-        scores[part] += _gumbel(starts, ids)
+        part = slice(first, first + step)
+        logits[rows[part]] += _gumbel(starts[part], ids if ids.dim() == 1 else ids[rows[part]])
 
 
 def _stream_starts(draws: Sequence[Draw]) -> Tensor:
@@ -309,7 +324,7 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         log_sum_exp = values.logsumexp(-1)
     else:
         log_sum_exp = logits.logsumexp(-1)
-        values, ids = _largest(logits, min(_SORTED_FIRST, logits.numel()))
+        values, ids = _largest(logits, min(_SENT_FIRST, logits.numel()))
         if (values - log_sum_exp).exp().sum() < top_p:
             values, ids = _largest(logits, logits.numel())
     if 0.0 < top_p < 1.0:
