@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 
 import pytest
 import torch
 
 from megatron.early_exit.inference.params import SamplingSettings
-from megatron.early_exit.inference.worker import sampling
 from megatron.early_exit.inference.worker.head_output import HeadOutput
 from megatron.early_exit.inference.worker.sampling import Draw
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel

@@ -2,8 +2,8 @@
 
 A token is the argmax of logits plus Gumbel noise, which draws from softmax(logits) (Maddison et al., arXiv:1411.0030).
 The noise of an id depends on the seed, the number of the token in the answer and the id alone. So there is no generator
-whose state must travel; a tensor-parallel rank makes the noise of its own ids; and two heads that draw the same token of
-an answer share their noise, so that a drafted token is often the one that the final head draws (Daliri et al.,
+whose state must travel, and a tensor-parallel rank makes the noise of its own ids. Two heads that draw the same token
+of an answer share their noise, so that a drafted token is often the one that the final head draws (Daliri et al.,
 arXiv:2408.07978).
 
 Shapes: n = draws, c = columns, the ids whose logits this rank has. Ids of columns ascend, over the ranks as well.
