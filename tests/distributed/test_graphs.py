@@ -1,32 +1,192 @@
-"""Layers in batches of fixed shapes, as CUDA graphs need them; here without the capture, which tests/gpu/ has."""
+"""Parts of the model in batches of fixed shapes, as CUDA graphs need them. The capture itself is in tests/gpu/; here
+what a graph keeps is recorded, and run again over the same memory."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.worker import graphs
 from megatron.early_exit.inference.worker.attention import Segment
+from megatron.early_exit.inference.worker.decoder import Decoder
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import HEADS, STYLES, answer, decoding_config, make_engine, walk_at_random
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
 
 
+class RecordedKernels(TorchDispatchMode):
+    """What a CUDA graph keeps of a computation: operations and the memory that they read and write, no Python."""
+
+    # They read the device's memory on the host, or copy from the host's: a capture refuses them.
+    _REFUSED = ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple, dict, Any]] = []
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        assert not any(name in str(func) for name in self._REFUSED), f"{func} cannot be captured"
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        """Run the operations again, into the memory of the first time."""
+        for func, args, kwargs, first in self.calls:
+            again = func(*args, **kwargs)
+            for kept, new in zip(tree_leaves(first), tree_leaves(again), strict=True):
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+class Captures:
+    """In place of captures: counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, launch: Callable[[], None], pool: None) -> Callable[[], None]:
+        assert pool is None
+        self.count += 1
+        with RecordedKernels() as recorded:
+            launch()
+        return recorded.replay
+
+
+@contextmanager
+def recorded_graphs() -> Iterator[Captures]:
+    """Graphs are recordings, with key counts small enough for sequences of 40 to go through several."""
+    captures = Captures()
+    with mock.patch.multiple(graphs, _MIN_KEYS=4, _graph=captures):
+        yield captures
+
+
+def two_decoders(cfg: RunConfig, num_slots: int = 6) -> tuple[Decoder, Decoder]:
+    """(with graphs, without), with the same weights"""
+    return tuple(make_engine(cfg, num_slots=num_slots, use_graphs=use_graphs).decoder for use_graphs in (True, False))
+
+
+def random_segments(num_slots: int, most_rows: int = 16) -> list[Segment]:
+    slots = sorted(random.sample(range(num_slots), random.randrange(1, num_slots + 1)))
+    return [Segment(slot, random.randrange(0, 24), random.randrange(1, most_rows + 1)) for slot in slots]
+
+
+def run_parts(cfg: RunConfig) -> None:
+    """The same parts over slots, rows and lengths of all kinds: results and the whole cache as kernel by kernel."""
+    with layout(cfg), torch.inference_mode(), recorded_graphs() as captures:
+        random.seed(1)
+        decoder, plain = two_decoders(cfg)
+        num_captured = captures.count
+        assert num_captured == decoder._graphs.num_graphs > 0
+        depths = [0, 1, 2, 3, cfg.model.num_layers]
+        blocks = [index for index, one in enumerate(decoder.exits) if one.block is not None]
+        for _ in range(40):
+            segments = random_segments(6, random.choice([1, 4, 16]))
+            first, last = sorted(random.sample(depths, 2))
+            hidden = torch.randn(sum(one.count for one in segments), cfg.model.hidden_size)
+            outputs = []
+            for one in (decoder, plain):
+                metadata = one.attention_metadata(segments)
+                parts = [*one.run_layers(hidden, metadata, first, last)]
+                parts += [one.run_exit_block(index, hidden, metadata) for index in blocks]
+                outputs.append(torch.stack(parts))
+            torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+            # Rows that fill a batch have written nowhere but behind the last position.
+            caches = [one.cache._cache[:, :, : one.num_positions] for one in (decoder, plain)]
+            torch.testing.assert_close(*caches, rtol=1e-4, atol=1e-5)
+        assert captures.count == num_captured, "captured in traffic"
+
+
+@pytest.mark.parametrize("head", ["tied", "mlp", "block", "pre_exit_block"])
+def test_parts_equal_those_without_graphs(head: str) -> None:
+    run_distributed(1, run_parts, cfg=decoding_config(**HEADS[head]))
+
+
+def test_learned_positions_equal_those_without_graphs() -> None:
+    run_distributed(1, run_parts, cfg=decoding_config(**STYLES["gpt2"]))
+
+
+def run_what_no_graph_holds(cfg: RunConfig) -> None:
+    """Prompts, and layers that are not between exits, run kernel by kernel."""
+    with layout(cfg), torch.inference_mode():
+        decoder, plain = two_decoders(cfg, num_slots=2)
+        with mock.patch.object(graphs.ModelGraphs, "_describe", side_effect=AssertionError("runs as a graph")):
+            for segment, first, last in ((Segment(1, 0, 17), 0, 3), (Segment(1, 5, 1), 0, 2)):
+                hidden = torch.randn(segment.count, cfg.model.hidden_size)
+                outputs = [
+                    torch.stack(one.run_layers(hidden, one.attention_metadata([segment]), first, last))
+                    for one in (decoder, plain)
+                ]
+                torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_no_graph_holds_runs_kernel_by_kernel() -> None:
+    cfg = decoding_config(exit_layer_nums=(1, 3))
+    run_distributed(1, run_what_no_graph_holds, cfg=cfg)
+
+
+def make_metadata(cfg: RunConfig) -> None:
+    with layout(cfg), torch.inference_mode():
+        decoder, plain = two_decoders(cfg)
+        segments = [Segment(0, 3, 1), Segment(1, 5, 2), Segment(2, 0, 2)]
+        hidden = torch.randn(5, cfg.model.hidden_size)
+        ranges = ((0, 1), (1, 3), (3, cfg.model.num_layers))
+        metadata = decoder.attention_metadata(segments)
+        before = dict(vars(metadata))
+        describe = mock.patch.object(graphs.ModelGraphs, "_describe", autospec=True, side_effect=ORIGINAL_DESCRIBE)
+        with describe as described:
+            for first, last in ranges:
+                decoder.run_layers(hidden, metadata, first, last)
+            assert described.call_count == 1, "all ranges of a step share what is in the buffers"
+            decoder.run_layers(hidden, decoder.attention_metadata(segments[:2]), *ranges[0])
+            assert described.call_count == 2
+        assert vars(metadata) == before, "made what only layers that run kernel by kernel need"
+        metadata = plain.attention_metadata(segments)
+        assert vars(metadata).keys() == before.keys(), "made before a layer needs it"
+        plain.run_layers(hidden, metadata, *ranges[0])
+        made = dict(vars(metadata))
+        assert len(made) > len(before)
+        for first, last in ranges[1:]:
+            plain.run_layers(hidden, metadata, first, last)
+        assert {name: id(value) for name, value in vars(metadata).items()} == {
+            name: id(value) for name, value in made.items()
+        }, "made twice"
+
+
+ORIGINAL_DESCRIBE = graphs.ModelGraphs._describe
+
+
+def test_attention_metadata_is_made_once_and_only_where_it_is_needed() -> None:
+    run_distributed(1, make_metadata, cfg=decoding_config())
+
+
 def walk_with_graphs(**settings: Any) -> None:
-    graphs._MIN_KEYS = 4  # so that sequences of 40 go through several sizes
-    walk_at_random(**settings, use_graphs=True)
+    with recorded_graphs():
+        walk_at_random(**settings, use_graphs=True)
 
 
 @pytest.mark.parametrize(("head", "style"), [*((head, "llama") for head in HEADS), *(("tied", s) for s in STYLES)])
 def test_caches_whatever_the_requests_do(head: str, style: str) -> None:
     cfg = decoding_config(**HEADS[head], **STYLES[style])
     run_distributed(1, walk_with_graphs, cfg=cfg, num_slots=5, num_steps=40)
+
+
+def answers_with_and_without(cfg: RunConfig, requests: list) -> list[list]:
+    with recorded_graphs() as captures:
+        results = [answer(cfg, requests, use_graphs=use_graphs) for use_graphs in (True, False)]
+        assert captures.count > 0
+        return results
 
 
 def test_answers_are_the_same_with_graphs_and_without() -> None:
@@ -37,38 +197,8 @@ def test_answers_are_the_same_with_graphs_and_without() -> None:
             prompt = [generator.randrange(VOCAB_SIZE) for _ in range(length)]
             requests.append((prompt, GenerationParams(max_tokens=20, mode=mode, exit_thresholds=(0.05,))))
     cfg = decoding_config(use_exit_norm=True)
-    with_graphs, without = (
-        run_distributed(1, answer, cfg=cfg, requests=requests, use_graphs=use_graphs)[0] for use_graphs in (True, False)
-    )
+    (with_graphs, without) = run_distributed(1, answers_with_and_without, cfg=cfg, requests=requests)[0]
     assert [result.token_ids for result in with_graphs] == [result.token_ids for result in without]
     for ours, theirs in zip(with_graphs, without, strict=True):
         assert [t.exit_layer for t in ours.tokens] == [t.exit_layer for t in theirs.tokens]
         assert [t.log_prob for t in ours.tokens] == pytest.approx([t.log_prob for t in theirs.tokens], rel=1e-4)
-
-
-def run_ranges(cfg: RunConfig) -> None:
-    """The same ranges with slots, rows and lengths of all kinds: as kernel by kernel, and few graphs."""
-    with layout(cfg), torch.inference_mode():
-        decoder = make_engine(cfg, num_slots=6, use_graphs=True).decoder
-        plain = make_engine(cfg, num_slots=6).decoder
-        random.seed(1)
-        for _ in range(40):
-            slots = sorted(random.sample(range(6), random.randrange(1, 7)))
-            segments = [Segment(slot, random.randrange(0, 30), random.randrange(1, 9)) for slot in slots]
-            outputs = []
-            for one in (decoder, plain):
-                place = one.attention_metadata(segments)
-                torch.manual_seed(len(segments))
-                out, residual = one.run_layers(torch.randn(place.num_rows, cfg.model.hidden_size), place, 1, 3)
-                outputs.append(torch.cat([out, residual]))
-            torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
-        # 1 to 8 slots (6 at most), 1 to 8 rows each, one number of keys: powers of two.
-        assert decoder._graphs.num_graphs <= 4 * 4
-        # A prompt has more rows than graphs take.
-        num_graphs, place = decoder._graphs.num_graphs, decoder.attention_metadata([Segment(0, 0, 9)])
-        decoder.run_layers(torch.randn(9, cfg.model.hidden_size), place, 1, 3)
-        assert decoder._graphs.num_graphs == num_graphs
-
-
-def test_ranges_of_layers_equal_those_without_graphs() -> None:
-    run_distributed(1, run_ranges, cfg=decoding_config())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron.early_exit.inference.worker.kv_cache import KVCache
+from megatron.early_exit.platform.device import to_device
 
 
 class Segment(NamedTuple):
@@ -35,17 +37,66 @@ class RotaryTable:
     (The usual form, with channels i and i + d/2 as a pair, takes several times as many small operations. `weights.py`
     puts the channels in this order.) What is not rotated, values and the rest of the channels, is multiplied by 1."""
 
-    def __init__(self, num_positions: int, head_size: int, frequencies: Tensor, device: torch.device) -> None:
-        """frequencies: [rotated channels / 2], angle between one position and the next"""
+    def __init__(
+        self,
+        num_positions: int,
+        head_size: int,
+        frequencies: Tensor,
+        num_heads: int,
+        num_values: int,
+        device: torch.device,
+    ) -> None:
+        """frequencies: [rotated channels / 2], angle between one position and the next; num_heads: of queries, keys and
+        values, in this order; num_values: of values."""
         angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies.float().cpu())
         angles = F.pad(angles, (0, head_size // 2 - frequencies.numel()))
-        self._table = torch.polar(torch.ones_like(angles), angles).to(device)  # [positions, d / 2]
+        rotation = torch.polar(torch.ones_like(angles), angles)
+        self._table = torch.stack([rotation, torch.ones_like(rotation)], 1).to(device)  # [positions, 2, d / 2]
+        self._is_value = torch.tensor([0] * (num_heads - num_values) + [1] * num_values, device=device)
 
-    def at(self, positions: Tensor, num_heads: int, num_values: int) -> Tensor:
-        """[rows, heads, d / 2], complex: for queries and keys, and for the values behind them."""
-        rotation = self._table[positions, None].repeat(1, num_heads, 1)
-        rotation[:, num_heads - num_values :] = 1.0
-        return rotation
+    def at(self, positions: Tensor) -> Tensor:
+        """[rows, heads, d / 2], complex. positions: [rows]"""
+        return self._table.index_select(0, positions).index_select(1, self._is_value)
+
+    def between(self, first: int, stop: int) -> Tensor:
+        """As `at`, of positions first, first + 1, ..., stop - 1."""
+        return self._table[first:stop].index_select(1, self._is_value)
+
+
+class MaskTable:
+    """Additive masks: 0 where a row sees a key, else -inf.
+
+    The mask of a row is a window on one vector, some zeros followed by -inf, so it is one copy."""
+
+    def __init__(self, num_positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        vector = torch.zeros(2 * num_positions, dtype=dtype, device=device)
+        vector[num_positions:] = -torch.inf
+        self._last = num_positions - 1
+        self._windows = vector.as_strided((num_positions, num_positions), (1, 1))
+
+    def at(self, positions: Tensor, num_keys: int) -> Tensor:
+        """[rows, keys]: each row sees keys up to its own position. positions: [rows]"""
+        return self._windows[:, :num_keys].index_select(0, self._last - positions)
+
+
+class Attention:
+    """What the attention of all rows of one decoder shares: the cache and the tables."""
+
+    def __init__(self, cache: KVCache, num_heads: int, frequencies: Tensor | None) -> None:
+        """num_heads: of queries, on this rank; frequencies: as of `RotaryTable`, None: no rotary embeddings."""
+        self.cache = cache
+        self.queries_per_kv_head = num_heads // cache.num_kv_heads
+        self.masks = MaskTable(cache.num_positions, cache.dtype, cache.device)
+        self.rotary = None
+        if frequencies is not None:
+            self.rotary = RotaryTable(
+                cache.num_positions,
+                cache.head_size,
+                frequencies,
+                num_heads=num_heads + 2 * cache.num_kv_heads,
+                num_values=cache.num_kv_heads,
+                device=cache.device,
+            )
 
 
 def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
@@ -66,7 +117,7 @@ class _Group:
     values: tuple[Tensor, ...]
     """Of each layer [slots, kv heads, keys, d]"""
     mask: Tensor | None
-    """As of `additive_mask`; None: every row sees all keys."""
+    """As of `attend`; None: every row sees all keys."""
     is_causal: bool
     """The rows are the first of their slot: plain causal attention."""
 
@@ -80,38 +131,50 @@ _MANY_ROWS = 16
 
 
 class AttentionMetadata:
-    """A batch of rows: where they are written, where they are on the rotary circle, what they attend to."""
+    """A batch of rows: where they are written, how they are rotated, what they attend to.
 
-    def __init__(
-        self,
-        segments: Sequence[Segment],
-        cache: KVCache,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        rotary: RotaryTable | None,
-    ) -> None:
-        """num_heads, num_kv_heads: of queries, and of keys and values, on this rank."""
+    Everything but `segments` and `num_rows` is made when a layer first needs it, and then shared by all layers: rows
+    whose layers run as CUDA graphs need none of it."""
+
+    def __init__(self, segments: Sequence[Segment], attention: Attention) -> None:
         self.segments = tuple(segments)
         self.num_rows = sum(segment.count for segment in self.segments)
-        self._per_kv_head = num_heads // num_kv_heads
-        self._cache, self._dtype = cache, dtype
-        positions = [position for s in self.segments for position in range(s.first, s.stop)]
-        self.positions = torch.tensor(positions, device=device)
-        self.rotation = None
-        if rotary is not None:
-            self.rotation = rotary.at(self.positions, num_heads + 2 * num_kv_heads, num_kv_heads)
-        if len(self.segments) == 1:
-            (segment,) = self.segments
-            self._write_views = cache.write_views(segment.slot, segment.first, segment.stop)
-        else:
-            self._layers = cache.layers()
-            self._slots = torch.tensor([s.slot for s in self.segments for _ in range(s.count)], device=device)
-        self._groups = self._make_groups()
+        self._attention = attention
+        self._is_one_segment = len(self.segments) == 1
 
-    def _make_groups(self) -> list[_Group]:
+    @cached_property
+    def positions(self) -> Tensor:
+        """[rows]"""
+        if self._is_one_segment:
+            (segment,) = self.segments
+            return torch.arange(segment.first, segment.stop, device=self._attention.cache.device)
+        return self._positions_and_cache_rows[0]
+
+    @cached_property
+    def rotation(self) -> Tensor | None:
+        """As of `RotaryTable.at`; None: no rotary embeddings."""
+        if self._attention.rotary is None:
+            return None
+        if self._is_one_segment:
+            (segment,) = self.segments
+            return self._attention.rotary.between(segment.first, segment.stop)
+        return self._attention.rotary.at(self.positions)
+
+    @cached_property
+    def _write_views(self) -> tuple[Tensor, ...]:
+        (segment,) = self.segments
+        return self._attention.cache.write_views(segment.slot, segment.first, segment.stop)
+
+    @cached_property
+    def _positions_and_cache_rows(self) -> tuple[Tensor, Tensor]:
+        """Each [rows]: positions, and indices into `KVCache.rows`. In one copy to the device."""
+        cache = self._attention.cache
+        positions = [position for s in self.segments for position in range(s.first, s.stop)]
+        cache_rows = [row for s in self.segments for row in cache.row_numbers(s.slot, s.first, s.stop)]
+        return to_device([*positions, *cache_rows], cache.device).view(2, -1).unbind(0)
+
+    @cached_property
+    def _groups(self) -> list[_Group]:
         groups, first_row, start = [], 0, 0
         for index, segment in enumerate(self.segments):
             following = self.segments[index + 1] if index + 1 < len(self.segments) else None
@@ -124,23 +187,23 @@ class AttentionMetadata:
         return groups
 
     def _group(self, members: Sequence[Segment], first_row: int) -> _Group:
-        count = members[0].count
-        num_keys = max(member.stop for member in members)
+        count, stops = members[0].count, [member.stop for member in members]
+        num_keys = max(stops)
         is_causal = len(members) == 1 and members[0].first == 0 and count >= _MANY_ROWS
-        sees_all = count == 1 and all(member.stop == num_keys for member in members)
+        sees_all = count == 1 and min(stops) == num_keys
         mask = None
         if not (is_causal or sees_all):
             positions = self.positions[first_row : first_row + len(members) * count].view(len(members), count)
-            mask = additive_mask(positions, num_keys, self._per_kv_head, self._dtype)
-        keys, values = self._cache.keys_and_values(members[0].slot, len(members), num_keys)
+            mask = attention_mask(self._attention, positions, num_keys)
+        keys, values = self._attention.cache.keys_and_values(members[0].slot, len(members), num_keys)
         return _Group(first_row, len(members), count, keys, values, mask, is_causal)
 
     def write(self, layer: int, rows: Tensor) -> None:
         """Put keys and values of the rows into a layer's cache. rows: [rows, 2 * kv heads, d], keys first"""
-        if len(self.segments) == 1:
+        if self._is_one_segment:
             self._write_views[layer].copy_(rows)
         else:
-            self._layers[layer][self._slots, self.positions] = rows
+            self._attention.cache.rows[layer].index_copy_(0, self._positions_and_cache_rows[1], rows)
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
         """Attention of each row to all positions of its slot up to its own, which must have been written.
@@ -166,12 +229,12 @@ class AttentionMetadata:
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of slots with equally many rows each.
 
-    queries: [slots * rows per slot, heads, d]; keys, values: [slots, kv heads, keys, d]; mask: as of `additive_mask`,
+    queries: [slots * rows per slot, heads, d]; keys, values: [slots, kv heads, keys, d]; mask: as of `attention_mask`,
     or None: every row sees all keys. Returns [slots * rows per slot, heads * d]."""
     num_rows, num_heads, d = queries.shape
     slots, num_kv_heads = keys.shape[:2]
     count, per_kv = num_rows // slots, num_heads // num_kv_heads
-    # The queries that share a key/value head stand in the place of query rows, so that no key is repeated.
+    # The queries that share a key/value head take the part of query rows, so that no key is repeated.
     if count == 1:
         heads = queries.unflatten(1, (-1, per_kv))  # [slots, kv heads, queries, d]
         out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask)
@@ -182,10 +245,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
     return out.reshape(num_rows, num_heads * d)
 
 
-def additive_mask(positions: Tensor, num_keys: int, per_kv_head: int, dtype: torch.dtype) -> Tensor:
-    """[slots, 1, rows per slot * queries per kv head, keys]: 0 where a row sees a key, else -inf.
+def attention_mask(attention: Attention, positions: Tensor, num_keys: int) -> Tensor:
+    """[slots, 1, query rows, keys], additive, as `attend` takes it: 1 query row if there is one row per slot (all its
+    heads see the same), else rows per slot * queries per key/value head.
 
     positions: [slots, rows per slot]"""
-    allowed = torch.arange(num_keys, device=positions.device) <= positions[..., None]  # [slots, rows, keys]
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=positions.device).masked_fill_(~allowed, -torch.inf)
-    return mask.repeat_interleave(per_kv_head, dim=1)[:, None]
+    num_slots, count = positions.shape
+    query_rows = positions.flatten()
+    if count > 1:
+        query_rows = query_rows.repeat_interleave(attention.queries_per_kv_head)
+    return attention.masks.at(query_rows, num_keys).view(num_slots, 1, -1, num_keys)

@@ -5,6 +5,8 @@ It knows rows and layers, not requests: who asks which exit, and which rows wait
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron.early_exit.inference.worker.attention import AttentionMetadata, RotaryTable, Segment, rotate
-from megatron.early_exit.inference.worker.graphs import FixedAttentionMetadata, LayerGraphs
+from megatron.early_exit.inference.worker.attention import Attention, AttentionMetadata, Segment, rotate
+from megatron.early_exit.inference.worker.graphs import FixedAttentionMetadata, Launch, ModelGraphs, Part
 from megatron.early_exit.inference.worker.head_output import HeadOutput
 from megatron.early_exit.inference.worker.kv_cache import KVCache
 from megatron.early_exit.inference.worker.linear import Linear
 from megatron.early_exit.inference.worker.weights import DecoderWeights, LayerWeights, MlpWeights
+from megatron.early_exit.platform.device import to_device
 
 
 class Decoder:
@@ -54,48 +57,32 @@ class Decoder:
         }
         if use_graphs is None:
             use_graphs = weights.device.type == "cuda" and weights.tp.size == 1
-        num_places = self.num_positions + use_graphs  # graphs have rows that write nowhere
+        # Rows that only fill the batch of a graph need a position where they write.
         self.cache = KVCache(
-            self.num_layers + len(self._block_cache), num_slots, num_places, self._num_kv_heads,
+            self.num_layers + len(self._block_cache), num_slots, self.num_positions + use_graphs, self._num_kv_heads,
             model.head_size, dtype=weights.dtype, device=weights.device,
         )  # fmt: skip
+        self._attention = Attention(self.cache, self._num_heads, weights.rotary_frequencies)
+        depths = sorted({0, self.num_layers, *(one.depth for one in self.exits)})
+        self._ranges = list(itertools.pairwise(depths))
         self._graphs = None
         if use_graphs:
-            self._graphs = LayerGraphs(
-                self._launch_layers, self._fixed_attention_metadata,
-                num_slots=num_slots, num_positions=self.num_positions, device=weights.device,
-            )  # fmt: skip
-        self._rotary = None
-        if model.position_embedding_type == "rope":
-            self._rotary = RotaryTable(num_places, model.head_size, weights.rotary_frequencies, weights.device)
+            self._graphs = ModelGraphs(self._graph_parts(), model.hidden_size, self._attention)
+            self._graphs.capture()
+
+    def _graph_parts(self) -> dict[Part, Launch]:
+        """What runs as graphs: the layers between two exits by (first, last), and the blocks of exits by exit index."""
+        layers = {one: functools.partial(self._launch_layers, first=one[0], last=one[1]) for one in self._ranges}
+        blocks = {index: functools.partial(self._launch_exit_block, exit_index=index) for index in self._block_cache}
+        return layers | blocks
 
     def attention_metadata(self, segments: Sequence[Segment]) -> AttentionMetadata:
         """What `run_layers` needs to know of the rows of `segments`, in the order of slots."""
-        return AttentionMetadata(
-            segments,
-            self.cache,
-            num_heads=self._num_heads,
-            num_kv_heads=self._num_kv_heads,
-            dtype=self.weights.dtype,
-            device=self.weights.device,
-            rotary=self._rotary,
-        )
-
-    def _fixed_attention_metadata(self, positions: Tensor, num_keys: int) -> FixedAttentionMetadata:
-        """The attention of a graph's rows. positions: [slots, rows per slot]"""
-        return FixedAttentionMetadata(
-            positions,
-            num_keys,
-            self.cache,
-            num_heads=self._num_heads,
-            num_kv_heads=self._num_kv_heads,
-            dtype=self.weights.dtype,
-            rotary=self._rotary,
-        )
+        return AttentionMetadata(segments, self._attention)
 
     def embed(self, tokens: Sequence[int], attention: AttentionMetadata) -> Tensor:
         """[rows, h]: what the first layer reads."""
-        ids = torch.tensor(tokens, device=self.weights.device)
+        ids = to_device(tokens, self.weights.device)
         table = self.weights.embedding
         if self.weights.tp.size == 1:
             hidden = F.embedding(ids, table)
@@ -113,8 +100,12 @@ class Decoder:
 
         hidden: [rows, h]. Returns the same after the last of these layers, and its residual after attention, which an
         MLP branch reads (`hidden` itself if no layer runs)."""
-        if self._graphs is not None and first < last and self._graphs.can_run(attention):
-            return self._graphs.run(hidden, attention, first, last)
+        if self._graphs is not None:
+            parts = [one for one in self._ranges if first <= one[0] and one[1] <= last]
+            if parts and (parts[0][0], parts[-1][1]) == (first, last):
+                outputs = self._graphs.run(parts, hidden, attention)
+                if outputs is not None:
+                    return outputs
         return self._launch_layers(hidden, attention, first, last)
 
     def _launch_layers(
@@ -128,8 +119,17 @@ class Decoder:
 
     def run_exit_block(self, exit_index: int, hidden: Tensor, attention: AttentionMetadata) -> Tensor:
         """The transformer block of an exit over rows that it has not seen; as `run_layers`."""
+        outputs = None if self._graphs is None else self._graphs.run([exit_index], hidden, attention)
+        if outputs is None:
+            outputs = self._launch_exit_block(hidden, attention, exit_index)
+        return outputs[0]
+
+    def _launch_exit_block(
+        self, hidden: Tensor, attention: AttentionMetadata | FixedAttentionMetadata, exit_index: int
+    ) -> tuple[Tensor, Tensor]:
         block = self.exits[exit_index].block
-        return self._run_layer(block, self._block_cache[exit_index], hidden, attention)[1]
+        residual, hidden = self._run_layer(block, self._block_cache[exit_index], hidden, attention)
+        return hidden, residual
 
     @property
     def has_approximate_heads(self) -> bool:

@@ -1,193 +1,270 @@
-"""Ranges of layers as CUDA graphs.
+"""Parts of the model as CUDA graphs.
 
 A layer over a few rows is some fifteen kernels of a few microseconds each, and starting them one by one takes longer
-than they run. A graph starts all kernels of a range of layers at once, but its shapes are fixed. So the rows of a step
-are put into a larger batch of one of few shapes: the same number of rows for each slot from the first on, and the same
-number of keys for all. Rows that are only there to fill it compute something that nobody reads, and write behind the
-last position of their slot.
+than they run. A graph starts all kernels of a part of the model at once (the layers between two exits, the block of an
+exit), but its shapes and addresses are fixed. So the rows of a step are put into a larger batch of one of few shapes:
+the same number of rows for each slot from the first on, and the same number of keys for all. Which rows are used, and
+their positions, are data. Rows that only fill the batch are copies of another row, and write behind the last position
+of their slot.
+
+All graphs are captured before the first step, over one set of buffers. What they do not hold runs kernel by kernel.
 
 On the CPU the same batches run kernel by kernel: it saves nothing there, and is how tests see what a graph would do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import logging
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.worker.attention import additive_mask, attend
+from megatron.early_exit.inference.worker.attention import attend, attention_mask
+from megatron.early_exit.platform.device import free_memory_bytes, to_device
 
 if TYPE_CHECKING:
-    from megatron.early_exit.inference.worker.attention import AttentionMetadata, RotaryTable
-    from megatron.early_exit.inference.worker.kv_cache import KVCache
+    from megatron.early_exit.inference.worker.attention import Attention, AttentionMetadata, Segment
 
-# More rows of one slot are a prompt, whose kernels are long enough.
-_MAX_ROWS_PER_SLOT = 8
+log = logging.getLogger(__name__)
 
-_MIN_KEYS = 256
+# Most steps have one row per slot. Several come with drafts that are verified and with rows that were deferred. A slot
+# has more of those at most once in as many steps, or has a prompt, whose kernels are long enough.
+_ROWS_PER_SLOT = (1, 4, 16)
+# From about this many rows on a GPU computes longer than it reads weights, and filling a batch costs time.
+_MAX_ROWS = 256
+# Key counts grow by four: masked keys are read too, but even this many, of all slots, are read in the time in which a
+# layer's kernels are started (64 Ki keys of an 8B model are 256 MiB a layer).
+_MIN_KEYS, _KEYS_FACTOR = 512, 4
+_MAX_KEYS_OF_ALL_SLOTS = 2**16
+
+_LOG_EVERY = 10
 
 
-class _Shape(NamedTuple):
+class GraphShape(NamedTuple):
+    """Rows of slots 0, 1, ..., and the keys that each of them may see."""
+
     num_slots: int
     rows_per_slot: int
     num_keys: int
 
     @property
     def num_rows(self) -> int:
+        """Rows, those that fill it included."""
         return self.num_slots * self.rows_per_slot
 
+    def holds(self, needed: GraphShape) -> bool:
+        """Whether rows that need this many slots, rows per slot and keys fit."""
+        return all(ours >= theirs for ours, theirs in zip(self, needed))
 
-class _Inputs(NamedTuple):
-    """What a graph reads, at fixed addresses."""
 
-    hidden: Tensor
-    """[rows, h]"""
-    positions: Tensor
-    """[slots, rows per slot]"""
+def graph_shapes(num_slots: int, num_positions: int) -> tuple[GraphShape, ...]:
+    """The shapes for which graphs are captured, smallest first; at most 64, whatever the sizes.
+
+    They hold every step with up to 16 rows per slot of up to 16 slots of up to 4,096 positions, and of more slots or
+    positions those steps in which fixed shapes save time."""
+    slots = _powers(1, 2, num_slots)
+    keys = _powers(min(_MIN_KEYS, num_positions), _KEYS_FACTOR, num_positions)
+    shapes = [GraphShape(*sizes) for sizes in itertools.product(slots, _ROWS_PER_SLOT, keys)]
+    return tuple(
+        shape
+        for shape in shapes
+        if shape.num_rows <= _MAX_ROWS and shape.num_slots * shape.num_keys <= _MAX_KEYS_OF_ALL_SLOTS
+    )
+
+
+def _powers(smallest: int, factor: int, largest: int) -> list[int]:
+    """`smallest` times powers of `factor`, up to `largest`, which is the last."""
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        sizes.append(min(sizes[-1] * factor, largest))
+    return sizes
+
+
+def smallest_shape(shapes: Sequence[GraphShape], segments: Sequence[Segment]) -> GraphShape | None:
+    """The first of `shapes`, in the order of `graph_shapes`, that holds the rows of `segments`, if one does."""
+    needed = GraphShape(
+        max(segment.slot for segment in segments) + 1,
+        max(segment.count for segment in segments),
+        max(segment.stop for segment in segments),
+    )
+    return next((shape for shape in shapes if shape.holds(needed)), None)
+
+
+class _Buffers:
+    """What graphs read and write, at fixed addresses: one set for all shapes, each of which uses the first part."""
+
+    def __init__(self, shapes: Sequence[GraphShape], hidden_size: int, attention: Attention) -> None:
+        cache = attention.cache
+        num_rows = max(shape.num_rows for shape in shapes)
+        self.hidden = torch.zeros(num_rows, hidden_size, dtype=cache.dtype, device=cache.device)
+        self.residual = torch.zeros_like(self.hidden)
+        self.row_numbers = torch.zeros(3 * num_rows, dtype=torch.long, device=cache.device)
+        """Of a batch of n rows: their positions [n], the rows of the step that they are copies of [n], and for each row
+        of the step its row in the batch."""
+        self.cache_rows = torch.zeros(num_rows, dtype=torch.long, device=cache.device)
+        self.rotation = None if attention.rotary is None else attention.rotary.between(0, 1).repeat(num_rows, 1, 1)
+        mask_size = max(_num_query_rows(shape, attention) * shape.num_keys for shape in shapes)
+        self.mask = torch.zeros(mask_size, dtype=cache.dtype, device=cache.device)
+
+
+def _num_query_rows(shape: GraphShape, attention: Attention) -> int:
+    """Rows of the mask: see `attention_mask`."""
+    return shape.num_rows * (1 if shape.rows_per_slot == 1 else attention.queries_per_kv_head)
 
 
 class FixedAttentionMetadata:
-    """`AttentionMetadata` of the rows of a graph: made of operations on `positions` alone."""
+    """`AttentionMetadata` of a shape, at fixed addresses: made of the positions in the buffers by `update`."""
 
-    def __init__(
-        self,
-        positions: Tensor,
-        num_keys: int,
-        cache: KVCache,
-        *,
-        num_heads: int,
-        num_kv_heads: int,
-        dtype: torch.dtype,
-        rotary: RotaryTable | None,
-    ) -> None:
-        """positions: [slots, rows per slot], from slot 0 on"""
-        num_slots = positions.size(0)
-        self.num_rows = positions.numel()
-        self._positions = positions.flatten()
-        self._slots = torch.arange(num_slots, device=positions.device).repeat_interleave(positions.size(1))
-        self.rotation = None
-        if rotary is not None:
-            self.rotation = rotary.at(self._positions, num_heads + 2 * num_kv_heads, num_kv_heads)
-        self._layers = cache.layers()
-        self._keys, self._values = cache.keys_and_values(0, num_slots, num_keys)
-        self._mask = additive_mask(positions, num_keys, num_heads // num_kv_heads, dtype)
+    def __init__(self, shape: GraphShape, buffers: _Buffers, attention: Attention) -> None:
+        self.num_rows = num_rows = shape.num_rows
+        self._attention, self._shape = attention, shape
+        cache = attention.cache
+        self._positions = buffers.row_numbers[:num_rows]
+        first_rows = torch.arange(shape.num_slots, device=cache.device) * cache.num_positions
+        self._first_rows = first_rows.repeat_interleave(shape.rows_per_slot)
+        self._cache_rows = buffers.cache_rows[:num_rows]
+        self.rotation = None if buffers.rotation is None else buffers.rotation[:num_rows]
+        num_query_rows = _num_query_rows(shape, attention)
+        mask = buffers.mask[: num_query_rows * shape.num_keys]
+        self._mask = mask.view(shape.num_slots, 1, num_query_rows // shape.num_slots, shape.num_keys)
+        self._keys, self._values = cache.keys_and_values(0, shape.num_slots, shape.num_keys)
+
+    def update(self) -> None:
+        """What layers share, of the positions that are in the buffers."""
+        torch.add(self._first_rows, self._positions, out=self._cache_rows)
+        if self.rotation is not None:
+            self.rotation.copy_(self._attention.rotary.at(self._positions))
+        positions = self._positions.view(self._shape.num_slots, -1)
+        self._mask.copy_(attention_mask(self._attention, positions, self._shape.num_keys))
 
     def write(self, layer: int, rows: Tensor) -> None:
         """As of `AttentionMetadata`."""
-        self._layers[layer][self._slots, self._positions] = rows
+        self._attention.cache.rows[layer].index_copy_(0, self._cache_rows, rows)
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
         """As of `AttentionMetadata`."""
         return attend(queries, self._keys[layer], self._values[layer], self._mask)
 
 
-Launch = Callable[[Tensor, FixedAttentionMetadata, int, int], tuple[Tensor, Tensor]]
-"""Runs layers kernel by kernel; as `Decoder.run_layers`."""
+Part = Hashable
+
+Launch = Callable[[Tensor, FixedAttentionMetadata], tuple[Tensor, Tensor]]
+"""Runs a part of the model kernel by kernel over hidden states [rows, h]; returns them behind it, and the residual
+after attention, each [rows, h]."""
 
 
-class LayerGraphs:
-    """Runs ranges of layers; a graph is captured when its range and shape are first needed."""
+class _ShapeGraphs(NamedTuple):
+    """What starts the graphs of one shape."""
 
-    def __init__(
-        self,
-        launch_layers: Launch,
-        fixed_attention_metadata: Callable[[Tensor, int], FixedAttentionMetadata],
-        *,
-        num_slots: int,
-        num_positions: int,
-        device: torch.device,
-    ) -> None:
-        """fixed_attention_metadata: of rows at positions [slots, rows per slot], with a number of keys. Its cache must
-        have a place behind position `num_positions` - 1."""
-        self._launch_layers, self._fixed_attention_metadata = launch_layers, fixed_attention_metadata
-        self._num_slots, self._num_positions, self._device = num_slots, num_positions, device
-        self._pool: tuple[int, int] | None = None
-        self._inputs: dict[_Shape, _Inputs] = {}
-        self._graphs: dict[tuple[int, int, _Shape], Callable[[], tuple[Tensor, Tensor]]] = {}
-        # The attention whose positions are in place: a step runs several ranges with it.
-        self._placed: AttentionMetadata | None = None
-        self._rows = torch.empty(0)
+    update: Callable[[], None]
+    """`FixedAttentionMetadata.update`"""
+    parts: dict[Part, Callable[[], None]]
+    """From the hidden states in the buffers to what the part returns, there."""
+
+
+class ModelGraphs:
+    """Runs parts of a model as graphs, one for each part and shape. Of one rank: no part exchanges anything."""
+
+    def __init__(self, parts: Mapping[Part, Launch], hidden_size: int, attention: Attention) -> None:
+        """parts: what can be run. The cache of `attention` must have one position more than sequences have."""
+        self._parts, self._attention = parts, attention
+        self._filler_position = attention.cache.num_positions - 1
+        self._shapes = graph_shapes(attention.cache.num_slots, self._filler_position)
+        self._buffers = _Buffers(self._shapes, hidden_size, attention)
+        self._graphs: dict[GraphShape, _ShapeGraphs] = {}
+        # The batch that the buffers describe: a step runs several parts with it.
+        self._current: AttentionMetadata | None = None
+        self._shape: GraphShape | None = None
+        self._rows = self._copied = self._buffers.row_numbers[:0]
 
     @property
     def num_graphs(self) -> int:
-        return len(self._graphs)
+        """Graphs that are there: all from `capture` on."""
+        return sum(1 + len(graphs.parts) for graphs in self._graphs.values())
 
-    @staticmethod
-    def can_run(attention: AttentionMetadata) -> bool:
-        """Whether no slot has more rows than graphs take."""
-        return max(segment.count for segment in attention.segments) <= _MAX_ROWS_PER_SLOT
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture all graphs; nothing else ever does."""
+        is_cuda = self._attention.cache.device.type == "cuda"
+        pool = torch.cuda.graph_pool_handle() if is_cuda else None
+        started, free = time.perf_counter(), free_memory_bytes()
+        self._buffers.row_numbers.fill_(self._filler_position)  # what runs meanwhile writes to no sequence
+        # The largest first: the others then find room in its memory.
+        for number, shape in enumerate(reversed(self._shapes), 1):
+            self._graphs[shape] = self._capture_shape(shape, pool)
+            if is_cuda and number % _LOG_EVERY == 0:
+                log.info("capturing CUDA graphs: %d of %d shapes", number, len(self._shapes))
+        if is_cuda:
+            counts = (self.num_graphs, len(self._shapes), len(self._parts))
+            seconds, gibibytes = time.perf_counter() - started, (free - free_memory_bytes()) / 2**30
+            log.info(
+                "captured %d CUDA graphs (%d shapes, %d parts of the model) in %.1f s; they take %.2f GiB",
+                *counts, seconds, gibibytes,
+            )  # fmt: skip
 
-    def run(self, hidden: Tensor, attention: AttentionMetadata, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """As `Decoder.run_layers`."""
-        shape = self._shape_of(attention)
-        if shape not in self._inputs:
-            self._inputs[shape] = _Inputs(
-                torch.zeros(shape.num_rows, hidden.size(1), dtype=hidden.dtype, device=self._device),
-                torch.zeros(shape[:2], dtype=torch.long, device=self._device),
-            )
-        inputs = self._inputs[shape]
-        if attention is not self._placed:
-            self._place(attention, shape, inputs.positions)
-        inputs.hidden.index_copy_(0, self._rows, hidden)
-        key = (first, last, shape)
-        if key not in self._graphs:
-            self._graphs[key] = self._make(*key)
-        out, residual = self._graphs[key]()
-        # Copies: the next run of a graph overwrites its outputs, and rows that wait keep theirs.
-        return out[self._rows], residual[self._rows]
+    def _capture_shape(self, shape: GraphShape, pool: tuple[int, int] | None) -> _ShapeGraphs:
+        metadata = FixedAttentionMetadata(shape, self._buffers, self._attention)
+        update = _graph(metadata.update, pool)
+        parts = {part: _graph(self._over_buffers(launch, metadata), pool) for part, launch in self._parts.items()}
+        return _ShapeGraphs(update, parts)
 
-    def _shape_of(self, attention: AttentionMetadata) -> _Shape:
-        segments = attention.segments
-        return _Shape(
-            _bucket(max(segment.slot for segment in segments) + 1, 1, self._num_slots),
-            _bucket(max(segment.count for segment in segments), 1, _MAX_ROWS_PER_SLOT),
-            _bucket(max(segment.stop for segment in segments), _MIN_KEYS, self._num_positions),
-        )
+    def _over_buffers(self, launch: Launch, metadata: FixedAttentionMetadata) -> Callable[[], None]:
+        hidden = self._buffers.hidden[: metadata.num_rows]
+        residual = self._buffers.residual[: metadata.num_rows]
 
-    def _place(self, attention: AttentionMetadata, shape: _Shape, positions: Tensor) -> None:
-        """Say which rows of the fixed batch are those of `attention`, and where all of them are."""
-        rows, places = [], [self._num_positions] * shape.num_rows
-        for segment in attention.segments:
+        def launch_over_buffers() -> None:
+            outputs = launch(hidden, metadata)
+            hidden.copy_(outputs[0])
+            residual.copy_(outputs[1])
+
+        return launch_over_buffers
+
+    def run(self, parts: Sequence[Part], hidden: Tensor, attention: AttentionMetadata) -> tuple[Tensor, Tensor] | None:
+        """As `Launch`, of parts one after the other. None if there is no graph for so many rows, slots or keys."""
+        if attention is not self._current:
+            self._current, self._shape = attention, smallest_shape(self._shapes, attention.segments)
+            if self._shape is not None:
+                self._describe(attention.segments, self._shape)
+        if self._shape is None:
+            return None
+        torch.index_select(hidden, 0, self._copied, out=self._buffers.hidden[: self._shape.num_rows])
+        for part in parts:
+            self._graphs[self._shape].parts[part]()
+        # Copies: the next run overwrites the buffers, and rows that are deferred keep their hidden states.
+        return self._buffers.hidden.index_select(0, self._rows), self._buffers.residual.index_select(0, self._rows)
+
+    def _describe(self, segments: Sequence[Segment], shape: GraphShape) -> None:
+        """Write into the buffers which rows of the batch are those of `segments`, and the positions of all."""
+        num_rows = shape.num_rows
+        positions, copied, rows = [self._filler_position] * num_rows, [0] * num_rows, []
+        for segment in segments:
             start = segment.slot * shape.rows_per_slot
+            positions[start : start + segment.count] = range(segment.first, segment.stop)
+            copied[start : start + segment.count] = range(len(rows), len(rows) + segment.count)
             rows += range(start, start + segment.count)
-            places[start : start + segment.count] = range(segment.first, segment.stop)
-        numbers = torch.tensor(places + rows).to(self._device)  # one copy for both
-        positions.copy_(numbers[: shape.num_rows].view_as(positions))
-        self._rows, self._placed = numbers[shape.num_rows :], attention
-
-    def _make(self, first: int, last: int, shape: _Shape) -> Callable[[], tuple[Tensor, Tensor]]:
-        inputs = self._inputs[shape]
-
-        def launch() -> tuple[Tensor, Tensor]:
-            attention = self._fixed_attention_metadata(inputs.positions, shape.num_keys)
-            return self._launch_layers(inputs.hidden, attention, first, last)
-
-        if self._device.type != "cuda":
-            return launch
-        # Libraries set themselves up on their first calls, which a capture must not see. Running the layers twice over
-        # the same rows writes the same keys and values twice.
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            launch()
-        torch.cuda.current_stream(self._device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = launch()
-        self._pool = graph.pool()  # graphs run one after the other and share their memory
-
-        def replay() -> tuple[Tensor, Tensor]:
-            graph.replay()
-            return outputs
-
-        return replay
+        numbers = self._buffers.row_numbers[: 2 * num_rows + len(rows)]
+        numbers.copy_(to_device([*positions, *copied, *rows], numbers.device))
+        self._copied, self._rows = numbers[num_rows : 2 * num_rows], numbers[2 * num_rows :]
+        self._graphs[shape].update()
 
 
-def _bucket(count: int, smallest: int, largest: int) -> int:
-    """`smallest` times a power of two that holds `count`, at most `largest`."""
-    size = smallest
-    while size < count:
-        size *= 2
-    return min(size, largest)
+def _graph(launch: Callable[[], None], pool: tuple[int, int] | None) -> Callable[[], None]:
+    """What starts the kernels that `launch` starts: a graph with its memory in `pool`; `launch` itself without one."""
+    if pool is None:
+        return launch
+    # Libraries set themselves up when they are first called, which a capture must not see: everything runs once before.
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        launch()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # Graphs share memory, although they run in any order: what outlives one is in the buffers. What other threads do
+    # meanwhile is no concern of this capture.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        launch()
+    return graph.replay

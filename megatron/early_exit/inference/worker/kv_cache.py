@@ -55,10 +55,17 @@ class KVCache:
         # rows that no request reaches is never touched.
         self._cache = torch.zeros(shape, dtype=dtype, device=device)
         self.num_slots, self.num_positions = num_slots, num_positions
+        self.num_kv_heads, self.head_size, self.dtype, self.device = num_kv_heads, head_size, dtype, device
+        self.rows = tuple(layer.flatten(0, 1) for layer in self.layers())
+        """Of each layer [slots * positions, 2 * kv heads / tp, d]; see `row_numbers`."""
 
     def layers(self) -> tuple[Tensor, ...]:
         """Of each layer [slots, positions, 2 * kv heads / tp, d]."""
         return self._cache.flatten(3, 4).unbind(0)
+
+    def row_numbers(self, slot: int, first: int, stop: int) -> range:
+        """Indices into `rows` of the positions `first`, ..., `stop` - 1 of a slot."""
+        return range(slot * self.num_positions + first, slot * self.num_positions + stop)
 
     def write_views(self, slot: int, first: int, stop: int) -> tuple[Tensor, ...]:
         """Of each layer [stop - first, 2 * kv heads / tp, d]: where rows of one slot are written."""
