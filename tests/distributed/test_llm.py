@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.inference.llm import LLM, Answer
+from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.text import StopStrings
+from megatron.early_exit.inference.text_engine import RequestOutput
 from megatron.early_exit.inference.worker.sampling import Sampler
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import check_invariants, decoding_config, make_engine
@@ -48,11 +49,11 @@ def on_one(function: object, **kwargs: object) -> object:
     return run_distributed(1, function, cfg=decoding_config(), **kwargs)[0]
 
 
-def generate(cfg: RunConfig, prompts: object, params: object, **changes: object) -> list[Answer]:
+def generate(cfg: RunConfig, prompts: object, params: object, **changes: object) -> list[RequestOutput]:
     with layout(cfg):
         llm = make_llm(cfg, **changes)
         answers = llm.generate(prompts, params)
-        assert not llm.engine.has_work and not llm._owned and not llm._unclaimed
+        assert not llm.engine.has_work and not llm._mailboxes
         check_invariants(llm.engine)
         return answers
 
@@ -176,10 +177,10 @@ def text_fails_by_itself(cfg: RunConfig) -> None:
         expected = [one.text for one in llm.generate(["hello", "world"], SAMPLED)]
         add = StopStrings.add
 
-        def fail(stops: StopStrings, piece: str) -> str:
-            if stops._stops == ("bad",):
+        def fail(stops: StopStrings, piece: str) -> None:
+            if [search.stop for search in stops._searches] == ["bad"]:
                 raise RuntimeError("no text")
-            return add(stops, piece)
+            add(stops, piece)
 
         with mock.patch.object(StopStrings, "add", fail):
             settings = [SAMPLED, replace(SAMPLED, stop="bad"), SAMPLED]
@@ -188,7 +189,7 @@ def text_fails_by_itself(cfg: RunConfig) -> None:
         assert (broken.finish_reason, broken.error) == ("error", "its text could not be made (RuntimeError: no text)")
         while llm.engine.has_work:
             llm.engine.step()
-        assert not llm._owned and not llm._unclaimed
+        assert not llm._mailboxes
         check_invariants(llm.engine)
         with mock.patch.object(Characters, "encode_prompt", side_effect=TypeError("TextEncodeInput must be ...")):
             (refused,) = llm.generate("hello", SAMPLED)
@@ -255,13 +256,13 @@ def two_streams(cfg: RunConfig) -> None:
         streams = [llm.stream("hello", SAMPLED), llm.stream("world", SAMPLED)]
         while streams:
             for index, stream in reversed(list(enumerate(streams))):
-                update = next(stream, None)
-                if update is None:
+                delta = next(stream, None)
+                if delta is None:
                     streams.pop(index)
                 else:
-                    texts["world".startswith(chr(33 + update.answer.prompt_ids[0]))] += update.text
+                    texts["world".startswith(chr(33 + delta.output.prompt_ids[0]))] += delta.text
         assert texts == expected
-        assert not llm.engine.has_work and not llm._unclaimed and not llm._owned
+        assert not llm.engine.has_work and not llm._mailboxes
 
 
 def test_two_streams_at_once() -> None:
@@ -274,10 +275,10 @@ def leave_early(cfg: RunConfig) -> None:
         expected = [one.text for one in llm.generate(["hello", "world"], SAMPLED)]
         other = llm.stream("world", SAMPLED)
         text = next(other).text
-        for update in llm.stream("hello", SAMPLED):
-            if len(update.answer.tokens) >= 5:
+        for delta in llm.stream("hello", SAMPLED):
+            if len(delta.output.tokens) >= 5:
                 break
-        text += "".join(update.text for update in other)
+        text += "".join(delta.text for delta in other)
         assert text == expected[1]
         assert not llm.engine.num_running and not llm.engine.num_waiting
         check_invariants(llm.engine)
@@ -300,7 +301,7 @@ def fail(cfg: RunConfig) -> None:
             llm.generate("hello", SAMPLED)
         llm.engine.decoder.final_output = final_output
         *_, last = other
-        assert (last.answer.finish_reason, last.answer.error) == ("error", "the engine failed")
+        assert (last.output.finish_reason, last.output.error) == ("error", "the engine failed")
         check_invariants(llm.engine)
         assert llm.generate("hello", SAMPLED)[0].text == expected
 

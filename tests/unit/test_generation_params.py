@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.inference.llm import _as_list
+from megatron.early_exit.inference.llm import as_list
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams, check_prompt
 
 
@@ -165,15 +165,15 @@ def test_settings_of_sampling() -> None:
     ],
 )
 def test_one_prompt_or_several(prompts: Any, expected: list) -> None:
-    assert _as_list(prompts) == expected
+    assert as_list(prompts) == expected
 
 
 def test_several_arrays_are_several_prompts() -> None:
-    one, two = _as_list([torch.tensor([1]), torch.tensor([2])])
+    one, two = as_list([torch.tensor([1]), torch.tensor([2])])
     assert (one.tolist(), two.tolist()) == ([1], [2])
 
 
 @pytest.mark.parametrize("prompts", [b"text", 5, None, {"input_ids": [1]}])
 def test_what_is_no_prompt(prompts: Any) -> None:
     with pytest.raises(ValueError, match=f"prompts is .*{type(prompts).__name__}"):
-        _as_list(prompts)
+        as_list(prompts)

@@ -209,11 +209,17 @@ def test_long_texts_as_they_come(both: tuple[Tokenizer, PreTrainedTokenizerFast]
     assert "".join(pieces(ours, [], ids)) == theirs.decode(ids, skip_special_tokens=True)
 
 
-def test_bytes_that_are_no_text_do_not_hold_back_what_follows() -> None:
-    stream = TextStream(build_tokenizer(DataConfig(tokenizer_type="ByteLevelTokenizer")))
-    shown = [stream.add(byte) for byte in b"\xff" * 20]
-    assert len("".join(shown)) >= 16
-    assert "".join([*shown, *map(stream.add, b"ab"), stream.finish()]) == "\ufffd" * 20 + "ab"
+@pytest.mark.parametrize(("maker", "spelling"), [(plain, "\u00ff"), (llama, "<0xFF>"), (llama_saved, "<0xFF>")])
+def test_bytes_that_are_no_text_do_not_hold_what_follows(
+    maker: Callable[[Path], None], spelling: str, tmp_path: Path
+) -> None:
+    maker(tmp_path)
+    ours = build_tokenizer(DataConfig(tokenizer_model=str(tmp_path)))
+    byte = AutoTokenizer.from_pretrained(tmp_path).convert_tokens_to_ids(spelling)
+    stream = TextStream(ours)
+    assert "".join(stream.add(byte) for _ in range(200)) == "\ufffd" * 197
+    after = "".join(map(stream.add, ours.tokenize(" a small")))
+    assert after.lstrip() == "\ufffd" * 3 + " a small"
 
 
 @pytest.mark.parametrize("name", ["SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"])

@@ -18,8 +18,9 @@ from megatron.early_exit.platform.world import check_world_size
 
 # What needs core is imported in the functions: --help and wrong flags should not wait for it.
 if TYPE_CHECKING:
-    from megatron.early_exit.inference.llm import LLM, Answer, Update
+    from megatron.early_exit.inference.llm import LLM
     from megatron.early_exit.inference.params import GenerationParams
+    from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
 
 _INTERACTIVE_TIMEOUT_MINUTES = 7 * 24 * 60.0
 """Other ranks wait in a collective for as long as the user thinks."""
@@ -40,10 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="ranks that share the weights; start the program with torchrun --nproc-per-node N",
     )  # fmt: skip
     model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: that of the training")
-    model.add_argument("--quantize", choices=("exits", "all"), help="int8 weights: to ask exits, or for everything")
+    model.add_argument("--quantize", choices=("exits", "all"), help="int8 weights: to probe exits, or for everything")
     model.add_argument(
         "--shortlist", action=argparse.BooleanOptionalAction,
-        help="ask exits about frequent tokens only; default: if the checkpoint is calibrated",
+        help="probe exits with frequent tokens only; default: if the checkpoint is calibrated",
     )  # fmt: skip
     model.add_argument("--max-requests", type=int, default=8, metavar="N", help="prompts that run at once; default 8")
     model.add_argument("--max-length", type=int, metavar="N", help="longest prompt and answer; default: the model's")
@@ -84,19 +85,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="probability of its best token from which on an exit is taken, one for all exits or one for each; 0: "
         "always the first exit, 1: only where the probability rounds to 1; default 0.8",
     )  # fmt: skip
-    exits.add_argument("--exit-layers", type=int, nargs="+", metavar="N", help="exits to ask; default: all")
+    exits.add_argument("--exit-layers", type=int, nargs="+", metavar="N", help="exits to evaluate; default: all")
     exits.add_argument(
         "--max-deferred", type=int, metavar="N",
-        help="rows that may wait for the deeper layers before one is sent through all layers; default 32",
+        help="rows of a request that may be deferred; where one more exits, all run the remaining layers, and the "
+        "token is still the exit's; default 32",
     )  # fmt: skip
-    exits.add_argument("--plan-exits", action="store_true", help="ask only exits that pay on this machine (calibrate)")
+    exits.add_argument("--plan-exits", action="store_true", help="only exits that pay on this machine (calibrate)")
     exits.add_argument("--draft-exit", type=int, metavar="N", help="self_speculative: exit that drafts; default: first")
     exits.add_argument(
         "--draft-length", type=int, metavar="N", help="self_speculative: tokens to draft at once; default: it adapts"
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON document a line for each answer")
-    output.add_argument("--print-max-prob", action="store_true", help="what every asked exit said about each token")
+    output.add_argument("--print-max-prob", action="store_true", help="what evaluated exits predict for each token")
     output.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="colour text by exit")
     add_verbose_flag(parser)
     return parser
@@ -242,11 +244,11 @@ def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM, is_r
             _refuse(line, str(error), is_rank_zero)
             all_answered = False
             continue
-        answer = _show_live(args, line, prompt_ids, params, llm, is_rank_zero)
-        if answer is None:
+        output = _show_live(args, line, prompt_ids, params, llm, is_rank_zero)
+        if output is None:
             all_answered = False
         else:
-            messages = [*turn, {"role": "assistant", "content": answer.text}]
+            messages = [*turn, {"role": "assistant", "content": output.text}]
     return all_answered
 
 
@@ -285,7 +287,7 @@ def _show_live(
     params: GenerationParams,
     llm: LLM,
     is_rank_zero: bool,
-) -> Answer | None:
+) -> RequestOutput | None:
     """Answer one prompt and show the text as it comes, on rank 0, after what was typed unless it is a chat. None if the
     prompt was refused."""
     from megatron.early_exit.inference import report
@@ -293,42 +295,38 @@ def _show_live(
     in_colour, num_layers = _in_colour(args.color), llm.engine.decoder.num_layers
     quiet = args.json or not is_rank_zero
     before = "" if args.chat else typed
-    update: Update | None = None
-    for update in llm.stream(prompt, params):
-        if update.answer.result is None and update.answer.error is not None:
-            _refuse(typed, update.answer.error, is_rank_zero)
+    delta: OutputDelta | None = None
+    for delta in llm.stream(prompt, params):
+        if delta.output.result is None and delta.output.error is not None:
+            _refuse(typed, delta.output.error, is_rank_zero)
             return None
         if quiet:
             continue
         if before:
             print(before, end="", flush=True)
             before = ""
-        if in_colour and update.tokens:
-            pieces = update.answer.pieces[len(update.answer.tokens) - len(update.tokens) :]
-            text = report.coloured_text(update.text, pieces, update.tokens, num_layers)
-        else:
-            text = update.text
+        text = report.coloured_text(delta.pieces, delta.tokens, num_layers) if in_colour else delta.text
         print(text, end="", flush=True)
-    answer = update.answer
-    if answer.error is not None:
-        _refuse(typed, answer.error, is_rank_zero)
+    output = delta.output
+    if output.error is not None:
+        _refuse(typed, output.error, is_rank_zero)
         return None
     if args.json and is_rank_zero:
-        _print_json(typed, answer)
+        _print_json(typed, output)
     elif is_rank_zero:
         print("\n")
-        _print_tables(args, answer, llm, in_colour)
-    return answer
+        _print_tables(args, output, llm, in_colour)
+    return output
 
 
-def _print_tables(args: argparse.Namespace, answer: Answer, llm: LLM, in_colour: bool) -> None:
+def _print_tables(args: argparse.Namespace, output: RequestOutput, llm: LLM, in_colour: bool) -> None:
     from megatron.early_exit.inference import report
 
-    if len(answer.result.usage) > 1 and not in_colour:
-        print(report.marked(answer.pieces, answer.tokens) + "\n")
+    if len(output.result.usage) > 1 and not in_colour:
+        print(report.marked(output.pieces, output.tokens) + "\n")
     if args.print_max_prob:
-        print(report.predictions_table(answer.pieces, answer.tokens, llm.tokenizer) + "\n")
-    print(report.usage_table(answer) + "\n", flush=True)
+        print(report.predictions_table(output.pieces, output.tokens, llm.tokenizer) + "\n")
+    print(report.usage_table(output) + "\n", flush=True)
 
 
 def _answer_all(
@@ -339,35 +337,33 @@ def _answer_all(
 
     in_colour, num_layers = _in_colour(args.color), llm.engine.decoder.num_layers
     expected = iter([(prompt, sample) for prompt in range(len(prompts)) for sample in range(params.n)])
-    done: dict[tuple[int, int], Answer] = {}
+    done: dict[tuple[int, int], RequestOutput] = {}
     following, all_answered = next(expected), True
-    for update in llm.stream(prompts, params):
-        if update.is_finished:
-            done[update.answer.prompt_index, update.answer.sample_index] = update.answer
+    for delta in llm.stream(prompts, params):
+        if delta.is_finished:
+            done[delta.output.prompt_index, delta.output.sample_index] = delta.output
         while following in done:
-            answer, prompt = done.pop(following), prompts[following[0]]
+            output, prompt = done.pop(following), prompts[following[0]]
             following = next(expected, None)
-            if answer.error is not None:
+            if output.error is not None:
                 all_answered = False
-                _refuse(prompt, answer.error, is_rank_zero)
+                _refuse(prompt, output.error, is_rank_zero)
             if not is_rank_zero:
                 continue
             if args.json:
-                _print_json(prompt, answer)
-            elif answer.error is None:
-                text = answer.text
-                if in_colour:
-                    text = report.coloured_text(text, answer.pieces, answer.tokens, num_layers)
+                _print_json(prompt, output)
+            elif output.error is None:
+                text = report.coloured_text(output.pieces, output.tokens, num_layers) if in_colour else output.text
                 print(f"{prompt}{text}\n")
-                _print_tables(args, answer, llm, in_colour)
+                _print_tables(args, output, llm, in_colour)
     return all_answered
 
 
-def _print_json(prompt: str, answer: Answer) -> None:
+def _print_json(prompt: str, output: RequestOutput) -> None:
     from megatron.early_exit.inference import report
 
-    # The prompt of an answer that was refused may be no text.
-    document = report.as_json(replace_surrogates(prompt), answer)
+    # A prompt that was refused may be no text.
+    document = report.as_json(replace_surrogates(prompt), output)
     is_utf_8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     print(json.dumps(document, ensure_ascii=not is_utf_8), flush=True)
 

@@ -1,15 +1,13 @@
 """Text in, text out: a loaded model, its tokenizer and an engine.
 
 llm = LLM.load("checkpoints")
-for answer in llm.generate(["import os", "def main"], GenerationParams(mode="early_exit", exit_thresholds=(0.6,))):
-    print(answer.text, answer.result.statistics.runs_saved)
+for output in llm.generate(["import os", "def main"], GenerationParams(mode="early_exit", exit_thresholds=(0.6,))):
+    print(output.text, output.result.statistics.runs_saved)
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,10 +16,9 @@ from megatron.early_exit.config.serialize import checkpoint_folder, read_descrip
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.calibration import ExitCalibration
-from megatron.early_exit.inference.engine.engine import Engine, Event, QueueFull
+from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.params import GenerationParams
-from megatron.early_exit.inference.results import GeneratedToken, RequestResult
-from megatron.early_exit.inference.text import StopStrings, TextStream
+from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, in_words
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.kv_cache import check_cache_fits
 from megatron.early_exit.inference.worker.linear import Int8Linear
@@ -29,84 +26,9 @@ from megatron.early_exit.inference.worker.weights import ExitProbe, decoder_weig
 from megatron.early_exit.platform.device import use_cuda
 from megatron.early_exit.platform.world import check_world_size
 
-log = logging.getLogger(__name__)
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 DEFAULT_PARAMS = GenerationParams()
-
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
-
-
-@dataclass
-class Answer:
-    """One answer to one prompt, as it grows."""
-
-    prompt_index: int
-    sample_index: int
-    """0 to n - 1"""
-    prompt_ids: list[int]
-    text: str = ""
-    """Without what a stop string cut off."""
-    pieces: list[str] = field(default_factory=list)
-    """The text that each token added."""
-    tokens: list[GeneratedToken] = field(default_factory=list)
-    result: RequestResult | None = None
-    """Set when the answer is finished; None also for a prompt that was refused."""
-    error: str | None = None
-    """Why the prompt was refused or the request failed."""
-
-    @property
-    def finish_reason(self) -> str | None:
-        """None while it grows."""
-        if self.result is not None:
-            return self.result.finish_reason
-        return None if self.error is None else "error"
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one step added to one answer."""
-
-    answer: Answer
-    text: str
-    """New text that no stop string can take back."""
-    tokens: tuple[GeneratedToken, ...]
-    """New tokens."""
-    is_finished: bool
-
-
-class _Growing:
-    """An answer with what turns its ids into text."""
-
-    def __init__(self, answer: Answer, tokenizer: Tokenizer, params: GenerationParams) -> None:
-        self.answer = answer
-        self._stream = TextStream(tokenizer, answer.prompt_ids)
-        self._stops = StopStrings(params.stop)
-
-    @property
-    def is_stopped(self) -> bool:
-        return self._stops.is_found
-
-    def add(self, tokens: Sequence[GeneratedToken], is_last: bool) -> tuple[str, list[GeneratedToken]]:
-        """(text that may be shown, tokens up to the one that completed a stop string)"""
-        text, used = "", []
-        for token in tokens:
-            if self.is_stopped:
-                break
-            used.append(token)
-            piece = self._stream.add(token.token)
-            self.answer.pieces.append(piece)
-            text += self._stops.add(piece)
-        if is_last and not self.is_stopped:
-            rest = self._stream.finish()
-            if rest and self.answer.pieces:
-                self.answer.pieces[-1] += rest
-            text += self._stops.add(rest) + self._stops.finish()
-        self.answer.text += text
-        self.answer.tokens += used
-        return text, used
 
 
 class LLM:
@@ -114,9 +36,9 @@ class LLM:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, exits: ExitConfig) -> None:
         self.engine, self.tokenizer, self.exits = engine, tokenizer, exits
-        # Several streams may be open: a step of one brings events of the others.
-        self._owned: set[int] = set()
-        self._unclaimed: list[Event] = []
+        self._text_engine = TextEngine(engine, tokenizer, exits)
+        self._mailboxes: dict[int, list[OutputDelta]] = {}
+        """By request: several streams may be open, and a step of one brings deltas of the others."""
 
     @classmethod
     def load(
@@ -139,11 +61,11 @@ class LLM:
         path: the --save folder. iteration: default the last one. tensor_parallel_size: ranks that share the weights
         (start them with torchrun). dtype: "fp32" or "bf16", default that of the training, fp32 for one in fp16.
         max_requests: slots, each with a KV cache. max_length: longest prompt and answer together, default what the
-        model takes. max_waiting, prefill_chunk: see `Engine`. quantize: "exits" asks exits with weights in int8
-        (tokens are still the exit's own), "all" keeps all linear layers in int8; on the CPU. shortlist: ask exits about
-        frequent tokens only, as the checkpoint's calibration lists them; default if there is one that covers at most
-        half of the vocabulary. cuda_graphs: start the kernels of several layers at once where that can be done (one
-        GPU).
+        model takes. max_waiting, prefill_chunk: see `Engine`. quantize: "exits" probes exits with weights in int8
+        (tokens are still the exit's own), "all" keeps all linear layers in int8; on the CPU. shortlist: probe exits
+        with frequent tokens only, as the checkpoint's calibration lists them; default if there is one that covers at
+        most half of the vocabulary. cuda_graphs: start the kernels of several layers at once where that can be done
+        (one GPU).
 
         Several models may be loaded in one process, all onto as many ranks.
 
@@ -199,57 +121,52 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: GenerationParams | Sequence[GenerationParams] = DEFAULT_PARAMS,
-    ) -> list[Answer]:
+    ) -> list[RequestOutput]:
         """Answer `prompts` (one, or several), all with the same settings or each with its own.
 
-        Returns n answers for each prompt, in order. A prompt that cannot be answered gives an answer with `error` set;
+        Returns n outputs for each prompt, in order. A prompt that cannot be answered gives an output with `error` set;
         the others are untouched. Raises ValueError if the numbers of prompts and settings differ, or the model does not
         have the exits that the settings name."""
-        answers: dict[tuple[int, int], Answer] = {}
-        for update in self.stream(prompts, params):
-            answers[update.answer.prompt_index, update.answer.sample_index] = update.answer
-        return [answers[key] for key in sorted(answers)]
+        outputs = [delta.output for delta in self.stream(prompts, params) if delta.is_finished]
+        return sorted(outputs, key=lambda output: (output.prompt_index, output.sample_index))
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: GenerationParams | Sequence[GenerationParams] = DEFAULT_PARAMS,
-    ) -> Iterator[Update]:
+    ) -> Iterator[OutputDelta]:
         """As `generate`, step by step. Leaving the loop early cancels what is unfinished."""
-        growing: dict[int, _Growing] = {}
+        prompts = as_list(prompts)
+        mine: set[int] = set()
+        mailbox: list[OutputDelta] = []
         try:
-            yield from self._add(_as_list(prompts), params, growing)
-            while growing:
-                for event in self._events_of(growing):
-                    yield self._update(event, growing)
+            for index, (prompt, settings) in enumerate(zip(prompts, self._for_each(prompts, params), strict=True)):
+                for sample_index in range(settings.n):
+                    try:
+                        request_id = self._text_engine.add(prompt, settings, sample_index, index)
+                    except Exception as error:  # whatever it is, it is this prompt's
+                        output = RequestOutput(None, [], sample_index, index, error=in_words(error))
+                        yield OutputDelta(output, (), (), is_finished=True)
+                    else:
+                        mine.add(request_id)
+                        self._mailboxes[request_id] = mailbox
+            while mine:
+                if not mailbox:
+                    self._step()
+                news, mailbox[:] = mailbox[:], []
+                for delta in news:
+                    if delta.is_finished:
+                        mine.remove(delta.output.request_id)
+                    yield delta
         finally:
-            for request_id in growing:
-                self.engine.cancel(request_id)
-            self._owned -= set(growing)
+            for request_id in mine:
+                self._mailboxes.pop(request_id, None)
+                self._text_engine.cancel(request_id)
 
-    def _events_of(self, growing: dict[int, _Growing]) -> list[Event]:
-        """What is new for these requests; runs a step of the engine if nothing is."""
-        if not any(event.request_id in growing for event in self._unclaimed):
-            try:
-                events = self.engine.step()
-            except BaseException:
-                self._keep(self.engine.fail_all("the engine failed"))
-                raise
-            self._keep(events)
-        mine = [event for event in self._unclaimed if event.request_id in growing]
-        self._unclaimed = [event for event in self._unclaimed if event.request_id not in growing]
-        return mine
-
-    def _keep(self, events: list[Event]) -> None:
-        self._unclaimed += [event for event in events if event.request_id in self._owned]
-
-    def _add(
-        self,
-        prompts: list[Prompt],
-        params: GenerationParams | Sequence[GenerationParams],
-        growing: dict[int, _Growing],
-    ) -> Iterator[Update]:
-        """Queue all prompts; yields those that are refused."""
+    def _for_each(
+        self, prompts: list[Prompt], params: GenerationParams | Sequence[GenerationParams]
+    ) -> list[GenerationParams]:
+        """The settings of each prompt. Raises ValueError as `generate` does."""
         each = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(each)} settings; give one for all, or one for each")
@@ -257,57 +174,23 @@ class LLM:
             if not isinstance(settings, GenerationParams):
                 raise ValueError(f"params holds {settings!r}; it must be GenerationParams(...), or a list of them")
         for settings in each:
-            settings.exit_policy(self.exits)
-            settings.drafting_exit(self.exits)
-        for prompt_index, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
-            for sample_index in range(settings.n):
-                answer = Answer(prompt_index, sample_index, [])
-                try:
-                    answer.prompt_ids = self._ids_of(prompt, settings)
-                    request_id = self.engine.add(answer.prompt_ids, settings, seed_offset=sample_index)
-                except Exception as error:  # whatever it is, it is this prompt's
-                    answer.error = _in_words(error)
-                    yield Update(answer, "", (), is_finished=True)
-                else:
-                    growing[request_id] = _Growing(answer, self.tokenizer, settings)
-                    self._owned.add(request_id)
+            self._text_engine.check(settings)
+        return each
 
-    def _ids_of(self, prompt: Prompt, settings: GenerationParams) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode_prompt(prompt, settings.add_special_tokens)
-        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-        if not isinstance(ids, Sequence) or isinstance(ids, (bytes, bytearray)):
-            raise ValueError(f"a prompt is of the type {type(prompt).__name__}; give text or a list of ids")
-        return [checked.integer("an id of the prompt", token) for token in ids]
-
-    def _update(self, event: Event, growing: dict[int, _Growing]) -> Update:
-        one, result = growing[event.request_id], event.result
+    def _step(self) -> None:
+        """Run a step of the engine and sort what it brings into the mailboxes."""
         try:
-            text, tokens = one.add(event.tokens, is_last=result is not None)
-        except Exception as error:  # of the tokenizer, for instance
-            return self._end_with_error(event.request_id, growing, error)
-        if one.is_stopped and result is None:
-            self.engine.stop(event.request_id, len(one.answer.tokens))  # the result comes with the next step
-        if one.is_stopped and result is not None:
-            result = replace(result, finish_reason="stop", tokens=tuple(one.answer.tokens))
-        if result is not None:
-            one.answer.result, one.answer.error = result, result.error
-            del growing[event.request_id]
-            self._owned.discard(event.request_id)
-        return Update(one.answer, text, tuple(tokens), is_finished=result is not None)
+            deltas = self._text_engine.step()
+        except BaseException:
+            self._sort(self._text_engine.fail_all("the engine failed"))
+            raise
+        self._sort(deltas)
 
-    def _end_with_error(self, request_id: int, growing: dict[int, _Growing], error: Exception) -> Update:
-        """End one request whose text cannot be made; the others go on."""
-        log.info("request %d failed", request_id, exc_info=error)
-        answer = growing.pop(request_id).answer
-        self._owned.discard(request_id)
-        self.engine.cancel(request_id)  # its result comes with the next step, for nobody
-        answer.error = f"its text could not be made ({_in_words(error)})"
-        return Update(answer, "", (), is_finished=True)
-
-
-def _in_words(error: Exception) -> str:
-    return str(error) if isinstance(error, ValueError | QueueFull) else f"{type(error).__name__}: {error}"
+    def _sort(self, deltas: list[OutputDelta]) -> None:
+        for delta in deltas:
+            request_id = delta.output.request_id
+            mailbox = self._mailboxes.pop(request_id) if delta.is_finished else self._mailboxes[request_id]
+            mailbox.append(delta)
 
 
 def _exit_probe(
@@ -321,7 +204,7 @@ def _exit_probe(
     return ExitProbe(ids, quantize == "exits") if ids or quantize == "exits" else None
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt (a text, or a list of ids) or several, as a list. Arrays of NumPy or torch are lists."""
     if isinstance(prompts, str):
         return [prompts]

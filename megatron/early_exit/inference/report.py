@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron.early_exit.data.tokenizer import Tokenizer
-from megatron.early_exit.inference.llm import Answer
 from megatron.early_exit.inference.results import GeneratedToken
+from megatron.early_exit.inference.text_engine import RequestOutput
 
 # Colours (of 256) from the first layer to the last; the final head's text keeps the terminal's own colour.
 _SHADES = (46, 118, 190, 226, 214, 208, 203)
@@ -23,15 +23,9 @@ def coloured(piece: str, generated: GeneratedToken, num_layers: int) -> str:
     return f"\033[38;5;{shade}m{piece}{_RESET}"
 
 
-def coloured_text(text: str, pieces: Sequence[str], tokens: Sequence[GeneratedToken], num_layers: int) -> str:
-    """`text` with each token's piece in its colour. It may begin with text that was held back, and end before the last
-    piece does, where a stop string may begin."""
-    held_back = max(len(text) - sum(map(len, pieces)), 0)
-    out, at = text[:held_back], held_back
-    for piece, token in zip(pieces, tokens, strict=True):
-        out += coloured(text[at : at + len(piece)], token, num_layers)
-        at += len(piece)
-    return out
+def coloured_text(pieces: Sequence[str], tokens: Sequence[GeneratedToken], num_layers: int) -> str:
+    """The text of all tokens, each with its piece in its colour."""
+    return "".join(coloured(piece, token, num_layers) for piece, token in zip(pieces, tokens, strict=True))
 
 
 def marked(texts: Sequence[str], tokens: Sequence[GeneratedToken]) -> str:
@@ -39,9 +33,9 @@ def marked(texts: Sequence[str], tokens: Sequence[GeneratedToken]) -> str:
     return " ".join(f"{text!r}@{_head(t.exit_layer, t.is_final)}" for text, t in zip(texts, tokens, strict=True))
 
 
-def usage_table(answer: Answer) -> str:
+def usage_table(output: RequestOutput) -> str:
     """Exit, tokens, share and mean confidence, and what was saved."""
-    result = answer.result
+    result = output.result
     total, statistics = len(result.tokens), result.statistics
     rows = [("exit", "tokens", "share", "mean confidence")]
     for usage in result.usage:
@@ -51,19 +45,19 @@ def usage_table(answer: Answer) -> str:
     lines = [aligned(rows)]
     if statistics.acceptance is not None:
         lines.append(f"drafted {statistics.drafted} tokens, accepted {statistics.acceptance:.1%}")
-    forced = sum(token.is_forced or token.caught_up for token in result.tokens)
-    notes = f" ({forced} tokens ran all layers because of the cap on deferred rows)" if forced else ""
+    num_caught_up = sum(token.is_forced or token.caught_up for token in result.tokens)
+    notes = f" ({num_caught_up} tokens ran all layers because of the cap on deferred rows)" if num_caught_up else ""
     if statistics.full_layer_passes:  # none for an answer of one token, which comes with the prompt
         lines.append(
-            f"layer runs saved: {statistics.runs_saved:.1%} of {statistics.full_layer_passes}, with all rows that wait "
+            f"layer runs saved: {statistics.runs_saved:.1%} of {statistics.full_layer_passes}, with all deferred rows "
             f"run at once; row computations saved: {statistics.layers_saved:.1%}{notes}"
         )
-    lines.append(f"{_speed(answer)}; stopped by {result.finish_reason}")
+    lines.append(f"{_speed(output)}; stopped by {result.finish_reason}")
     return "\n".join(lines)
 
 
-def _speed(answer: Answer) -> str:
-    statistics, total = answer.result.statistics, len(answer.result.tokens)
+def _speed(output: RequestOutput) -> str:
+    statistics, total = output.result.statistics, len(output.result.tokens)
     if statistics.first_token_seconds is None:
         return "no tokens"
     text = f"{total} tokens, the first after {statistics.first_token_seconds:.2f} s"
@@ -74,29 +68,29 @@ def _speed(answer: Answer) -> str:
 
 
 def predictions_table(texts: Sequence[str], tokens: Sequence[GeneratedToken], tokenizer: Tokenizer) -> str:
-    """For every token what each asked head would have said, and how sure it was; the last one spoke."""
-    rows = [("token", "text", "exit", "log-prob", "most probable token and confidence of each head asked")]
+    """For every token what each evaluated head predicts, with its confidence; the last one gave the token."""
+    rows = [("token", "text", "exit", "log-prob", "most probable token and confidence of each evaluated head")]
     for index, (text, token) in enumerate(zip(texts, tokens, strict=True)):
         predictions = "  ".join(
-            f"{_head(r.exit_layer, r.exit_layer is None)}: {tokenizer.detokenize([r.token])!r} {r.confidence:.3f}"
-            for r in token.predictions
+            f"{_head(p.exit_layer, p.exit_layer is None)}: {tokenizer.detokenize([p.token])!r} {p.confidence:.3f}"
+            for p in token.predictions
         )
         head = _head(token.exit_layer, token.is_final)
         rows.append((str(index), repr(text), head, f"{token.log_prob:.3f}", predictions))
     return aligned(rows)
 
 
-def as_json(prompt: str, answer: Answer) -> dict[str, Any]:
-    """Everything about one answer, ready for `json.dumps`."""
-    document: dict[str, Any] = {"prompt": prompt, "finish_reason": answer.finish_reason}
-    if answer.result is None:
-        return document | {"error": answer.error}
-    result, statistics = answer.result, answer.result.statistics
+def as_json(prompt: str, output: RequestOutput) -> dict[str, Any]:
+    """Everything about one output, ready for `json.dumps`."""
+    document: dict[str, Any] = {"prompt": prompt, "finish_reason": output.finish_reason}
+    if output.result is None:
+        return document | {"error": output.error}
+    result, statistics = output.result, output.result.statistics
     total = max(len(result.tokens), 1)
-    pairs = zip(answer.pieces, result.tokens, strict=True)
+    pairs = zip(output.pieces, result.tokens, strict=True)
     return document | {
-        "error": answer.error,
-        "text": answer.text,
+        "error": output.error,
+        "text": output.text,
         "tokens": [{"text": text, **asdict(token)} for text, token in pairs],
         "prompt_tokens": [asdict(token) for token in result.prompt],
         "exits": [{**asdict(usage), "share": usage.tokens / total} for usage in result.usage],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -134,6 +134,15 @@ class RequestResult:
     def token_ids(self) -> list[int]:
         """Generated ids, the one that stopped included."""
         return [generated.token for generated in self.tokens]
+
+    def stopped_after(self, num_tokens: int) -> RequestResult:
+        """The result if the answer stops after so many of its tokens; those beyond are not counted."""
+        num_dropped = len(self.tokens) - num_tokens
+        num_passes = self.statistics.full_layer_passes - num_dropped * self.num_layers
+        return replace(
+            self, tokens=self.tokens[:num_tokens], finish_reason="stop", error=None,
+            statistics=replace(self.statistics, full_layer_passes=num_passes),
+        )  # fmt: skip
 
     @property
     def usage(self) -> tuple[ExitUsage, ...]:
