@@ -35,6 +35,20 @@ def to_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.long, pin_memory=True).to(device, non_blocking=True)
 
 
+def claim_device() -> None:
+    """Make the GPU of this process's local rank its current one; nothing on the CPU. Raises ValueError if there is no
+    such GPU."""
+    if not use_cuda():
+        return
+    local_rank, visible = device().index, torch.cuda.device_count()
+    if local_rank >= visible:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU of its own: {visible} visible. Start at most {visible} processes on "
+            "this node (--nproc_per_node, tensor_parallel_size)."
+        )
+    torch.cuda.set_device(device())
+
+
 def backend() -> str:
     """Backend of `torch.distributed`: NCCL between GPUs, gloo between CPUs."""
     return "nccl" if use_cuda() else "gloo"

@@ -22,15 +22,8 @@ def initialize_distributed(timeout_minutes: float = 10.0) -> None:
     A collective that takes longer than `timeout_minutes` ends the process, so that a dead rank ends the run.
     """
     die_with_torchrun()
-    if device_module.use_cuda():
-        local_rank, visible = device_module.device().index, torch.cuda.device_count()
-        if local_rank >= visible:
-            raise ValueError(
-                f"local rank {local_rank} has no GPU of its own: {visible} visible. Start at most {visible} processes "
-                "on this node (--nproc_per_node)."
-            )
-        torch.cuda.set_device(device_module.device())
-    else:
+    device_module.claim_device()
+    if not device_module.use_cuda():
         adapt_core_to_cpu()
     if torch.distributed.is_initialized():
         return

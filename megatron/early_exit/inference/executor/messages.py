@@ -1,0 +1,113 @@
+"""What the engine's process and its worker ranks send each other: typed structs, without tensors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.protocol import RowsOutput, Step, WorkerDescription
+
+
+class WorkerFactory(msgspec.Struct, frozen=True):
+    """How every rank makes its worker, as plain data."""
+
+    function: str
+    """"package.module:name" of a function `(join, **arguments) -> (worker, fingerprint)`. `join()` returns the
+    `TensorParallel` of this rank; all ranks or none must call it. fingerprint: text that is the same on all ranks that
+    have read the same checkpoint."""
+    arguments: dict[str, Any] = {}
+    """Of types that MessagePack has; tuples arrive as lists."""
+
+
+class StoreOpened(msgspec.Struct, frozen=True, tag=True):
+    """Rank 0 has opened the store through which ranks find each other; the engine passes this on to the others."""
+
+    port: int
+
+
+# From the engine.
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """Make the worker. The answer is `Ready` or `Failed`."""
+
+    factory: WorkerFactory
+    host: str
+    """Address at which rank 0 opens the store."""
+    tensor_parallel_size: int
+
+
+class RunStep(msgspec.Struct, frozen=True, tag=True):
+    """Run a step. Rank 0 answers with `StepDone`."""
+
+    step: Step
+
+
+class MeasureCosts(msgspec.Struct, frozen=True, tag=True):
+    """Time layers and heads. Rank 0 answers with `CostsMeasured`."""
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Answer with `Pong` when all that came before is done: the answer proves progress."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Answer with `Goodbye` and end."""
+
+
+ToWorker = StoreOpened | Load | RunStep | MeasureCosts | Ping | Shutdown
+
+
+# From a rank.
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """The first message of a rank."""
+
+    rank: int
+    version: str
+    """Of this package."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The worker is loaded."""
+
+    description: WorkerDescription
+    fingerprint: str
+
+
+class StepDone(msgspec.Struct, frozen=True, tag=True):
+    """What became of the rows of a step."""
+
+    number: int
+    outputs: list[RowsOutput]
+
+
+class CostsMeasured(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `MeasureCosts`."""
+
+    costs: StepCosts
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `Ping`."""
+
+
+ErrorKind = Literal["ValueError", "OSError", "other"]
+"""ValueError, OSError: the user can mend it, and the text is one sentence."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The last message of a rank that cannot go on."""
+
+    error: str
+    kind: ErrorKind = "other"
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag=True):
+    """The last message of a rank that ends as it was told."""
+
+
+FromWorker = Hello | StoreOpened | Ready | StepDone | CostsMeasured | Pong | Failed | Goodbye

@@ -1,0 +1,232 @@
+"""The process of one worker rank: it makes its worker and runs the steps that the engine sends, in their order.
+
+It runs by itself (`python -m`, its settings on standard input) for an engine that starts its own ranks, or in a process
+of torchrun (`serve_torchrun_rank`). It ends with the engine: status 0 if it was told to, else 1.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+import megatron.early_exit
+from megatron.early_exit.inference.executor.channels import ConnectionInfo, MessageTooLarge, WorkerChannel
+from megatron.early_exit.inference.executor.messages import (
+    CostsMeasured,
+    ErrorKind,
+    Failed,
+    Goodbye,
+    Hello,
+    Load,
+    MeasureCosts,
+    Ping,
+    Pong,
+    Ready,
+    RunStep,
+    Shutdown,
+    StepDone,
+    StoreOpened,
+    ToWorker,
+)
+from megatron.early_exit.inference.protocol import RowsOutput, Step
+from megatron.early_exit.platform.command_line import configure_output
+from megatron.early_exit.platform.failures import in_words
+from megatron.early_exit.platform.processes import die_with_parent, die_with_torchrun
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+
+log = logging.getLogger(__name__)
+
+TORCHRUN_KEY = "early_exit_engine"
+"""Under which rank 0 of a torchrun job tells the others where its engine is."""
+
+# The engine notices ranks that hang long before, and ends them; this must not end a rank that loads slowly.
+_COLLECTIVE_TIMEOUT = timedelta(hours=1)
+
+
+class ProcessSettings(msgspec.Struct, frozen=True):
+    """What an engine tells a process that it starts."""
+
+    connection: ConnectionInfo
+    rank: int
+    parent: int
+    """Process id of the engine."""
+    is_verbose: bool
+
+
+def main() -> NoReturn:
+    """Run a rank with the settings on standard input."""
+    settings = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ProcessSettings)
+    die_with_parent(settings.parent)
+    configure_output(is_verbose=settings.is_verbose)
+    status = serve(settings.connection, settings.rank)
+    sys.stderr.flush()
+    os._exit(status)  # the engine waits for the end, and libraries take a second to be taken down
+
+
+def serve_torchrun_rank() -> int:
+    """Run this process of torchrun, whose rank is not 0, for the engine in rank 0. Returns the exit status.
+
+    Raises RuntimeError if rank 0 ends before it has an engine."""
+    die_with_torchrun()
+    store, rank, _ = torchrun_store()
+    return serve(msgspec.msgpack.decode(store.get(TORCHRUN_KEY), type=ConnectionInfo), rank)
+
+
+def torchrun_store() -> tuple[torch.distributed.Store, int, int]:
+    """(the store that the processes of a torchrun job share, rank, number of ranks)"""
+    import torch
+
+    return next(torch.distributed.rendezvous("env://", timeout=_COLLECTIVE_TIMEOUT))
+
+
+def serve(connection: ConnectionInfo, rank: int) -> int:
+    """Make the worker that the engine asks for, and run its steps until it says that they end. Returns the status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which tells the ranks to end
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
+    rank_process = _RankProcess(WorkerChannel(connection, on_lost=_end_without_engine), rank)
+    try:
+        rank_process.run()
+    except Exception as error:
+        log.info("worker rank %d failed", rank, exc_info=True)
+        rank_process.channel.close(Failed(_text(error), _kind(error)))
+        return 1
+    rank_process.channel.close(Goodbye())
+    return 0
+
+
+def _end_without_engine() -> None:
+    """The main thread may be in a computation, or in a collective that never ends."""
+    os._exit(1)
+
+
+class _RankProcess:
+    def __init__(self, channel: WorkerChannel, rank: int) -> None:
+        self.channel, self.rank = channel, rank
+        self._has_joined = False
+
+    def run(self) -> None:
+        """Until the engine says that it is over. Raises what the worker raises."""
+        self.channel.send(Hello(self.rank, megatron.early_exit.__version__))
+        message = self._receive()
+        if isinstance(message, Load):
+            module, _, name = message.factory.function.partition(":")
+            make = getattr(importlib.import_module(module), name)
+            worker, fingerprint = make(lambda: self._join(message), **message.factory.arguments)
+            self.channel.send(Ready(worker.description, fingerprint))
+            self._run_steps(worker)
+        if self._has_joined:
+            import torch
+
+            torch.distributed.destroy_process_group()
+
+    def _run_steps(self, worker: Any) -> None:
+        while not isinstance(message := self._receive(), Shutdown):
+            if isinstance(message, RunStep):
+                outputs = worker.execute(message.step)
+                if self.rank == 0:
+                    self._send_outputs(message.step, outputs)
+            elif isinstance(message, MeasureCosts):
+                costs = worker.measure_costs()
+                if self.rank == 0:
+                    self.channel.send(CostsMeasured(costs))
+
+    def _send_outputs(self, step: Step, outputs: list[RowsOutput]) -> None:
+        try:
+            self.channel.send(StepDone(step.number, outputs))
+        except MessageTooLarge as error:
+            self.channel.send(StepDone(step.number, [_without_content(output, str(error)) for output in outputs]))
+
+    def _receive(self) -> ToWorker:
+        while isinstance(message := self.channel.receive(), Ping):
+            self.channel.send(Pong())
+        return message
+
+    def _join(self, load: Load) -> TensorParallel:
+        """Join the ranks that share the weights."""
+        from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+
+        if load.tensor_parallel_size == 1:
+            return TensorParallel()
+        if self.rank == 0:
+            store = _open_store(load.host, lambda port: self.channel.send(StoreOpened(port)))
+        else:
+            store = _connect_to_store(load.host, self._expect(StoreOpened).port)
+        _join_world(store, self.rank, load.tensor_parallel_size)
+        self._has_joined = True
+        import torch
+
+        return TensorParallel(torch.distributed.group.WORLD)
+
+    def _expect(self, kind: type[StoreOpened]) -> StoreOpened:
+        message = self._receive()
+        if isinstance(message, Shutdown):
+            raise RuntimeError("the engine ended while the worker was loaded")
+        assert isinstance(message, kind), message
+        return message
+
+
+def _open_store(host: str, on_opened: Callable[[int], object]) -> torch.distributed.Store:
+    """The store that the ranks find each other in, at a free port of the interface `host` alone.
+
+    on_opened: called with the port."""
+    import torch
+
+    family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((host, 0), family=family, backlog=1024)
+    port = listener.getsockname()[1]
+    store = torch.distributed.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(),
+        timeout=_COLLECTIVE_TIMEOUT,
+    )  # fmt: skip
+    on_opened(port)
+    return store
+
+
+def _connect_to_store(host: str, port: int) -> torch.distributed.Store:
+    import torch
+
+    return torch.distributed.TCPStore(host, port, is_master=False, timeout=_COLLECTIVE_TIMEOUT)
+
+
+def _join_world(store: torch.distributed.Store, rank: int, size: int) -> None:
+    import torch
+
+    from megatron.early_exit.platform import device as device_module
+
+    device_module.claim_device()
+    torch.distributed.init_process_group(
+        device_module.backend(), store=store, rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT
+    )
+
+
+def _without_content(output: RowsOutput, error: str) -> RowsOutput:
+    return RowsOutput(output.request_id, output.slot, output.generation, output.epoch, output.stop, error=error)
+
+
+def _kind(error: Exception) -> ErrorKind:
+    if isinstance(error, ValueError):
+        return "ValueError"
+    return "OSError" if isinstance(error, OSError) else "other"
+
+
+def _text(error: Exception) -> str:
+    return in_words(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,490 @@
+"""Workers in processes of their own: messages arrive whole and in order, and whatever ends, all end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import zmq
+
+from megatron.early_exit.inference.executor import channels
+from megatron.early_exit.inference.executor.base import ExecutorError
+from megatron.early_exit.inference.executor.channels import (
+    ConnectionInfo,
+    ConnectionTorn,
+    EngineChannel,
+    MessageTooLarge,
+    RankUnreachable,
+    WorkerChannel,
+)
+from megatron.early_exit.inference.executor.distributed import (
+    DistributedExecutor,
+    Limits,
+    _environment_of,
+    start_workers,
+)
+from megatron.early_exit.inference.executor.messages import (
+    FromWorker,
+    Goodbye,
+    Hello,
+    Ping,
+    Pong,
+    RunStep,
+    StepDone,
+    ToWorker,
+    WorkerFactory,
+)
+from megatron.early_exit.inference.params import SamplingSettings
+from megatron.early_exit.inference.protocol import (
+    Admit,
+    CopyPrefix,
+    DrawnToken,
+    ExitThreshold,
+    Free,
+    Gather,
+    HeadScores,
+    Prediction,
+    Rows,
+    RowsOutput,
+    Step,
+)
+from tests.distributed import fake_workers
+from tests.distributed.fake_workers import CRASH, EXIT, FLOOD, HANG, KILL, RAISE, SUSPEND
+
+ROOT = Path(__file__).parents[2]
+QUICK = Limits(hello=60, hang=2, ping=0.2, look=0.1, end=5)
+FACTORY = "tests.distributed.fake_workers:make_fake"
+
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at /proc")
+
+
+@contextmanager
+def workers(size: int = 2, limits: Limits = QUICK, **arguments: object) -> Iterator[DistributedExecutor]:
+    """An executor over fake workers; afterwards nothing is left of it."""
+    folders = set(Path(tempfile.gettempdir()).glob("early_exit_*"))
+    executor = start_workers(WorkerFactory(FACTORY, arguments), size, limits)
+    pids = pids_of(executor)
+    try:
+        yield executor
+    finally:
+        executor.close()
+        assert not any(map(is_alive, pids))
+        assert set(Path(tempfile.gettempdir()).glob("early_exit_*")) <= folders
+
+
+def pids_of(executor: DistributedExecutor) -> list[int]:
+    return [process.pid for process in executor._ranks.processes.values()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float = 5.0) -> list[int]:
+    """Those that are still there."""
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [pid for pid in pids if is_alive(pid)]
+
+
+def step(number: int, token: int = 5, slot: int = 0, seed: int | None = None) -> Step:
+    admit = Admit(1, slot, 1, 1, (), SamplingSettings(seed=seed or 0))
+    rows = Rows(number, slot, 1, 0, "decode", 3, (token,))
+    return Step(number, () if seed is None else (admit,), (rows,))
+
+
+def answer(executor: DistributedExecutor, one: Step) -> list[RowsOutput]:
+    executor.submit(one)
+    return executor.poll(20)
+
+
+# Messages.
+
+
+def test_messages_come_out_as_they_went_in() -> None:
+    admit = Admit(2**40, 3, 7, 5, (1, 2), SamplingSettings(0.7, 40, 0.9, 0.99, 0.5, 1.2, 2**63 - 1), (0, 1), 32, 20)
+    rows = Rows(
+        2**40, 3, 7, 2, "score", 11, (1, 2), (ExitThreshold(0, 0.5),), 12, (0, -1), 11, (4, 5), 3, score_logits=True
+    )
+    one = RunStep(Step(9, (Free(1, True), admit, CopyPrefix(1, 2, 30), Gather((2, 2), 8)), (rows,)))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(one), type=ToWorker) == one
+    token = DrawnToken(4, -0.1, 0.9, 1, (Prediction(1, 4, 0.9, True),), ((4, -0.1), (5, float("-inf"))), True)
+    scores = HeadScores(-1, [1], [0.5], [-1.0], [[(1, -1.0)]], b"\x00\xff")
+    done = StepDone(9, [RowsOutput(2**40, 3, 7, 2, 13, (token,), (scores,), 4, 2, 11, "an error")])
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(done), type=FromWorker) == done
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[EngineChannel]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # paths of sockets are short
+        channel = EngineChannel(f"ipc://{folder}/engine", 2)
+        yield channel
+        channel.close()
+
+
+def receive(channel: EngineChannel, seconds: float = 5.0) -> tuple[int, FromWorker] | None:
+    deadline = time.monotonic() + seconds
+    while (received := channel.receive()) is None and time.monotonic() < deadline:
+        channel.wait(0.05)
+    return received
+
+
+def stranger(engine: EngineChannel) -> zmq.Socket:
+    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket.linger = 0
+    socket.connect(engine.info.endpoint)
+    return socket
+
+
+def test_messages_without_the_token_are_dropped(engine: EngineChannel) -> None:
+    hello = msgspec.msgpack.encode(Hello(0, "1"))
+    with stranger(engine) as socket:
+        for frames in ([bytes(32), hello], [b"", hello], [hello], [engine.info.token[:-1], hello]):
+            socket.send_multipart(frames)
+        socket.send_multipart([engine.info.token, hello, b"more"])
+        assert receive(engine, 0.5) is None
+        assert engine.num_dropped == 5 and not engine.known_ranks
+        # A token alone makes nobody a rank; who says hello first is one.
+        socket.send_multipart([engine.info.token, msgspec.msgpack.encode(Pong())])
+        assert receive(engine, 0.5) is None
+        socket.send_multipart([engine.info.token, hello])
+        assert receive(engine) == (0, Hello(0, "1"))
+    with stranger(engine) as second:
+        second.send_multipart([engine.info.token, hello])
+        assert receive(engine, 0.5) is None
+
+
+def test_a_worker_drops_what_has_not_the_token() -> None:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        channel = WorkerChannel(ConnectionInfo(f"tcp://127.0.0.1:{port}", b"t" * 32), on_lost=lambda: None)
+        channel.send(Hello(0, "1"))
+        routing_id, token, _ = router.recv_multipart()
+        assert token == b"t" * 32
+        for good_token, message in ((b"x" * 32, RunStep(Step(1))), (token, Ping())):
+            router.send_multipart([routing_id, good_token, msgspec.msgpack.encode(message)])
+        assert channel.receive() == Ping()
+        channel.close(Goodbye())
+
+
+def test_oversized_messages_are_refused(engine: EngineChannel, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(channels, "LARGEST_MESSAGE", 1000)
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+            small = EngineChannel(f"ipc://{folder}/engine", 1)
+            with pytest.raises(MessageTooLarge, match="more than the 1000"):
+                small.send(RunStep(Step(1, (), (Rows(1, 0, 1, 0, "prefill", 0, (1,) * 1000),))), [0])
+            worker = WorkerChannel(small.info, lost.set)
+            worker.send(Hello(0, "1"))
+            assert receive(small) == (0, Hello(0, "1"))
+            patch.undo()  # a sender that knows no limit
+            worker.send(Hello(0, "x" * 2000))
+            assert receive(small, 0.5) is None
+            assert lost.wait(5)
+            with pytest.raises(RankUnreachable):
+                small.send(Ping(), [0])
+            small.close()
+            worker.close(Goodbye(), linger_seconds=0)
+
+
+def test_after_an_interrupted_message_nothing_more_is_sent(engine: EngineChannel) -> None:
+    with pytest.raises(KeyboardInterrupt), engine._whole():
+        raise KeyboardInterrupt
+    with pytest.raises(ConnectionTorn):
+        engine.receive()
+    with pytest.raises(ConnectionTorn):
+        engine.send(Ping(), [])
+
+
+def test_a_rank_has_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = len(os.sched_getaffinity(0))
+    assert _environment_of(1, 2)["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    environment = _environment_of(1, 2)
+    wanted = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "5"}
+    assert wanted.items() <= environment.items()
+
+
+# Steps.
+
+
+def test_steps_keep_their_order_under_load() -> None:
+    count = 3000
+    with workers() as executor:
+        for number in range(count):
+            executor.submit(step(number, token=number % 800, seed=number))
+        outputs = []
+        while len(outputs) < count:
+            new = executor.poll(20)
+            assert new
+            outputs += new
+        assert [one.request_id for one in outputs] == list(range(count))
+        assert [one.tokens[0].token for one in outputs] == [number % 800 + 1 for number in range(count)]
+        # The worker counts steps, and knows the settings of the last admission.
+        assert [one.layer_passes for one in outputs] == list(range(1, count + 1))
+        assert [one.layer_runs for one in outputs] == list(range(count))
+        assert executor.can_submit
+
+
+def test_polling_waits_for_a_pending_step_alone() -> None:
+    with workers(1) as executor:
+        started = time.monotonic()
+        assert executor.poll() == []
+        executor.submit(Step(1))  # no rows, no outputs
+        assert not executor.can_submit
+        assert executor.poll(10) == []
+        assert executor.can_submit
+        assert executor.measure_costs() == fake_workers.COSTS
+        assert executor.description == fake_workers.DESCRIPTION
+        executor.submit(step(2, HANG))
+        assert executor.poll(0.3) == []
+        assert time.monotonic() - started < 10
+
+
+def test_two_executors_beside_each_other_and_collectives() -> None:
+    with workers(uses_collectives=True) as one, workers(uses_collectives=True) as other:
+        for number in range(5):
+            one.submit(step(number))
+            other.submit(step(number, token=7))
+            assert one.poll(20)[0].layer_passes == 2 * (number + 1)  # summed over two ranks
+            assert other.poll(20)[0].tokens[0].token == 8
+
+
+def test_an_output_that_is_too_large_is_an_error_of_its_request() -> None:
+    with workers(1) as executor:
+        (output,) = answer(executor, step(1, FLOOD))
+        assert output.request_id == 1 and "bytes" in output.error and output.tokens == ()
+        assert answer(executor, step(2))[0].tokens[0].token == 6
+
+
+def test_an_idle_engine_outlives_the_time_limits() -> None:
+    with workers(uses_collectives=True, limits=Limits(hang=1, ping=0.1, look=0.1)) as executor:
+        answer(executor, step(1))
+        time.sleep(3)
+        assert answer(executor, step(2))[0].tokens[0].token == 6
+
+
+def test_the_thread_that_starts_workers_may_end() -> None:
+    started: list[DistributedExecutor] = []
+    thread = threading.Thread(target=lambda: started.append(start_workers(WorkerFactory(FACTORY), 1, QUICK)))
+    thread.start()
+    thread.join()
+    time.sleep(0.3)
+    try:
+        assert answer(started[0], step(1))[0].tokens[0].token == 6
+    finally:
+        started[0].close()
+
+
+# What goes wrong.
+
+MISDEEDS = {
+    RAISE: "failed: RuntimeError: the fake worker broke",
+    EXIT: "has ended with status 7",
+    HANG: "made no progress for 2 seconds",
+    CRASH: "was ended by SIGSEGV",
+    KILL: r"was ended by SIGKILL \(was there too little memory\?\)",
+    SUSPEND: "made no progress for 2 seconds",
+}
+
+
+@needs_proc
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("misdeed", MISDEEDS)
+def test_a_step_that_a_rank_does_not_survive(misdeed: int, rank: int) -> None:
+    with workers() as executor:
+        answer(executor, step(1))
+        pids, started = pids_of(executor), time.monotonic()
+        with pytest.raises(ExecutorError, match=f"^worker rank {rank} {MISDEEDS[misdeed]}$") as caught:
+            for number in range(2, 10**6):  # rank 0 may go on for a while
+                answer(executor, step(number, misdeed if number == 2 else 5, slot=rank))
+        assert time.monotonic() - started < 5
+        assert not any(map(is_alive, pids))
+        for again in (lambda: executor.submit(step(9)), executor.poll, executor.measure_costs):
+            with pytest.raises(ExecutorError) as second:
+                again()
+            assert second.value is caught.value
+
+
+@needs_proc
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_although_another_complains(rank: int) -> None:
+    with workers(uses_collectives=True) as executor:
+        answer(executor, step(1))
+        with pytest.raises(ExecutorError, match=f"^worker rank {rank} was ended by SIGKILL"):
+            answer(executor, step(2, KILL, slot=rank))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("fails", "error", "text"), [
+    ("value", ValueError, "rank {} is unwell"),
+    ("file", OSError, "rank {} is unwell"),
+    ("runtime", ExecutorError, "worker rank {} failed: RuntimeError: rank {} is unwell while the model was loaded"),
+    ("killed", ExecutorError, "worker rank {} was ended by SIGKILL .* while the model was loaded"),
+])  # fmt: skip
+def test_workers_that_cannot_be_made(fails: str, error: type, text: str, size: int) -> None:
+    rank = size - 1
+    with pytest.raises(error, match=f"^{text.format(rank, rank)}$"), workers(size, fails=fails, failing_rank=rank):
+        pass
+    assert not [child for child in children_of(os.getpid()) if "worker_process" in child]
+
+
+def test_a_worker_that_is_not_there_is_named() -> None:
+    with pytest.raises(ExecutorError, match="ModuleNotFoundError: No module named 'nothing'"):
+        start_workers(WorkerFactory("nothing:at_all"), 1, QUICK)
+
+
+def test_ranks_that_read_different_checkpoints_are_refused() -> None:
+    with pytest.raises(ValueError, match="^the checkpoint changed between ranks"), workers(ranks_differ=True):
+        pass
+
+
+def test_closing_twice_and_using_what_is_closed() -> None:
+    with workers(1) as executor:
+        executor.close()
+        executor.close()
+        with pytest.raises(ExecutorError, match="closed"):
+            executor.submit(step(1))
+
+
+def children_of(parent: int) -> list[str]:
+    """Command lines of a process's children."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            state, ppid = (path / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+            if int(ppid) == parent and state != "Z":
+                found.append((path / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+# The engine's process ends.
+
+ENGINE = f"""
+import sys, time
+from megatron.early_exit.inference.executor.distributed import start_workers
+from megatron.early_exit.inference.executor.messages import WorkerFactory
+from tests.distributed.test_executor import FACTORY, HANG, QUICK, pids_of, step
+executor = start_workers(WorkerFactory(FACTORY), 2)
+print(*pids_of(executor), flush=True)
+"""
+
+
+def start_engine(code: str, folder: Path) -> tuple[subprocess.Popen, list[int]]:
+    """A process with an engine's executor, in a group of its own, and its workers."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENGINE + code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True, cwd=ROOT,
+    )  # fmt: skip
+    return process, [int(pid) for pid in process.stdout.readline().split()]
+
+
+@needs_proc
+@pytest.mark.parametrize(("code", "number", "status"), [
+    ("time.sleep(60)", signal.SIGKILL, -9),
+    ("executor.submit(step(1, HANG)); executor.poll()", signal.SIGKILL, -9),
+    ("executor.submit(step(1, HANG)); executor.poll()", signal.SIGINT, -2),
+    ("executor.submit(step(1)); print(executor.poll()[0].tokens[0].token)", None, 0),
+    ("executor.submit(step(1, HANG)); sys.exit(3)", None, 3),
+])  # fmt: skip
+def test_workers_end_with_the_engine(code: str, number: int | None, status: int, tmp_path: Path) -> None:
+    process, pids = start_engine(code, tmp_path)
+    assert len(pids) == 2 and all(map(is_alive, pids)) or number is None
+    if number is not None:
+        time.sleep(0.5)
+        os.killpg(process.pid, number)  # as a terminal sends Ctrl-C: to the whole group
+    output, errors = process.communicate(timeout=20)
+    assert process.returncode == status, errors
+    assert wait_until_gone(pids) == []
+    assert list(tmp_path.iterdir()) == []  # however it ended
+    assert "worker_process" not in errors, errors  # no traceback of a worker
+    if status == 0:
+        assert (output, errors) == ("6\n", "")
+
+
+# Under torchrun.
+
+
+def start_torchrun(code: str, with_agent: bool = True) -> list[subprocess.Popen]:
+    """torchrun over two ranks, or the two ranks without it."""
+    program = ["-m", "tests.distributed.torchrun_engine", code]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    each = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    start = lambda words, environment: subprocess.Popen(
+        [sys.executable, *words], env=os.environ | environment, cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if with_agent:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+        return [start([*launcher, "--master-port", port, *program], {"PYTHONPATH": str(ROOT)})]
+    return [start(program, each | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+
+
+def pids_in(output: str) -> list[int]:
+    return [int(number) for line in output.splitlines() if " is " in line for number in line.split(" is ")[1].split()]
+
+
+def read_until(process: subprocess.Popen, start: str) -> str:
+    """The output up to a line that starts so."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(start):
+            return "".join(lines)
+    raise AssertionError(f"no {start}: {''.join(lines)} {process.stderr.read()}")
+
+
+@needs_proc
+def test_torchrun_has_the_engine_in_rank_0() -> None:
+    (process,) = start_torchrun("print([answer(executor, step(n))[0].layer_passes for n in range(4)])")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.count("[2, 4, 6, 8]") == 1
+    assert len(pids_in(output)) == 3 and wait_until_gone(pids_in(output)) == []
+
+
+@needs_proc
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_a_torchrun_job(rank: int) -> None:
+    (process,) = start_torchrun(f"answer(executor, step(1)); answer(executor, step(2, {KILL}, slot={rank}))")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert len(pids_in(output)) == 3 and wait_until_gone(pids_in(output)) == []
+
+
+@needs_proc
+@pytest.mark.parametrize("victim", [0, 1])
+def test_ranks_without_torchrun_notice_each_others_end(victim: int) -> None:
+    """torchrun would end the others, maybe before they notice; on another machine it is late."""
+    ranks = start_torchrun("import time\nwhile True: answer(executor, step(1)); time.sleep(0.01)", with_agent=False)
+    pids = pids_in(read_until(ranks[0], "worker is")) + [ranks[1].pid]
+    time.sleep(0.5)
+    assert all(map(is_alive, pids))
+    ranks[victim].kill()
+    assert wait_until_gone(pids) == []
+    outputs = [rank.communicate(timeout=20) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [-9 if rank == victim else 1 for rank in (0, 1)]
+    assert victim == 0 or "error: worker rank 1 has closed its connection" in outputs[0][0], outputs

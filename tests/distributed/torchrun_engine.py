@@ -1,0 +1,31 @@
+"""A torchrun job with fake workers, for `test_executor.py`. Rank 0: python torchrun_engine.py CODE, which finds
+`executor`; `LIMITS` are quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from megatron.early_exit.inference.executor.base import ExecutorError
+from megatron.early_exit.inference.executor.distributed import join_torchrun
+from megatron.early_exit.inference.executor.messages import WorkerFactory
+from megatron.early_exit.inference.executor.worker_process import serve_torchrun_rank
+from tests.distributed.test_executor import FACTORY, QUICK, answer, pids_of, step
+
+
+def main() -> int:
+    print(f"rank {os.environ['RANK']} is {os.getpid()}", flush=True)
+    if os.environ["RANK"] != "0":
+        return serve_torchrun_rank()
+    executor = join_torchrun(WorkerFactory(FACTORY, {"uses_collectives": True}), QUICK)
+    print("worker is", *pids_of(executor), flush=True)
+    try:
+        exec(sys.argv[1], {"executor": executor, "answer": answer, "step": step})
+    except ExecutorError as error:
+        print(f"error: {error}", flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
