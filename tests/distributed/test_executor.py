@@ -381,7 +381,7 @@ def children_of(parent: int) -> list[str]:
 
 # The engine's process ends.
 
-ENGINE = f"""
+ENGINE = """
 import sys, time
 from megatron.early_exit.inference.executor.distributed import start_workers
 from megatron.early_exit.inference.executor.messages import WorkerFactory
@@ -411,7 +411,7 @@ def start_engine(code: str, folder: Path) -> tuple[subprocess.Popen, list[int]]:
 ])  # fmt: skip
 def test_workers_end_with_the_engine(code: str, number: int | None, status: int, tmp_path: Path) -> None:
     process, pids = start_engine(code, tmp_path)
-    assert len(pids) == 2 and all(map(is_alive, pids)) or number is None
+    assert (len(pids) == 2 and all(map(is_alive, pids))) or number is None
     if number is not None:
         time.sleep(0.5)
         os.killpg(process.pid, number)  # as a terminal sends Ctrl-C: to the whole group
