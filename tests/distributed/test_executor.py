@@ -415,8 +415,8 @@ def test_workers_end_with_the_engine(code: str, number: int | None, status: int,
     if number is not None:
         time.sleep(0.5)
         os.killpg(process.pid, number)  # as a terminal sends Ctrl-C: to the whole group
-    output, errors = process.communicate(timeout=20)
-    assert process.returncode == status, errors
+    output, errors = process.stdout.read(), process.stderr.read()
+    assert process.wait(timeout=20) == status, errors
     assert wait_until_gone(pids) == []
     assert list(tmp_path.iterdir()) == []  # however it ended
     assert "worker_process" not in errors, errors  # no traceback of a worker

@@ -32,7 +32,7 @@ def imported(path: Path, root: Path) -> set[str]:
             parts = name.removeprefix(PACKAGE + ".").split(".")
             modules = ["/".join(parts[:count]) for count in (len(parts), len(parts) - 1)]
             found |= {next((module for module in modules if (root / f"{module}.py").is_file()), modules[0])}
-    return found - {PACKAGE}
+    return found - {PACKAGE, "__version__"}
 
 
 def imports_below(root: Path) -> dict[str, set[str]]:

@@ -26,7 +26,7 @@ from typing import NoReturn
 
 import msgspec
 
-import megatron.early_exit
+from megatron.early_exit import __version__
 from megatron.early_exit.inference.engine.costs import StepCosts
 from megatron.early_exit.inference.executor import worker_process
 from megatron.early_exit.inference.executor.base import ExecutorError
@@ -354,10 +354,10 @@ class DistributedExecutor:
                 self._ready[rank] = message
             case StoreOpened():
                 self._send(message, [other for other in self._channel.known_ranks if other != rank])
-            case Hello() if message.version != megatron.early_exit.__version__:
+            case Hello() if message.version != __version__:
                 raise ValueError(
                     f"worker rank {rank} runs version {message.version} of this package and the engine "
-                    f"{megatron.early_exit.__version__}; install one version on all machines"
+                    f"{__version__}; install one version on all machines"
                 )
 
     # Is everybody alive?
@@ -390,7 +390,7 @@ class DistributedExecutor:
             while (received := self._channel.receive()) is not None:
                 if isinstance(received[1], Failed):
                     self._failures.setdefault(*received)
-            self._lost |= self._ranks.ended() | self._unreachable()
+            self._lost |= self._unreachable() | self._ranks.ended()  # how a process ended says more
         self._fail(error or self._likely_cause())
 
     def _clear_cause(self) -> Exception | str | None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-import megatron.early_exit
+from megatron.early_exit import __version__
 from megatron.early_exit.inference.executor.channels import ConnectionInfo, MessageTooLarge, WorkerChannel
 from megatron.early_exit.inference.executor.messages import (
     CostsMeasured,
@@ -121,7 +121,7 @@ class _RankProcess:
 
     def run(self) -> None:
         """Until the engine says that it is over. Raises what the worker raises."""
-        self.channel.send(Hello(self.rank, megatron.early_exit.__version__))
+        self.channel.send(Hello(self.rank, __version__))
         message = self._receive()
         if isinstance(message, Load):
             module, _, name = message.factory.function.partition(":")
