@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_latency
 
-A worker that echoes tokens, called in this process, and in one or two processes of its own. The numbers are medians over
-steps, in microseconds, so they stand beside what a step of a model takes.
+A worker that echoes tokens, called in this process, and in one or two processes of its own. The numbers are medians
+over steps, in microseconds, to stand beside what a step of a model takes.
 """
 
 from __future__ import annotations
