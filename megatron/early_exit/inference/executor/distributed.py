@@ -112,6 +112,7 @@ class WorkerRanks:
         self.store: object = None
         """Where the others find the engine: it may live in this process."""
         self._starter = LastingThread()
+        self._owner = os.getpid()
         self._is_open = True
 
     @classmethod
@@ -182,7 +183,7 @@ class WorkerRanks:
 
     def close(self, gracefully: bool = True) -> None:
         """End the processes. May be called twice."""
-        if not self._is_open:
+        if not self._is_open or os.getpid() != self._owner:  # a fork of the engine's process that ends
             return
         self._is_open = False
         try:
