@@ -18,9 +18,11 @@ from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.config.settings import BuildConfig
 from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.engine.engine import Engine
+from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.linear import Int8Linear
 from megatron.early_exit.inference.worker.weights import ExitProbe, decoder_weights
+from megatron.early_exit.inference.worker.worker import Worker
 from megatron.early_exit.model.build import build_model
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 from megatron.early_exit.platform.device import device
@@ -94,7 +96,7 @@ def make_engine(
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     weights = decoder_weights(chunk, config.model, dtype, Int8Linear if kind == "int8" else None, exit_probe)
     decoder = Decoder(weights, num_slots=num_slots, num_positions=length, vocab_size=vocab_size, use_graphs=use_graphs)
-    return Engine(decoder, config.exits, calibration=calibration)
+    return Engine(LocalExecutor(Worker(decoder)), config.exits, calibration=calibration)
 
 
 class Checkpoint:

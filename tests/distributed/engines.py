@@ -6,22 +6,24 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.inference.calibration import outputs_over
 from megatron.early_exit.inference.engine.costs import StepCosts
 from megatron.early_exit.inference.engine.engine import Engine
-from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
-from megatron.early_exit.inference.engine.request import RunningRequest
+from megatron.early_exit.inference.engine.generation import RunningGeneration
+from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import GenerationParams
-from megatron.early_exit.inference.results import RequestResult
+from megatron.early_exit.inference.params import GenerationParams, ScoreParams
+from megatron.early_exit.inference.protocol import ExitThreshold, Rows, Step
+from megatron.early_exit.inference.results import RequestResult, ScoreResult
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.weights import decoder_weights
+from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE, make_config
 from tests.distributed.parallel_model import build_with_reference_parameters, layout
 from tests.reference import ReferenceBatch, ReferenceModel
@@ -60,20 +62,30 @@ def make_engine(
     chunk = build_with_reference_parameters(cfg, wrap_with_ddp=False).chunks[0].eval()
     weights = decoder_weights(chunk, cfg.model)
     decoder = Decoder(weights, num_slots=num_slots, vocab_size=vocab_size, use_graphs=use_graphs)
-    return Engine(decoder, cfg.exits, **{"costs": COSTS, **changes})
+    return Engine(LocalExecutor(Worker(decoder)), cfg.exits, **{"costs": COSTS, **changes})
+
+
+def worker_of(engine: Engine) -> Worker:
+    return engine.executor.worker
+
+
+def decoder_of(engine: Engine) -> Decoder:
+    return worker_of(engine).decoder
 
 
 def head_logits(folder: Path, tokens: list[list[int]], tp_size: int = 1, dtype: str | None = None) -> dict[str, Tensor]:
     """[sequences, positions, vocabulary] of every exit (exit_N) and of the final head, from a checkpoint."""
-    decoder = LLM.load(str(folder), tensor_parallel_size=tp_size, max_requests=1, dtype=dtype).engine.decoder
-    names = [f"exit_{one.layer_number}" for one in decoder.exits] + ["final"]
-    with torch.inference_mode():
-        said = [outputs_over(decoder, sequence) for sequence in tokens]
-        logits = [
-            [torch.stack([output.logits(row) for row in range(len(sequence))]) for output in outputs]
-            for outputs, sequence in zip(said, tokens, strict=True)
-        ]
+    engine = LLM.load(str(folder), tensor_parallel_size=tp_size, max_requests=1, dtype=dtype).engine
+    results = score_all(engine, tokens, ScoreParams(logits=True))
+    names = ["final" if one.exit_layer is None else f"exit_{one.exit_layer}" for one in results[0].heads]
+    logits = [[torch.from_numpy(head.logits.copy()) for head in result.heads] for result in results]
     return {name: torch.stack(of_head) for name, of_head in zip(names, zip(*logits), strict=True)}
+
+
+def score_all(engine: Engine, sequences: list[list[int]], params: ScoreParams) -> list[ScoreResult]:
+    ids = [engine.add_scoring(sequence, params) for sequence in sequences]
+    results = run_all(engine)
+    return [results[one] for one in ids]
 
 
 def run_all(engine: Engine) -> dict[int, RequestResult]:
@@ -153,9 +165,9 @@ def check_against_reference(
     log_probs = {head: value[:, :vocab_size].log_softmax(-1) for head, value in logits.items()}
     policy = params.exit_policy(cfg.exits)
     for row, token in enumerate(result.tokens, start=len(prompt) - 1):
-        asked = () if policy is None or token.is_forced else policy.exit_layers
+        enabled = () if policy is None else policy.exit_layers
         predictions = iter(token.predictions)
-        for head in (*asked, None):
+        for head in (*enabled, None):
             log_prob, best = log_probs[head][row].max(0)
             reading = next(predictions)
             assert (reading.exit_layer, reading.token) == (head, best.item()), (row, token)
@@ -196,10 +208,10 @@ def check_statistics(cfg: RunConfig, params: GenerationParams, result: RequestRe
         depths, deepest = [], 0
         for token in reversed(result.tokens):
             pre = cfg.exits.pre_exit and not token.is_final
-            deepest = max(deepest, token.exit_layer - pre)
+            deepest = num_layers if token.caught_up else max(deepest, token.exit_layer - pre)
             depths.append(deepest)
         assert statistics.layer_passes == sum(depths)
-        if not any(token.is_forced for token in result.tokens):
+        if not any(token.caught_up for token in result.tokens):
             # A token runs the layers up to its exit once, with all rows that wait for them.
             assert statistics.layer_runs == sum(
                 token.exit_layer - (cfg.exits.pre_exit and not token.is_final) for token in result.tokens
@@ -207,47 +219,52 @@ def check_statistics(cfg: RunConfig, params: GenerationParams, result: RequestRe
 
 
 def check_invariants(engine: Engine) -> None:
-    """Slots are free or taken once; the rows that wait are consecutive, shallow ones last, and end with the newest."""
-    running = engine._running
-    taken = sorted(request.slot for request in running)
-    assert sorted(taken + engine._free_slots) == list(range(engine.decoder.cache.num_slots))
-    assert all(request.slot is None for request in engine._queue)
+    """Slots are free or taken once; deferred rows are consecutive, shallow ones last, and end with the newest."""
+    running = list(engine._running.values())
+    assert len({request.slot for request in running}) == len(running)
+    assert engine.slots.num_free + len(running) == engine.description.num_slots
     for request in running:
-        length = len(request.tokens) + len(request.drafts)
-        assert 0 <= request.num_rows < length <= engine.decoder.num_positions + 1 + len(request.drafts)
-        assert request.is_prefilling or request.num_rows == length - 1
-        assert len(request.generated) < request.max_tokens or request.max_tokens == 0
-        waiting = [request.waiting[depth] for depth in sorted(request.waiting, reverse=True)]
-        stops = [rows.stop for rows in waiting]
-        assert [rows.first for rows in waiting[1:]] == stops[:-1]
-        assert not waiting or stops[-1] == request.num_rows
-        assert request.num_waiting <= max(request.params.max_deferred, len(request.drafts))
-        assert set(request.waiting) <= set(engine._walk.exit_at_depth)
+        if request.num_rows == request.num_shared:
+            continue  # the workers have not heard of it, or have run nothing for it
+        state = worker_of(engine).slots[request.slot]
+        assert (state.request.request_id, state.request.generation) == (request.request_id, request.generation)
+        tokens = request.tokens + request.drafts
+        assert 0 <= request.num_rows < len(tokens) <= engine.description.num_positions + 1 + len(request.drafts)
+        assert request.is_prefilling or request.num_rows == len(tokens) - 1
+        assert state.ids[: request.num_rows] == tokens[: request.num_rows]
+        assert len(request.generated) < request.request.max_tokens or request.request.max_tokens == 0
+        deferred = [state.deferred[index] for index in sorted(state.deferred, reverse=True)]
+        stops = [rows.stop for rows in deferred]
+        assert [rows.first for rows in deferred[1:]] == stops[:-1]
+        assert not deferred or stops[-1] == request.num_rows
+        assert request.complete_to == (deferred[0].first if deferred else request.num_rows)
+        assert state.num_deferred <= max(request.params.max_deferred, len(request.drafts))
 
 
-def cached_rows(request: RunningRequest, layer_number: int) -> int:
+def cached_rows(engine: Engine, request: RunningGeneration, layer_number: int) -> int:
     """Rows whose keys and values the layer (counted from 1) has cached: those that have run it."""
+    state, exits = worker_of(engine).slots[request.slot], engine.description.exits
     return request.num_rows - sum(
-        rows.hidden.size(0) for depth, rows in request.waiting.items() if depth < layer_number
+        rows.hidden.size(0) for index, rows in state.deferred.items() if exits[index].depth < layer_number
     )
 
 
 def check_caches(cfg: RunConfig, engine: Engine) -> None:
     """Every layer, and the block of every exit that may be asked, has cached what the reference computes."""
-    for request in engine._running:
-        if request.num_rows == 0:
+    for request in engine._running.values():
+        if request.num_rows == request.num_shared:
             continue
-        tokens = (request.tokens + [draft.token for draft in request.drafts])[: request.num_rows]
+        tokens = (request.tokens + request.drafts)[: request.num_rows]
         reference, _ = reference_over(cfg, tokens)
         caches = [
-            (layer - 1, f"decoder.layers.{layer - 1}", cached_rows(request, layer))
+            (layer - 1, f"decoder.layers.{layer - 1}", cached_rows(engine, request, layer))
             for layer in range(1, cfg.model.num_layers + 1)
         ]
-        for index, cache_index in engine.decoder._block_cache.items():
-            if index in request.asked:
-                exit_ = engine.decoder.exits[index]
+        for index, cache_index in decoder_of(engine)._block_cache.items():
+            if index in request.request.enabled_exits:
+                exit_ = decoder_of(engine).exits[index]
                 # Rows that wait at the exit have been through its block.
-                seen = cached_rows(request, exit_.depth)
+                seen = cached_rows(engine, request, exit_.depth)
                 caches.append((cache_index, f"decoder.layers.{exit_.layer_number - 1}.exit_head.block", seen))
         for cache_index, name, count in (one for one in caches if one[2]):
             ours = cached(cfg, engine, cache_index, request.slot, count)
@@ -259,7 +276,8 @@ def check_caches(cfg: RunConfig, engine: Engine) -> None:
 def cached(cfg: RunConfig, engine: Engine, cache_index: int, slot: int, count: int) -> tuple[Tensor, Tensor]:
     """Keys and values, each [count, kv heads / tp, d], the channels of keys in the model's order."""
     keys, values = (
-        of_layers[cache_index][0].transpose(0, 1) for of_layers in engine.decoder.cache.keys_and_values(slot, 1, count)
+        of_layers[cache_index][0].transpose(0, 1)
+        for of_layers in decoder_of(engine).cache.keys_and_values(slot, 1, count)
     )
     m = cfg.model
     if m.position_embedding_type == "rope":
@@ -268,11 +286,17 @@ def cached(cfg: RunConfig, engine: Engine, cache_index: int, slot: int, count: i
     return keys, values
 
 
-class RandomPolicy(ExitPolicy):
-    """Exits by chance, to see rows wait at all depths."""
+class RandomExits(LocalExecutor):
+    """Rows exit by chance, so that some are deferred at all depths."""
 
-    def should_exit(self, exit_layer: int, confidence: float) -> bool:
-        return random.random() < 0.4
+    def submit(self, step: Step) -> None:
+        def by_chance(rows: Rows) -> Rows:
+            if rows.phase != "decode":
+                return rows
+            exits = (ExitThreshold(one.exit, 0.0 if random.random() < 0.4 else 2.0) for one in rows.exits)
+            return msgspec.structs.replace(rows, exits=tuple(exits))
+
+        super().submit(msgspec.structs.replace(step, rows=tuple(map(by_chance, step.rows))))
 
 
 def walk_at_random(cfg: RunConfig, num_steps: int = 60, seed: int = 0, **changes: Any) -> None:
@@ -280,12 +304,13 @@ def walk_at_random(cfg: RunConfig, num_steps: int = 60, seed: int = 0, **changes
     random.seed(seed)
     with layout(cfg):
         engine = make_engine(cfg, **{"num_slots": 3, "prefill_chunk": 7, "ends": {5}, **changes})
+        engine.executor = RandomExits(worker_of(engine))
         modes = ["full", "early_exit", "self_speculative"]
         for step in range(num_steps):
             if random.random() < 0.4:
                 add_random_request(engine, cfg, random.choice(modes))
             if random.random() < 0.05 and engine._running:
-                engine.cancel(random.choice(engine._running).request_id)
+                engine.cancel(random.choice(list(engine._running)))
             engine.step()
             check_invariants(engine)
             if step % 4 == 0:
@@ -307,8 +332,4 @@ def add_random_request(engine: Engine, cfg: RunConfig, mode: str) -> int:
         draft_length=random.choice([None, 1, 3]),
         echo=random.random() < 0.2,
     )
-    request_id = engine.add(prompt, params)
-    request = engine._queue[-1]
-    if request.policy is not None:
-        request.policy = RandomPolicy(request.policy.exit_layers, request.policy.thresholds)
-    return request_id
+    return engine.add(prompt, params)

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.inference.calibration import ExitCalibration, frequent_tokens, observe_exits
+from megatron.early_exit.inference.calibration import ExitCalibration, frequent_tokens, observations
 from megatron.early_exit.inference.engine.engine import Engine
-from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+from megatron.early_exit.inference.executor.local import LocalExecutor
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
 from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.linear import Int8Linear
 from megatron.early_exit.inference.worker.weights import ExitProbe, decoder_weights
+from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import (
     COSTS,
@@ -26,6 +28,7 @@ from tests.distributed.engines import (
     decoding_config,
     reference_over,
     run_all,
+    score_all,
 )
 from tests.distributed.parallel_model import build_with_reference_parameters, layout
 from tests.distributed.workers import run_distributed
@@ -46,7 +49,7 @@ def make_decoder(cfg: RunConfig, exit_probe: ExitProbe | None = None, **changes:
 
 def answer(cfg: RunConfig, params: list[GenerationParams], exit_probe: ExitProbe | None) -> list[RequestResult]:
     with layout(cfg):
-        engine = Engine(make_decoder(cfg, exit_probe), cfg.exits, costs=COSTS)
+        engine = Engine(LocalExecutor(Worker(make_decoder(cfg, exit_probe))), cfg.exits, costs=COSTS)
         for one in params:
             engine.add(PROMPT, one)
         results = run_all(engine)
@@ -165,11 +168,9 @@ def test_the_whole_decoder_in_int8(world_size: int) -> None:
 
 def observe(cfg: RunConfig) -> None:
     sequences = [PROMPT * 3, [1, 2], [90] * 30]
-    seen = []
     with layout(cfg):
-        decoder = make_decoder(cfg)
-        confidences, agrees = observe_exits(decoder, sequences, lambda done, total: seen.append((done, total)))
-        assert seen == [(1, 3), (2, 3), (3, 3)]
+        engine = Engine(LocalExecutor(Worker(make_decoder(cfg))), cfg.exits, prefill_chunk=7)
+        confidences, agrees = observations(score_all(engine, sequences, ScoreParams()))
         row = 0
         for tokens in sequences:
             logits = reference_over(cfg, tokens)[1]
@@ -212,7 +213,7 @@ def plan(cfg: RunConfig) -> None:
         calibration = ExitCalibration(
             np.arange(3), 1.0, (1, 2, 3), np.tile(np.float32([0.1, 0.9, 0.9]), (10, 1)), np.ones((10, 3), bool)
         )
-        engine = Engine(decoder, cfg.exits, costs=COSTS, calibration=calibration)
+        engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, calibration=calibration)
         engine.add(PROMPT, GenerationParams(max_tokens=4, mode="early_exit", exit_thresholds=(0.0,), plan_exits=True))
         engine.add(
             PROMPT,
@@ -223,9 +224,10 @@ def plan(cfg: RunConfig) -> None:
         first, second = run_all(engine).values()
         # At threshold 0 all tokens leave at the first exit; from 0.99 on none would, so none is asked.
         assert first.exit_layers == (1,) and {t.exit_layer for t in first.tokens} == {1}
-        assert second.exit_layers == () and all(t.is_final and not t.is_forced for t in second.tokens)
+        assert second.exit_layers == () and all(t.is_final and not t.caught_up for t in second.tokens)
         with pytest.raises(ValueError, match="plan_exits needs a calibration"):
-            Engine(decoder, cfg.exits).add(PROMPT, GenerationParams(mode="early_exit", plan_exits=True))
+            engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits)
+            engine.add(PROMPT, GenerationParams(mode="early_exit", plan_exits=True))
 
 
 def test_planned_exits() -> None:
@@ -240,23 +242,24 @@ def plan_again(cfg: RunConfig) -> list[tuple[int, ...]]:
         # costs a head; two of them leave together a quarter of the time.
         confidences = np.array([[0.9, 0.0, 0.0], [0.1, 0.0, 0.0]] * 5, np.float32)
         calibration = ExitCalibration(np.arange(3), 1.0, (1, 2, 3), confidences, np.ones((10, 3), bool))
-        engine = Engine(decoder, cfg.exits, costs=COSTS, calibration=calibration)
+        engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, calibration=calibration)
         planned = GenerationParams(max_tokens=30, mode="early_exit", exit_thresholds=(0.5,), plan_exits=True)
         engine.add(PROMPT, planned)
-        asked = []
+        enabled = []
+        enabled_exits = lambda engine: tuple(one.exit for one in engine._running[0].thresholds)
         for _ in range(3):
             engine.step()
-            asked.append(engine._running[0].asked)
+            enabled.append(enabled_exits(engine))
             engine.add(PROMPT[:2], GenerationParams(max_tokens=30))
-        for other in [*engine._running[1:], *engine._queue]:
-            engine.cancel(other.request_id)
+        for other in [*engine._running, *engine._queue][1:]:
+            engine.cancel(other)
         engine.step()
-        asked.append(engine._running[0].asked)
+        enabled.append(enabled_exits(engine))
         result = run_all(engine)[0]
         assert {token.exit_layer for token in result.tokens if not token.is_final} <= set(result.exit_layers)
-        return asked
+        return enabled
 
 
 def test_exits_are_planned_again_when_others_come_and_go() -> None:
-    (asked,) = run_distributed(1, plan_again, cfg=decoding_config(use_exit_norm=True))
-    assert asked == [(0,), (), (), (0,)]
+    (enabled,) = run_distributed(1, plan_again, cfg=decoding_config(use_exit_norm=True))
+    assert enabled == [(0,), (), (), (0,)]

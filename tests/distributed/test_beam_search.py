@@ -80,8 +80,10 @@ def compare_with_transformers(beam_width: int) -> None:
     from megatron.early_exit.checkpoint.hugging_face import from_transformers
     from megatron.early_exit.config.exits import ExitConfig
     from megatron.early_exit.inference.engine.engine import Engine
+    from megatron.early_exit.inference.executor.local import LocalExecutor
     from megatron.early_exit.inference.worker.decoder import Decoder
     from megatron.early_exit.inference.worker.weights import decoder_weights
+    from megatron.early_exit.inference.worker.worker import Worker
     from megatron.early_exit.model.build import build_model
     from tests.configs import make_config
     from tests.distributed.test_transformers import SIZES
@@ -93,7 +95,8 @@ def compare_with_transformers(beam_width: int) -> None:
     with layout(cfg):
         chunk = build_model(cfg, 96, wrap_with_ddp=False).chunks[0].eval()
         chunk.load_state_dict(parameters, strict=False)
-        engine = Engine(Decoder(decoder_weights(chunk, cfg.model), num_slots=beam_width, vocab_size=93), ExitConfig())
+        decoder = Decoder(decoder_weights(chunk, cfg.model), num_slots=beam_width, vocab_size=93)
+        engine = Engine(LocalExecutor(Worker(decoder)), ExitConfig())
         for prompt in ([1, 2, 3], [50], list(range(30))):
             (ours,) = beam_search(engine, prompt, beam_width=beam_width, max_tokens=20)
             expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, num_beams=beam_width, do_sample=False)

@@ -6,16 +6,21 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
+import msgspec
 import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.inference.engine import engine as engine_module
 from megatron.early_exit.inference.engine.engine import QueueFull
+from megatron.early_exit.inference.engine.generation import RunningGeneration
+from megatron.early_exit.inference.engine.request import Progress
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+from megatron.early_exit.inference.protocol import DrawnToken
 from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.worker.attention import Segment
 from tests.configs import VOCAB_SIZE
@@ -28,6 +33,7 @@ from tests.distributed.engines import (
     answer,
     answer_and_check,
     check_invariants,
+    decoder_of,
     decoding_config,
     make_engine,
     reference_over,
@@ -127,12 +133,13 @@ def test_subset_of_exits_with_thresholds_of_their_own() -> None:
 
 @pytest.mark.parametrize("cap", [0, 1, 3])
 @pytest.mark.parametrize("head", ["tied", "block", "pre_exit"])
-def test_cap_sends_a_row_through_all_layers(head: str, cap: int) -> None:
+def test_cap_runs_deferred_rows_and_keeps_the_exit_s_token(head: str, cap: int) -> None:
     cfg = decoding_config(**HEADS[head])
     result = checked(cfg, early_exit([0.0], max_deferred=cap))
-    # `cap` exits, then one full pass.
-    assert [t.is_forced for t in result.tokens] == [index % (cap + 1) == cap for index in range(20)]
-    assert all(t.is_final == t.is_forced for t in result.tokens)
+    # `cap` rows are deferred, the next one catches up with them; all tokens are the exit's.
+    assert [t.caught_up for t in result.tokens] == [index % (cap + 1) == cap for index in range(20)]
+    assert {(t.exit_layer, t.is_final) for t in result.tokens} == {(1, False)}
+    assert result.token_ids == checked(cfg, early_exit([0.0])).token_ids
 
 
 @pytest.mark.parametrize("exits", [(1,), (4,), (2, 4), (1, 2, 3, 4)], ids=str)
@@ -171,8 +178,10 @@ def fuzz(cfg: RunConfig, num_requests: int, seed: int) -> Counter:
                     refused += 1
             if random.random() < 0.1 and added:
                 victim = random.choice(sorted(added))
-                is_alive = victim not in ended and victim not in _reported(engine)
-                assert engine.cancel(victim) == is_alive
+                result = engine.cancel(victim)
+                assert (result is None) == (victim in ended)
+                if result is not None:
+                    ended[victim] = result
             for event in engine.step():
                 assert event.request_id not in ended
                 if event.result is not None:
@@ -181,10 +190,6 @@ def fuzz(cfg: RunConfig, num_requests: int, seed: int) -> Counter:
         assert set(ended) == added
         assert engine.num_running == engine.num_waiting == 0
         return Counter([result.finish_reason for result in ended.values()] + ["refused"] * refused)
-
-
-def _reported(engine: Any) -> set[int]:
-    return {event.request_id for event in engine._ended}
 
 
 @pytest.mark.parametrize("head", ["tied", "pre_exit_block"])
@@ -249,18 +254,13 @@ def shared_prefixes(cfg: RunConfig) -> tuple[list[int], list[list[int]]]:
         engine = make_engine(cfg, num_slots=4, prefill_chunk=8)
         for one in prompts:
             engine.add(one, early_exit([0.0], exit_layers=(2,)))
-        copied, done, started = {}, {}, set()
+        copied, done = {}, {}
         while engine.has_work:
-            before = {r.request_id for r in engine._running}
-            engine._admit()
-            for request in engine._running:
-                if request.request_id not in before | started:
-                    started.add(request.request_id)
-                    copied[request.request_id] = request.num_rows
-            check_invariants(engine)
             for event in engine.step():
                 if event.result is not None:
                     done[event.request_id] = event.result.token_ids
+            copied |= {request_id: request.num_shared for request_id, request in engine._running.items()}
+            check_invariants(engine)
         return [copied[i] for i in range(4)], [done[i] for i in range(4)]
 
 
@@ -312,32 +312,45 @@ def test_speculation_stops_where_the_full_model_does() -> None:
         assert short.token_ids == full.token_ids[:max_tokens]
 
 
+def accept_all(request: RunningGeneration, drawn: Sequence[DrawnToken]) -> Progress:
+    """A wrong rule: what the exit drafted is taken, whatever all layers draw."""
+    wrong = [msgspec.structs.replace(one, token=draft) for one, draft in zip(drawn, request.drafts)]
+    return VERIFY(request, [*wrong, *drawn[len(wrong) :]])
+
+
+VERIFY = RunningGeneration._verify
+
+
 def first_tokens(cfg: RunConfig, params: GenerationParams, draws: int, wrong_rule: bool = False) -> Counter:
     """How often each pair of first and second token was drawn over many seeds."""
-    if wrong_rule:  # always accept what the exit drafted
-        rule = engine_module.verify
-        engine_module.verify = lambda draft, probabilities, sampler: (True, draft.token)
-    try:
+    with mock.patch.object(RunningGeneration, "_verify", accept_all if wrong_rule else VERIFY):
         requests = [(PROMPT, replace(params, sampling=replace(params.sampling, seed=seed))) for seed in range(draws)]
         results = answer(cfg, requests, num_slots=16)
-    finally:
-        if wrong_rule:
-            engine_module.verify = rule
     return Counter(tuple(result.token_ids) for result in results)
+
+
+def probabilities(logits: torch.Tensor, history: list[int], sampling: SamplingSettings) -> torch.Tensor:
+    """[vocabulary] after repetition penalty, temperature and top-k, without ties."""
+    seen = torch.tensor(sorted(set(history)))
+    logits = logits[:VOCAB_SIZE].clone()
+    logits[seen] = torch.where(
+        logits[seen] > 0, logits[seen] / sampling.repetition_penalty, logits[seen] * sampling.repetition_penalty
+    )
+    logits /= sampling.temperature
+    if sampling.top_k:
+        logits[logits < logits.topk(sampling.top_k).values[-1]] = -torch.inf
+    return logits.softmax(-1)
 
 
 def expected_pairs(cfg: RunConfig, sampling: SamplingSettings) -> dict[tuple[int, int], float]:
     """Probability of each pair of tokens, from the full model's logits."""
-    from megatron.early_exit.inference.worker.sampling import Sampler
-
-    sampler = Sampler(sampling)
     _, logits = reference_over(cfg, PROMPT)
-    first = sampler.probabilities(logits[None][-1], PROMPT, 0)
+    first = probabilities(logits[None][-1], PROMPT, sampling)
     pairs = {}
     for a in range(VOCAB_SIZE):
         if first[a] > 0:
             _, logits = reference_over(cfg, [*PROMPT, a])
-            second = sampler.probabilities(logits[None][-1], [*PROMPT, a], 1)
+            second = probabilities(logits[None][-1], [*PROMPT, a], sampling)
             pairs |= {(a, b): (first[a] * second[b]).item() for b in range(VOCAB_SIZE) if second[b] > 0}
     return pairs
 
@@ -381,6 +394,29 @@ def test_sampled_speculation_has_the_full_model_s_distribution(changes: dict) ->
     statistic, degrees = on_one(distribution_of_first_two, cfg=cfg, params=params, draws=draws)
     assert degrees >= 10
     assert statistic < limit_of(degrees), (statistic, degrees)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("head", ["tied", "block", "pre_exit"])
+def test_sampled_speculation_draws_the_full_model_s_tokens(head: str, world_size: int) -> None:
+    cfg = decoding_config(**HEADS[head], tensor_model_parallel_size=world_size)
+    sampling = SamplingSettings(temperature=0.7, top_p=0.95, top_k=40, repetition_penalty=1.2)
+    modes = [
+        GenerationParams(max_tokens=20), GenerationParams(max_tokens=20, mode="self_speculative"),
+        GenerationParams(max_tokens=20, mode="self_speculative", draft_length=3, draft_exit=3),
+    ]  # fmt: skip
+    requests = [
+        (PROMPT[: 2 + seed], replace(params, sampling=replace(sampling, seed=seed)))
+        for seed in range(3)
+        for params in modes
+    ]
+    for results in run_distributed(world_size, answer, cfg=cfg, requests=requests):
+        tokens = [result.token_ids for result in results]
+        for first in range(0, len(tokens), len(modes)):
+            full, *speculative = tokens[first : first + len(modes)]
+            assert speculative == [full] * 2
+        assert len({tuple(one) for one in tokens}) == 3
+        assert any(result.statistics.accepted for result in results)
 
 
 def distribution_of_first_two(
@@ -449,7 +485,7 @@ def refusal(cfg: RunConfig, prompt: list[int], params: GenerationParams) -> str:
         ({}, [1] * (MAX_POSITIONS + 1), {}, "has 41 tokens; at most 40 fit"),
         ({}, [1, VOCAB_SIZE], {}, "outside of the vocabulary of 96: [96]"),
         ({}, [1, -1], {}, "outside of the vocabulary"),
-        ({}, PROMPT, {"stop_tokens": (96,)}, "stop_tokens [96] are outside"),
+        ({}, PROMPT, {"stop_tokens": (96,)}, "stop_tokens has ids outside of the vocabulary of 96: [96]"),
         ({}, PROMPT, {"mode": "early_exit", "exit_layers": (2, 9)}, "no exit named 9; its exits are 1 2 3"),
         ({}, PROMPT, {"mode": "self_speculative", "draft_exit": 9}, "draft_exit is 9, but the model's exits are 1, 2"),
         ({"exit_layer_nums": ()}, PROMPT, {"mode": "self_speculative"}, "the model has none"),
@@ -471,7 +507,7 @@ def spoil_one_request(cfg: RunConfig) -> list[tuple[str, int, str | None]]:
         for prompt in (PROMPT, PROMPT[::-1], PROMPT[:2]):
             engine.add(prompt, GenerationParams(max_tokens=6))
         engine.step()
-        engine.decoder.cache.layers()[1][engine._running[1].slot, :2] = torch.nan
+        decoder_of(engine).cache.layers()[1][engine._running[1].slot, :2] = torch.nan
         engine.add([1], GenerationParams(max_tokens=6))  # waits for the slot of the one that fails
         results = run_all(engine)
         check_invariants(engine)
@@ -498,7 +534,7 @@ def decode_in_bf16(cfg: RunConfig) -> None:
         chunk = build_with_reference_parameters(cfg, wrap_with_ddp=False).chunks[0].eval()
         with torch.no_grad():
             whole = chunk(torch.tensor([tokens]), torch.arange(20)[None], None)[0].float()
-        decoder = make_engine(cfg).decoder
+        decoder = decoder_of(make_engine(cfg))
         assert decoder.weights.dtype == torch.bfloat16
         with torch.inference_mode():
             for row, token in enumerate(tokens):
@@ -517,7 +553,7 @@ def training_logits(cfg: RunConfig) -> None:
         chunk = build_with_reference_parameters(cfg, wrap_with_ddp=False).chunks[0].eval()
         with torch.no_grad():
             whole = chunk(tokens, torch.arange(30).expand(2, 30), None)
-        decoder = make_engine(cfg).decoder
+        decoder = decoder_of(make_engine(cfg))
         with torch.inference_mode():
             rows = decoder.attention_metadata([Segment(1, 0, 30), Segment(2, 0, 30)])
             hidden = decoder.embed(tokens.flatten().tolist(), rows)

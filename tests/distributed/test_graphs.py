@@ -20,7 +20,7 @@ from megatron.early_exit.inference.worker import graphs
 from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.decoder import Decoder
 from tests.configs import VOCAB_SIZE
-from tests.distributed.engines import HEADS, STYLES, answer, decoding_config, make_engine, walk_at_random
+from tests.distributed.engines import HEADS, STYLES, answer, decoder_of, decoding_config, make_engine, walk_at_random
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
 
@@ -74,7 +74,8 @@ def recorded_graphs() -> Iterator[Captures]:
 
 def two_decoders(cfg: RunConfig, num_slots: int = 6) -> tuple[Decoder, Decoder]:
     """(with graphs, without), with the same weights"""
-    return tuple(make_engine(cfg, num_slots=num_slots, use_graphs=use_graphs).decoder for use_graphs in (True, False))
+    engines = (make_engine(cfg, num_slots=num_slots, use_graphs=use_graphs) for use_graphs in (True, False))
+    return tuple(map(decoder_of, engines))
 
 
 def random_segments(num_slots: int, most_rows: int = 16) -> list[Segment]:

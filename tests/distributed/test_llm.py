@@ -15,9 +15,10 @@ from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.text import StopStrings
 from megatron.early_exit.inference.text_engine import RequestOutput
-from megatron.early_exit.inference.worker.sampling import Sampler
+from megatron.early_exit.inference.worker.head_output import HeadOutput
+from megatron.early_exit.inference.worker.sampling import Draw
 from tests.configs import VOCAB_SIZE
-from tests.distributed.engines import check_invariants, decoding_config, make_engine
+from tests.distributed.engines import check_invariants, decoder_of, decoding_config, make_engine
 from tests.distributed.parallel_model import layout
 from tests.distributed.test_added_exits import save
 from tests.distributed.workers import run_distributed
@@ -148,16 +149,14 @@ def fails_by_itself(cfg: RunConfig, mode: str) -> None:
         params = replace(SAMPLED, mode=mode, max_tokens=6)
         bad = replace(params, sampling=replace(SAMPLED.sampling, seed=666))
         expected = [one.text for one in llm.generate(["hello", "world"], params)]
-        draw = Sampler.draw
+        draw = HeadOutput.draw
 
-        def fail(sampler: Sampler, probabilities: torch.Tensor) -> int:
-            if sampler.settings.seed == 666 and fail.calls_left == 0:
+        def fail(output: HeadOutput, draws: list[Draw]) -> list[tuple[int, float]]:
+            if any(one.settings.seed == 666 and one.index == 2 for one in draws):
                 raise MemoryError("no room")
-            fail.calls_left -= sampler.settings.seed == 666
-            return draw(sampler, probabilities)
+            return draw(output, draws)
 
-        fail.calls_left = 2
-        with mock.patch.object(Sampler, "draw", fail):
+        with mock.patch.object(HeadOutput, "draw", fail):
             first, broken, last = llm.generate(["hello", "other", "world"], [params, bad, params])
         assert [first.text, last.text] == expected
         assert (broken.finish_reason, len(broken.tokens) <= 2) == ("error", True)
@@ -295,13 +294,12 @@ def fail(cfg: RunConfig) -> None:
         expected = llm.generate("hello", SAMPLED)[0].text
         other = llm.stream("world", SAMPLED)
         next(other)
-        final_output = llm.engine.decoder.final_output
-        llm.engine.decoder.final_output = lambda hidden: 1 / 0
-        with pytest.raises(ZeroDivisionError):
-            llm.generate("hello", SAMPLED)
-        llm.engine.decoder.final_output = final_output
+        with mock.patch.object(decoder_of(llm.engine), "final_output", lambda hidden: 1 / 0):
+            (failed,) = llm.generate("hello", SAMPLED)
         *_, last = other
-        assert (last.output.finish_reason, last.output.error) == ("error", "the engine failed")
+        for one in (failed, last.output):
+            assert one.finish_reason == "error"
+            assert "the step that it was part of failed (ZeroDivisionError" in one.error
         check_invariants(llm.engine)
         assert llm.generate("hello", SAMPLED)[0].text == expected
 

@@ -26,8 +26,10 @@ def compare(kind: str, **changes: object) -> None:
     from megatron.early_exit.checkpoint.hugging_face import from_transformers
     from megatron.early_exit.config.exits import ExitConfig
     from megatron.early_exit.inference.engine.engine import Engine
+    from megatron.early_exit.inference.executor.local import LocalExecutor
     from megatron.early_exit.inference.worker.decoder import Decoder
     from megatron.early_exit.inference.worker.weights import decoder_weights
+    from megatron.early_exit.inference.worker.worker import Worker
     from megatron.early_exit.model.build import build_model
     from tests.configs import make_config
 
@@ -45,7 +47,7 @@ def compare(kind: str, **changes: object) -> None:
         chunk.load_state_dict(parameters, strict=False)
         assert set(parameters) == set(dict(chunk.named_parameters()))
         decoder = Decoder(decoder_weights(chunk, cfg.model), num_slots=6, vocab_size=93)
-        engine = Engine(decoder, ExitConfig(), prefill_chunk=32)
+        engine = Engine(LocalExecutor(Worker(decoder)), ExitConfig(), prefill_chunk=32)
         for prompt in PROMPTS:
             engine.add(prompt, GenerationParams(max_tokens=64, top_log_probs=93, echo=True))
         results = run_all(engine)

@@ -118,9 +118,8 @@ def evaluate(args: argparse.Namespace, path: str, length: int, needed: int) -> d
     from megatron.early_exit.inference.report import aligned
 
     llm = LLM.load(path, iteration=args.load_iteration, max_requests=1, max_length=needed, dtype=args.dtype)
-    decoder = llm.engine.decoder
-    sequences = sample_sequences(args.data_path, decoder.vocab_size, args.tokens, length)
-    heads = exit_quality(decoder, sequences, show_progress("text"))
+    sequences = sample_sequences(args.data_path, llm.engine.description.vocab_size, args.tokens, length)
+    heads = exit_quality(llm, sequences, show_progress("text"))
     rows = [("head", "loss", "perplexity", "accuracy", "agreement", "confidence")]
     for head in heads:
         name = "final" if head.is_final else f"exit {head.layer}"

@@ -1,4 +1,4 @@
-"""How good the exits of a model are on a text: their losses, and how often they say what the final head says."""
+"""How good the exits of a model are on a text: their losses, and how often they agree with the final head."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
-from megatron.early_exit.inference.calibration import outputs_over
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import GenerationParams
-from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 
 
 @dataclass(frozen=True)
@@ -30,30 +28,28 @@ class HeadQuality:
     """Mean of the largest probability."""
 
 
-@torch.inference_mode()
 def exit_quality(
-    decoder: Decoder, sequences: Sequence[list[int]], progress: Callable[[int, int], None] = lambda done, total: None
+    llm: LLM, sequences: Sequence[list[int]], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[HeadQuality]:
-    """Every exit in order, and then the final head, over `sequences` of at least two ids each. Uses slot 0."""
-    num_heads = len(decoder.exits) + 1
-    sums = torch.zeros(num_heads, 4, dtype=torch.float64)
-    num_tokens = 0
+    """Every exit in order, and then the final head, over `sequences` of at least two ids each."""
+    sums: np.ndarray | float = 0.0
+    num_tokens, layers = 0, []
     for number, tokens in enumerate(sequences):
-        outputs = outputs_over(decoder, tokens[:-1])
-        for row, label in enumerate(tokens[1:]):
-            best = outputs[-1].token(row)
-            for head, output in enumerate(outputs):
-                said = output.token(row)
-                sums[head] += torch.tensor(
-                    [-output.log_probs(row)[label].item(), said == label, said == best, output.confidence(row)]
-                )
-        num_tokens += len(tokens) - 1
+        (result,) = llm.score([tokens])
+        layers = [head.exit_layer for head in result.heads]
+        labels, best = np.array(tokens[1:]), np.array(result.heads[-1].tokens[:-1])
+        predicted = [np.array(head.tokens[:-1]) for head in result.heads]
+        sums = sums + np.array([
+            [-sum(head.log_probs), (own == labels).sum(), (own == best).sum(), sum(head.confidences[:-1])]
+            for head, own in zip(result.heads, predicted, strict=True)
+        ])  # fmt: skip
+        num_tokens += len(labels)
         progress(number + 1, len(sequences))
-    layers = [one.layer_number for one in decoder.exits] + [decoder.num_layers]
-    means = (sums / max(num_tokens, 1)).tolist()
+    means = np.asarray(sums) / max(num_tokens, 1)
+    num_layers = llm.engine.description.num_layers
     return [
-        HeadQuality(layer, head == num_heads - 1, *values)
-        for head, (layer, values) in enumerate(zip(layers, means, strict=True))
+        HeadQuality(num_layers if layer is None else layer, layer is None, *values)
+        for layer, values in zip(layers, means.tolist(), strict=True)
     ]
 
 
@@ -72,7 +68,6 @@ class DecodingQuality:
     """Perplexity of the answers under the full model."""
 
 
-@torch.inference_mode()
 def decoding_quality(
     llm: LLM,
     prompts: Sequence[list[int]],
@@ -81,20 +76,20 @@ def decoding_quality(
 ) -> list[DecodingQuality]:
     """Answer every prompt by itself in each way, one way after the other for each prompt, so that a slow moment of the
     machine meets all of them alike."""
-    decoder = llm.engine.decoder
-    sums = {name: torch.zeros(6, dtype=torch.float64) for name in settings}
+    sums = {name: np.zeros(6) for name in settings}
     for number, prompt in enumerate([prompts[0], *prompts]):  # the first one warms up
         for name, params in settings.items():
             (answer,) = llm.generate(prompt, params)
             result = answer.result
             if number == 0 or not result.tokens:
                 continue
-            final = outputs_over(decoder, prompt + result.token_ids[:-1])[-1]
-            rows = range(len(prompt) - 1, len(prompt) - 1 + len(result.tokens))
-            agreed = sum(final.token(row) == token for row, token in zip(rows, result.token_ids, strict=True))
-            loss = -sum(final.log_probs(row)[token].item() for row, token in zip(rows, result.token_ids, strict=True))
+            scores = ScoreParams(exit_layers=(), score_from=len(prompt) - 1)
+            (scored,) = llm.score([prompt + result.token_ids], scores)
+            (final,) = scored.heads
+            agreed = sum(own == token for own, token in zip(final.tokens, result.token_ids))
+            loss = -sum(final.log_probs)
             statistics = result.statistics
-            sums[name] += torch.tensor([
+            sums[name] += np.array([
                 len(result.tokens) - 1, statistics.decode_seconds, statistics.layer_runs, statistics.full_layer_passes,
                 agreed, loss,
             ])  # fmt: skip

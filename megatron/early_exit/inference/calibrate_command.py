@@ -1,4 +1,4 @@
-"""The program behind `tools/calibrate_exits.py`: run a model over text and keep what its exits say."""
+"""The program behind `tools/calibrate_exits.py`: run a model over text and keep what its exits predict."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MAX_COUNTED = 50_000_000
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="calibrate_exits.py",
-        description="Count the frequent tokens of a corpus and measure how sure and how right a model's exits are on "
-        "it. The result lies in the checkpoint's folder: tools/generate.py then asks exits about frequent tokens "
-        "first, and can plan which exits to ask (--plan-exits).",
+        description="Count the frequent tokens of a corpus and measure how confident and how right a model's exits "
+        "are on it. The result lies in the checkpoint's folder: tools/generate.py then evaluates exits for frequent "
+        "tokens first, and can plan which exits to evaluate (--plan-exits).",
     )
     parser.add_argument("--load", required=True, metavar="DIR", help="folder of checkpoints (--save of the training)")
     parser.add_argument("--load-iteration", type=int, help="checkpoint; default: the last one")
@@ -53,7 +53,7 @@ def calibrate(args: argparse.Namespace) -> None:
         CALIBRATION_FILE,
         ExitCalibration,
         frequent_tokens,
-        observe_exits,
+        observations,
     )
     from megatron.early_exit.inference.llm import LLM
     from megatron.early_exit.inference.report import aligned
@@ -68,20 +68,24 @@ def calibrate(args: argparse.Namespace) -> None:
         raise ValueError(f"the model in {args.load} has no exits to calibrate")
     length = sequence_length(args.sequence_length, description.max_position_embeddings)
     llm = LLM.load(args.load, iteration=args.load_iteration, max_requests=1, max_length=length, shortlist=False)
-    decoder = llm.engine.decoder
-    size = max(decoder.vocab_size // 6, 1) if args.shortlist_size is None else args.shortlist_size
-    if not 1 <= size <= decoder.vocab_size:
-        raise ValueError(f"--shortlist-size is {size}; the vocabulary has {decoder.vocab_size} ids")
+    model = llm.engine.description
+    size = max(model.vocab_size // 6, 1) if args.shortlist_size is None else args.shortlist_size
+    if not 1 <= size <= model.vocab_size:
+        raise ValueError(f"--shortlist-size is {size}; the vocabulary has {model.vocab_size} ids")
 
-    sequences = sample_sequences(args.data_path, decoder.vocab_size, args.tokens, length)
-    counts = np.zeros(decoder.vocab_size, dtype=np.int64)
-    for tokens in documents_of(args.data_path, decoder.vocab_size):
-        counts += np.bincount(tokens, minlength=decoder.vocab_size)
+    sequences = sample_sequences(args.data_path, model.vocab_size, args.tokens, length)
+    counts = np.zeros(model.vocab_size, dtype=np.int64)
+    for tokens in documents_of(args.data_path, model.vocab_size):
+        counts += np.bincount(tokens, minlength=model.vocab_size)
         if counts.sum() > _MAX_COUNTED:
             break
     shortlist, coverage = frequent_tokens(counts, size)
-    confidences, agrees = observe_exits(decoder, sequences, show_progress("sequences"))
-    layers = tuple(one.layer_number for one in decoder.exits)
+    progress, results = show_progress("sequences"), []
+    for number, tokens in enumerate(sequences):
+        results += llm.score([tokens])
+        progress(number + 1, len(sequences))
+    confidences, agrees = observations(results)
+    layers = tuple(one.layer_number for one in model.exits)
     calibration = ExitCalibration(shortlist, coverage, layers, confidences, agrees)
     calibration.save(folder)
     print(f"\n{len(shortlist)} frequent tokens cover {coverage:.2%} of {counts.sum():,} counted")

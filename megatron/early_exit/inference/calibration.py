@@ -1,4 +1,5 @@
-"""What is known of a model's exits from running it over text: which tokens are frequent, how sure exits are, how right.
+"""What is known of a model's exits from running it over text: which tokens are frequent, how confident exits
+are, how often they are right.
 
 `tools/calibrate_exits.py` measures it; it lies beside the weights, in the folder of the checkpoint.
 """
@@ -6,23 +7,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from megatron.early_exit.inference.worker.attention import Segment
-from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.head_output import HeadOutput
+from megatron.early_exit.inference.results import ScoreResult
 
 CALIBRATION_FILE = "exit_calibration.npz"
 
 
 @dataclass(frozen=True)
 class ExitCalibration:
-    """Counts over a corpus, and every exit's word on some tokens of it."""
+    """Counts over a corpus, and every exit's predictions for some tokens of it."""
 
     shortlist: np.ndarray
     """The most frequent ids, ascending, int64."""
@@ -77,40 +75,19 @@ class ExitCalibration:
         return rows
 
 
+def observations(results: Sequence[ScoreResult]) -> tuple[np.ndarray, np.ndarray]:
+    """(confidences, agrees) of `ExitCalibration` from the scores of all exits and the final head."""
+    confidences, agrees = [], []
+    for result in results:
+        *exits, final = result.heads
+        confidences.append(np.array([head.confidences for head in exits], dtype=np.float32).T)
+        agrees.append(np.array(final.tokens)[:, None] == np.array([head.tokens for head in exits]).T)
+    return np.concatenate(confidences), np.concatenate(agrees)
+
+
 def frequent_tokens(counts: np.ndarray, size: int) -> tuple[np.ndarray, float]:
     """(the `size` most frequent ids, ascending; the share of all counts that they have). counts: [ids]"""
     if counts.sum() == 0:
         raise ValueError("the corpus is empty: no token can be counted")
     ids = np.sort(np.argsort(-counts, kind="stable")[:size])
     return ids.astype(np.int64), float(counts[ids].sum() / counts.sum())
-
-
-@torch.inference_mode()
-def outputs_over(decoder: Decoder, tokens: list[int]) -> list[HeadOutput]:
-    """What every exit's own head, in order, and then the final head say about each row of a sequence. Uses slot 0."""
-    layout = decoder.attention_metadata([Segment(0, 0, len(tokens))])
-    hidden, residual, depth = decoder.embed(tokens, layout), None, 0
-    outputs = []
-    for index, one in enumerate(decoder.exits):
-        hidden, residual = decoder.run_layers(hidden, layout, depth, one.depth)
-        depth = one.depth
-        states = residual if one.mlp is not None else hidden
-        if one.block is not None:
-            states = decoder.run_exit_block(index, hidden, layout)
-        outputs.append(decoder.exit_output(index, states))
-    hidden, _ = decoder.run_layers(hidden, layout, depth, decoder.num_layers)
-    return [*outputs, decoder.final_output(hidden)]
-
-
-def observe_exits(
-    decoder: Decoder, sequences: list[list[int]], progress: Callable[[int, int], None] = lambda done, total: None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(confidences, agrees) of `ExitCalibration` over `sequences` of ids. Uses slot 0. progress: (done, all)"""
-    confidences, agrees = [], []
-    for number, tokens in enumerate(sequences):
-        *outputs, final = outputs_over(decoder, tokens)
-        for row in range(len(tokens)):
-            confidences.append([output.confidence(row) for output in outputs])
-            agrees.append([output.token(row) == final.token(row) for output in outputs])
-        progress(number + 1, len(sequences))
-    return np.array(confidences, dtype=np.float32), np.array(agrees, dtype=bool)

@@ -292,7 +292,7 @@ def _show_live(
     prompt was refused."""
     from megatron.early_exit.inference import report
 
-    in_colour, num_layers = _in_colour(args.color), llm.engine.decoder.num_layers
+    in_colour, num_layers = _in_colour(args.color), llm.engine.description.num_layers
     quiet = args.json or not is_rank_zero
     before = "" if args.chat else typed
     delta: OutputDelta | None = None
@@ -335,7 +335,7 @@ def _answer_all(
     """Answer all prompts at once and show each when it and those before it are done. False if one was refused."""
     from megatron.early_exit.inference import report
 
-    in_colour, num_layers = _in_colour(args.color), llm.engine.decoder.num_layers
+    in_colour, num_layers = _in_colour(args.color), llm.engine.description.num_layers
     expected = iter([(prompt, sample) for prompt in range(len(prompts)) for sample in range(params.n)])
     done: dict[tuple[int, int], RequestOutput] = {}
     following, all_answered = next(expected), True

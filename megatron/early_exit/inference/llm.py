@@ -17,18 +17,22 @@ from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.engine.engine import Engine
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.executor.local import LocalExecutor
+from megatron.early_exit.inference.params import GenerationParams, ScoreParams
+from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, in_words
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.kv_cache import check_cache_fits
 from megatron.early_exit.inference.worker.linear import Int8Linear
 from megatron.early_exit.inference.worker.weights import ExitProbe, decoder_weights, num_ids_with_rows
+from megatron.early_exit.inference.worker.worker import Worker
 from megatron.early_exit.platform.device import use_cuda
 from megatron.early_exit.platform.world import check_world_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 DEFAULT_PARAMS = GenerationParams()
+DEFAULT_SCORES = ScoreParams()
 
 
 class LLM:
@@ -112,9 +116,13 @@ class LLM:
             use_graphs=None if cuda_graphs else False,
         )  # fmt: skip
         engine = Engine(
-            decoder, description.exits, ends=tokenizer.ends, max_waiting=max_waiting, prefill_chunk=prefill_chunk,
+            LocalExecutor(Worker(decoder)),
+            description.exits,
+            ends=tokenizer.ends,
+            max_waiting=max_waiting,
+            prefill_chunk=prefill_chunk,
             calibration=calibration,
-        )  # fmt: skip
+        )
         return cls(engine, tokenizer, description.exits)
 
     def generate(
@@ -163,6 +171,14 @@ class LLM:
                 self._mailboxes.pop(request_id, None)
                 self._text_engine.cancel(request_id)
 
+    def score(self, sequences: Sequence[Sequence[int]], params: ScoreParams = DEFAULT_SCORES) -> list[ScoreResult]:
+        """What heads predict over sequences of ids; the engine must have nothing else to do."""
+        ids = [self.engine.add_scoring(sequence, params) for sequence in sequences]
+        results = {}
+        while self.engine.has_work:
+            results |= {event.request_id: event.result for event in self.engine.step() if event.result is not None}
+        return [results[one] for one in ids]
+
     def _for_each(
         self, prompts: list[Prompt], params: GenerationParams | Sequence[GenerationParams]
     ) -> list[GenerationParams]:
@@ -175,6 +191,7 @@ class LLM:
                 raise ValueError(f"params holds {settings!r}; it must be GenerationParams(...), or a list of them")
         for settings in each:
             self._text_engine.check(settings)
+            self.engine.prepare(settings)
         return each
 
     def _step(self) -> None:

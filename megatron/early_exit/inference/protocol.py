@@ -135,7 +135,7 @@ class Rows(msgspec.Struct, frozen=True):
     `FINAL_HEAD` last."""
     score_from: int = 0
     targets: tuple[int, ...] = ()
-    """Tokens whose log-probabilities are wanted, one for each scored position; none: no log-probabilities."""
+    """Tokens whose log-probabilities are wanted, of the scored positions in order; it may be shorter than they are."""
     score_top: int = 0
     """Report this many of the most probable tokens of each scored position."""
     score_logits: bool = False
@@ -145,6 +145,11 @@ class Rows(msgspec.Struct, frozen=True):
     def stop(self) -> int:
         """Position behind the last token."""
         return self.first + len(self.tokens)
+
+    def target_of(self, position: int) -> int | None:
+        """The token whose log-probability is wanted at a scored position, if there is one."""
+        index = position - max(self.score_from, self.first)
+        return self.targets[index] if index < len(self.targets) else None
 
 
 class Step(msgspec.Struct, frozen=True):

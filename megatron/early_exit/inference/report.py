@@ -45,7 +45,7 @@ def usage_table(output: RequestOutput) -> str:
     lines = [aligned(rows)]
     if statistics.acceptance is not None:
         lines.append(f"drafted {statistics.drafted} tokens, accepted {statistics.acceptance:.1%}")
-    num_caught_up = sum(token.is_forced or token.caught_up for token in result.tokens)
+    num_caught_up = sum(token.caught_up for token in result.tokens)
     notes = f" ({num_caught_up} tokens ran all layers because of the cap on deferred rows)" if num_caught_up else ""
     if statistics.full_layer_passes:  # none for an answer of one token, which comes with the prompt
         lines.append(

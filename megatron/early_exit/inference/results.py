@@ -43,8 +43,6 @@ class GeneratedToken:
     """Log-probability (nats) of the token in that head's distribution, before penalty, temperature, top-k and top-p."""
     predictions: tuple[HeadPrediction, ...] = ()
     """Of all heads evaluated for this token, in order; the last one produced it."""
-    is_forced: bool = False
-    """Whether the cap on deferred rows sent this row through all layers without asking exits."""
     caught_up: bool = False
     """Whether the cap on deferred rows ran this row, and those deferred before it, through the remaining layers; the
     token is still the exit's."""

@@ -86,7 +86,7 @@ class TextEngine:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, exits: ExitConfig) -> None:
         """exits: those of the model."""
         self._engine, self._tokenizer, self._exits = engine, tokenizer, exits
-        self._num_positions = (engine.description if hasattr(engine, "description") else engine.decoder).num_positions
+        self._num_positions = engine.description.num_positions
         self._growing: dict[int, _GrowingOutput] = {}
 
     @property

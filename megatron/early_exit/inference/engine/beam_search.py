@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from megatron.early_exit.inference.engine.engine import Engine
-from megatron.early_exit.inference.params import check_prompt
-from megatron.early_exit.inference.worker.attention import Segment
-from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.head_output import HeadOutput
+from megatron.early_exit.inference.params import SamplingSettings, check_prompt
+from megatron.early_exit.inference.protocol import (
+    FINAL_HEAD,
+    Admit,
+    Gather,
+    Rows,
+    SlotOperation,
+    TokenLogProb,
+    WorkerDescription,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,6 @@ class Beam:
     """Whether it ended with the stop token."""
 
 
-@torch.inference_mode()
 def beam_search(
     engine: Engine,
     prompt_ids: Sequence[int],
@@ -44,25 +47,39 @@ def beam_search(
 
     It borrows slots 0 to beam_width - 1 of the engine, which must have nothing to do. stop_token: default any of the
     engine's ends. Raises ValueError for settings that do not fit, RuntimeError if the engine is busy."""
-    decoder, prompt = engine.decoder, list(prompt_ids)
-    check_prompt(prompt, decoder.num_positions, decoder.vocab_size)
-    _check(decoder, beam_width, max_tokens, length_penalty, num_return)
+    model, prompt = engine.description, list(prompt_ids)
+    check_prompt(prompt, model.num_positions, model.vocab_size)
+    _check(model, beam_width, max_tokens, length_penalty, num_return)
     if engine.has_work:
         raise RuntimeError("beam search needs the engine's slots: wait until all requests have ended")
     ends = engine.ends if stop_token is None else {stop_token}
     # The last token is not fed back.
-    max_tokens = min(max_tokens, decoder.num_positions - len(prompt) + 1)
-    score = lambda log_prob, length: log_prob / length**length_penalty
+    max_tokens = min(max_tokens, model.num_positions - len(prompt) + 1)
+    # Of one beam's candidates all ends may come first, and still `beam_width` others are needed.
+    rows = _BeamRows(engine, beam_width, max(2, 1 + len(ends)) * beam_width)
+    try:
+        return _search(rows, prompt, ends, beam_width, max_tokens, length_penalty, num_return)
+    finally:
+        rows.give_back()
 
-    output = _prefill(decoder, prompt, engine.prefill_chunk)
+
+def _search(
+    rows: _BeamRows,
+    prompt: list[int],
+    ends: Collection[int],
+    beam_width: int,
+    max_tokens: int,
+    length_penalty: float,
+    num_return: int,
+) -> list[Beam]:
+    score = lambda log_prob, length: log_prob / length**length_penalty
+    top = rows.prefill(prompt)
     beams: list[tuple[tuple[int, ...], float]] = [((), 0.0)]  # tokens and log-probability, best first
     finished: list[Beam] = []
     length = 0
     while True:
-        # Of one beam's candidates all ends may come first, and still `beam_width` others are needed.
-        candidates = _extend(beams, output, max(2, 1 + len(ends)) * beam_width)
         parents, survivors = [], []
-        for rank, (parent, token, log_prob) in enumerate(candidates):
+        for rank, (parent, token, log_prob) in enumerate(_extend(beams, top, rows.num_candidates)):
             tokens = (*beams[parent][0], token)
             if token in ends:
                 # One that ends counts if it is among the first `beam_width`, as in transformers and Megatron.
@@ -77,20 +94,63 @@ def beam_search(
             break
         if len(finished) == beam_width and finished[-1].score >= score(beams[0][1], length):
             break  # a guess, as in transformers: longer ones have less probability, but are divided by more
-        start = len(prompt) + length - 1
-        decoder.cache.gather_slots(0, torch.tensor(parents, device=decoder.weights.device), start)
-        layout = decoder.attention_metadata([Segment(slot, start, 1) for slot in range(len(beams))])
-        hidden = decoder.embed([tokens[-1] for tokens, _ in beams], layout)
-        output = decoder.final_output(decoder.run_layers(hidden, layout, 0, decoder.num_layers)[0])
+        top = rows.extend(parents, [tokens[-1] for tokens, _ in beams], len(prompt) + length - 1)
     unfinished = [Beam(tokens, log_prob, score(log_prob, len(tokens)), False) for tokens, log_prob in beams]
     if len(finished) < num_return or length >= max_tokens:
         finished += unfinished
     return sorted(finished, key=lambda beam: -beam.score)[:num_return]
 
 
-def _check(decoder: Decoder, beam_width: int, max_tokens: int, length_penalty: float, num_return: int) -> None:
-    if not 1 <= beam_width <= decoder.cache.num_slots:
-        raise ValueError(f"beam_width is {beam_width}; the engine has slots for 1 to {decoder.cache.num_slots}")
+class _BeamRows:
+    """The rows of the beams: slot i holds beam i."""
+
+    def __init__(self, engine: Engine, beam_width: int, num_candidates: int) -> None:
+        self.num_candidates = num_candidates
+        self._engine = engine
+        self._generations = engine.slots.borrow(beam_width)
+
+    def prefill(self, prompt: list[int]) -> list[list[TokenLogProb]]:
+        """Run the prompt in slot 0. Returns, as `extend`, what may follow."""
+        admissions = [
+            Admit(-1, slot, generation, num_prompt_tokens=len(prompt), prefix=(), sampling=SamplingSettings())
+            for slot, generation in enumerate(self._generations)
+        ]
+        chunk = self._engine.prefill_chunk
+        for first in range(0, len(prompt) - 1, chunk):
+            stop = min(first + chunk, len(prompt) - 1)
+            self._run(admissions, [self._rows(0, first, prompt[first:stop], num_candidates=0)])
+            admissions = []
+        return self._run(admissions, [self._rows(0, len(prompt) - 1, prompt[-1:], self.num_candidates)])
+
+    def extend(self, parents: Sequence[int], tokens: Sequence[int], position: int) -> list[list[TokenLogProb]]:
+        """Let beam i continue beam `parents[i]` with `tokens[i]`, at `position`. Returns for each the most probable
+        tokens that may follow, with their log-probabilities."""
+        rows = [self._rows(slot, position, [token], self.num_candidates) for slot, token in enumerate(tokens)]
+        return self._run([Gather(tuple(parents), position)], rows)
+
+    def give_back(self) -> None:
+        """End the use of the slots."""
+        for slot in range(len(self._generations)):
+            self._engine.slots.free(slot, is_clean=False)
+
+    def _rows(self, slot: int, first: int, tokens: Sequence[int], num_candidates: int) -> Rows:
+        wanted = {"score_heads": (FINAL_HEAD,), "score_top": num_candidates} if num_candidates else {}
+        return Rows(
+            request_id=-1, slot=slot, generation=self._generations[slot], epoch=0, phase="prefill", first=first,
+            tokens=tuple(tokens), **wanted,
+        )  # fmt: skip
+
+    def _run(self, operations: Sequence[SlotOperation], rows: Sequence[Rows]) -> list[list[TokenLogProb]]:
+        outputs = sorted(self._engine.run_step(operations, rows), key=lambda output: output.slot)
+        for output in outputs:
+            if output.error is not None:
+                raise RuntimeError(f"beam search failed: {output.error}")
+        return [output.scores[0].top_log_probs[0] for output in outputs if output.scores]
+
+
+def _check(model: WorkerDescription, beam_width: int, max_tokens: int, length_penalty: float, num_return: int) -> None:
+    if not 1 <= beam_width <= model.num_slots:
+        raise ValueError(f"beam_width is {beam_width}; the engine has slots for 1 to {model.num_slots}")
     if not 1 <= num_return <= beam_width:
         raise ValueError(f"num_return is {num_return}; a beam of width {beam_width} gives 1 to {beam_width}")
     if max_tokens < 1:
@@ -99,20 +159,11 @@ def _check(decoder: Decoder, beam_width: int, max_tokens: int, length_penalty: f
         raise ValueError(f"length_penalty is {length_penalty}; it must be a finite number")
 
 
-def _prefill(decoder: Decoder, prompt: list[int], chunk: int) -> HeadOutput:
-    """Feed the prompt to slot 0; returns what the final head says about its last row."""
-    for first in range(0, len(prompt), chunk):
-        tokens = prompt[first : first + chunk]
-        layout = decoder.attention_metadata([Segment(0, first, len(tokens))])
-        hidden = decoder.run_layers(decoder.embed(tokens, layout), layout, 0, decoder.num_layers)[0]
-    return decoder.final_output(hidden[-1:])
-
-
-def _extend(beams: list[tuple[tuple[int, ...], float]], output: HeadOutput, count: int) -> list[tuple[int, int, float]]:
+def _extend(
+    beams: list[tuple[tuple[int, ...], float]], top: list[list[TokenLogProb]], count: int
+) -> list[tuple[int, int, float]]:
     """The `count` best (beam, next token, log-probability of all), best first."""
-    candidates = []
-    for index, (_, log_prob) in enumerate(beams):
-        values, ids = output.log_probs(index).topk(min(count, output.log_probs(index).numel()))
-        candidates += [(index, i, log_prob + v) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
-    candidates = [one for one in candidates if one[2] > -math.inf]
+    candidates = [
+        (index, token, log_prob + value) for index, (_, log_prob) in enumerate(beams) for token, value in top[index]
+    ]
     return sorted(candidates, key=lambda one: -one[2])[:count]

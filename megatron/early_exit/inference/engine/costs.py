@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
+from megatron.early_exit.inference.protocol import WorkerDescription
+
 ROW_COUNTS = (1, 2, 4, 8, 16)
 
 
@@ -14,7 +16,7 @@ class StepCosts:
 
     layer_seconds: tuple[float, ...]
     probe_seconds: tuple[float, ...]
-    """What is asked of every row: the cheap head if there is one, else the exit's own."""
+    """What is evaluated for every row: the approximate head if there is one, else the exit's own."""
     exit_head_seconds: tuple[float, ...]
     final_head_seconds: tuple[float, ...]
     batch_seconds: float = 0.0
@@ -47,3 +49,10 @@ def _interpolate(seconds: tuple[float, ...], rows: float) -> float:
     low, high = ROW_COUNTS[above - 1], ROW_COUNTS[above]
     share = (rows - low) / (high - low)
     return seconds[above - 1] * (1 - share) + seconds[above] * share
+
+
+def guessed_costs(model: WorkerDescription) -> StepCosts:
+    """Costs in the right proportion where a layer and a head cost what they read, however many rows they have."""
+    layer, head = 12.0 * model.hidden_size, float(model.vocab_size)
+    same = lambda cost: (cost,) * len(ROW_COUNTS)
+    return StepCosts(same(layer), same(head), same(head), same(head))

@@ -1,43 +1,12 @@
-"""Self-speculative decoding: an exit drafts, all layers verify, and the answer follows the full model's distribution.
+"""How many tokens to draft before all layers verify them.
 
-Source of the rule: Leviathan et al., arXiv:2211.17192, and Chen et al., arXiv:2302.01318. Drafting with the model's own
-exits and sharing their KV cache: Zhang et al., arXiv:2309.08168, and LayerSkip, arXiv:2404.16710.
+Drafting with the model's own exits and sharing their KV cache: Zhang et al., arXiv:2309.08168, and LayerSkip,
+arXiv:2404.16710.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from torch import Tensor
-
 from megatron.early_exit.inference.engine.costs import StepCosts
-from megatron.early_exit.inference.worker.sampling import Sampler
-
-
-class Draft(NamedTuple):
-    """A token that waits for verification."""
-
-    token: int
-    probabilities: Tensor | None
-    """[vocabulary], what it was drawn from; None: it was the most probable token of greedy decoding."""
-
-
-def verify(draft: Draft, probabilities: Tensor, sampler: Sampler) -> tuple[bool, int]:
-    """(whether the draft is accepted, the token that takes its place in the answer).
-
-    probabilities: [vocabulary], what the full model draws this token from. Accepted with probability
-    min(1, p(draft) / q(draft)), else replaced by a token drawn from max(p - q, 0): the result is distributed as p.
-    One-hot distributions make this greedy equality."""
-    if draft.probabilities is None:
-        best = int(probabilities.argmax())
-        return best == draft.token, best
-    p, q = probabilities[draft.token], draft.probabilities[draft.token]
-    if sampler.uniform() * q < p:
-        return True, draft.token
-    rest = (probabilities - draft.probabilities).clamp_(min=0.0)
-    # Where p and q are equal but for rounding nothing is left to draw from, and any draw from p is right.
-    return False, sampler.draw(rest if rest.sum() > 0 else probabilities)
-
 
 # The estimate starts from this many imagined drafts with this acceptance, and forgets old ones at this rate.
 _PRIOR_TRIALS, _PRIOR_ACCEPTANCE, _KEPT = 4.0, 0.7, 0.97

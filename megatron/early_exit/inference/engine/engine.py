@@ -1,54 +1,41 @@
 """Runs many requests at once, each in its own mode: continuous batching with early exits and exact KV caches.
 
-Every step feeds each request its next rows (a part of its prompt, its last token, a draft) and walks them up the layers
-in one batch. Rows that exit leave the batch and wait where they left; when a later row of the same request passes that
-layer, they go on with it. So no layer sees a row twice, and every cache entry is what the full model computes. A draft
-is a row that always exits; verifying is a row that does not, with the drafts as those that waited.
-
-Going past a layer takes all earlier rows of the request along, so earlier rows are never less deep than later ones: the
-waiting rows of a request are a few runs of consecutive positions, and each layer has cached a prefix of its rows.
-
-The engine knows token ids, not text, and one thread. All tensor-parallel ranks make the same calls.
+Every step gives each request its next rows (a part of its prompt, its last token, a draft) and has the workers run them
+in one batch. The engine owns tokens, slots, draft lengths and finish reasons; it knows token ids, not text, and no
+tensors, and has one thread. Where the workers run, and in which layout, is the executor's business.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import time
-from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.calibration import ExitCalibration
-from megatron.early_exit.inference.engine.costs import ROW_COUNTS, StepCosts
-from megatron.early_exit.inference.engine.draft_length import Draft, DraftLength, verify
-from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
-from megatron.early_exit.inference.engine.exit_selection import select_exits
-from megatron.early_exit.inference.engine.request import RunningRequest
-from megatron.early_exit.inference.params import GenerationParams, check_prompt
-from megatron.early_exit.inference.results import (
-    FinishReason,
-    GeneratedToken,
-    HeadPrediction,
-    PromptToken,
-    RequestResult,
+from megatron.early_exit.inference.engine.costs import StepCosts, guessed_costs
+from megatron.early_exit.inference.engine.draft_length import DraftLength
+from megatron.early_exit.inference.engine.exit_selection import ExitSelector
+from megatron.early_exit.inference.engine.generation import GenerationRequest, RunningGeneration
+from megatron.early_exit.inference.engine.request import Progress, Request, Result, RunningRequest
+from megatron.early_exit.inference.engine.scoring import ScoringRequest
+from megatron.early_exit.inference.engine.slots import Slots
+from megatron.early_exit.inference.executor.base import Executor, ExecutorError
+from megatron.early_exit.inference.params import GenerationParams, ScoreParams, check_ids, check_prompt
+from megatron.early_exit.inference.protocol import (
+    FINAL_HEAD,
+    CopyPrefix,
+    ExitThreshold,
+    Free,
+    Rows,
+    RowsOutput,
+    SlotOperation,
+    Step,
 )
-from megatron.early_exit.inference.worker.cost_measurement import measure_costs
-from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.head_output import HeadOutput
-from megatron.early_exit.inference.worker.sampling import Sampler
-from megatron.early_exit.inference.worker.stage_runner import Feed, Walk
+from megatron.early_exit.inference.results import FinishReason, GeneratedToken
 
 log = logging.getLogger(__name__)
-
-_NOT_FINITE = "the model's logits are not finite: its weights hold NaN or infinite values, or overflow"
-
-# Shorter common beginnings are computed again rather than copied.
-_MIN_SHARED_PREFIX = 16
 
 
 class QueueFull(RuntimeError):
@@ -61,8 +48,8 @@ class Event:
 
     request_id: int
     tokens: list[GeneratedToken]
-    """New ones."""
-    result: RequestResult | None = None
+    """New tokens."""
+    result: Result | None = None
     """Set when the request has ended."""
 
 
@@ -71,7 +58,7 @@ class Engine:
 
     def __init__(
         self,
-        decoder: Decoder,
+        executor: Executor,
         exits: ExitConfig,
         *,
         ends: Collection[int] = (),
@@ -82,126 +69,107 @@ class Engine:
     ) -> None:
         """ends: ids that end an answer. max_waiting: requests that may queue for a slot, default any number.
         prefill_chunk: rows of prompts in one step, so that long prompts do not stop the others. costs: of layers and
-        heads, for drafts of adaptive length and planned exits; measured here when first needed by default. calibration:
-        needed for planned exits."""
+        heads, for drafts of adaptive length and planned exits; see `prepare`. calibration: needed for planned exits."""
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk is {prefill_chunk}; it must be at least 1")
-        self.decoder, self.exits, self.ends = decoder, exits, frozenset(ends)
+        self.executor, self.exits, self.ends = executor, exits, frozenset(ends)
+        self.description = executor.description
         self.max_waiting, self.prefill_chunk = max_waiting, prefill_chunk
-        self._costs, self._calibration = costs, calibration
-        self._walk = Walk(decoder)
-        self._ids = itertools.count()
-        self._queue: deque[RunningRequest] = deque()
-        self._running: list[RunningRequest] = []
-        self._free_slots = list(range(decoder.cache.num_slots))
-        self._ended: list[Event] = []
-        self._plans: dict[tuple, tuple[int, ...]] = {}
-        self._planned_for = 0
+        self.slots = Slots(self.description.num_slots)
+        self._selector = ExitSelector(self.description, calibration)
+        self._measured_costs = costs
+        self._request_ids, self._step_numbers = itertools.count(), itertools.count()
+        self._queue: dict[int, Request] = {}
+        self._running: dict[int, RunningRequest] = {}
+        """In the order of admission."""
+        self._operations: list[SlotOperation] = []
+        """For the next step."""
+        self._num_planned_for = 0
+        self._failure: str | None = None
 
     # Requests come and go.
 
     def add(self, prompt_ids: Sequence[int], params: GenerationParams, *, seed_offset: int = 0) -> int:
-        """Queue a request; returns its id. `n` is the caller's business: each call is one answer.
+        """Queue a request for an answer; returns its id. `n` is the caller's business: each call is one answer.
 
-        Raises ValueError if the model cannot do what is asked, QueueFull if too many requests wait."""
-        prompt_ids = list(prompt_ids)
-        check_prompt(prompt_ids, self.decoder.num_positions, self.decoder.vocab_size)
-        outside = [token for token in params.stop_tokens if not 0 <= token < self.decoder.vocab_size]
-        if outside:
-            raise ValueError(f"stop_tokens {outside[:5]} are outside of the vocabulary of {self.decoder.vocab_size}")
-        policy, draft_layer = params.exit_policy(self.exits), params.drafting_exit(self.exits)
-        num_waiting = len(self._queue) - len(self._free_slots)  # the others get a slot with the next step
-        if self.max_waiting is not None and num_waiting >= self.max_waiting:
-            raise QueueFull(
-                f"all {self.decoder.cache.num_slots} slots are taken and {num_waiting} requests wait; try again "
-                "later, or start the engine with more slots"
-            )
-        num_requests = min(len(self._running) + len(self._queue) + 1, self.decoder.cache.num_slots)
-        asked = () if policy is None else self._exits_to_ask(policy, params, num_requests)
-        draft_exit = None if draft_layer is None else self.exits.index_of(draft_layer)
+        Raises ValueError if the model cannot do what is asked, QueueFull if too many requests wait, ExecutorError if
+        the workers have ended."""
+        model, prompt_ids = self.description, list(prompt_ids)
+        check_prompt(prompt_ids, model.num_positions, model.vocab_size)
+        check_ids("stop_tokens", params.stop_tokens, model.vocab_size)
+        draft_layer = params.drafting_exit(self.exits)
+        self._check_room()
+        thresholds = self._thresholds(params)
+        if params.plan_exits:
+            num_requests = min(len(self._running) + len(self._queue) + 1, model.num_slots)
+            thresholds = self._selector.select(thresholds, num_requests, self._costs)
+        draft_exit = None if draft_layer is None else model.index_of(draft_layer)
         sampling = params.sampling
-        # The last generated token is not fed back: it takes no position.
-        room = self.decoder.num_positions - len(prompt_ids) + 1
-        request = RunningRequest(
-            request_id=next(self._ids),
-            params=params,
-            num_prompt_tokens=len(prompt_ids),
-            tokens=prompt_ids,
-            policy=policy,
-            asked=asked if draft_exit is None else (draft_exit,),
-            sampler=Sampler(replace(sampling, seed=(sampling.seed + seed_offset) % 2**63)),
-            stop_tokens=frozenset(params.stop_tokens),
-            max_tokens=min(params.max_tokens, room),
-            draft_exit=draft_exit,
-        )
-        if draft_exit is not None:
-            request.draft_length = DraftLength(
-                params.draft_length,
-                params.max_draft_length,
-                self.decoder.exits[draft_exit].depth,
-                self.decoder.num_layers,
-                None if params.draft_length else self._get_costs(),
+        if seed_offset:
+            sampling = replace(sampling, seed=(sampling.seed + seed_offset) % 2**63)
+        return self._enqueue(
+            GenerationRequest(
+                request_id=next(self._request_ids),
+                prompt=self.slots.prepare(prompt_ids),
+                params=params,
+                sampling=sampling,
+                model=model,
+                ends=self.ends,
+                thresholds=thresholds,
+                draft_exit=draft_exit,
+                draft_length=None if draft_exit is None else self._draft_length(params, draft_exit),
             )
-        self._queue.append(request)
-        return request.request_id
+        )
 
-    def cancel(self, request_id: int) -> bool:
-        """End a request with what it has so far; the next step reports it. False if it has ended already."""
-        for request in [*self._queue, *self._running]:
-            if request.request_id == request_id:
-                self._end(request, "cancelled")
-                return True
-        return False
+    def add_scoring(self, ids: Sequence[int], params: ScoreParams) -> int:
+        """Queue a request for what heads predict over `ids`; returns its id. The result is a `ScoreResult`. Raises as
+        `add`."""
+        model, ids = self.description, list(ids)
+        params.check_tokens(ids, model.num_positions, model.vocab_size)
+        heads = tuple(FINAL_HEAD if layer is None else model.index_of(layer) for layer in params.heads(self.exits))
+        self._check_room()
+        return self._enqueue(
+            ScoringRequest(
+                request_id=next(self._request_ids),
+                prompt=self.slots.prepare(ids),
+                params=params,
+                model=model,
+                heads=heads,
+            )
+        )
 
-    def stop(self, request_id: int, num_tokens: int) -> bool:
+    def cancel(self, request_id: int) -> Result | None:
+        """End a request with what it has so far, which is returned; no step reports it any more. None if it has ended
+        already."""
+        return self._end(request_id, "cancelled")
+
+    def stop(self, request_id: int, num_tokens: int) -> Result | None:
         """As `cancel`, with finish reason 'stop': the caller found a stop string in the first `num_tokens` tokens."""
-        for request in self._running:
-            if request.request_id == request_id:
-                del request.generated[num_tokens:]
-                self._end(request, "stop")
-                return True
-        return False
+        request = self._running.get(request_id)
+        if isinstance(request, RunningGeneration):
+            del request.generated[num_tokens:]
+        return self._end(request_id, "stop")
 
     def fail_all(self, error: str) -> list[Event]:
-        """End every request with an error; returns all that was to be reported."""
-        for request in [*self._queue, *self._running]:
-            self._end(request, "error", error)
-        return self._take_ended()
+        """End every request with an error."""
+        ids = [*self._running, *self._queue]
+        return [Event(request_id, [], self._end(request_id, "error", error)) for request_id in ids]
 
-    def _exits_to_ask(self, policy: ExitPolicy, params: GenerationParams, num_requests: int) -> tuple[int, ...]:
-        """Indices of the policy's exits, or with `plan_exits` of those of them that pay for so many requests."""
-        indices = tuple(self.exits.index_of(layer) for layer in policy.exit_layers)
-        if not params.plan_exits:
-            return indices
-        if self._calibration is None:
-            raise ValueError("plan_exits needs a calibration of the exits; tools/calibrate_exits.py makes it")
-        costs = self._get_costs()
-        key = (indices, policy.thresholds, num_requests, costs)
-        if key not in self._plans:
-            self._plans[key] = select_exits(
-                self._calibration.confidences[:, list(indices)],
-                policy.thresholds,
-                [self.decoder.exits[index].depth for index in indices],
-                self.decoder.num_layers,
-                costs,
-                num_requests,
-            )
-        return tuple(indices[i] for i in self._plans[key])
+    def prepare(self, params: GenerationParams) -> None:
+        """Measure what layers and heads cost, if requests with these settings depend on it and nothing is running.
 
-    def _plan_again(self) -> None:
-        """What pays for one request may not pay for many."""
-        if self._planned_for == len(self._running):
-            return
-        self._planned_for = len(self._running)
-        for request in self._running:
-            # The block of an exit must have seen all rows, so what was not asked at first cannot be asked later.
-            has_block = any(exit_.block is not None for exit_ in self.decoder.exits)
-            if request.params.plan_exits and request.policy is not None and not has_block:
-                request.asked = self._exits_to_ask(request.policy, request.params, len(self._running))
+        Until then a guess does: rows are free, a head costs what it reads."""
+        adapts = params.plan_exits or (params.mode == "self_speculative" and params.draft_length is None)
+        if adapts and self._measured_costs is None and not self.has_work:
+            self.slots.borrow(1)  # which is overwritten
+            try:
+                self._measured_costs = self.executor.measure_costs()
+            finally:
+                self.slots.free(0, is_clean=False)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._queue or self._running or self._ended)
+        return bool(self._queue or self._running)
 
     @property
     def num_running(self) -> int:
@@ -212,268 +180,138 @@ class Engine:
         """Requests that queue for a slot."""
         return len(self._queue)
 
-    def _get_costs(self) -> StepCosts:
-        if self._costs is None:
-            # Timing writes to a slot. Until one is free a guess does: rows are free, a head costs what it reads.
-            if not self._free_slots:
-                return _guessed_costs(self.decoder)
-            self._costs = measure_costs(self.decoder, self._free_slots[0])
-        return self._costs
+    @property
+    def _costs(self) -> StepCosts:
+        return self._measured_costs or guessed_costs(self.description)
 
-    def _end(self, request: RunningRequest, reason: FinishReason, error: str | None = None) -> None:
-        if request.slot is None:
-            self._queue.remove(request)
-        else:
-            self._running.remove(request)
-            self._free_slots.append(request.slot)
-            self._free_slots.sort()
-        exit_layers = {self.decoder.exits[index].layer_number for index in request.asked}
-        exit_layers |= {token.exit_layer for token in request.generated if not token.is_final}
-        result = request.result(reason, tuple(sorted(exit_layers)), self.decoder.num_layers, error)
-        self._ended.append(Event(request.request_id, [], result))
+    def _thresholds(self, params: GenerationParams) -> tuple[ExitThreshold, ...]:
+        """Exits that these settings enable, in the order of layers."""
+        policy = params.exit_policy(self.exits)
+        if policy is None:
+            return ()
+        pairs = zip(policy.exit_layers, policy.thresholds, strict=True)
+        return tuple(ExitThreshold(self.description.index_of(layer), threshold) for layer, threshold in pairs)
 
-    def _take_ended(self) -> list[Event]:
-        ended, self._ended = self._ended, []
-        return ended
+    def _draft_length(self, params: GenerationParams, draft_exit: int) -> DraftLength:
+        model = self.description
+        return DraftLength(
+            params.draft_length, params.max_draft_length, model.exits[draft_exit].depth, model.num_layers, self._costs
+        )
 
-    def _admit(self) -> None:
-        for request in list(self._queue):
-            if not self._free_slots:
-                return
-            donor, num_shared = self._longest_shared_prefix(request)
-            if donor is not None and donor.is_prefilling:
-                continue  # it will have computed what this one needs
-            self._queue.remove(request)
-            request.slot = self._free_slots.pop(0)
-            request.admitted = time.perf_counter()
-            self._running.append(request)
-            if donor is not None:
-                self.decoder.cache.copy_slot(donor.slot, request.slot, num_shared)
-                request.num_rows = num_shared
+    def _check_room(self) -> None:
+        if self._failure is not None:
+            raise ExecutorError(self._failure)
+        num_waiting = len(self._queue) - self.slots.num_free  # the others get a slot with the next step
+        if self.max_waiting is not None and num_waiting >= self.max_waiting:
+            raise QueueFull(
+                f"all {self.description.num_slots} slots are taken and {num_waiting} requests wait; try again "
+                "later, or start the engine with more slots"
+            )
 
-    def _longest_shared_prefix(self, request: RunningRequest) -> tuple[RunningRequest | None, int]:
-        """A running request whose prompt begins like this one's, and how many rows of it can be copied."""
-        best, best_length = None, _MIN_SHARED_PREFIX - 1
-        if request.params.echo:
-            return None, 0  # it needs the logits of all rows
-        for other in self._running:
-            if not set(self._walk.blocks_of(request)) <= set(self._walk.blocks_of(other)):
-                continue
-            limit = min(request.prefill_stop, other.prefill_stop, request.num_prompt_tokens - 1)
-            pairs = zip(request.tokens[:limit], other.tokens[:limit], strict=True)
-            length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            if length > best_length:
-                best, best_length = other, length
-        return best, best_length if best is not None else 0
+    def _enqueue(self, request: Request) -> int:
+        self._queue[request.request_id] = request
+        return request.request_id
+
+    def _end(self, request_id: int, reason: FinishReason, error: str | None = None) -> Result | None:
+        """End a request, queued or running. After an error its slot's rows are of no use to others."""
+        queued = self._queue.pop(request_id, None)
+        if queued is not None:
+            return queued.result(reason, error)
+        request = self._running.pop(request_id, None)
+        if request is None:
+            return None
+        is_clean = error is None
+        self._operations.append(Free(request.slot, clear=not is_clean))
+        self.slots.free(request.slot, is_clean=is_clean)
+        return request.result(reason, error)
 
     # One step.
 
-    @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Feed every running request its next rows. Returns what is new for each, and the results of those that ended.
+        """Give every running request its next rows and take what has come of earlier ones.
 
-        After an exception (no memory, a lost rank) the state of the running requests is unknown: call `fail_all`."""
-        self._admit()
-        self._plan_again()
-        for request in list(self._running):
-            if request.max_tokens == 0 and not request.is_prefilling:
-                self._end(request, "max_tokens")
-        feeds = self._make_feeds()
-        events = [Event(feed.request.request_id, []) for feed in feeds]
-        if feeds:
-            self._walk.run(feeds)
-            for feed, event in zip(feeds, events, strict=True):
-                self._consume_or_end(feed, event)
-        results = {event.request_id: event.result for event in self._take_ended()}
-        for event in events:
-            event.result = results.pop(event.request_id, None)
-        events += [Event(request_id, [], result) for request_id, result in results.items()]
-        return [event for event in events if event.tokens or event.result is not None]
-
-    def _make_feeds(self) -> list[Feed]:
-        budget = self.prefill_chunk
-        feeds = []
-        for request in sorted(self._running, key=lambda r: r.slot):
-            if request.is_prefilling:
-                count = min(request.prefill_stop - request.num_rows, budget)
-                if count == 0:
-                    continue
-                budget -= count
-                feed = self._prefill_feed(request, count)
-            elif request.draft_exit is not None:
-                feed = self._speculation_feed(request)
-            else:
-                is_forced = request.policy is not None and request.num_waiting >= request.params.max_deferred
-                asks = () if is_forced else request.asked
-                feed = Feed(request, request.tokens[-1:], asks, is_forced=is_forced, wanted_from=request.num_rows)
-            feed.first = request.num_rows
-            request.num_rows += len(feed.tokens)
-            feeds.append(feed)
-        return feeds
-
-    @staticmethod
-    def _prefill_feed(request: RunningRequest, count: int) -> Feed:
-        first, stop = request.num_rows, request.num_rows + count
-        feed = Feed(request, request.tokens[first:stop], is_prefill=True)
-        if request.params.echo:
-            feed.wanted_from = first
-        elif stop == request.num_prompt_tokens:
-            feed.wanted_from = stop - 1
-        return feed
-
-    def _speculation_feed(self, request: RunningRequest) -> Feed:
-        if request.num_to_draft is None:
-            # Verification yields one token more than it accepts; the rows of all drafts need positions.
-            room = min(
-                request.max_tokens - len(request.generated) - 1, self.decoder.num_positions - len(request.tokens)
-            )
-            request.num_to_draft = max(min(request.draft_length.next(len(self._running)), room), 0)
-        token = request.drafts[-1].token if request.drafts else request.tokens[-1]
-        if len(request.drafts) < request.num_to_draft:
-            return Feed(request, [token], (request.draft_exit,), is_draft=True)
-        return Feed(request, [token], wanted_from=len(request.tokens) - 1)
-
-    # What the heads said becomes tokens.
-
-    def _consume_or_end(self, feed: Feed, event: Event) -> None:
-        """What goes wrong while one request's tokens are chosen ends that request, and no other."""
+        Returns what is new for each request, and the results of those that ended. If the workers have ended, all
+        requests end with an error."""
+        events: dict[int, Event] = {}
         try:
-            self._consume(feed, event)
-        except Exception as error:
-            log.info("request %d failed", feed.request.request_id, exc_info=True)
-            if feed.request in self._running:
-                message = f"its tokens could not be chosen ({type(error).__name__}: {error})"
-                self._end(feed.request, "error", message)
+            self._admit(events)
+            self._select_exits_again()
+            if self.executor.can_submit:
+                self._submit()
+            if any(request.num_in_flight for request in self._running.values()):
+                for output in self.executor.poll():
+                    self._receive(output, events)
+        except ExecutorError as error:
+            self._failure = str(error)
+            return [*events.values(), *self.fail_all(self._failure)]
+        return list(events.values())
 
-    def _consume(self, feed: Feed, event: Event) -> None:
-        request = feed.request
-        if not feed.is_finite:
-            # What a later request does not see of its slot is masked, but a masked NaN still spoils a sum.
-            self.decoder.cache.clear_slot(request.slot)
-            self._end(request, "error", _NOT_FINITE)
+    def run_step(self, operations: Sequence[SlotOperation], rows: Sequence[Rows]) -> list[RowsOutput]:
+        """Run a step for somebody who has borrowed slots (`slots.borrow`), beside the scheduler; the engine must be
+        idle. Returns the rows' outputs in the order of slots. Raises ExecutorError."""
+        self.executor.submit(Step(next(self._step_numbers), (*self._operations, *operations), tuple(rows)))
+        self._operations.clear()
+        outputs: list[RowsOutput] = []
+        while len(outputs) < len(rows):
+            outputs += self.executor.poll()
+        return outputs
+
+    def _admit(self, events: dict[int, Event]) -> None:
+        for request in list(self._queue.values()):
+            if not self.slots.num_free:
+                return
+            has_block = lambda index: self.description.exits[index].has_block
+            assignment = self.slots.assign(
+                request.prompt, request.max_shared, frozenset(filter(has_block, request.enabled_exits))
+            )
+            if assignment is None:
+                continue  # another request is about to have computed what this one needs
+            del self._queue[request.request_id]
+            running = request.start(assignment)
+            self._running[request.request_id] = running
+            if assignment.copy_from is not None:
+                self._operations.append(CopyPrefix(assignment.copy_from, assignment.slot, assignment.num_shared))
+            self._operations.append(running.admission())
+            reason = running.finished_without_rows()
+            if reason is not None:
+                events[request.request_id] = Event(request.request_id, [], self._end(request.request_id, reason))
+
+    def _select_exits_again(self) -> None:
+        """What pays for one request may not pay for many. The block of an exit must have seen all rows, so what was not
+        enabled at first cannot be later."""
+        num_running = len(self._running)
+        if self._num_planned_for == num_running or any(one.has_block for one in self.description.exits):
             return
-        if request.params.echo and feed.is_prefill:
-            self._read_prompt(feed)
-        if feed.is_draft:
-            self._draft(feed)
-        elif feed.taken is not None:
-            index, output, row = feed.taken
-            self._emit(feed, event, *self._choose(request, output, row), output, row, index)
-        elif feed.final is not None and request.num_rows >= request.num_prompt_tokens:
-            if request.draft_exit is not None:
-                self._verify(feed, event)
-            else:
-                output, row = feed.final
-                row += feed.stop - 1 - feed.wanted_from
-                feed.predictions.append(HeadPrediction(None, output.token(row), output.confidence(row)))
-                self._emit(feed, event, *self._choose(request, output, row), output, row)
+        self._num_planned_for = num_running
+        for request in self._running.values():
+            if isinstance(request, RunningGeneration) and request.params.plan_exits:
+                candidates = self._thresholds(request.params)
+                request.thresholds = self._selector.select(candidates, num_running, self._costs)
 
-    @staticmethod
-    def _choose(request: RunningRequest, output: HeadOutput, row: int) -> tuple[int, float]:
-        """(token, its log-probability). Only sampling needs the whole vocabulary's logits on every rank."""
-        sampler = request.sampler
-        if sampler.settings.is_plain_argmax:
-            return output.token(row), output.max_log_prob(row)
-        token = sampler.sample(output.logits(row), request.tokens, len(request.generated))
-        return token, output.log_probs(row)[token].item()
+    def _submit(self) -> None:
+        budget, rows = self.prefill_chunk, []
+        for request in self._running.values():
+            following = request.next_rows(budget, len(self._running))
+            if following is not None:
+                rows.append(request.submit(following))
+                budget -= len(following.tokens) if following.phase in ("prefill", "score") else 0
+        if rows:
+            self.executor.submit(Step(next(self._step_numbers), tuple(self._operations), tuple(rows)))
+            self._operations.clear()
 
-    def _emit(
-        self,
-        feed: Feed,
-        event: Event,
-        token: int,
-        log_prob: float,
-        output: HeadOutput,
-        row: int,
-        exit_index: int | None = None,
-        is_draft: bool = False,
-    ) -> bool:
-        """Add the token to the answer. Returns whether the request has ended with it."""
-        request = feed.request
-        layer = self.decoder.num_layers if exit_index is None else self.decoder.exits[exit_index].layer_number
-        generated = GeneratedToken(
-            token=token,
-            exit_layer=layer,
-            is_final=exit_index is None,
-            confidence=output.confidence(row),
-            log_prob=log_prob,
-            predictions=tuple(feed.predictions),
-            is_forced=feed.is_forced,
-            is_draft=is_draft,
-            top_log_probs=_top_log_probs(output, row, request.params.top_log_probs),
-        )
-        event.tokens.append(generated)
-        request.tokens_of_prefill += feed.is_prefill
-        reason = request.emit(generated, self.ends)
-        if reason is not None:
-            self._end(request, reason)
-        return reason is not None
-
-    def _read_prompt(self, feed: Feed) -> None:
-        request = feed.request
-        output, row = feed.final
-        if not request.prompt:
-            request.prompt.append(PromptToken(request.tokens[0], None))
-        for position in range(feed.wanted_from, min(feed.stop, request.num_prompt_tokens - 1)):
-            token = request.tokens[position + 1]
-            log_prob = output.log_probs(row)[token].item()
-            top = _top_log_probs(output, row, request.params.top_log_probs)
-            request.prompt.append(PromptToken(token, log_prob, top))
-            row += 1
-
-    def _draft(self, feed: Feed) -> None:
-        request, (_, output, row) = feed.request, feed.taken
-        if request.sampler.settings.is_plain_argmax:
-            request.drafts.append(Draft(output.token(row), None))
-            return
-        history = request.tokens + [draft.token for draft in request.drafts]
-        index = len(request.generated) + len(request.drafts)
-        probabilities = request.sampler.probabilities(output.logits(row), history, index)
-        token = request.sampler.draw(probabilities)
-        request.drafts.append(Draft(token, None if request.sampler.settings.is_greedy else probabilities))
-
-    def _verify(self, feed: Feed, event: Event) -> None:
-        """Accept drafts as far as the full model's distributions allow, and add one token of its own."""
-        request, (output, first_row) = feed.request, feed.final
-        drafts, num_accepted = request.drafts, 0
-        request.drafts, request.num_to_draft = [], None
-        request.drafted += len(drafts)
-        for row, draft in enumerate([*drafts, None], start=first_row):
-            is_accepted = False
-            if request.sampler.settings.is_plain_argmax:
-                token, log_prob = output.token(row), output.max_log_prob(row)
-                is_accepted = draft is not None and token == draft.token
-            else:
-                probabilities = request.sampler.probabilities(
-                    output.logits(row), request.tokens, len(request.generated)
-                )
-                if draft is None:
-                    token = request.sampler.draw(probabilities)
-                else:
-                    is_accepted, token = verify(draft, probabilities, request.sampler)
-                log_prob = output.log_probs(row)[token].item()
-            num_accepted += is_accepted
-            request.accepted += is_accepted
-            feed.predictions = [HeadPrediction(None, output.token(row), output.confidence(row))]
-            ended = self._emit(feed, event, token, log_prob, output, row, is_draft=is_accepted)
-            if ended or not is_accepted:
-                break
-        request.draft_length.observe(len(drafts), num_accepted)
-        # Rows of rejected drafts are as if never fed: the next ones overwrite their keys and values.
-        request.num_rows = len(request.tokens) - 1
-
-
-def _top_log_probs(output: HeadOutput, row: int, count: int) -> tuple[tuple[int, float], ...]:
-    if count == 0:
-        return ()
-    log_probs = output.log_probs(row)
-    values, ids = log_probs.topk(min(count, log_probs.numel()))
-    return tuple(
-        (token, value) for token, value in zip(ids.tolist(), values.tolist(), strict=True) if value > -torch.inf
-    )
-
-
-def _guessed_costs(decoder: Decoder) -> StepCosts:
-    layer, head = 12.0 * decoder.weights.embedding.size(1), float(decoder.weights.embedding.size(0))
-    same = lambda cost: (cost,) * len(ROW_COUNTS)
-    return StepCosts(same(layer), same(head), same(head), same(head))
+    def _receive(self, output: RowsOutput, events: dict[int, Event]) -> None:
+        request = self._running.get(output.request_id)
+        if request is None or output.generation != request.generation:
+            return  # it has ended since
+        try:
+            progress = request.receive(output)
+        except Exception as error:  # whatever it is, it is this request's
+            log.info("request %d failed", output.request_id, exc_info=True)
+            message = f"its tokens could not be used ({type(error).__name__}: {error})"
+            progress = Progress(finish_reason="error", error=message)
+        self.slots.advance(request.slot, request.tokens, request.complete_to)
+        result = None
+        if progress.finish_reason is not None:
+            result = self._end(output.request_id, progress.finish_reason, progress.error)
+        if progress.tokens or result is not None:
+            events[output.request_id] = Event(output.request_id, list(progress.tokens), result)

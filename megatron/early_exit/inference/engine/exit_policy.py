@@ -15,10 +15,10 @@ from megatron.early_exit.config.exits import ExitConfig
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """Which exits are asked, and from which confidence on each is taken. Build it with `for_model`."""
+    """Which exits are evaluated, and from which confidence on each is taken. Build it with `for_model`."""
 
     exit_layers: tuple[int, ...]
-    """Exits that are asked, by the layer number (from 1) that names them, ascending."""
+    """Enabled exits, by the layer number (from 1) that names them, ascending."""
 
     thresholds: tuple[float, ...]
     """One for each of `exit_layers`."""
@@ -27,36 +27,36 @@ class ExitPolicy:
     def for_model(cls, exits: ExitConfig, thresholds: Sequence[float], exit_layers: Sequence[int] = ()) -> ExitPolicy:
         """The policy for a model with `exits`.
 
-        exit_layers: exits to ask, by layer number; none given: all. thresholds: one for all asked exits, or one for
+        exit_layers: exits to enable, by layer number; none given: all. thresholds: one for all of them, or one for
         each in the order of `exit_layers`. Raises ValueError for a model without exits, an exit that the model does not
         have, a repeated one, a number of thresholds that does not fit, and a threshold that is not a number."""
         if not exits.exit_layer_nums:
             raise ValueError("early exit was asked for, but the model has no exits (--exit-layer-nums is empty)")
-        asked = tuple(exit_layers) or exits.exit_layer_nums
-        unknown = sorted(set(asked) - set(exits.exit_layer_nums))
+        enabled = tuple(exit_layers) or exits.exit_layer_nums
+        unknown = sorted(set(enabled) - set(exits.exit_layer_nums))
         if unknown:
             raise ValueError(
-                f"exit_layers {_text(asked)}: the model has no exit named {_text(unknown)}; its exits are "
+                f"exit_layers {_text(enabled)}: the model has no exit named {_text(unknown)}; its exits are "
                 f"{_text(exits.exit_layer_nums)}"
             )
-        if len(set(asked)) < len(asked):
-            raise ValueError(f"exit_layers {_text(asked)} names an exit twice")
-        if len(thresholds) not in (1, len(asked)):
+        if len(set(enabled)) < len(enabled):
+            raise ValueError(f"exit_layers {_text(enabled)} names an exit twice")
+        if len(thresholds) not in (1, len(enabled)):
             raise ValueError(
-                f"exit_thresholds {_text(thresholds)} has {len(thresholds)} values for {len(asked)} exits "
-                f"({_text(asked)}); give one for all or one for each"
+                f"exit_thresholds {_text(thresholds)} has {len(thresholds)} values for {len(enabled)} exits "
+                f"({_text(enabled)}); give one for all or one for each"
             )
         if any(math.isnan(threshold) for threshold in thresholds):
             raise ValueError(f"exit_thresholds {_text(thresholds)} holds a value that is not a number")
-        for_each = tuple(thresholds) * (len(asked) if len(thresholds) == 1 else 1)
-        layers, values = zip(*sorted(zip(asked, for_each, strict=True)), strict=True)
+        for_each = tuple(thresholds) * (len(enabled) if len(thresholds) == 1 else 1)
+        layers, values = zip(*sorted(zip(enabled, for_each, strict=True)), strict=True)
         return cls(layers, values)
 
     def should_exit(self, exit_layer: int, confidence: float) -> bool:
         """Whether the token is taken from the exit named `exit_layer`, whose largest probability is `confidence`.
 
         True from the threshold on: a threshold above 1 never exits, one of 0 or less always does, and 1.0 exits where
-        the probability rounds to 1. Raises ValueError if this exit is not asked."""
+        the probability rounds to 1. Raises ValueError if this exit is not enabled."""
         return confidence >= self.thresholds[self.exit_layers.index(exit_layer)]
 
 

@@ -1,4 +1,4 @@
-"""Which exits are worth asking: asking costs a head, and pays only if tokens leave there often enough."""
+"""Which exits are worth evaluating: it costs a head, and pays only if tokens leave there often enough."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.protocol import ExitThreshold, WorkerDescription
 
 # A plan must promise this share of the full model's time, so that errors of its figures do not cost more than it wins.
 _MIN_GAIN = 0.03
@@ -23,7 +25,7 @@ def select_exits(
     costs: StepCosts,
     num_requests: int = 1,
 ) -> tuple[int, ...]:
-    """Indices of the exits to ask, or none if the full model is as fast.
+    """Indices of the exits to evaluate, or none if the full model is as fast.
 
     confidences: [tokens, exits], from a calibration; thresholds, depths: of each exit, in the order of layers;
     num_requests: rows that decode together. All subsets are tried on the calibration's tokens: cheap, and right however
@@ -34,36 +36,36 @@ def select_exits(
     would_leave = confidences >= np.asarray(thresholds, dtype=confidences.dtype)  # [tokens, exits]
     full = step_seconds((), would_leave, depths, num_layers, costs, num_requests)
     subsets = itertools.chain.from_iterable(itertools.combinations(exits, size) for size in range(1, len(depths) + 1))
-    best = min(subsets, key=lambda asked: step_seconds(asked, would_leave, depths, num_layers, costs, num_requests))
+    best = min(subsets, key=lambda enabled: step_seconds(enabled, would_leave, depths, num_layers, costs, num_requests))
     gain = 1.0 - step_seconds(best, would_leave, depths, num_layers, costs, num_requests) / full
     return best if gain >= _MIN_GAIN else ()
 
 
 def step_seconds(
-    asked: Sequence[int],
+    enabled: Sequence[int],
     would_leave: np.ndarray,
     depths: Sequence[int],
     num_layers: int,
     costs: StepCosts,
     num_requests: int = 1,
 ) -> float:
-    """Expected time of one step in which `num_requests` rows decode and may leave at the exits `asked`.
+    """Expected time of one step in which `num_requests` rows decode and may leave at the exits `enabled`.
 
     Rows that left run later, together with the next row of their request that goes on: over time every layer sees as
     many rows as without exits, but in fewer runs. With a share q of tokens going past an exit, a step runs the layers
     behind it with probability 1 - (1 - q)^n, and then with n / that many rows."""
     seconds, depth, goes_on = costs.batch_seconds, 0, 1.0
     staying = np.ones(len(would_leave), dtype=bool)
-    for index in (*asked, None):
+    for index in (*enabled, None):
         runs = 1.0 - (1.0 - goes_on) ** num_requests
         if runs <= 0.0:
             return seconds
         until = num_layers if index is None else depths[index]
         seconds += (until - depth) * runs * costs.layer(num_requests / runs)
-        asking = num_requests * goes_on / runs  # rows that have not left, in a step in which there are some
+        evaluated = num_requests * goes_on / runs  # rows that have not left, in a step in which there are some
         if index is None:
-            return seconds + runs * costs.final_head(asking)
-        seconds += runs * costs.probe(asking)
+            return seconds + runs * costs.final_head(evaluated)
+        seconds += runs * costs.probe(evaluated)
         leaves = staying & would_leave[:, index]
         if costs.has_approximate_heads:
             # The exit's own head gives the token.
@@ -75,3 +77,31 @@ def step_seconds(
         changes = 1.0 - (1.0 - leaves.mean()) ** num_requests
         seconds += (1.0 - (1.0 - goes_on) ** num_requests) * changes * costs.batch_seconds
     return seconds
+
+
+class ExitSelector:
+    """Selects exits by a model's calibration; selections that were made are kept."""
+
+    def __init__(self, model: WorkerDescription, calibration: ExitCalibration | None) -> None:
+        self._model, self._calibration = model, calibration
+        self._selected: dict[tuple, tuple[ExitThreshold, ...]] = {}
+
+    def select(
+        self, candidates: tuple[ExitThreshold, ...], num_requests: int, costs: StepCosts
+    ) -> tuple[ExitThreshold, ...]:
+        """Those of `candidates` that pay when so many requests run, possibly none. Raises ValueError without a
+        calibration."""
+        if self._calibration is None:
+            raise ValueError("plan_exits needs a calibration of the exits; tools/calibrate_exits.py makes it")
+        key = (candidates, num_requests, costs)
+        if key not in self._selected:
+            indices = select_exits(
+                self._calibration.confidences[:, [one.exit for one in candidates]],
+                [one.threshold for one in candidates],
+                [self._model.exits[one.exit].depth for one in candidates],
+                self._model.num_layers,
+                costs,
+                num_requests,
+            )
+            self._selected[key] = tuple(candidates[index] for index in indices)
+        return self._selected[key]

@@ -1,133 +1,97 @@
-"""The state of one request: its tokens, its slot, the rows that wait for deeper layers, the drafts to be verified."""
+"""What the engine needs of any request, whatever it asks for: while it queues, and while it has a slot."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+from megatron.early_exit.inference.engine.slots import Assignment, PromptBlocks
+from megatron.early_exit.inference.protocol import Admit, Rows, RowsOutput
+from megatron.early_exit.inference.results import FinishReason, GeneratedToken, RequestResult, ScoreResult
 
-from megatron.early_exit.inference.engine.draft_length import Draft, DraftLength
-from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
-from megatron.early_exit.inference.params import GenerationParams
-from megatron.early_exit.inference.results import (
-    FinishReason,
-    GeneratedToken,
-    PromptToken,
-    RequestResult,
-    Statistics,
-)
-from megatron.early_exit.inference.worker.sampling import Sampler
+Result = RequestResult | ScoreResult
 
 
-@dataclass
-class WaitingRows:
-    """Rows first, first + 1, ... that have run the same number of layers and wait there."""
-
-    first: int
-    hidden: Tensor
-    """[rows, h]"""
-
-    @property
-    def stop(self) -> int:
-        return self.first + self.hidden.size(0)
-
-
-@dataclass
-class RunningRequest:
-    """A request between its arrival and its result. Positions count prompt and answer together, from 0."""
+@dataclass(frozen=True, kw_only=True)
+class Request(ABC):
+    """A request as it was added, checked against the model."""
 
     request_id: int
-    params: GenerationParams
-    num_prompt_tokens: int
-    tokens: list[int]
-    """Prompt, then answer."""
-    policy: ExitPolicy | None
-    asked: tuple[int, ...]
-    """Indices of the exits that may be asked."""
-    sampler: Sampler
-    stop_tokens: frozenset[int]
-    max_tokens: int
-    """Tokens that it may generate: what it asks for, or what fits."""
-    draft_exit: int | None = None
-    """Index of the exit that drafts."""
-    draft_length: DraftLength | None = None
-
-    slot: int | None = None
-    num_rows: int = 0
-    """Positions that have been fed; drafts included until they are rejected."""
-    waiting: dict[int, WaitingRows] = field(default_factory=dict)
-    """By the number of layers that they have run."""
-    drafts: list[Draft] = field(default_factory=list)
-    num_to_draft: int | None = None
-    """Length of the draft that is being made; None: a new one is to be begun."""
-
-    generated: list[GeneratedToken] = field(default_factory=list)
-    prompt: list[PromptToken] = field(default_factory=list)
-    tokens_of_prefill: int = 0
-    """1 if the first token came out of the prompt's last rows, with no row of its own."""
-    layer_passes: int = 0
-    layer_runs: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    prompt: PromptBlocks
     arrived: float = field(default_factory=time.perf_counter)
-    admitted: float | None = None
-    first_token: float | None = None
-    last_token: float | None = None
 
     @property
-    def prefill_stop(self) -> int:
-        """Where the prompt's rows end that run all layers before the first token is due. The last row of the prompt is
-        that of the first token, which may exit or be drafted like any other."""
-        runs_to_the_end = self.params.mode == "full" and self.max_tokens > 0
-        return self.num_prompt_tokens if runs_to_the_end else self.num_prompt_tokens - 1
+    @abstractmethod
+    def enabled_exits(self) -> tuple[int, ...]:
+        """Indices of the exits that may be evaluated."""
 
     @property
-    def is_prefilling(self) -> bool:
-        return not self.generated and self.num_rows < self.prefill_stop
+    @abstractmethod
+    def max_shared(self) -> int:
+        """Rows of the prompt that another request may have computed; those behind it have outputs of their own."""
+
+    @abstractmethod
+    def start(self, assignment: Assignment) -> RunningRequest:
+        """The request in its slot."""
+
+    @abstractmethod
+    def result(self, reason: FinishReason, error: str | None = None) -> Result:
+        """What is reported if it ends before it has started."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the outputs of one step brought a request."""
+
+    tokens: Sequence[GeneratedToken] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+class RunningRequest(ABC):
+    """A request that has a slot. Positions count prompt and answer together, from 0."""
+
+    def __init__(self, request: Request, assignment: Assignment, tokens: list[int]) -> None:
+        self.request, self.tokens = request, tokens
+        self.slot, self.generation = assignment.slot, assignment.generation
+        self.num_shared = assignment.num_shared
+        self.epoch = 0
+        self.num_rows = assignment.num_shared
+        """Positions that have been submitted; drafts included until they are rejected."""
+        self.complete_to = assignment.num_shared
+        """Positions before this one have keys and values in all layers."""
+        self.num_in_flight = 0
+        """Rows submitted whose outputs have not come."""
+        self.started = time.perf_counter()
 
     @property
-    def num_waiting(self) -> int:
-        return sum(rows.hidden.size(0) for rows in self.waiting.values())
+    def request_id(self) -> int:
+        return self.request.request_id
 
-    def defer(self, depth: int, first: int, hidden: Tensor) -> None:
-        """Keep rows that have run `depth` layers, behind those that wait there."""
-        before = self.waiting.get(depth)
-        if before is not None:
-            first, hidden = before.first, torch.cat([before.hidden, hidden])
-        self.waiting[depth] = WaitingRows(first, hidden)
+    @abstractmethod
+    def admission(self) -> Admit:
+        """What the workers are told of it."""
 
-    def emit(self, token: GeneratedToken, ends: Collection[int]) -> FinishReason | None:
-        """Add a token to the answer. Returns why the answer ends with it, if it does. ends: ids that end any answer."""
-        self.last_token = time.perf_counter()
-        self.first_token = self.first_token or self.last_token
-        self.tokens.append(token.token)
-        self.generated.append(token)
-        if token.token in ends and not self.params.ignore_eod:
-            return "eod"
-        if token.token in self.stop_tokens:
-            return "stop"
-        if len(self.generated) >= self.max_tokens:
-            return "max_tokens" if self.max_tokens == self.params.max_tokens else "max_positions"
+    @abstractmethod
+    def next_rows(self, prefill_budget: int, num_running: int) -> Rows | None:
+        """The rows to run next, of which at most `prefill_budget` may be prompt rows; None: none now."""
+
+    @abstractmethod
+    def receive(self, output: RowsOutput) -> Progress:
+        """Take what the workers made of its rows."""
+
+    @abstractmethod
+    def result(self, reason: FinishReason, error: str | None = None) -> Result:
+        """The request as it stands."""
+
+    def finished_without_rows(self) -> FinishReason | None:
+        """Why it ends, if there is nothing to run for it at all."""
         return None
 
-    def result(
-        self, reason: FinishReason, exit_layers: tuple[int, ...], num_layers: int, error: str | None
-    ) -> RequestResult:
-        """The request as it stands. exit_layers: layer numbers of the exits that it may have asked."""
-        statistics = Statistics(
-            layer_passes=self.layer_passes,
-            full_layer_passes=(len(self.generated) - self.tokens_of_prefill) * num_layers,
-            layer_runs=self.layer_runs,
-            drafted=self.drafted,
-            accepted=self.accepted,
-            queue_seconds=(self.admitted or time.perf_counter()) - self.arrived,
-            first_token_seconds=None if self.first_token is None else self.first_token - self.arrived,
-            decode_seconds=0.0 if self.first_token is None else self.last_token - self.first_token,
-        )
-        return RequestResult(
-            self.request_id, tuple(self.generated), reason, statistics, exit_layers, num_layers,
-            prompt=tuple(self.prompt), error=error,
-        )  # fmt: skip
+    def submit(self, rows: Rows) -> Rows:
+        """Note that `rows` are on their way."""
+        self.num_rows = rows.stop
+        self.num_in_flight += 1
+        return rows

@@ -1,226 +1,377 @@
-"""Takes the rows of one step up the layers, in one batch: where exits are asked, rows leave and wait or join.
+"""Runs the rows of one step up the layers, in one batch: at exits, rows leave and are deferred, or deferred rows join.
 
-Rows that exit leave the batch and wait where they left; when a later row of the same request passes that layer, they go
-on with it. So no layer sees a row twice, and every cache entry is what the full model computes.
+Rows that exit leave the batch and are deferred where they left; when a later row of the same slot passes that exit,
+they go on with it. So no layer sees a row twice, and every cache entry is what the full model computes. A draft is a
+row that always exits; verifying is a row that does not, with the rows of the drafts as those that were deferred.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.engine.request import RunningRequest
-from megatron.early_exit.inference.results import HeadPrediction
+from megatron.early_exit.inference.protocol import FINAL_HEAD, DrawnToken, HeadScores, Prediction, Rows, RowsOutput
 from megatron.early_exit.inference.worker.attention import AttentionMetadata, Segment
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.head_output import HeadOutput
+from megatron.early_exit.inference.worker.sampling import Draw
+from megatron.early_exit.inference.worker.slot_state import SlotState
+
+log = logging.getLogger(__name__)
+
+_NOT_FINITE = "the model's logits are not finite: its weights hold NaN or infinite values, or overflow"
 
 
 @dataclass
-class Feed:
-    """The rows of one request in one step."""
+class ScheduledRows:
+    """The rows of one slot in one step, and what the heads have made of them so far."""
 
-    request: RunningRequest
-    tokens: list[int]
-    asks: tuple[int, ...] = ()
-    """Exits to ask, by index."""
-    is_draft: bool = False
-    """The exit that is asked is taken, whatever it says."""
-    is_prefill: bool = False
-    is_forced: bool = False
-    wanted_from: int | None = None
-    """The final head is asked for the rows from this position on; None: for none."""
-    first: int = 0
-    """First position of its rows in the batch: those that waited have joined."""
-    predictions: list[HeadPrediction] = field(default_factory=list)
-    taken: tuple[int, HeadOutput, int] | None = None
-    """(exit, its output, row) of the exit that was taken."""
-    final: tuple[HeadOutput, int] | None = None
-    """(final head's output, row of position `wanted_from`)"""
-
-    @property
-    def stop(self) -> int:
-        return self.request.num_rows
+    rows: Rows
+    slot: SlotState
+    thresholds: dict[int, float]
+    """Of the exits that are still to be evaluated, by index."""
+    first: int
+    """First position of its rows in the batch: deferred rows have joined."""
+    predictions: list[Prediction] = field(default_factory=list)
+    tokens: list[DrawnToken] = field(default_factory=list)
+    scores: list[HeadScores] = field(default_factory=list)
+    layer_passes: int = 0
+    layer_runs: int = 0
+    is_catching_up: bool = False
+    """An exit gave its token; it goes on only because no more rows may be deferred."""
+    is_complete: bool = False
+    """Whether its rows have run all layers."""
+    error: str | None = None
 
     @property
     def num_rows(self) -> int:
-        return self.stop - self.first
+        return self.rows.stop - self.first
 
     @property
     def segment(self) -> Segment:
-        return Segment(self.request.slot, self.first, self.num_rows)
+        return Segment(self.rows.slot, self.first, self.num_rows)
 
     @property
-    def is_finite(self) -> bool:
-        """Whether the numbers that it got are numbers."""
-        if self.taken is not None and not self.taken[1].is_finite(self.taken[2]):
-            return False
-        if self.final is None:
-            return True
-        output, row = self.final
-        return all(output.is_finite(row + i) for i in range(self.stop - self.wanted_from))
+    def has_token(self) -> bool:
+        """Whether an exit has given the token, or failed to."""
+        return bool(self.tokens) or self.error is not None
+
+    @property
+    def is_draft(self) -> bool:
+        return self.rows.phase == "draft"
+
+    def ends_at(self, exit_index: int) -> bool:
+        """Whether nothing is wanted of layers behind this exit, not even their keys and values."""
+        return self.rows.phase == "score" and self.rows.score_heads[-1] == exit_index
+
+    def positions(self, start: int) -> range:
+        """Positions of its rows in the batch from `start` on."""
+        return range(max(start, self.first), self.rows.stop)
+
+    def output(self) -> RowsOutput:
+        """What is reported of it at the end of the step."""
+        rows = self.rows
+        return RowsOutput(
+            request_id=rows.request_id, slot=rows.slot, generation=rows.generation, epoch=rows.epoch, stop=rows.stop,
+            tokens=() if self.error else tuple(self.tokens), scores=tuple(self.scores),
+            layer_passes=self.layer_passes, layer_runs=self.layer_runs,
+            complete_to=self.slot.complete_to, error=self.error,
+        )  # fmt: skip
 
 
 @dataclass
 class _Batch:
-    """Rows on their way up: feeds in the order of slots, their rows one after the other."""
+    """Rows on their way up, in the order of slots, one after the other."""
 
-    feeds: list[Feed]
+    scheduled: list[ScheduledRows]
     hidden: Tensor
     attention: AttentionMetadata
 
     def offsets(self) -> list[int]:
-        """Where each feed's rows begin."""
-        return [0, *itertools.accumulate(feed.num_rows for feed in self.feeds)][:-1]
+        """Where each one's rows begin."""
+        return [0, *itertools.accumulate(one.num_rows for one in self.scheduled)][:-1]
 
 
-class Walk:
-    """The way up the layers of one decoder."""
+@dataclass(frozen=True)
+class _Wanted:
+    """A row of a head's output, and whose it is."""
+
+    row: int
+    scheduled: ScheduledRows
+    position: int
+    threshold: float = 0.0
+    """Confidence from which on the head gives the token."""
+
+    @property
+    def draw(self) -> Draw:
+        """The draw of the token behind this position."""
+        request = self.scheduled.slot.request
+        return Draw(
+            row=self.row,
+            settings=request.sampling,
+            index=self.position + 1 - request.num_prompt_tokens,
+            history=self.scheduled.slot.ids[: self.position + 1],
+            num_prompt_tokens=request.num_prompt_tokens,
+        )
+
+
+class StageRunner:
+    """Runs rows through the layers of one decoder."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.exit_at_depth = {one.depth: index for index, one in enumerate(decoder.exits)}
+        # By depth; of two exits at one depth the one with the smaller index comes first.
+        self._exits = sorted(range(len(decoder.exits)), key=lambda index: (decoder.exits[index].depth, index))
 
-    def blocks_of(self, request: RunningRequest) -> list[int]:
-        """Exits of the request that have a block, by index: it has seen every row that passed them."""
-        return [index for index in request.asked if self.decoder.exits[index].block is not None]
+    def run(self, scheduled: list[ScheduledRows]) -> None:
+        """Run the rows of `scheduled`, in the order of slots, until all have left or reached the end.
 
-    def run(self, feeds: list[Feed]) -> None:
-        """Take the rows of `feeds`, in the order of slots, up the layers until all have exited or reached the end.
-
-        Sets `predictions`, `taken` and `final` of each, and keeps rows that left with their requests."""
-        attention = self.decoder.attention_metadata([feed.segment for feed in feeds])
-        hidden = self.decoder.embed([token for feed in feeds for token in feed.tokens], attention)
-        batch, residual, depth = _Batch(feeds, hidden, attention), hidden, 0
-        while True:
-            if depth in self.exit_at_depth:
-                batch = self._at_exit(self.exit_at_depth[depth], depth, batch, residual)
-            if not batch.feeds or depth == self.decoder.num_layers:
+        Fills in what the heads make of each, and keeps rows that are deferred with their slots."""
+        attention = self.decoder.attention_metadata([one.segment for one in scheduled])
+        hidden = self.decoder.embed([token for one in scheduled for token in one.rows.tokens], attention)
+        batch, residual, depth = _Batch(scheduled, hidden, attention), hidden, 0
+        exits = list(self._exits)
+        while batch.scheduled:
+            while exits and not any(self._has_business(one, exits[0]) for one in batch.scheduled):
+                exits.pop(0)
+            following = self.decoder.exits[exits[0]].depth if exits else self.decoder.num_layers
+            if following > depth:
+                batch.hidden, residual = self.decoder.run_layers(batch.hidden, batch.attention, depth, following)
+                for one in batch.scheduled:
+                    one.layer_passes += one.num_rows * (following - depth)
+                    one.layer_runs += following - depth
+                depth = following
+            if not exits:
                 break
-            following = self._next_depth(depth, batch.feeds)
-            batch.hidden, residual = self.decoder.run_layers(batch.hidden, batch.attention, depth, following)
-            for feed in batch.feeds:
-                self._count(feed, feed.num_rows * (following - depth), following - depth)
-            depth = following
-        self._ask_final_head(batch)
+            batch = self._at_exit(exits.pop(0), batch, residual)
+        self._at_end(batch)
 
-    def _next_depth(self, depth: int, feeds: list[Feed]) -> int:
-        """The next depth at which something happens to one of `feeds`."""
-        depths = (
-            at
-            for at, index in self.exit_at_depth.items()
-            if at > depth
-            and any(
-                index in feed.asks
-                or at in feed.request.waiting
-                or (self.decoder.exits[index].block is not None and index in feed.request.asked)
-                for feed in feeds
-            )
+    def _has_business(self, one: ScheduledRows, exit_index: int) -> bool:
+        """Whether something happens to these rows at an exit."""
+        return (
+            exit_index in one.thresholds
+            or exit_index in one.slot.deferred
+            or exit_index in one.rows.score_heads
+            or (exit_index in one.slot.request.exits and self.decoder.exits[exit_index].block is not None)
         )
-        return min(depths, default=self.decoder.num_layers)
 
-    @staticmethod
-    def _count(feed: Feed, passes: int, runs: int) -> None:
-        if not feed.is_prefill:
-            feed.request.layer_passes += passes
-            feed.request.layer_runs += runs
+    # At an exit.
 
-    def _at_exit(self, index: int, depth: int, batch: _Batch, residual: Tensor) -> _Batch:
-        """Ask the exit, let rows leave, and let the rows that wait here join those that go on."""
+    def _at_exit(self, index: int, batch: _Batch, residual: Tensor) -> _Batch:
+        """Evaluate the exit, let rows leave, and let the rows that are deferred here join those that go on."""
         head = self.decoder.exits[index]
         states = residual if head.mlp is not None else batch.hidden
         offsets = batch.offsets()
         if head.block is not None:
             states = self._run_block(index, batch, offsets)
-        asking = [i for i, feed in enumerate(batch.feeds) if index in feed.asks]
-        if asking:
-            last_rows = [offsets[i] + batch.feeds[i].num_rows - 1 for i in asking]
-            self._ask(index, [batch.feeds[i] for i in asking], _take_rows(states, last_rows))
-        staying, parts, changed = [], [], False
-        for feed, offset in zip(batch.feeds, offsets, strict=True):
-            rows = slice(offset, offset + feed.num_rows)
-            if feed.taken is not None:
-                changed = True
-                # A row that has run all layers is complete, but a draft waits for its verification.
-                if depth < self.decoder.num_layers or feed.is_draft:
-                    feed.request.defer(depth, feed.first, batch.hidden[rows])
+        evaluated, last_rows, scored, scored_rows = [], [], [], []
+        for one, offset in zip(batch.scheduled, offsets, strict=True):
+            threshold = one.thresholds.pop(index, None)
+            if threshold is not None:
+                evaluated.append(_Wanted(len(evaluated), one, one.rows.stop - 1, threshold))
+                last_rows.append(offset + one.num_rows - 1)
+            if index in one.rows.score_heads:
+                for position in one.positions(one.rows.score_from):
+                    scored.append(_Wanted(len(scored), one, position))
+                    scored_rows.append(offset + position - one.first)
+        left = self._evaluate(index, evaluated, take_rows(states, last_rows)) if evaluated else set()
+        if scored:
+            self._score(index, self.decoder.exit_output(index, take_rows(states, scored_rows)), scored)
+        return self._leave_and_join(index, batch, offsets, left)
+
+    def _leave_and_join(self, index: int, batch: _Batch, offsets: list[int], left: set[int]) -> _Batch:
+        """left: slots whose rows got their token from this exit."""
+        is_end = self.decoder.exits[index].depth == self.decoder.num_layers
+        staying, parts, has_changed = [], [], False
+        for one, offset in zip(batch.scheduled, offsets, strict=True):
+            rows, slot = slice(offset, offset + one.num_rows), one.slot
+            if one.ends_at(index):
+                has_changed = True
                 continue
-            staying.append(feed)
-            waiting = feed.request.waiting.pop(depth, None)
-            if waiting is not None:
-                assert waiting.stop == feed.first, "rows that wait are not followed by those that join them"
-                changed = True
-                parts.append(waiting.hidden)
-                feed.first = waiting.first
+            if one.rows.slot in left:
+                one.thresholds.clear()
+                # A row that has run all layers is complete, but a draft is deferred until its verification.
+                one.is_complete = is_end and not one.is_draft
+                if not one.is_catching_up:
+                    has_changed = True
+                    if not one.is_complete:
+                        slot.defer(index, one.first, batch.hidden[rows])
+                    continue
+            staying.append(one)
+            deferred = slot.deferred.pop(index, None)
+            if deferred is not None:
+                assert deferred.stop == one.first, "deferred rows are not followed by those that join them"
+                has_changed = True
+                parts.append(deferred.hidden)
+                one.first = deferred.first
             parts.append(batch.hidden[rows])
-        if not changed:
+        if not has_changed:
             return batch
         if not staying:
             return _Batch([], batch.hidden[:0], batch.attention)
-        return _Batch(staying, torch.cat(parts), self.decoder.attention_metadata([feed.segment for feed in staying]))
+        attention = self.decoder.attention_metadata([one.segment for one in staying])
+        return _Batch(staying, torch.cat(parts), attention)
 
-    def _ask(self, index: int, feeds: list[Feed], states: Tensor) -> None:
-        """Ask the exit about each feed's last row. A cheap head only says which rows may leave: the exit's own head
-        then decides, and gives the token. Drafts come from the cheap head, since they are verified anyway.
+    def _evaluate(self, index: int, wanted: list[_Wanted], states: Tensor) -> set[int]:
+        """Evaluate the exit on each one's last row. Returns the slots of those that it gives a token.
 
-        states: [feeds, h]"""
-        layer_number = self.decoder.exits[index].layer_number
+        An approximate head only says which rows may leave: the exit's own head then decides, and gives the token.
+        Drafts come from the approximate head, since they are verified anyway. states: [wanted, h]"""
         output = self.decoder.probe_exit(index, states)
-        reading = lambda said, row, **kind: HeadPrediction(layer_number, said.token(row), said.confidence(row), **kind)
+        is_approximate = self.decoder.has_approximate_heads
+        taken = [one for one in wanted if one.scheduled.is_draft]
         candidates = []
-        for row, feed in enumerate(feeds):
-            if feed.is_draft:
-                feed.taken = (index, output, row)
-            elif self.decoder.has_approximate_heads and not feed.request.policy.should_exit(
-                layer_number, output.confidence(row)
-            ):
-                feed.predictions.append(reading(output, row, is_approximate=True))
+        for one in wanted:
+            if one.scheduled.is_draft:
+                continue
+            if is_approximate and output.confidence(one.row) < one.threshold:
+                one.scheduled.predictions.append(_prediction(index, output, one.row, is_approximate=True))
             else:
-                candidates.append(row)
-        if not candidates:
-            return
-        rows = candidates
-        if self.decoder.has_approximate_heads:
-            output, rows = self.decoder.exit_output(index, _take_rows(states, candidates)), range(len(candidates))
-        for row, feed in zip(rows, (feeds[candidate] for candidate in candidates), strict=True):
-            feed.predictions.append(reading(output, row))
-            if feed.request.policy.should_exit(layer_number, output.confidence(row)):
-                feed.taken = (index, output, row)
+                candidates.append(one)
+        self._take(index, output, taken)
+        if candidates and is_approximate:
+            output = self.decoder.exit_output(index, take_rows(states, [one.row for one in candidates]))
+            candidates = [replace(one, row=row) for row, one in enumerate(candidates)]
+        confident = []
+        for one in candidates:
+            one.scheduled.predictions.append(_prediction(index, output, one.row))
+            if output.confidence(one.row) >= one.threshold:
+                confident.append(one)
+        self._take(index, output, confident)
+        return {one.scheduled.rows.slot for one in (*taken, *confident)}
+
+    def _take(self, index: int, output: HeadOutput, wanted: list[_Wanted]) -> None:
+        """The exit gives these rows their tokens."""
+        is_end = self.decoder.exits[index].depth == self.decoder.num_layers
+        for one, token, log_prob in self._draw(output, [one for one in wanted if self._check_finite(one, output)]):
+            rows, slot = one.scheduled, one.scheduled.slot
+            may_defer = rows.is_draft or slot.num_deferred + rows.num_rows <= slot.request.max_deferred
+            rows.is_catching_up = not is_end and not may_defer
+            rows.tokens.append(self._drawn_token(one, output, index, token, log_prob))
 
     def _run_block(self, index: int, batch: _Batch, offsets: list[int]) -> Tensor:
-        """The exit's block over the rows of all requests that may ask this exit, now or later; the rows that wait here
-        have been through it. Returns states for every row of the batch; those of other requests are as before."""
-        users = [i for i, feed in enumerate(batch.feeds) if index in feed.request.asked]
+        """Run the exit's block over the rows of all slots that may evaluate this exit, now or later; deferred rows that
+        left here have been through it. Returns states for every row of the batch; those of other slots are as before.
+        """
+        users = [i for i, one in enumerate(batch.scheduled) if index in one.slot.request.exits]
         if not users:
             return batch.hidden
         attention, rows = batch.attention, list(range(batch.attention.num_rows))
-        if len(users) < len(batch.feeds):
-            attention = self.decoder.attention_metadata([batch.feeds[i].segment for i in users])
-            rows = [offsets[i] + row for i in users for row in range(batch.feeds[i].num_rows)]
+        if len(users) < len(batch.scheduled):
+            attention = self.decoder.attention_metadata([batch.scheduled[i].segment for i in users])
+            rows = [offsets[i] + row for i in users for row in range(batch.scheduled[i].num_rows)]
         for i in users:
-            self._count(batch.feeds[i], batch.feeds[i].num_rows, 1)
-        out = self.decoder.run_exit_block(index, _take_rows(batch.hidden, rows), attention)
+            batch.scheduled[i].layer_passes += batch.scheduled[i].num_rows
+            batch.scheduled[i].layer_runs += 1
+        out = self.decoder.run_exit_block(index, take_rows(batch.hidden, rows), attention)
         if len(rows) == batch.attention.num_rows:
             return out
         return batch.hidden.index_copy(0, torch.tensor(rows, device=out.device), out)
 
-    def _ask_final_head(self, batch: _Batch) -> None:
-        wanted: list[int] = []
-        for feed, offset in zip(batch.feeds, batch.offsets(), strict=True):
-            if feed.wanted_from is not None:
-                feed.final = (None, len(wanted))
-                wanted += range(offset + feed.wanted_from - feed.first, offset + feed.num_rows)
-        if wanted:
-            output = self.decoder.final_output(_take_rows(batch.hidden, wanted))
-            for feed in batch.feeds:
-                if feed.final is not None:
-                    feed.final = (output, feed.final[1])
+    # At the end.
+
+    def _at_end(self, batch: _Batch) -> None:
+        """Evaluate the final head where it is wanted; all rows of the batch have run all layers."""
+        drawn, scored, rows = [], [], []
+        for one, offset in zip(batch.scheduled, batch.offsets(), strict=True):
+            one.is_complete = True
+            draws_from = one.rows.stop if one.rows.sample_from is None or one.has_token else one.rows.sample_from
+            scores_from = one.rows.score_from if FINAL_HEAD in one.rows.score_heads else one.rows.stop
+            for position in one.positions(min(draws_from, scores_from)):
+                wanted = _Wanted(len(rows), one, position)
+                rows.append(offset + position - one.first)
+                if position >= draws_from:
+                    drawn.append(wanted)
+                if position >= scores_from:
+                    scored.append(wanted)
+        if not rows:
+            return
+        output = self.decoder.final_output(take_rows(batch.hidden, rows))
+        if scored:
+            self._score(FINAL_HEAD, output, scored)
+        drawn = [one for one in drawn if self._check_finite(one, output)]
+        for one, token, log_prob in self._draw(output, drawn):
+            one.scheduled.tokens.append(self._drawn_token(one, output, FINAL_HEAD, token, log_prob))
+
+    # What heads say.
+
+    def _draw(self, output: HeadOutput, wanted: list[_Wanted]) -> list[tuple[_Wanted, int, float]]:
+        """(wanted, token, its log-probability) of each. What fails for one slot's rows ends that request alone."""
+        if all(one.scheduled.slot.request.sampling.is_plain_argmax for one in wanted):
+            return [(one, output.token(one.row), output.max_log_prob(one.row)) for one in wanted]
+        try:
+            return [(one, *drawn) for one, drawn in zip(wanted, output.draw([one.draw for one in wanted]), strict=True)]
+        except Exception as error:
+            if self.decoder.weights.tp.size > 1:  # the other ranks may not have failed
+                raise
+            if len(wanted) == 1:
+                self._fail(wanted[0].scheduled, error)
+                return []
+            return [drawn for one in wanted for drawn in self._draw(output, [one])]
+
+    @staticmethod
+    def _fail(one: ScheduledRows, error: Exception) -> None:
+        log.info("a token of request %d could not be drawn", one.rows.request_id, exc_info=error)
+        one.error = f"its tokens could not be drawn ({type(error).__name__}: {error})"
+
+    @staticmethod
+    def _check_finite(one: _Wanted, output: HeadOutput) -> bool:
+        if not output.is_finite(one.row):
+            one.scheduled.error = _NOT_FINITE
+        return one.scheduled.error is None
+
+    @staticmethod
+    def _drawn_token(one: _Wanted, output: HeadOutput, exit_index: int, token: int, log_prob: float) -> DrawnToken:
+        rows, count = one.scheduled, one.scheduled.slot.request.top_log_probs
+        predictions = rows.predictions
+        if exit_index == FINAL_HEAD:
+            predictions = [*predictions, _prediction(FINAL_HEAD, output, one.row)]
+        return DrawnToken(
+            token=token,
+            log_prob=log_prob,
+            confidence=output.confidence(one.row),
+            exit=exit_index,
+            predictions=tuple(predictions),
+            top_log_probs=tuple(output.top([one.row], count)[0]) if count else (),
+            caught_up=rows.is_catching_up,
+        )
+
+    def _score(self, exit_index: int, output: HeadOutput, wanted: list[_Wanted]) -> None:
+        """Add what a head says about scored positions; those of one request lie one after the other."""
+        of_rows = {one.row: one.scheduled.rows.target_of(one.position) for one in wanted}
+        targets = {row: target for row, target in of_rows.items() if target is not None}
+        log_probs: dict[int, float] = {}
+        if targets:
+            log_probs = dict(zip(targets, output.log_probs_of(list(targets), list(targets.values())), strict=True))
+        for _, members in itertools.groupby(wanted, key=lambda one: one.scheduled.rows.slot):
+            group = list(members)
+            one, rows = group[0].scheduled, [member.row for member in group]
+            if not all(self._check_finite(member, output) for member in group):
+                continue
+            one.scores.append(HeadScores(
+                exit=exit_index,
+                tokens=[output.token(row) for row in rows],
+                confidences=[output.confidence(row) for row in rows],
+                log_probs=[log_probs[row] for row in rows if row in log_probs],
+                top_log_probs=output.top(rows, one.rows.score_top) if one.rows.score_top else [],
+                logits=_bytes_of(output, rows) if one.rows.score_logits else None,
+            ))  # fmt: skip
 
 
-def _take_rows(hidden: Tensor, rows: list[int]) -> Tensor:
+def _prediction(exit_index: int, output: HeadOutput, row: int, is_approximate: bool = False) -> Prediction:
+    return Prediction(exit_index, output.token(row), output.confidence(row), is_approximate)
+
+
+def _bytes_of(output: HeadOutput, rows: list[int]) -> bytes:
+    return torch.stack([output.logits(row) for row in rows]).numpy().tobytes()
+
+
+def take_rows(hidden: Tensor, rows: list[int]) -> Tensor:
+    """Those rows of `hidden`, a view where that can be."""
     if rows == list(range(hidden.size(0))):
         return hidden
     if len(rows) == 1:

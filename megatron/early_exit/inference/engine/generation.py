@@ -1,0 +1,270 @@
+"""A request for an answer: its tokens, its drafts, what it cost, and which rows it needs next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from megatron.early_exit.inference.engine.draft_length import DraftLength
+from megatron.early_exit.inference.engine.request import Progress, Request, RunningRequest
+from megatron.early_exit.inference.engine.slots import Assignment
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+from megatron.early_exit.inference.protocol import (
+    FINAL_HEAD,
+    Admit,
+    DrawnToken,
+    ExitThreshold,
+    Rows,
+    RowsOutput,
+    WorkerDescription,
+)
+from megatron.early_exit.inference.results import (
+    FinishReason,
+    GeneratedToken,
+    HeadPrediction,
+    PromptToken,
+    RequestResult,
+    Statistics,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest(Request):
+    """What is asked for, in terms of the model."""
+
+    params: GenerationParams
+    sampling: SamplingSettings
+    model: WorkerDescription
+    ends: Collection[int]
+    """Ids that end any answer."""
+    thresholds: tuple[ExitThreshold, ...] = ()
+    """early_exit: exits that may give tokens, in the order of layers."""
+    draft_exit: int | None = None
+    """self_speculative: index of the exit that drafts."""
+    draft_length: DraftLength | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt.tokens)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that it may generate: what it asks for, or what fits. The last one is not fed back."""
+        return min(self.params.max_tokens, self.model.num_positions - self.num_prompt_tokens + 1)
+
+    @property
+    def enabled_exits(self) -> tuple[int, ...]:
+        return tuple(one.exit for one in self.thresholds) if self.draft_exit is None else (self.draft_exit,)
+
+    @property
+    def prefill_stop(self) -> int:
+        """Where the prompt's rows end that run all layers before the first token is due. The last row of the prompt is
+        that of the first token, which may exit or be drafted like any other."""
+        runs_to_the_end = self.params.mode == "full" and self.max_tokens > 0
+        return self.num_prompt_tokens if runs_to_the_end else self.num_prompt_tokens - 1
+
+    @property
+    def max_shared(self) -> int:
+        return 0 if self.params.echo else self.num_prompt_tokens - 1
+
+    def start(self, assignment: Assignment) -> RunningGeneration:
+        return RunningGeneration(self, assignment)
+
+    def result(self, reason: FinishReason, error: str | None = None) -> RequestResult:
+        return RunningGeneration(self, Assignment(-1, 0, 0, None)).result(reason, error)
+
+
+class RunningGeneration(RunningRequest):
+    """An answer as it grows."""
+
+    request: GenerationRequest
+
+    def __init__(self, request: GenerationRequest, assignment: Assignment) -> None:
+        super().__init__(request, assignment, list(request.prompt.tokens))
+        self.params = request.params
+        self.thresholds = request.thresholds
+        """Exits that are evaluated now."""
+        self.drafts: list[int] = []
+        self.num_to_draft: int | None = None
+        """Length of the draft that is being made; None: a new one is to be begun."""
+        self.generated: list[GeneratedToken] = []
+        self.prompt_tokens: list[PromptToken] = []
+        if self.params.echo:
+            self.prompt_tokens.append(PromptToken(self.tokens[0], None))
+        self._num_tokens_of_prefill = 0
+        """1 if the first token came out of the prompt's last rows, with no row of its own."""
+        self._layer_passes = self._layer_runs = 0
+        self._num_drafted = self._num_accepted = 0
+        self._first_token_at: float | None = None
+        self._last_token_at = 0.0
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_rows < self.request.prefill_stop
+
+    def admission(self) -> Admit:
+        return Admit(
+            request_id=self.request_id,
+            slot=self.slot,
+            generation=self.generation,
+            num_prompt_tokens=self.request.num_prompt_tokens,
+            prefix=tuple(self.tokens[: self.num_shared]),
+            sampling=self.request.sampling,
+            exits=self.request.enabled_exits,
+            max_deferred=self.params.max_deferred,
+            top_log_probs=self.params.top_log_probs,
+        )
+
+    def finished_without_rows(self) -> FinishReason | None:
+        return "max_tokens" if self.request.max_tokens == 0 and not self.is_prefilling else None
+
+    # Which rows come next.
+
+    def next_rows(self, prefill_budget: int, num_running: int) -> Rows | None:
+        if self.num_in_flight:
+            return None
+        if self.is_prefilling:
+            count = min(self.request.prefill_stop - self.num_rows, prefill_budget)
+            return self._prefill_rows(count) if count > 0 else None
+        if self.request.draft_exit is not None:
+            return self._speculation_rows(num_running)
+        return self._rows("decode", self.tokens[-1:], exits=self.thresholds, sample_from=self.num_rows)
+
+    def _rows(self, phase: str, tokens: Sequence[int], **changes: object) -> Rows:
+        return Rows(
+            request_id=self.request_id, slot=self.slot, generation=self.generation, epoch=self.epoch, phase=phase,
+            first=self.num_rows, tokens=tuple(tokens), **changes,
+        )  # fmt: skip
+
+    def _prefill_rows(self, count: int) -> Rows:
+        first, stop = self.num_rows, self.num_rows + count
+        draws = stop == self.request.num_prompt_tokens
+        wanted: dict[str, object] = {"sample_from": stop - 1} if draws else {}
+        if self.params.echo:
+            targets = tuple(self.tokens[first + 1 : stop + 1])
+            wanted |= {"score_heads": (FINAL_HEAD,), "score_from": first, "targets": targets}
+            wanted |= {"score_top": self.params.top_log_probs}
+        return self._rows("prefill", self.tokens[first:stop], **wanted)
+
+    def _speculation_rows(self, num_running: int) -> Rows:
+        request = self.request
+        if self.num_to_draft is None:
+            # Verification yields one token more than it accepts; the rows of all drafts need positions.
+            room = min(request.max_tokens - len(self.generated) - 1, request.model.num_positions - len(self.tokens))
+            self.num_to_draft = max(min(request.draft_length.next(num_running), room), 0)
+        token = self.drafts[-1] if self.drafts else self.tokens[-1]
+        if len(self.drafts) < self.num_to_draft:
+            return self._rows("draft", [token], exits=(ExitThreshold(request.draft_exit, 0.0),))
+        return self._rows("verify", [token], sample_from=len(self.tokens) - 1)
+
+    # What the heads made of them.
+
+    def receive(self, output: RowsOutput) -> Progress:
+        self.num_in_flight -= 1
+        if output.error is not None:
+            return Progress(finish_reason="error", error=output.error)
+        self.complete_to = output.complete_to
+        is_prefill = output.stop <= self.request.prefill_stop
+        if not is_prefill:
+            self._layer_passes += output.layer_passes
+            self._layer_runs += output.layer_runs
+        for scores in output.scores:
+            self._add_prompt_tokens(scores)
+        if self.num_to_draft is not None and len(self.drafts) < self.num_to_draft:
+            self.drafts.append(output.tokens[0].token)
+            return Progress()
+        if self.num_to_draft is not None:
+            return self._verify(output.tokens)
+        if not output.tokens:
+            return Progress(finish_reason=self.finished_without_rows())
+        self._num_tokens_of_prefill += is_prefill
+        token = self._generated(output.tokens[0])
+        return Progress((token,), self._emit(token))
+
+    def _add_prompt_tokens(self, scores: object) -> None:
+        top = scores.top_log_probs or [()] * len(scores.log_probs)
+        for log_prob, best in zip(scores.log_probs, top):
+            position = len(self.prompt_tokens)
+            self.prompt_tokens.append(PromptToken(self.tokens[position], log_prob, tuple(best)))
+
+    def _verify(self, drawn: Sequence[DrawnToken]) -> Progress:
+        """Accept drafts as far as all layers draw the same tokens, and add the one that they draw then.
+
+        Drafts and all layers draw with the same noise, so the answer is what they draw without drafts (Gumbel coupling,
+        arXiv:2408.07978); greedily both take the most probable token."""
+        drafts, tokens = self.drafts, []
+        self.drafts, self.num_to_draft = [], None
+        self._num_drafted += len(drafts)
+        reason, num_accepted = None, 0
+        for one, draft in zip(drawn, [*drafts, None], strict=True):
+            is_accepted = one.token == draft
+            num_accepted += is_accepted
+            token = self._generated(one, is_draft=is_accepted)
+            tokens.append(token)
+            reason = self._emit(token)
+            if reason is not None or not is_accepted:
+                break
+        self._num_accepted += num_accepted
+        self.request.draft_length.observe(len(drafts), num_accepted)
+        # Rows of rejected drafts are as if they never ran: the next ones overwrite their keys and values.
+        self.epoch += num_accepted < len(drafts)
+        self.num_rows = len(self.tokens) - 1
+        self.complete_to = min(self.complete_to, self.num_rows)
+        return Progress(tokens, reason)
+
+    def _generated(self, drawn: DrawnToken, is_draft: bool = False) -> GeneratedToken:
+        exits, is_final = self.request.model.exits, drawn.exit == FINAL_HEAD
+        return GeneratedToken(
+            token=drawn.token,
+            exit_layer=self.request.model.num_layers if is_final else exits[drawn.exit].layer_number,
+            is_final=is_final,
+            confidence=drawn.confidence,
+            log_prob=drawn.log_prob,
+            predictions=tuple(
+                HeadPrediction(
+                    None if one.exit == FINAL_HEAD else exits[one.exit].layer_number,
+                    one.token, one.confidence, one.is_approximate,
+                )
+                for one in drawn.predictions
+            ),
+            caught_up=drawn.caught_up,
+            is_draft=is_draft,
+            top_log_probs=tuple(drawn.top_log_probs),
+        )  # fmt: skip
+
+    def _emit(self, token: GeneratedToken) -> FinishReason | None:
+        """Add the token to the answer. Returns why the answer ends with it, if it does."""
+        self._last_token_at = time.perf_counter()
+        self._first_token_at = self._first_token_at or self._last_token_at
+        self.tokens.append(token.token)
+        self.generated.append(token)
+        if token.token in self.request.ends and not self.params.ignore_eod:
+            return "eod"
+        if token.token in self.params.stop_tokens:
+            return "stop"
+        if len(self.generated) >= self.request.max_tokens:
+            return "max_tokens" if self.request.max_tokens == self.params.max_tokens else "max_positions"
+        return None
+
+    def result(self, reason: FinishReason, error: str | None = None) -> RequestResult:
+        model, first = self.request.model, self._first_token_at
+        has_started = self.slot >= 0
+        statistics = Statistics(
+            layer_passes=self._layer_passes,
+            full_layer_passes=(len(self.generated) - self._num_tokens_of_prefill) * model.num_layers,
+            layer_runs=self._layer_runs,
+            drafted=self._num_drafted,
+            accepted=self._num_accepted,
+            queue_seconds=(self.started if has_started else time.perf_counter()) - self.request.arrived,
+            first_token_seconds=None if first is None else first - self.request.arrived,
+            decode_seconds=0.0 if first is None else self._last_token_at - first,
+        )
+        exits = {one.exit for one in self.thresholds}
+        exits |= set() if self.request.draft_exit is None else {self.request.draft_exit}
+        exit_layers = {model.exits[index].layer_number for index in exits}
+        exit_layers |= {token.exit_layer for token in self.generated if not token.is_final}
+        return RequestResult(
+            self.request_id, tuple(self.generated), reason, statistics, tuple(sorted(exit_layers)), model.num_layers,
+            prompt=tuple(self.prompt_tokens), error=error,
+        )  # fmt: skip

@@ -1,0 +1,96 @@
+"""A request for what heads predict over given tokens: nothing is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.early_exit.inference.engine.request import Progress, Request, RunningRequest
+from megatron.early_exit.inference.engine.slots import Assignment
+from megatron.early_exit.inference.params import SamplingSettings, ScoreParams
+from megatron.early_exit.inference.protocol import FINAL_HEAD, Admit, HeadScores, Rows, RowsOutput, WorkerDescription
+from megatron.early_exit.inference.results import FinishReason, ScoredHead, ScoreResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringRequest(Request):
+    """What is to be scored, in terms of the model."""
+
+    params: ScoreParams
+    model: WorkerDescription
+    heads: tuple[int, ...]
+    """Exit indices in the order of layers, `FINAL_HEAD` last."""
+
+    @property
+    def enabled_exits(self) -> tuple[int, ...]:
+        return tuple(index for index in self.heads if index != FINAL_HEAD)
+
+    @property
+    def max_shared(self) -> int:
+        return self.params.score_from
+
+    def start(self, assignment: Assignment) -> RunningScoring:
+        return RunningScoring(self, assignment)
+
+    def result(self, reason: FinishReason, error: str | None = None) -> ScoreResult:
+        return ScoreResult(self.request_id, (), error or reason)
+
+
+class RunningScoring(RunningRequest):
+    """Scores as they come, chunk by chunk."""
+
+    request: ScoringRequest
+
+    def __init__(self, request: ScoringRequest, assignment: Assignment) -> None:
+        super().__init__(request, assignment, list(request.prompt.tokens))
+        self._scores: dict[int, list[HeadScores]] = {head: [] for head in request.heads}
+
+    def admission(self) -> Admit:
+        return Admit(
+            request_id=self.request_id, slot=self.slot, generation=self.generation,
+            num_prompt_tokens=len(self.tokens), prefix=tuple(self.tokens[: self.num_shared]),
+            sampling=SamplingSettings(), exits=self.request.enabled_exits,
+        )  # fmt: skip
+
+    def next_rows(self, prefill_budget: int, num_running: int) -> Rows | None:
+        first, params = self.num_rows, self.request.params
+        stop = min(first + prefill_budget, len(self.tokens))
+        if self.num_in_flight or stop <= first:
+            return None
+        scored_from = max(first, params.score_from)
+        return Rows(
+            request_id=self.request_id, slot=self.slot, generation=self.generation, epoch=self.epoch, phase="score",
+            first=first, tokens=tuple(self.tokens[first:stop]), score_heads=self.request.heads,
+            score_from=params.score_from, targets=tuple(self.tokens[scored_from + 1 : stop + 1]),
+            score_top=params.top_log_probs, score_logits=params.logits,
+        )  # fmt: skip
+
+    def receive(self, output: RowsOutput) -> Progress:
+        self.num_in_flight -= 1
+        if output.error is not None:
+            return Progress(finish_reason="error", error=output.error)
+        self.complete_to = output.complete_to
+        for scores in output.scores:
+            self._scores[scores.exit].append(scores)
+        return Progress(finish_reason="max_tokens" if output.stop == len(self.tokens) else None)
+
+    def result(self, reason: FinishReason, error: str | None = None) -> ScoreResult:
+        if error is not None or reason != "max_tokens":
+            return ScoreResult(self.request_id, (), error or reason)
+        return ScoreResult(self.request_id, tuple(self._head(head, parts) for head, parts in self._scores.items()))
+
+    def _head(self, head: int, parts: list[HeadScores]) -> ScoredHead:
+        model = self.request.model
+        logits = None
+        if self.request.params.logits:
+            logits = np.concatenate([np.frombuffer(part.logits, np.float32) for part in parts])
+            logits = logits.reshape(sum(len(part.tokens) for part in parts), -1)
+        return ScoredHead(
+            None if head == FINAL_HEAD else model.exits[head].layer_number,
+            tokens=tuple(token for part in parts for token in part.tokens),
+            confidences=tuple(value for part in parts for value in part.confidences),
+            log_probs=tuple(value for part in parts for value in part.log_probs),
+            top_log_probs=tuple(tuple(map(tuple, top)) for part in parts for top in part.top_log_probs),
+            logits=logits,
+        )
