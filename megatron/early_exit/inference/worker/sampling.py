@@ -24,7 +24,10 @@ from megatron.early_exit.inference.params import SamplingSettings
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 
 # Most distributions reach top-p within this many tokens; sorting a whole vocabulary costs more than a small model.
-_SENT_FIRST = 512
+_SENT_FIRST, _MORE = 512, 16
+
+# Numbers that a CPU's cache holds while they are mixed.
+_CACHED = 2**16
 
 # exp of it is still a normal number in fp32.
 _SMALLEST_LOG = -80.0
@@ -73,7 +76,7 @@ def _draw_among_all(logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: Tens
 def _draw_among_largest(
     logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorParallel, count: int = _SENT_FIRST
 ) -> Tensor:
-    """[n] ids within top-k and top-p. Each rank sends its `count` largest logits, and all where these are too few."""
+    """[n] ids within top-k and top-p. Each rank sends its `count` largest logits, and more where these are too few."""
     values, candidates, is_settled = _largest_kept(logits, ids, draws, tp, count)
     columns = _best(values, candidates, draws)[1]
     tokens = candidates.gather(1, columns[:, None])[:, 0]
@@ -81,7 +84,7 @@ def _draw_among_largest(
         return tokens  # without a look at the device
     left = [row for row, settled in enumerate(is_settled.tolist()) if not settled]
     if left:
-        tokens[left] = _draw_among_largest(logits[left], ids, [draws[row] for row in left], tp, len(ids))
+        tokens[left] = _draw_among_largest(logits[left], ids, [draws[row] for row in left], tp, _MORE * count)
     return tokens
 
 
@@ -230,8 +233,8 @@ def _add_noise(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> None:
     if not rows:
         return
     starts = _stream_starts([draws[row] for row in rows]).to(logits.device)
-    # A CPU is fastest with what fits into its caches, a GPU with few launches.
-    step = 1 if logits.device.type == "cpu" else len(rows)
+    # A GPU is fastest with few launches.
+    step = max(_CACHED // logits.size(1), 1) if logits.device.type == "cpu" else len(rows)
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         logits[rows[part]] += _gumbel(starts[part], ids if ids.dim() == 1 else ids[rows[part]])
