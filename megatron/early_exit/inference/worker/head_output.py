@@ -17,6 +17,7 @@ from megatron.early_exit.inference.worker.sampling import (
     columns_of,
     draw_tokens,
     ordered_keys,
+    rows_of,
     values_and_ids,
 )
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
@@ -90,7 +91,7 @@ class HeadOutput:
 
     def top(self, rows: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
         """The `count` most probable (id, log-probability) of each of the rows, fewer if others have probability 0."""
-        keys = ordered_keys(self._local_logits[list(rows)], self._ids)
+        keys = ordered_keys(rows_of(self._local_logits, rows), self._ids)
         local = keys.topk(min(count, keys.size(1))).values
         keys = torch.cat(self._tp.gather(local), 1).sort(descending=True).values[:, :count]
         values, ids = values_and_ids(keys)
@@ -105,16 +106,17 @@ class HeadOutput:
 
         A row that is not finite gives token 0 and NaN."""
         results = [(self.token(draw.row), self.max_log_prob(draw.row)) for draw in draws]
-        drawn = [
+        numbers = [
             number
             for number, draw in enumerate(draws)
             if self.is_finite(draw.row) and not draw.settings.is_plain_argmax
         ]
-        if drawn:
-            rows = [draws[number].row for number in drawn]
-            tokens = draw_tokens(self._local_logits[rows], self._ids, [draws[number] for number in drawn], self._tp)
+        if numbers:
+            sampled = [draws[number] for number in numbers]
+            rows = [draw.row for draw in sampled]
+            tokens = draw_tokens(rows_of(self._local_logits, rows), self._ids, sampled, self._tp)
             pairs = torch.stack([tokens.double(), self._logits_of(rows, tokens).double()], 1).tolist()
-            for number, row, (token, logit) in zip(drawn, rows, pairs, strict=True):
+            for number, row, (token, logit) in zip(numbers, rows, pairs, strict=True):
                 results[number] = int(token), self._log_prob(row, logit)
         return results
 
@@ -125,8 +127,8 @@ class HeadOutput:
         if self._full_logits is None:
             logits = torch.cat(self._tp.gather(self._local_logits), 1).cpu()
             if self._shortlist is not None:
-                ids = torch.cat(self._tp.gather(self._shortlist)).cpu()
-                # Padding columns say -inf of an id that another column may know more about.
+                ids = torch.cat(self._tp.gather(self._shortlist)).cpu().clamp(max=self._vocab_size - 1)
+                # Padding columns say -inf of any id; another column may know more about it.
                 logits = logits.new_full((len(logits), self._vocab_size), -torch.inf).scatter_reduce_(
                     1, ids.expand(len(logits), -1), logits, "amax"
                 )

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def draw_tokens(logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorPa
     for draw_some, is_theirs in ((_draw_among_largest, is_limited), (_draw_among_all, [not one for one in is_limited])):
         rows = list(itertools.compress(range(len(draws)), is_theirs))
         if rows:
-            some = logits if len(rows) == len(draws) else logits[rows]
+            some = logits if len(rows) == len(draws) else rows_of(logits, rows)
             tokens[rows] = draw_some(some, ids, [draws[row] for row in rows], tp)
     return tokens
 
@@ -84,7 +85,7 @@ def _draw_among_largest(
         return tokens  # without a look at the device
     left = [row for row, settled in enumerate(is_settled.tolist()) if not settled]
     if left:
-        tokens[left] = _draw_among_largest(logits[left], ids, [draws[row] for row in left], tp, _MORE * count)
+        tokens[left] = _draw_among_largest(rows_of(logits, left), ids, [draws[row] for row in left], tp, _MORE * count)
     return tokens
 
 
@@ -110,8 +111,10 @@ def _penalise(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> None:
     counts = [_count_tokens(draw) if draw.settings.has_penalty else {} for draw in draws]
     if not any(counts):
         return
-    entries = [(row, token, count) for row, counted in enumerate(counts) for token, count in counted.items()]
-    rows, tokens, times = torch.tensor(entries, device=logits.device).t().contiguous()
+    rows = np.repeat(np.arange(len(counts)), [len(counted) for counted in counts])
+    tokens = np.fromiter(itertools.chain.from_iterable(counts), np.int64)
+    times = np.fromiter(itertools.chain.from_iterable(counted.values() for counted in counts), np.int64)
+    rows, tokens, times = torch.from_numpy(np.stack([rows, tokens, times])).to(logits.device)
     columns, is_here = columns_of(tokens, ids)
     rows, columns, times = rows[is_here], columns[is_here], times[is_here]
     numbers = [
@@ -129,6 +132,11 @@ def _count_tokens(draw: Draw) -> dict[int, int]:
     """How often the answer holds each id of the prompt and the answer."""
     prompt, answer = draw.history[: draw.num_prompt_tokens], draw.history[draw.num_prompt_tokens :]
     return dict.fromkeys(prompt, 0) | Counter(answer)
+
+
+def rows_of(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy. (On CPUs several times as fast as indexing with a list.)"""
+    return logits.index_select(0, torch.tensor(rows, device=logits.device))
 
 
 def columns_of(tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
