@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.executor.distributed import start_workers
 from megatron.early_exit.inference.executor.messages import WorkerFactory
 from megatron.early_exit.inference.protocol import (

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.engine.generation import RunningGeneration
 from megatron.early_exit.inference.executor.local import LocalExecutor

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.params import SamplingSettings
 from megatron.early_exit.inference.protocol import (
     FINAL_HEAD,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron.early_exit.inference.engine.costs import ROW_COUNTS, StepCosts
+from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
 from megatron.early_exit.inference.engine.draft_length import Draft, DraftLength, verify
 from megatron.early_exit.inference.params import SamplingSettings
 from megatron.early_exit.inference.worker.sampling import Sampler

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron.early_exit.inference.engine.costs import ROW_COUNTS, StepCosts
+from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
 from megatron.early_exit.inference.engine.exit_selection import select_exits, step_seconds
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,9 @@ LEVELS = (
     {"evaluation"},
 )  # fmt: skip
 """Folders from the lowest level up; a folder imports from itself and from lower levels alone."""
+
+ROOMS_OF_INFERENCE = ("worker", "executor", "engine")
+"""The same below inference/: the files beside these folders are their common terms, or use all of them."""
 
 
 def imported(path: Path, root: Path) -> set[str]:
@@ -74,6 +79,31 @@ def test_arrows_point_down() -> None:
     imports = imports_below(ROOT)
     assert {module.partition("/")[0] for module in imports if "/" in module} == set().union(*LEVELS)
     assert wrong_arrows({module: targets for module, targets in imports.items() if "/" in module}) == []
+
+
+def test_arrows_of_inference_point_down() -> None:
+    level = {f"inference/{room}": number for number, room in enumerate(ROOMS_OF_INFERENCE)}
+    room_of = lambda module: module.rpartition("/")[0]
+    arrows = [(source, target) for source, targets in imports_below(ROOT).items() for target in sorted(targets)]
+    wrong = [
+        (source, target)
+        for source, target in arrows
+        if {room_of(source), room_of(target)} <= set(level) and level[room_of(source)] < level[room_of(target)]
+    ]
+    assert wrong == []
+    assert set(level) <= {room_of(source) for source, _ in arrows}
+
+
+def test_the_scheduler_knows_no_tensors() -> None:
+    """Nor does what it tells the workers."""
+    modules = ["inference.protocol", "inference.text_engine"]
+    modules += [f"inference.engine.{path.stem}" for path in sorted((ROOT / "inference/engine").glob("*.py"))]
+    script = "import sys\n" + "".join(f"import {PACKAGE}.{module}\n" for module in modules)
+    script += "sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT.parents[1]
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_files_import_each_other() -> None:

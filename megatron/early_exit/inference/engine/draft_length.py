@@ -6,7 +6,7 @@ arXiv:2404.16710.
 
 from __future__ import annotations
 
-from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts
 
 # The estimate starts from this many imagined drafts with this acceptance, and forgets old ones at this rate.
 _PRIOR_TRIALS, _PRIOR_ACCEPTANCE, _KEPT = 4.0, 0.7, 0.97

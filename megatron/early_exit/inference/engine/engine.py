@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.calibration import ExitCalibration
-from megatron.early_exit.inference.engine.costs import StepCosts, guessed_costs
+from megatron.early_exit.inference.costs import StepCosts, guessed_costs
 from megatron.early_exit.inference.engine.draft_length import DraftLength
 from megatron.early_exit.inference.engine.exit_selection import ExitSelector
 from megatron.early_exit.inference.engine.generation import GenerationRequest, RunningGeneration

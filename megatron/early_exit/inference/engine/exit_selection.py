@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron.early_exit.inference.calibration import ExitCalibration
-from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.protocol import ExitThreshold, WorkerDescription
 
 # A plan must promise this share of the full model's time, so that errors of its figures do not cost more than it wins.

@@ -27,7 +27,7 @@ from typing import NoReturn
 import msgspec
 
 from megatron.early_exit import __version__
-from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.executor import worker_process
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.executor.channels import ConnectionTorn, EngineChannel, RankUnreachable, tcp_address

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.protocol import RowsOutput, Step
 from megatron.early_exit.inference.worker.worker import Worker
 

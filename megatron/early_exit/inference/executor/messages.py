@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.protocol import RowsOutput, Step, WorkerDescription
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron.early_exit.inference.engine.costs import ROW_COUNTS, StepCosts
+from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
 from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.decoder import Decoder
 

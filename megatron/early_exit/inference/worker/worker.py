@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.protocol import (
     Admit,
     CopyPrefix,
