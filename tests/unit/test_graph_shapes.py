@@ -34,7 +34,8 @@ def test_the_smallest_shape_holds_the_rows(data: st.DataObject) -> None:
     holding = [
         one
         for one in shapes
-        if all(s.slot < one.num_slots and s.count <= one.rows_per_slot and s.stop <= one.num_keys for s in segments)
+        if len(segments) <= one.num_slots
+        and all(s.count <= one.rows_per_slot and s.stop <= one.num_keys for s in segments)
     ]
     assert shape == (min(holding) if holding else None)
 
@@ -54,8 +55,8 @@ def test_one_row_of_each_slot_has_a_shape_unless_there_are_very_many_keys(num_sl
     for used in {1, num_slots // 2 + 1, num_slots}:
         for stop in {1, min(512, num_positions), min(num_positions, 2**16 // num_slots)}:
             segments = [Segment(slot, stop - 1, 1) for slot in range(used)]
-            # A shape has up to twice the slots and four times the keys.
-            if 8 * used * stop <= 2**16:
+            # A shape has up to four times the slots, or keys, that are used.
+            if 16 * used * stop <= 2**16:
                 assert smallest_shape(shapes, segments) is not None, (used, stop)
 
 
@@ -66,6 +67,8 @@ def test_what_has_no_shape() -> None:
 
 
 def test_positions_and_slots_are_data_within_a_shape() -> None:
-    shapes = graph_shapes(4, 2048)
-    for segments in ([Segment(3, 0, 1)], [Segment(0, 511, 1), Segment(2, 7, 1)], [Segment(s, 5, 1) for s in range(4)]):
-        assert smallest_shape(shapes, segments) == GraphShape(4, 1, 512)
+    shapes = graph_shapes(16, 2048)
+    for slot in range(16):
+        for stop in (1, 2, 511, 512):
+            assert smallest_shape(shapes, [Segment(slot, stop - 1, 1)]) == GraphShape(1, 1, 512)
+    assert smallest_shape(shapes, [Segment(3, 513, 4), Segment(9, 0, 1)]) == GraphShape(2, 4, 2048)

@@ -170,7 +170,7 @@ class AttentionMetadata:
         """Each [rows]: positions, and indices into `KVCache.rows`. In one copy to the device."""
         cache = self._attention.cache
         positions = [position for s in self.segments for position in range(s.first, s.stop)]
-        cache_rows = [row for s in self.segments for row in cache.row_numbers(s.slot, s.first, s.stop)]
+        cache_rows = [row for s in self.segments for row in cache.row_numbers(s.slot)[s.first : s.stop]]
         return to_device([*positions, *cache_rows], cache.device).view(2, -1).unbind(0)
 
     @cached_property

@@ -3,9 +3,8 @@
 A layer over a few rows is some fifteen kernels of a few microseconds each, and starting them one by one takes longer
 than they run. A graph starts all kernels of a part of the model at once (the layers between two exits, the block of an
 exit), but its shapes and addresses are fixed. So the rows of a step are put into a larger batch of one of few shapes:
-the same number of rows for each slot from the first on, and the same number of keys for all. Which rows are used, and
-their positions, are data. Rows that only fill the batch are copies of another row, and write behind the last position
-of their slot.
+the same number of rows for each of some slots, and the same number of keys for all. Slots and positions are data. Rows
+that only fill the batch are copies of another row, and write behind the last position of a slot.
 
 All graphs are captured before the first step, over one set of buffers. What they do not hold runs kernel by kernel.
 
@@ -45,7 +44,7 @@ _LOG_EVERY = 10
 
 
 class GraphShape(NamedTuple):
-    """Rows of slots 0, 1, ..., and the keys that each of them may see."""
+    """Rows of some slots, and the keys that each of them may see."""
 
     num_slots: int
     rows_per_slot: int
@@ -66,7 +65,9 @@ def graph_shapes(num_slots: int, num_positions: int) -> tuple[GraphShape, ...]:
 
     They hold every step with up to 16 rows per slot of up to 16 slots of up to 4,096 positions, and of more slots or
     positions those steps in which fixed shapes save time."""
-    slots = _powers(1, 2, num_slots)
+    # Keys of some slots are copied beside each other first, which takes about three times as long as to read them where
+    # they are: for more than a quarter of the slots all are read.
+    slots = [size for size in _powers(1, 2, num_slots) if 4 * size <= num_slots] + [num_slots]
     keys = _powers(min(_MIN_KEYS, num_positions), _KEYS_FACTOR, num_positions)
     shapes = [GraphShape(*sizes) for sizes in itertools.product(slots, _ROWS_PER_SLOT, keys)]
     return tuple(
@@ -87,7 +88,7 @@ def _powers(smallest: int, factor: int, largest: int) -> list[int]:
 def smallest_shape(shapes: Sequence[GraphShape], segments: Sequence[Segment]) -> GraphShape | None:
     """The first of `shapes`, in the order of `graph_shapes`, that holds the rows of `segments`, if one does."""
     needed = GraphShape(
-        max(segment.slot for segment in segments) + 1,
+        len(segments),
         max(segment.count for segment in segments),
         max(segment.stop for segment in segments),
     )
@@ -102,10 +103,9 @@ class _Buffers:
         num_rows = max(shape.num_rows for shape in shapes)
         self.hidden = torch.zeros(num_rows, hidden_size, dtype=cache.dtype, device=cache.device)
         self.residual = torch.zeros_like(self.hidden)
-        self.row_numbers = torch.zeros(3 * num_rows, dtype=torch.long, device=cache.device)
-        """Of a batch of n rows: their positions [n], the rows of the step that they are copies of [n], and for each row
-        of the step its row in the batch."""
-        self.cache_rows = torch.zeros(num_rows, dtype=torch.long, device=cache.device)
+        num_slots = max(shape.num_slots for shape in shapes)
+        self.numbers = torch.zeros(4 * num_rows + num_slots, dtype=torch.long, device=cache.device)
+        """See `_Numbers`."""
         self.rotation = None if attention.rotary is None else attention.rotary.between(0, 1).repeat(num_rows, 1, 1)
         mask_size = max(_num_query_rows(shape, attention) * shape.num_keys for shape in shapes)
         self.mask = torch.zeros(mask_size, dtype=cache.dtype, device=cache.device)
@@ -116,38 +116,51 @@ def _num_query_rows(shape: GraphShape, attention: Attention) -> int:
     return shape.num_rows * (1 if shape.rows_per_slot == 1 else attention.queries_per_kv_head)
 
 
+class _Numbers:
+    """What the host says of the rows of a batch of `shape`: views of the first part of a buffer."""
+
+    def __init__(self, shape: GraphShape, buffer: Tensor) -> None:
+        sizes = (shape.num_rows, shape.num_rows, shape.num_rows, shape.num_slots)
+        self.positions, self.cache_rows, self.copied, self.slots = buffer[: sum(sizes)].split(sizes)
+        """[rows] position in its slot, index into `KVCache.rows`, row of the step that it is a copy of; [slots] slot"""
+        self.step_rows = buffer[sum(sizes) :]
+        """[rows of the step] the row of the batch"""
+
+
 class FixedAttentionMetadata:
-    """`AttentionMetadata` of a shape, at fixed addresses: made of the positions in the buffers by `update`."""
+    """`AttentionMetadata` of a shape, at fixed addresses: made by `update` of the numbers in the buffers."""
 
     def __init__(self, shape: GraphShape, buffers: _Buffers, attention: Attention) -> None:
         self.num_rows = num_rows = shape.num_rows
-        self._attention, self._shape = attention, shape
-        cache = attention.cache
-        self._positions = buffers.row_numbers[:num_rows]
-        first_rows = torch.arange(shape.num_slots, device=cache.device) * cache.num_positions
-        self._first_rows = first_rows.repeat_interleave(shape.rows_per_slot)
-        self._cache_rows = buffers.cache_rows[:num_rows]
+        self._shape, self._attention, self._cache = shape, attention, attention.cache
+        self._numbers = _Numbers(shape, buffers.numbers)
         self.rotation = None if buffers.rotation is None else buffers.rotation[:num_rows]
         num_query_rows = _num_query_rows(shape, attention)
         mask = buffers.mask[: num_query_rows * shape.num_keys]
         self._mask = mask.view(shape.num_slots, 1, num_query_rows // shape.num_slots, shape.num_keys)
-        self._keys, self._values = cache.keys_and_values(0, shape.num_slots, shape.num_keys)
+        self._has_all_slots = shape.num_slots == self._cache.num_slots
+        if self._has_all_slots:
+            self._keys, self._values = self._cache.keys_and_values(0, shape.num_slots, shape.num_keys)
 
     def update(self) -> None:
-        """What layers share, of the positions that are in the buffers."""
-        torch.add(self._first_rows, self._positions, out=self._cache_rows)
+        """Make what layers share."""
+        positions = self._numbers.positions
         if self.rotation is not None:
-            self.rotation.copy_(self._attention.rotary.at(self._positions))
-        positions = self._positions.view(self._shape.num_slots, -1)
-        self._mask.copy_(attention_mask(self._attention, positions, self._shape.num_keys))
+            self.rotation.copy_(self._attention.rotary.at(positions))
+        per_slot = positions.view(self._shape.num_slots, -1)
+        self._mask.copy_(attention_mask(self._attention, per_slot, self._shape.num_keys))
 
     def write(self, layer: int, rows: Tensor) -> None:
         """As of `AttentionMetadata`."""
-        self._attention.cache.rows[layer].index_copy_(0, self._cache_rows, rows)
+        self._cache.rows[layer].index_copy_(0, self._numbers.cache_rows, rows)
 
     def attend(self, layer: int, queries: Tensor) -> Tensor:
         """As of `AttentionMetadata`."""
-        return attend(queries, self._keys[layer], self._values[layer], self._mask)
+        if self._has_all_slots:
+            keys, values = self._keys[layer], self._values[layer]
+        else:
+            keys, values = self._cache.copy_of_keys_and_values(layer, self._numbers.slots, self._shape.num_keys)
+        return attend(queries, keys, values, self._mask)
 
 
 Part = Hashable
@@ -179,7 +192,6 @@ class ModelGraphs:
         # The batch that the buffers describe: a step runs several parts with it.
         self._current: AttentionMetadata | None = None
         self._shape: GraphShape | None = None
-        self._rows = self._copied = self._buffers.row_numbers[:0]
 
     @property
     def num_graphs(self) -> int:
@@ -189,13 +201,13 @@ class ModelGraphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture all graphs; nothing else ever does."""
-        is_cuda = self._attention.cache.device.type == "cuda"
-        pool = torch.cuda.graph_pool_handle() if is_cuda else None
+        device = self._attention.cache.device
+        is_cuda = device.type == "cuda"
+        cuda = _CudaCapture(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if is_cuda else None
         started, free = time.perf_counter(), free_memory_bytes()
-        self._buffers.row_numbers.fill_(self._filler_position)  # what runs meanwhile writes to no sequence
         # The largest first: the others then find room in its memory.
         for number, shape in enumerate(reversed(self._shapes), 1):
-            self._graphs[shape] = self._capture_shape(shape, pool)
+            self._graphs[shape] = self._capture_shape(shape, cuda)
             if is_cuda and number % _LOG_EVERY == 0:
                 log.info("capturing CUDA graphs: %d of %d shapes", number, len(self._shapes))
         if is_cuda:
@@ -206,10 +218,12 @@ class ModelGraphs:
                 *counts, seconds, gibibytes,
             )  # fmt: skip
 
-    def _capture_shape(self, shape: GraphShape, pool: tuple[int, int] | None) -> _ShapeGraphs:
+    def _capture_shape(self, shape: GraphShape, cuda: _CudaCapture | None) -> _ShapeGraphs:
         metadata = FixedAttentionMetadata(shape, self._buffers, self._attention)
-        update = _graph(metadata.update, pool)
-        parts = {part: _graph(self._over_buffers(launch, metadata), pool) for part, launch in self._parts.items()}
+        self._buffers.numbers.zero_()
+        _Numbers(shape, self._buffers.numbers).cache_rows.fill_(self._filler_position)  # of slot 0: of no sequence
+        update = _graph(metadata.update, cuda)
+        parts = {part: _graph(self._over_buffers(launch, metadata), cuda) for part, launch in self._parts.items()}
         return _ShapeGraphs(update, parts)
 
     def _over_buffers(self, launch: Launch, metadata: FixedAttentionMetadata) -> Callable[[], None]:
@@ -231,40 +245,53 @@ class ModelGraphs:
                 self._describe(attention.segments, self._shape)
         if self._shape is None:
             return None
-        torch.index_select(hidden, 0, self._copied, out=self._buffers.hidden[: self._shape.num_rows])
+        numbers = _Numbers(self._shape, self._buffers.numbers)
+        torch.index_select(hidden, 0, numbers.copied, out=self._buffers.hidden[: self._shape.num_rows])
         for part in parts:
             self._graphs[self._shape].parts[part]()
         # Copies: the next run overwrites the buffers, and rows that are deferred keep their hidden states.
-        return self._buffers.hidden.index_select(0, self._rows), self._buffers.residual.index_select(0, self._rows)
+        rows = numbers.step_rows[: hidden.size(0)]
+        return self._buffers.hidden.index_select(0, rows), self._buffers.residual.index_select(0, rows)
 
     def _describe(self, segments: Sequence[Segment], shape: GraphShape) -> None:
-        """Write into the buffers which rows of the batch are those of `segments`, and the positions of all."""
-        num_rows = shape.num_rows
-        positions, copied, rows = [self._filler_position] * num_rows, [0] * num_rows, []
+        """Write into the buffers which rows of the batch are those of `segments`, and what layers share."""
+        cache, count = self._attention.cache, shape.rows_per_slot
+        # All slots are where they are, some are those that are used; one of them is taken several times to fill it.
+        slots = [segment.slot for segment in segments]
+        slots = list(range(shape.num_slots)) if shape.num_slots == cache.num_slots else slots
+        slots += slots[:1] * (shape.num_slots - len(slots))
+        positions, copied, step_rows = [self._filler_position] * shape.num_rows, [0] * shape.num_rows, []
+        cache_rows = [cache.row_numbers(slot)[self._filler_position] for slot in slots for _ in range(count)]
         for segment in segments:
-            start = segment.slot * shape.rows_per_slot
-            positions[start : start + segment.count] = range(segment.first, segment.stop)
-            copied[start : start + segment.count] = range(len(rows), len(rows) + segment.count)
-            rows += range(start, start + segment.count)
-        numbers = self._buffers.row_numbers[: 2 * num_rows + len(rows)]
-        numbers.copy_(to_device([*positions, *copied, *rows], numbers.device))
-        self._copied, self._rows = numbers[num_rows : 2 * num_rows], numbers[2 * num_rows :]
+            start = slots.index(segment.slot) * count
+            used = slice(start, start + segment.count)
+            positions[used] = range(segment.first, segment.stop)
+            cache_rows[used] = cache.row_numbers(segment.slot)[segment.first : segment.stop]
+            copied[used] = range(len(step_rows), len(step_rows) + segment.count)
+            step_rows += range(start, start + segment.count)
+        numbers = to_device([*positions, *cache_rows, *copied, *slots, *step_rows], cache.device)
+        self._buffers.numbers[: numbers.numel()].copy_(numbers)
         self._graphs[shape].update()
 
 
-def _graph(launch: Callable[[], None], pool: tuple[int, int] | None) -> Callable[[], None]:
-    """What starts the kernels that `launch` starts: a graph with its memory in `pool`; `launch` itself without one."""
-    if pool is None:
+class _CudaCapture(NamedTuple):
+    pool: tuple[int, int]
+    """The memory that graphs share, although they run in any order: what outlives one is in the buffers."""
+    stream: torch.cuda.Stream
+
+
+def _graph(launch: Callable[[], None], cuda: _CudaCapture | None) -> Callable[[], None]:
+    """What starts the kernels that `launch` starts: their graph; on the CPU `launch` itself."""
+    if cuda is None:
         return launch
     # Libraries set themselves up when they are first called, which a capture must not see: everything runs once before.
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
+    current = torch.cuda.current_stream()
+    cuda.stream.wait_stream(current)
+    with torch.cuda.stream(cuda.stream):
         launch()
-    current.wait_stream(side)
+    current.wait_stream(cuda.stream)
     graph = torch.cuda.CUDAGraph()
-    # Graphs share memory, although they run in any order: what outlives one is in the buffers. What other threads do
-    # meanwhile is no concern of this capture.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    # What other threads do meanwhile is no concern of this capture.
+    with torch.cuda.graph(graph, pool=cuda.pool, stream=cuda.stream, capture_error_mode="thread_local"):
         launch()
     return graph.replay

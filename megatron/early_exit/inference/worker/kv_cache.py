@@ -63,9 +63,9 @@ class KVCache:
         """Of each layer [slots, positions, 2 * kv heads / tp, d]."""
         return self._cache.flatten(3, 4).unbind(0)
 
-    def row_numbers(self, slot: int, first: int, stop: int) -> range:
-        """Indices into `rows` of the positions `first`, ..., `stop` - 1 of a slot."""
-        return range(slot * self.num_positions + first, slot * self.num_positions + stop)
+    def row_numbers(self, slot: int) -> range:
+        """Indices into `rows` of the positions of a slot."""
+        return range(slot * self.num_positions, (slot + 1) * self.num_positions)
 
     def write_views(self, slot: int, first: int, stop: int) -> tuple[Tensor, ...]:
         """Of each layer [stop - first, 2 * kv heads / tp, d]: where rows of one slot are written."""
@@ -78,6 +78,12 @@ class KVCache:
         cached = self._cache[:, first_slot : first_slot + num_slots, :num_keys]
         keys, values = cached.permute(3, 0, 1, 4, 2, 5)
         return keys.unbind(0), values.unbind(0)
+
+    def copy_of_keys_and_values(self, layer: int, slots: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+        """As `keys_and_values`, of one layer and of slots wherever they are."""
+        cached = self._cache[layer, :, :num_keys].index_select(0, slots)
+        keys, values = cached.permute(2, 0, 3, 1, 4).unbind(0)
+        return keys, values
 
     def copy_slot(self, source: int, target: int, count: int) -> None:
         """Give `target` the first `count` positions of `source`, in all layers."""
