@@ -84,6 +84,8 @@ class Engine:
         """In the order of admission."""
         self._operations: list[SlotOperation] = []
         """For the next step."""
+        self._num_outstanding = 0
+        """Rows submitted whose outputs have not come, those of requests that have ended included."""
         self._num_planned_for = 0
         self._failure: str | None = None
 
@@ -131,7 +133,7 @@ class Engine:
         return self._enqueue(
             ScoringRequest(
                 request_id=next(self._request_ids),
-                prompt=self.slots.prepare(ids),
+                prompt=self.slots.prepare(ids, runs_all_layers=heads[-1] == FINAL_HEAD),
                 params=params,
                 model=model,
                 heads=heads,
@@ -238,8 +240,9 @@ class Engine:
             self._select_exits_again()
             if self.executor.can_submit:
                 self._submit()
-            if any(request.num_in_flight for request in self._running.values()):
+            if self._num_outstanding:
                 for output in self.executor.poll():
+                    self._num_outstanding -= 1
                     self._receive(output, events)
         except ExecutorError as error:
             self._failure = str(error)
@@ -296,6 +299,7 @@ class Engine:
                 rows.append(request.submit(following))
                 budget -= len(following.tokens) if following.phase in ("prefill", "score") else 0
         if rows:
+            self._num_outstanding += len(rows)
             self.executor.submit(Step(next(self._step_numbers), tuple(self._operations), tuple(rows)))
             self._operations.clear()
 

@@ -51,6 +51,7 @@ class PromptBlocks:
     blocks: tuple[Block, ...]
     order: int
     """Counts prompts in the order in which they came."""
+    runs_all_layers: bool = True
     waits_for: _Wait | None = None
 
 
@@ -85,10 +86,12 @@ class Slots:
     def num_free(self) -> int:
         return self._num_free
 
-    def prepare(self, tokens: Sequence[int]) -> PromptBlocks:
-        """Hash a prompt, which must not change any more. Prompts are prepared in the order in which requests come."""
+    def prepare(self, tokens: Sequence[int], runs_all_layers: bool = True) -> PromptBlocks:
+        """Hash a prompt, which must not change any more. Prompts are prepared in the order in which requests come.
+
+        runs_all_layers: whether its rows will be complete, so that others may wait for them."""
         blocks = blocks_of(tokens, self.block_size, 0, len(tokens) // self.block_size)
-        return PromptBlocks(tokens, tuple(blocks), next(self._orders))
+        return PromptBlocks(tokens, tuple(blocks), next(self._orders), runs_all_layers)
 
     def assign(self, tokens: Sequence[int] | PromptBlocks, limit: int, blocks: frozenset[int]) -> Assignment | None:
         """Give a slot to the request with the prompt `tokens`.
@@ -219,7 +222,7 @@ class Slots:
         one = self._slots[slot]
         self._keep(slot, num_kept)
         one.tokens, one.complete_to = list(prompt.tokens), num_shared
-        one.promised = max(len(one.tokens) - 1, 0)
+        one.promised = max(len(one.tokens) - 1, 0) if prompt.runs_all_layers else num_shared
         self._index.extend(slot, prompt.blocks[self._index.num_blocks(slot) : one.promised // self.block_size])
         one.blocks, one.order, one.is_taken = blocks, prompt.order, True
         one.generation += 1
