@@ -108,12 +108,26 @@ def test_a_stop_string_at_the_very_end() -> None:
 
 
 def test_what_cannot_be_answered_harms_no_other() -> None:
-    prompts = ["hello", "", "x" * 41, [1, 95], "hello"]
-    first, empty, long, unknown, last = on_one(generate, prompts=prompts, params=SAMPLED)
+    prompts = ["hello", "", "x" * 41, [1, 95], "hello", "hello"]
+    params = [*[SAMPLED] * 4, replace(SAMPLED, stop_tokens=(1, 94)), SAMPLED]
+    first, *refused, last = on_one(generate, prompts=prompts, params=params)
     assert first.text == last.text and len(first.text) == 20
-    assert [one.finish_reason for one in (empty, long, unknown)] == ["error"] * 3
-    assert "empty" in empty.error and "41 tokens" in long.error and "[95]" in unknown.error
-    assert all(one.result is None for one in (empty, long, unknown))
+    assert [(one.finish_reason, one.result, one.text) for one in refused] == [("error", None, "")] * 4
+    empty, long, unknown, stops = (one.error for one in refused)
+    assert "the prompt is empty" in empty and "the prompt has 41 tokens" in long
+    assert "the prompt has ids outside of the vocabulary of 94: [95]" in unknown
+    assert "stop_tokens" in stops and "outside of the vocabulary of 94" in stops and "[94]" in stops
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_text_of_a_stop_token_is_left_out(mode: str) -> None:
+    params = replace(SAMPLED, mode=mode, exit_thresholds=(0.011,), draft_length=4)
+    (whole,) = on_one(generate, prompts="hello", params=params)
+    stop = whole.result.token_ids[8]
+    (cut,) = on_one(generate, prompts="hello", params=replace(params, stop_tokens=(stop,)))
+    count = whole.result.token_ids.index(stop) + 1
+    assert cut.result.token_ids == whole.result.token_ids[:count] and cut.finish_reason == "stop"
+    assert (cut.text, cut.pieces[-1]) == (whole.text[: count - 1], "")
 
 
 def test_prompts_of_other_types() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.engine.engine import Event, QueueFull
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.params import GenerationParams, PromptTooLong
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult, Statistics
 from megatron.early_exit.inference.text_engine import OutputDelta, TextEngine
 
@@ -252,6 +252,7 @@ def test_text_that_cannot_be_made_ends_that_request_alone() -> None:
     ("prompt", "params", "message"),
     [
         ("x" * (40 * 256 + 1), {}, "the prompt has 10241 characters; at most 40 tokens fit"),
+        ([], {}, "the prompt is empty"),
         ([A] * 41, {}, "the prompt has 41 tokens; at most 40 fit"),
         (b"a", {}, "a prompt is of the type bytes"),
         ([1, "a"], {}, "an id of the prompt is 'a'"),
@@ -262,8 +263,9 @@ def test_text_that_cannot_be_made_ends_that_request_alone() -> None:
 def test_prompts_are_refused_before_the_engine_sees_them(prompt: object, params: dict, message: str) -> None:
     engine = ScriptedEngine([[A]])
     text_engine = TextEngine(engine, WORDS, ExitConfig())
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         text_engine.add(prompt, GenerationParams(**params))
+    assert isinstance(caught.value, PromptTooLong) == ("at most" in message)
     assert len(engine.scripts) == 1
     text_engine.add("x" * 40 * 256, GenerationParams())
     with pytest.raises(QueueFull):

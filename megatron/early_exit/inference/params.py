@@ -320,12 +320,21 @@ class ScoreParams:
             raise ValueError(f"score_from is {self.score_from}; it must be below the number of tokens, {len(ids)}")
 
 
+class PromptTooLong(ValueError):
+    """A prompt does not fit."""
+
+
+def check_length(num_tokens: int, num_positions: int) -> None:
+    """Raise ValueError unless a model with so many positions can continue so many tokens."""
+    if num_tokens == 0:
+        raise ValueError("the prompt is empty; give at least one token (for instance the end of document)")
+    if num_tokens > num_positions:
+        raise PromptTooLong(f"the prompt has {num_tokens} tokens; at most {num_positions} fit")
+
+
 def check_prompt(prompt_ids: Sequence[int], num_positions: int, vocab_size: int) -> None:
     """Raise ValueError if a model with these limits cannot continue `prompt_ids`."""
-    if not prompt_ids:
-        raise ValueError("the prompt is empty; give at least one token (for instance the end of document)")
-    if len(prompt_ids) > num_positions:
-        raise ValueError(f"the prompt has {len(prompt_ids)} tokens; at most {num_positions} fit")
+    check_length(len(prompt_ids), num_positions)
     check_ids("the prompt", prompt_ids, vocab_size)
 
 

@@ -15,7 +15,7 @@ from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.engine import Engine, Event, QueueFull
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.params import GenerationParams, PromptTooLong, check_length
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.inference.text import StopStrings, TextStream
 
@@ -99,17 +99,16 @@ class TextEngine:
         params.drafting_exit(self._exits)
 
     def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a prompt. Raises ValueError if it is none, or is too long to be worth the tokenizer's time."""
+        """Ids of a prompt. Raises ValueError if it is none; PromptTooLong, before any work, if it cannot fit."""
         num_positions = self._num_positions
         if isinstance(prompt, str):
             if len(prompt) > num_positions * _MAX_CHARACTERS_PER_TOKEN:
-                raise ValueError(f"the prompt has {len(prompt)} characters; at most {num_positions} tokens fit")
+                raise PromptTooLong(f"the prompt has {len(prompt)} characters; at most {num_positions} tokens fit")
             return self._tokenizer.encode_prompt(prompt, add_special_tokens)
         ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
         if not isinstance(ids, Sequence) or isinstance(ids, (bytes, bytearray)):
             raise ValueError(f"a prompt is of the type {type(prompt).__name__}; give text or a list of ids")
-        if len(ids) > num_positions:
-            raise ValueError(f"the prompt has {len(ids)} tokens; at most {num_positions} fit")
+        check_length(len(ids), num_positions)
         return [checked.integer("an id of the prompt", token) for token in ids]
 
     def add(self, prompt: Prompt, params: GenerationParams, sample_index: int = 0, prompt_index: int = 0) -> int:
