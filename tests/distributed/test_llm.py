@@ -12,13 +12,13 @@ import torch
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
 from megatron.early_exit.inference.text import StopStrings
 from megatron.early_exit.inference.text_engine import RequestOutput
 from megatron.early_exit.inference.worker.head_output import HeadOutput
 from megatron.early_exit.inference.worker.sampling import Draw
 from tests.configs import VOCAB_SIZE
-from tests.distributed.engines import check_invariants, decoder_of, decoding_config, make_engine
+from tests.distributed.engines import check_invariants, decoder_of, decoding_config, make_engine, reference_over
 from tests.distributed.parallel_model import layout
 from tests.distributed.test_added_exits import save
 from tests.distributed.workers import run_distributed
@@ -280,6 +280,45 @@ def two_streams(cfg: RunConfig) -> None:
 
 def test_two_streams_at_once() -> None:
     on_one(two_streams)
+
+
+def score(cfg: RunConfig) -> None:
+    with layout(cfg):
+        llm = make_llm(cfg)
+        (expected,) = llm.generate("hello", SAMPLED)
+        stream = llm.stream("hello", SAMPLED)
+        text = next(stream).text
+        params = ScoreParams(exit_layers=(1, 3), top_log_probs=3, logits=True, score_from=1)
+        first, *refused, second = llm.score(["world", "", "x" * 41, [1, 95], [5], [6, 7]], params)
+        assert text + "".join(delta.text for delta in stream) == expected.text
+        assert not llm.engine.has_work and not llm._mailboxes
+        check_invariants(llm.engine)
+        for result, ids in ((first, Characters().tokenize("world")), (second, [6, 7])):
+            _, logits = reference_over(cfg, ids)
+            assert (result.error, [head.exit_layer for head in result.heads]) == (None, [1, 3, None])
+            for head in result.heads:
+                theirs = logits[head.exit_layer][1:, :94]
+                assert np.abs(head.logits - theirs.numpy()).max() < 1e-5
+                log_probs, best = theirs.log_softmax(-1), theirs.argmax(-1)
+                assert list(head.tokens) == best.tolist()
+                assert list(head.confidences) == pytest.approx(log_probs.max(-1).values.exp().tolist(), rel=1e-5)
+                given = [log_probs[row, token].item() for row, token in enumerate(ids[2:])]
+                assert list(head.log_probs) == pytest.approx(given, rel=1e-5)
+                assert [[token for token, _ in top] for top in head.top_log_probs] == log_probs.topk(3).indices.tolist()
+        errors = ("prompt is empty", "41 tokens", "vocabulary of 94: [95]", "score_from is 1")
+        for result, words in zip(refused, errors, strict=True):
+            assert words in result.error and result.heads == ()
+        assert llm.score([], params) == []
+        (one,) = llm.score([5, 6, 7])  # one prompt of ids
+        assert [len(head.tokens) for head in one.heads] == [3] * 4
+        with pytest.raises(ValueError, match="exit_layers names 9, but the model's exits are 1, 2, 3"):
+            llm.score("world", ScoreParams(exit_layers=(9,)))
+        with pytest.raises(ValueError, match="it must be ScoreParams"):
+            llm.score("world", SAMPLED)
+
+
+def test_scores_of_given_tokens_while_a_stream_is_open() -> None:
+    on_one(score)
 
 
 def leave_early(cfg: RunConfig) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.engine.engine import Event, QueueFull
-from megatron.early_exit.inference.params import GenerationParams, PromptTooLong
-from megatron.early_exit.inference.results import GeneratedToken, RequestResult, Statistics
+from megatron.early_exit.inference.params import GenerationParams, PromptTooLong, ScoreParams
+from megatron.early_exit.inference.results import GeneratedToken, RequestResult, ScoreResult, Statistics
 from megatron.early_exit.inference.text_engine import OutputDelta, TextEngine
 
 STATISTICS = Statistics(0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
@@ -53,6 +53,10 @@ class ScriptedEngine:
         request_id = 100 + len(self.scripts)
         self.running[request_id] = Script(self.scripts.pop(0), params)
         return request_id
+
+    def add_scoring(self, ids: Sequence[int], params: ScoreParams) -> int:
+        self.later.append(Event(50, [], ScoreResult(50, (), error=f"{len(ids)} ids")))
+        return 50
 
     def step(self) -> list[Event]:
         events, self.later = self.later, []
@@ -270,6 +274,19 @@ def test_prompts_are_refused_before_the_engine_sees_them(prompt: object, params:
     text_engine.add("x" * 40 * 256, GenerationParams())
     with pytest.raises(QueueFull):
         TextEngine(ScriptedEngine(num_slots=0), WORDS, ExitConfig()).add("a", GenerationParams())
+
+
+def test_scores_come_beside_text() -> None:
+    text_engine = TextEngine(ScriptedEngine([[A], [B]]), WORDS, ExitConfig())
+    outputs, scores = text_engine.add([A], GenerationParams()), text_engine.add_scoring("xyz", ScoreParams())
+    assert [one.request_id for one in text_engine.step()] == [scores, outputs]
+    assert [one.request_id for one in text_engine.step()] == [outputs]
+    with pytest.raises(ValueError, match="tokens could not be scored: 4 ids"):
+        ScoreResult(scores, (), error="4 ids").check()
+    assert text_engine.add_scoring([A, B], ScoreParams()) == scores and text_engine.cancel(scores) is None
+    assert text_engine.step() == []  # nobody waits for it
+    with pytest.raises(PromptTooLong):
+        text_engine.add_scoring([A] * 41, ScoreParams())
 
 
 def test_ids_of_prompts() -> None:

@@ -36,7 +36,7 @@ def exit_quality(
     num_tokens, layers = 0, []
     for number, tokens in enumerate(sequences):
         (result,) = llm.score([tokens])
-        layers = [head.exit_layer for head in result.heads]
+        layers = [head.exit_layer for head in result.check().heads]
         labels, best = np.array(tokens[1:]), np.array(result.heads[-1].tokens[:-1])
         predicted = [np.array(head.tokens[:-1]) for head in result.heads]
         sums = sums + np.array([
@@ -85,7 +85,7 @@ def decoding_quality(
                 continue
             scores = ScoreParams(exit_layers=(), score_from=len(prompt) - 1)
             (scored,) = llm.score([prompt + result.token_ids], scores)
-            (final,) = scored.heads
+            (final,) = scored.check().heads
             agreed = sum(own == token for own, token in zip(final.tokens, result.token_ids))
             loss = -sum(final.log_probs)
             statistics = result.statistics

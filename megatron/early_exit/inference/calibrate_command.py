@@ -82,7 +82,7 @@ def calibrate(args: argparse.Namespace) -> None:
     shortlist, coverage = frequent_tokens(counts, size)
     progress, results = show_progress("sequences"), []
     for number, tokens in enumerate(sequences):
-        results += llm.score([tokens])
+        results += [result.check() for result in llm.score([tokens])]
         progress(number + 1, len(sequences))
     confidences, agrees = observations(results)
     layers = tuple(one.layer_number for one in model.exits)

@@ -7,7 +7,10 @@ for output in llm.generate(["import os", "def main"], GenerationParams(mode="ear
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -41,8 +44,7 @@ class LLM:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, exits: ExitConfig) -> None:
         self.engine, self.tokenizer, self.exits = engine, tokenizer, exits
         self._text_engine = TextEngine(engine, tokenizer, exits)
-        self._mailboxes: dict[int, list[OutputDelta]] = {}
-        """By request: several streams may be open, and a step of one brings deltas of the others."""
+        self._mailboxes: list[_Mailbox] = []
 
     @classmethod
     def load(
@@ -145,39 +147,61 @@ class LLM:
     ) -> Iterator[OutputDelta]:
         """As `generate`, step by step. Leaving the loop early cancels what is unfinished."""
         prompts = as_list(prompts)
-        mine: set[int] = set()
-        mailbox: list[OutputDelta] = []
-        try:
-            for index, (prompt, settings) in enumerate(zip(prompts, self._for_each(prompts, params), strict=True)):
+        each = self._for_each(prompts, params)
+        with self._mailbox() as mailbox:
+            for index, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
                 for sample_index in range(settings.n):
                     try:
-                        request_id = self._text_engine.add(prompt, settings, sample_index, index)
+                        mailbox.open.add(self._text_engine.add(prompt, settings, sample_index, index))
                     except Exception as error:  # whatever it is, it is this prompt's
                         output = RequestOutput(None, [], sample_index, index, error=in_words(error))
                         yield OutputDelta(output, (), (), is_finished=True)
-                    else:
-                        mine.add(request_id)
-                        self._mailboxes[request_id] = mailbox
-            while mine:
-                if not mailbox:
-                    self._step()
-                news, mailbox[:] = mailbox[:], []
-                for delta in news:
-                    if delta.is_finished:
-                        mine.remove(delta.output.request_id)
-                    yield delta
+            yield from self._collect(mailbox)
+
+    def score(self, prompts: Prompt | Sequence[Prompt], params: ScoreParams = DEFAULT_SCORES) -> list[ScoreResult]:
+        """What heads predict at each position of `prompts` (one, or several; texts or ids), with nothing generated.
+
+        A prompt that cannot be scored gives a result with `error` set; the others are untouched. Raises ValueError if
+        the model does not have the exits that the settings name."""
+        if not isinstance(params, ScoreParams):
+            raise ValueError(f"params is {params!r}; it must be ScoreParams(...)")
+        params.heads(self.exits)
+        results: list[ScoreResult] = []
+        place: dict[int, int] = {}
+        with self._mailbox() as mailbox:
+            for index, prompt in enumerate(as_list(prompts)):
+                result = ScoreResult(None, ())
+                try:
+                    request_id = self._text_engine.add_scoring(prompt, params)
+                except Exception as error:  # this prompt's
+                    result = replace(result, error=in_words(error))
+                else:
+                    mailbox.open.add(request_id)
+                    place[request_id] = index
+                results.append(result)
+            for result in self._collect(mailbox):
+                results[place[result.request_id]] = result
+        return results
+
+    @contextmanager
+    def _mailbox(self) -> Iterator[_Mailbox]:
+        """A mailbox; requests that are still open when it is closed are cancelled."""
+        mailbox = _Mailbox()
+        self._mailboxes.append(mailbox)
+        try:
+            yield mailbox
         finally:
-            for request_id in mine:
-                self._mailboxes.pop(request_id, None)
+            self._mailboxes.remove(mailbox)
+            for request_id in mailbox.open:
                 self._text_engine.cancel(request_id)
 
-    def score(self, sequences: Sequence[Sequence[int]], params: ScoreParams = DEFAULT_SCORES) -> list[ScoreResult]:
-        """What heads predict over sequences of ids; the engine must have nothing else to do."""
-        ids = [self.engine.add_scoring(sequence, params) for sequence in sequences]
-        results = {}
-        while self.engine.has_work:
-            results |= {event.request_id: event.result for event in self.engine.step() if event.result is not None}
-        return [results[one] for one in ids]
+    def _collect(self, mailbox: _Mailbox) -> Iterator[OutputDelta | ScoreResult]:
+        """What comes for its requests, until all have ended."""
+        while mailbox.open or mailbox.news:
+            if not mailbox.news:
+                self._step()
+            while mailbox.news:
+                yield mailbox.news.popleft()
 
     def _for_each(
         self, prompts: list[Prompt], params: GenerationParams | Sequence[GenerationParams]
@@ -197,17 +221,27 @@ class LLM:
     def _step(self) -> None:
         """Run a step of the engine and sort what it brings into the mailboxes."""
         try:
-            deltas = self._text_engine.step()
+            news = self._text_engine.step()
         except BaseException:
             self._sort(self._text_engine.fail_all("the engine failed"))
             raise
-        self._sort(deltas)
+        self._sort(news)
 
-    def _sort(self, deltas: list[OutputDelta]) -> None:
-        for delta in deltas:
-            request_id = delta.output.request_id
-            mailbox = self._mailboxes.pop(request_id) if delta.is_finished else self._mailboxes[request_id]
-            mailbox.append(delta)
+    def _sort(self, news: list[OutputDelta | ScoreResult]) -> None:
+        for one in news:
+            mailbox = next(mailbox for mailbox in self._mailboxes if one.request_id in mailbox.open)
+            mailbox.news.append(one)
+            if one.is_finished:
+                mailbox.open.remove(one.request_id)
+
+
+@dataclass(eq=False)
+class _Mailbox:
+    """What is new for the requests of one call. Several may be open: a step of one brings news of the others."""
+
+    open: set[int] = field(default_factory=set)
+    """Requests that have not ended."""
+    news: deque[OutputDelta | ScoreResult] = field(default_factory=deque)
 
 
 def _exit_probe(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,8 +175,18 @@ class ScoredHead:
 class ScoreResult:
     """The predictions of one request for scores."""
 
-    request_id: int
+    request_id: int | None
+    """None if the prompt was refused."""
     heads: tuple[ScoredHead, ...]
     """In the order of layers, the final head last; empty with an error."""
     error: str | None = None
     """What went wrong."""
+
+    is_finished: ClassVar[bool] = True
+    """Unlike outputs, scores come all at once."""
+
+    def check(self) -> ScoreResult:
+        """The result itself. Raises ValueError if there is an error."""
+        if self.error is not None:
+            raise ValueError(f"tokens could not be scored: {self.error}")
+        return self

@@ -15,8 +15,8 @@ from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.engine import Engine, Event, QueueFull
-from megatron.early_exit.inference.params import GenerationParams, PromptTooLong, check_length
-from megatron.early_exit.inference.results import GeneratedToken, RequestResult
+from megatron.early_exit.inference.params import GenerationParams, PromptTooLong, ScoreParams, check_length
+from megatron.early_exit.inference.results import GeneratedToken, RequestResult, ScoreResult
 from megatron.early_exit.inference.text import StopStrings, TextStream
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,10 @@ class OutputDelta:
     is_finished: bool
 
     @property
+    def request_id(self) -> int | None:
+        return self.output.request_id
+
+    @property
     def text(self) -> str:
         """New text, which no stop string can take back."""
         return "".join(self.pieces)
@@ -88,6 +92,7 @@ class TextEngine:
         self._engine, self._tokenizer, self._exits = engine, tokenizer, exits
         self._num_positions = engine.description.num_positions
         self._growing: dict[int, _GrowingOutput] = {}
+        self._scoring: set[int] = set()
 
     @property
     def has_work(self) -> bool:
@@ -123,23 +128,37 @@ class TextEngine:
         self._growing[request_id] = _GrowingOutput(output, self._tokenizer, params)
         return request_id
 
+    def add_scoring(self, prompt: Prompt, params: ScoreParams) -> int:
+        """Queue a request for what heads predict over a prompt; returns its id. Raises as `add`."""
+        request_id = self._engine.add_scoring(self.encode(prompt), params)
+        self._scoring.add(request_id)
+        return request_id
+
     def cancel(self, request_id: int) -> OutputDelta | None:
-        """End a request now, with what was held of its output. None if it has ended already."""
+        """End a request now, with what was held of its output. None if it has ended already, and for scores."""
         growing = self._growing.pop(request_id, None)
+        self._scoring.discard(request_id)
         result = self._engine.cancel(request_id)
         return growing.finish(result) if growing is not None and isinstance(result, RequestResult) else None
 
-    def step(self) -> list[OutputDelta]:
-        """Run a step of the engine; what it made of the outputs, those alone that have something new."""
-        return self._deltas(self._engine.step())
+    def step(self) -> list[OutputDelta | ScoreResult]:
+        """Run a step of the engine. Returns what is new of outputs, and the scores that are complete."""
+        return self._news(self._engine.step())
 
-    def fail_all(self, error: str) -> list[OutputDelta]:
+    def fail_all(self, error: str) -> list[OutputDelta | ScoreResult]:
         """End every request of the engine with an error."""
-        return self._deltas(self._engine.fail_all(error))
+        return self._news(self._engine.fail_all(error))
 
-    def _deltas(self, events: list[Event]) -> list[OutputDelta]:
-        deltas = [self._delta(event) for event in events if event.request_id in self._growing]
-        return [delta for delta in deltas if delta.tokens or delta.is_finished]
+    def _news(self, events: list[Event]) -> list[OutputDelta | ScoreResult]:
+        news = []
+        for event in events:
+            if event.request_id in self._growing:
+                delta = self._delta(event)
+                news += [delta] if delta.tokens or delta.is_finished else []
+            elif event.request_id in self._scoring:
+                self._scoring.remove(event.request_id)
+                news.append(event.result)
+        return news
 
     def _delta(self, event: Event) -> OutputDelta:
         growing = self._growing[event.request_id]
