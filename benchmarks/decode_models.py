@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,22 @@ import torch
 
 from benchmarks import smollm2
 from megatron.early_exit.checkpoint.hugging_face import from_transformers
-from megatron.early_exit.checkpoint.load_model import load_model_for_inference
+from megatron.early_exit.checkpoint.parameters import check_parameters
+from megatron.early_exit.checkpoint.read_model import read_model
+from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.config.parallel import ParallelConfig
-from megatron.early_exit.config.settings import BuildConfig
+from megatron.early_exit.config.serialize import checkpoint_folder
+from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.linear import Int8Linear
+from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_linear
 from megatron.early_exit.inference.worker.weights import ExitProbe, decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
-from megatron.early_exit.model.build import build_model
-from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 from megatron.early_exit.platform.device import device
-from megatron.early_exit.platform.distributed import initialize_distributed, initialize_model_parallel
 
 
 class TwinModel:
@@ -41,23 +39,17 @@ class TwinModel:
         # All generate equally many tokens. (min_new_tokens would do so by forbidding the end, which changes tokens.)
         self.theirs.generation_config.eos_token_id = None
         self.vocab_size = self.theirs.config.vocab_size
-        model, parameters = from_transformers(self.theirs, self.vocab_size)
+        model, self.tensors = from_transformers(self.theirs, self.vocab_size)
         self.config = ModelDescription(
-            model=replace(model, padded_vocab_size=self.vocab_size),
+            model=model,
             exits=ExitConfig(exit_layer_nums=exit_layers, use_exit_norm=True),
             tokenizer=TokenizerConfig("NullTokenizer", vocab_size=self.vocab_size - 1),
             dtype="fp32",
         )
-        initialize_distributed()
-        initialize_model_parallel(ParallelConfig(), model.num_layers, seed=1)
-        build = BuildConfig(model, self.config.exits, self.config.dtype)
-        chunk = build_model(build, self.vocab_size, wrap_with_ddp=False).chunks[0].eval()
         for layer in exit_layers:
-            parameters[f"decoder.layers.{layer - 1}.exit_head.norm.weight"] = self.theirs.model.norm.weight
-        missing = set(dict(chunk.named_parameters())) ^ set(parameters)
-        assert not missing, missing
-        chunk.load_state_dict(parameters, strict=False)
-        self.chunk = chunk
+            norm = LazyTensor.of(self.theirs.model.norm.weight)
+            self.tensors[f"decoder.layers.{layer - 1}.exit_head.norm.weight"] = norm
+        check_parameters(self.tensors, model, self.config.exits)
 
     def engine(
         self,
@@ -68,7 +60,7 @@ class TwinModel:
         use_graphs: bool | None = None,
     ) -> Engine:
         return make_engine(
-            self.chunk, self.config, self.vocab_size, kind, num_slots, exit_probe, length, use_graphs=use_graphs
+            self.tensors, self.config, self.vocab_size, kind, num_slots, exit_probe, length, use_graphs=use_graphs
         )
 
 
@@ -82,7 +74,7 @@ class SmolLM2(TwinModel):
 
 
 def make_engine(
-    chunk: EarlyExitGPTModel,
+    tensors: Tensors,
     config: ModelDescription,
     vocab_size: int,
     kind: str = "fp32",
@@ -94,7 +86,10 @@ def make_engine(
 ) -> Engine:
     """kind: fp32, bf16, or int8 (all linear layers); use_graphs: CUDA graphs, default where they can be used"""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    weights = decoder_weights(chunk, config.model, dtype, Int8Linear if kind == "int8" else None, exit_probe)
+    weights = decoder_weights(
+        tensors, config, device=device(), dtype=dtype, make_linear=Int8Linear if kind == "int8" else fastest_linear,
+        exit_probe=exit_probe,
+    )  # fmt: skip
     decoder = Decoder(weights, num_slots=num_slots, num_positions=length, vocab_size=vocab_size, use_graphs=use_graphs)
     return Engine(LocalExecutor(Worker(decoder)), config.exits, calibration=calibration)
 
@@ -103,9 +98,9 @@ class Checkpoint:
     """A training checkpoint with exits, and text of its kind to continue."""
 
     def __init__(self, folder: str) -> None:
-        self.config, model, self.tokenizer = load_model_for_inference(folder)
-        self.chunk = model.chunks[0]
+        self.config, self.tensors = read_model(checkpoint_folder(folder))
+        self.tokenizer = build_tokenizer(self.config.tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
 
     def engine(self, **settings: Any) -> Engine:
-        return make_engine(self.chunk, self.config, self.vocab_size, **settings)
+        return make_engine(self.tensors, self.config, self.vocab_size, **settings)

@@ -22,10 +22,11 @@ from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.protocol import ExitThreshold, Rows, Step
 from megatron.early_exit.inference.results import RequestResult, ScoreResult
 from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.weights import decoder_weights
+from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+from megatron.early_exit.inference.worker.weights import DecoderWeights, decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE, make_config
-from tests.distributed.parallel_model import build_with_reference_parameters, layout
+from tests.distributed.parallel_model import layout, reference_description, reference_tensors
 from tests.reference import ReferenceBatch, ReferenceModel
 
 MAX_POSITIONS = 40
@@ -56,11 +57,17 @@ def decoding_config(**changes: Any) -> RunConfig:
     return make_config(**{"max_position_embeddings": MAX_POSITIONS, "exit_layer_nums": (1, 2, 3), **changes})
 
 
+def reference_weights(cfg: RunConfig, **changes: Any) -> DecoderWeights:
+    """This rank's part of the reference's parameters; under tensor parallelism within `layout(cfg)`."""
+    is_parallel = cfg.parallel.tensor_model_parallel_size > 1
+    tp = TensorParallel(parallel_state.get_tensor_model_parallel_group() if is_parallel else None)
+    return decoder_weights(reference_tensors(cfg), reference_description(cfg), tp=tp, **changes)
+
+
 def make_engine(
     cfg: RunConfig, num_slots: int = 4, vocab_size: int = VOCAB_SIZE, use_graphs: bool = False, **changes: Any
 ) -> Engine:
-    chunk = build_with_reference_parameters(cfg, wrap_with_ddp=False).chunks[0].eval()
-    weights = decoder_weights(chunk, cfg.model)
+    weights = reference_weights(cfg)
     decoder = Decoder(weights, num_slots=num_slots, vocab_size=vocab_size, use_graphs=use_graphs)
     return Engine(LocalExecutor(Worker(decoder)), cfg.exits, **{"costs": COSTS, **changes})
 

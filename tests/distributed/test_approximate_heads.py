@@ -18,7 +18,7 @@ from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.linear import Int8Linear
-from megatron.early_exit.inference.worker.weights import ExitProbe, decoder_weights
+from megatron.early_exit.inference.worker.weights import ExitProbe
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import (
@@ -27,10 +27,11 @@ from tests.distributed.engines import (
     check_invariants,
     decoding_config,
     reference_over,
+    reference_weights,
     run_all,
     score_all,
 )
-from tests.distributed.parallel_model import build_with_reference_parameters, layout
+from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
 
 PROMPT = [5, 17, 80, 3, 41]
@@ -41,10 +42,8 @@ SAMPLED = SamplingSettings(temperature=1.0, seed=5)
 
 
 def make_decoder(cfg: RunConfig, exit_probe: ExitProbe | None = None, **changes: object) -> Decoder:
-    chunk = build_with_reference_parameters(cfg, wrap_with_ddp=False).chunks[0].eval()
-    return Decoder(
-        decoder_weights(chunk, cfg.model, exit_probe=exit_probe, **changes), num_slots=3, vocab_size=VOCAB_SIZE
-    )
+    weights = reference_weights(cfg, exit_probe=exit_probe, **changes)
+    return Decoder(weights, num_slots=3, vocab_size=VOCAB_SIZE)
 
 
 def answer(cfg: RunConfig, params: list[GenerationParams], exit_probe: ExitProbe | None) -> list[RequestResult]:

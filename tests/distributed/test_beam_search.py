@@ -73,34 +73,29 @@ def greedy(cfg: RunConfig) -> list[int]:
 
 
 def compare_with_transformers(beam_width: int) -> None:
-    from dataclasses import replace
-
     import transformers
 
     from megatron.early_exit.checkpoint.hugging_face import from_transformers
+    from megatron.early_exit.config.data import TokenizerConfig
+    from megatron.early_exit.config.description import ModelDescription
     from megatron.early_exit.config.exits import ExitConfig
     from megatron.early_exit.inference.engine.engine import Engine
     from megatron.early_exit.inference.executor.local import LocalExecutor
     from megatron.early_exit.inference.worker.decoder import Decoder
     from megatron.early_exit.inference.worker.weights import decoder_weights
     from megatron.early_exit.inference.worker.worker import Worker
-    from megatron.early_exit.model.build import build_model
-    from tests.configs import make_config
     from tests.distributed.test_transformers import SIZES
 
     torch.manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval()
-    model, parameters = from_transformers(theirs, 96)
-    cfg = replace(make_config(exit_layer_nums=(), exit_layer_weight=()), model=model)
-    with layout(cfg):
-        chunk = build_model(cfg, 96, wrap_with_ddp=False).chunks[0].eval()
-        chunk.load_state_dict(parameters, strict=False)
-        decoder = Decoder(decoder_weights(chunk, cfg.model), num_slots=beam_width, vocab_size=93)
-        engine = Engine(LocalExecutor(Worker(decoder)), ExitConfig())
-        for prompt in ([1, 2, 3], [50], list(range(30))):
-            (ours,) = beam_search(engine, prompt, beam_width=beam_width, max_tokens=20)
-            expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, num_beams=beam_width, do_sample=False)
-            assert list(ours.tokens) == expected[0, len(prompt) :].tolist()
+    model, tensors = from_transformers(theirs, 96)
+    description = ModelDescription(model, ExitConfig(), TokenizerConfig("NullTokenizer", vocab_size=92), "fp32")
+    decoder = Decoder(decoder_weights(tensors, description), num_slots=beam_width, vocab_size=93)
+    engine = Engine(LocalExecutor(Worker(decoder)), ExitConfig())
+    for prompt in ([1, 2, 3], [50], list(range(30))):
+        (ours,) = beam_search(engine, prompt, beam_width=beam_width, max_tokens=20)
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, num_beams=beam_width, do_sample=False)
+        assert list(ours.tokens) == expected[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("beam_width", [2, 5])

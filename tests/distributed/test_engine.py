@@ -490,7 +490,6 @@ def refusal(cfg: RunConfig, prompt: list[int], params: GenerationParams) -> str:
         ({}, PROMPT, {"mode": "self_speculative", "draft_exit": 9}, "draft_exit is 9, but the model's exits are 1, 2"),
         ({"exit_layer_nums": ()}, PROMPT, {"mode": "self_speculative"}, "the model has none"),
         ({"exit_layer_nums": ()}, PROMPT, {"mode": "early_exit"}, "the model has no exits"),
-        ({**TP2, "sequence_parallel": True}, PROMPT, {}, "sequence parallelism"),
     ],
 )
 def test_what_cannot_be_answered_is_refused(changes: dict, prompt: list[int], params: dict, message: str) -> None:

@@ -217,17 +217,12 @@ def load_two(folder: Path) -> list[list[int]]:
     """The answers of two models that are loaded side by side, and of a third in place of the first."""
     from megatron.core import parallel_state
 
-    from megatron.early_exit.config.parallel import ParallelConfig
-    from megatron.early_exit.platform.distributed import initialize_model_parallel
-
     params = GenerationParams(max_tokens=5)
     one, two = LLM.load(folder), LLM.load(str(folder))
     answers = [model.generate([5, 6], params)[0].result.token_ids for model in (one, two, one)]
-    with pytest.raises(ValueError, match="has a model with tensor parallel size 1, 1 pipeline stages.*cannot join"):
-        initialize_model_parallel(ParallelConfig(tensor_model_parallel_size=2), num_layers=4, seed=1)
     with pytest.raises(ValueError, match="tensor_parallel_size is 2 but 1 process was started"):
         LLM.load(folder, tensor_parallel_size=2)
-    assert parallel_state.get_tensor_model_parallel_world_size() == 1
+    assert not parallel_state.model_parallel_is_initialized()
     one = LLM.load(folder)
     return [*answers, one.generate([5, 6], params)[0].result.token_ids]
 

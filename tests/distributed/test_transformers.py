@@ -7,7 +7,6 @@ import torch
 
 from megatron.early_exit.inference.params import GenerationParams
 from tests.distributed.engines import run_all
-from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
 
 SIZES = {
@@ -19,19 +18,18 @@ PROMPTS = [[(7 * i + j * j) % 93 for j in range(1 + 3 * i % 50)] for i in range(
 
 
 def compare(kind: str, **changes: object) -> None:
-    from dataclasses import replace
-
     import transformers
 
     from megatron.early_exit.checkpoint.hugging_face import from_transformers
+    from megatron.early_exit.checkpoint.parameters import check_parameters
+    from megatron.early_exit.config.data import TokenizerConfig
+    from megatron.early_exit.config.description import ModelDescription
     from megatron.early_exit.config.exits import ExitConfig
     from megatron.early_exit.inference.engine.engine import Engine
     from megatron.early_exit.inference.executor.local import LocalExecutor
     from megatron.early_exit.inference.worker.decoder import Decoder
     from megatron.early_exit.inference.worker.weights import decoder_weights
     from megatron.early_exit.inference.worker.worker import Worker
-    from megatron.early_exit.model.build import build_model
-    from tests.configs import make_config
 
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **{**SIZES, **changes})
@@ -40,17 +38,14 @@ def compare(kind: str, **changes: object) -> None:
         for name, parameter in theirs.named_parameters():
             if "norm" in name or "bias" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    model, parameters = from_transformers(theirs, 96)
-    cfg = replace(make_config(exit_layer_nums=(), exit_layer_weight=()), model=model)
-    with layout(cfg):
-        chunk = build_model(cfg, 96, wrap_with_ddp=False).chunks[0].eval()
-        chunk.load_state_dict(parameters, strict=False)
-        assert set(parameters) == set(dict(chunk.named_parameters()))
-        decoder = Decoder(decoder_weights(chunk, cfg.model), num_slots=6, vocab_size=93)
-        engine = Engine(LocalExecutor(Worker(decoder)), ExitConfig(), prefill_chunk=32)
-        for prompt in PROMPTS:
-            engine.add(prompt, GenerationParams(max_tokens=64, top_log_probs=93, echo=True))
-        results = run_all(engine)
+    model, tensors = from_transformers(theirs, 96)
+    description = ModelDescription(model, ExitConfig(), TokenizerConfig("NullTokenizer", vocab_size=92), "fp32")
+    check_parameters(tensors, model, ExitConfig())
+    decoder = Decoder(decoder_weights(tensors, description), num_slots=6, vocab_size=93)
+    engine = Engine(LocalExecutor(Worker(decoder)), ExitConfig(), prefill_chunk=32)
+    for prompt in PROMPTS:
+        engine.add(prompt, GenerationParams(max_tokens=64, top_log_probs=93, echo=True))
+    results = run_all(engine)
     for index, prompt in enumerate(PROMPTS):
         tokens = results[index].token_ids
         with torch.no_grad():

@@ -96,9 +96,9 @@ def _error_of(call: Callable, kwargs: dict) -> str:
 
 
 def load_for_inference(load: Path) -> None:
-    from megatron.early_exit.checkpoint.load_model import load_model_for_inference
+    from megatron.early_exit.inference.llm import LLM
 
-    load_model_for_inference(str(load))
+    LLM.load(str(load))
 
 
 def test_metadata_on_every_way_in(trained: Path, data: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

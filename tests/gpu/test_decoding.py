@@ -16,15 +16,13 @@ def answers(dtype: torch.dtype, modes: tuple[str, ...], use_graphs: bool = True)
     from megatron.early_exit.inference.engine.engine import Engine
     from megatron.early_exit.inference.params import GenerationParams
     from megatron.early_exit.inference.worker.decoder import Decoder
-    from megatron.early_exit.inference.worker.weights import decoder_weights
     from tests.configs import VOCAB_SIZE
-    from tests.distributed.engines import check_invariants, decoding_config, run_all
-    from tests.distributed.parallel_model import build_with_reference_parameters, layout
+    from tests.distributed.engines import check_invariants, decoding_config, reference_weights, run_all
+    from tests.distributed.parallel_model import layout
 
     cfg = decoding_config(use_exit_norm=True)
     with layout(cfg):
-        chunk = build_with_reference_parameters(cfg, wrap_with_ddp=False).chunks[0].eval()
-        weights = decoder_weights(chunk, cfg.model, dtype)
+        weights = reference_weights(cfg, dtype=dtype, device=torch.device("cuda"))
         assert weights.device.type == "cuda"
         decoder = Decoder(weights, num_slots=2, vocab_size=VOCAB_SIZE, use_graphs=use_graphs)
         engine = Engine(decoder, cfg.exits)

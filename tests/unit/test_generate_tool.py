@@ -17,9 +17,7 @@ from megatron.early_exit.inference.command_line import _lines, _print_json, _typ
 from megatron.early_exit.inference.results import GeneratedToken, HeadPrediction, PromptToken, RequestResult, Statistics
 from megatron.early_exit.inference.text import pieces
 from megatron.early_exit.inference.text_engine import RequestOutput
-from megatron.early_exit.inference.worker.kv_cache import check_cache_fits
 from megatron.early_exit.platform.world import check_world_size
-from tests.configs import make_config
 
 BYTES = build_tokenizer(DataConfig(tokenizer_type="ByteLevelTokenizer"))
 
@@ -137,22 +135,6 @@ def test_the_number_of_processes():
         check_world_size(4, "tp", world_size=1)
     with pytest.raises(ValueError, match="; start 2 with torchrun --nproc-per-node 2, or set tp to 3, or where RANK"):
         check_world_size(2, "tp", world_size=3)
-
-
-def test_caches_that_no_memory_holds_are_refused_with_what_fits(monkeypatch):
-    cfg = make_config(max_position_embeddings=64).describe(vocab_size=93)
-    heads, size, layers = cfg.model.num_kv_heads, cfg.model.head_size, cfg.model.num_layers
-    per_token = layers * 2 * heads * size * 4
-    monkeypatch.setattr("megatron.early_exit.inference.worker.kv_cache.free_memory_bytes", lambda: 100 * per_token)
-    check_cache_fits(cfg, 10, 10, 1, 4)
-    check_cache_fits(cfg, 1, None, 1, 4)
-    check_cache_fits(cfg, 20, 10, 2, 4)  # a rank has half of the heads
-    with pytest.raises(ValueError, match="max_requests 11 and max_length 10.*at most 11 requests of 9.* or 10 of 10"):
-        check_cache_fits(cfg, 11, 10, 1, 4)
-    with pytest.raises(ValueError, match="at most 1 of 64 fit"):
-        check_cache_fits(cfg, 1000, None, 1, 4)
-    with pytest.raises(ValueError, match="at most 100 tokens fit"):
-        check_cache_fits(cfg, 101, 101, 1, 4)
 
 
 @pytest.mark.parametrize(

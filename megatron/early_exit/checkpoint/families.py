@@ -21,7 +21,8 @@ from megatron.early_exit.config.model import ModelConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+WORD_EMBEDDING, OUTPUT_WEIGHT = "embedding.word_embeddings.weight", "output_layer.weight"
+"""Names of our weights with a row for each id; an exit's own output weight ends like the second."""
 
 THEIR_OUTPUT = "lm_head.weight"
 
@@ -88,18 +89,18 @@ def standard_model_type(model: ModelConfig) -> str:
 
 def pad_vocabulary(tensors: Tensors, rows: int) -> Tensors:
     """Give every weight with a row for each token id `rows` of them: zeros are added, or padding is removed."""
-    is_over_ids = lambda name: name in (_EMBEDDING, _OUTPUT) or name.endswith("exit_head.output_layer.weight")
+    is_over_ids = lambda name: name in (WORD_EMBEDDING, OUTPUT_WEIGHT) or name.endswith("exit_head.output_layer.weight")
     return {name: with_rows(tensor, rows) if is_over_ids(name) else tensor for name, tensor in tensors.items()}
 
 
 def vocabulary_rows(tensors: Tensors) -> int:
     """Rows of the embedding."""
-    return tensors[_EMBEDDING].shape[0]
+    return tensors[WORD_EMBEDDING].shape[0]
 
 
 def model_output_weight(tensors: Tensors) -> LazyTensor:
     """The weight of the final head."""
-    return tensors.get(_OUTPUT, tensors[_EMBEDDING])
+    return tensors.get(OUTPUT_WEIGHT, tensors[WORD_EMBEDDING])
 
 
 def without_exits(tensors: Tensors) -> Tensors:
@@ -175,6 +176,16 @@ def llama3_factors(rope: Mapping[str, Any], head_size: int) -> torch.Tensor:
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return (1.0 / ((1 - smooth) / rope["factor"] + smooth)).float()
+
+
+def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
+    """[rotated channels of a head / 2], fp32: the angle (radians) between one position and the next."""
+    size = int(model.head_size * model.rotary_percent)
+    frequencies = 1.0 / model.rotary_base ** (torch.arange(0, size, 2).float() / size)
+    if model.use_rope_scaling:
+        rope = {**LLAMA3_ROPE, "rope_theta": model.rotary_base, "factor": model.rope_scaling_factor}
+        frequencies = frequencies / llama3_factors(rope, size)
+    return frequencies / (model.rotary_seq_len_interpolation_factor or 1.0)
 
 
 def _rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,8 +268,8 @@ def _llama_sizes(config: PretrainedConfig) -> dict[str, int]:
 
 
 _LLAMA_OUTSIDE_OF_LAYERS = {
-    _EMBEDDING: "model.embed_tokens.weight", "decoder.final_layernorm.weight": "model.norm.weight",
-    _OUTPUT: "lm_head.weight",
+    WORD_EMBEDDING: "model.embed_tokens.weight", "decoder.final_layernorm.weight": "model.norm.weight",
+    OUTPUT_WEIGHT: "lm_head.weight",
 }  # fmt: skip
 _LLAMA_LAYER = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -276,7 +287,7 @@ def _llama_names(model: ModelConfig) -> dict[str, str]:
     """Our name -> theirs, of all parameters that are the same on both sides."""
     names = dict(_LLAMA_OUTSIDE_OF_LAYERS)
     if not model.untie_embeddings_and_output_weights:
-        del names[_OUTPUT]
+        del names[OUTPUT_WEIGHT]
     of_layer = _LLAMA_LAYER | (_LLAMA_HEAD_NORMS if model.qk_layernorm else {})
     for index in range(model.num_layers):
         names |= {f"decoder.layers.{index}.{a}": f"model.layers.{index}.{b}" for a, b in of_layer.items()}
@@ -428,7 +439,7 @@ _GPT2_LAYER = {
 
 def _gpt2_names(model: ModelConfig) -> dict[str, tuple[str, bool]]:
     names = {
-        _EMBEDDING: ("transformer.wte.weight", False),
+        WORD_EMBEDDING: ("transformer.wte.weight", False),
         "embedding.position_embeddings.weight": ("transformer.wpe.weight", False),
     }
     modules = {"decoder.final_layernorm": ("transformer.ln_f", False)}
@@ -440,7 +451,7 @@ def _gpt2_names(model: ModelConfig) -> dict[str, tuple[str, bool]]:
     for ours, (theirs, is_transposed) in modules.items():
         names |= {f"{ours}.weight": (f"{theirs}.weight", is_transposed), f"{ours}.bias": (f"{theirs}.bias", False)}
     if model.untie_embeddings_and_output_weights:
-        names[_OUTPUT] = ("lm_head.weight", False)
+        names[OUTPUT_WEIGHT] = ("lm_head.weight", False)
     return names
 
 

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,7 +100,7 @@ def read_hugging_face(path: Path, max_position_embeddings: int | None = None) ->
     return Source(model, exits, ours, config, plain, notes, path, gguf_file)
 
 
-def from_transformers(theirs: PreTrainedModel, vocab_rows: int) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+def from_transformers(theirs: PreTrainedModel, vocab_rows: int) -> tuple[ModelConfig, Tensors]:
     """(our settings, our parameters) of a model that is in memory already. vocab_rows: of the embedding, padded."""
     config, family = theirs.config, family_of(theirs.config.model_type)
     tensors = {name: LazyTensor.of(tensor) for name, tensor in theirs.state_dict().items()}
@@ -107,7 +108,7 @@ def from_transformers(theirs: PreTrainedModel, vocab_rows: int) -> tuple[ModelCo
     check_tensors(tensors, config, family)
     model = family.model_config(config, config.max_position_embeddings)
     ours = family.ours(tensors, model)
-    return model, {name: tensor.read() for name, tensor in pad_vocabulary(ours, vocab_rows).items()}
+    return replace(model, padded_vocab_size=vocab_rows), pad_vocabulary(ours, vocab_rows)
 
 
 def _shorter(wanted: int | None, limit: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron.early_exit.checkpoint.families import LLAMA3_ROPE, llama3_factors, model_output_weight
+from megatron.early_exit.checkpoint.families import model_output_weight, rotary_frequencies
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
@@ -112,12 +112,7 @@ def _attention(tensors: Tensors, model: ModelConfig, inputs: Tensor, angles: Ten
 
 def _rotary_angles(model: ModelConfig, positions: Tensor) -> Tensor:
     """[b, s, 1, 1, rotated channels / 2]"""
-    size = int(model.head_size * model.rotary_percent)
-    frequencies = 1.0 / model.rotary_base ** (torch.arange(0, size, 2).float() / size)
-    if model.use_rope_scaling:
-        rope = {**LLAMA3_ROPE, "rope_theta": model.rotary_base, "factor": model.rope_scaling_factor}
-        frequencies = frequencies / llama3_factors(rope, size)
-    angles = positions[..., None].float() * frequencies / (model.rotary_seq_len_interpolation_factor or 1.0)
+    angles = positions[..., None].float() * rotary_frequencies(model)
     return angles[:, :, None, None]
 
 

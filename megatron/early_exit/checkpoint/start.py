@@ -173,6 +173,16 @@ def tensor_mismatches(wanted: Mapping[str, tuple[int, ...] | None], metadata: Me
     return ([f"it has no {_some(missing)}"] if missing else []) + ([_some(others)] if others else [])
 
 
+def check_holds_model(folder: Path, wanted: Mapping[str, tuple[int, ...] | None], metadata: Metadata) -> None:
+    """Raise MismatchError if the checkpoint in `folder`, which has `metadata`, lacks parameters of the model, or has
+    others. wanted: as of `tensor_mismatches`"""
+    if clauses := tensor_mismatches(wanted, metadata):
+        raise MismatchError(
+            f"{folder} does not hold the model that its settings describe: {'; '.join(clauses)}. Its files "
+            "may be those of another checkpoint: choose another with --load-iteration."
+        )
+
+
 def _some(names: list[str]) -> str:
     rest = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -46,8 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--shortlist", action=argparse.BooleanOptionalAction,
         help="probe exits with frequent tokens only; default: if the checkpoint is calibrated",
     )  # fmt: skip
-    model.add_argument("--max-requests", type=int, default=8, metavar="N", help="prompts that run at once; default 8")
-    model.add_argument("--max-length", type=int, metavar="N", help="longest prompt and answer; default: the model's")
+    model.add_argument("--max-requests", type=int, metavar="N", help="prompts that run at once; default: at most 16")
+    model.add_argument(
+        "--max-length", type=int, metavar="N", help="longest prompt and answer; default: the model's, at most 4096"
+    )
+    model.add_argument(
+        "--kv-cache-gib", type=float, metavar="F",
+        help="memory of each rank for keys and values; default: 90%% of what the weights leave free on a GPU; on a "
+        "CPU 4, or half of what is free",
+    )  # fmt: skip
     model.add_argument("--no-cuda-graphs", action="store_true", help="start every kernel by itself (on one GPU)")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
@@ -163,9 +170,10 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
     )
 
     from megatron.early_exit.inference.llm import LLM
-    from megatron.early_exit.platform.distributed import initialize_distributed
 
-    if _is_interactive(args):
+    if _is_interactive(args) and args.tensor_model_parallel_size > 1:
+        from megatron.early_exit.platform.distributed import initialize_distributed
+
         initialize_distributed(timeout_minutes=_INTERACTIVE_TIMEOUT_MINUTES)
     llm = LLM.load(
         args.load,
@@ -174,6 +182,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
         dtype=args.dtype,
         max_requests=args.max_requests,
         max_length=args.max_length,
+        kv_cache_gib=args.kv_cache_gib,
         quantize=args.quantize,
         shortlist=args.shortlist,
         cuda_graphs=not args.no_cuda_graphs,
@@ -259,7 +268,7 @@ def _typed_lines(is_rank_zero: bool) -> Iterator[str]:
     own_lines = _lines_of_standard_input()
     while True:
         lines = [next(own_lines, None) if is_rank_zero else None]
-        if torch.distributed.get_world_size() > 1:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.broadcast_object_list(lines, src=0)
         if lines[0] is None:
             return
@@ -380,7 +389,6 @@ def _in_colour(choice: str) -> bool:
 
 
 def _leave() -> None:
-    if "torch" in sys.modules:
-        from megatron.early_exit.platform.distributed import destroy_distributed
-
-        destroy_distributed()
+    distributed = sys.modules.get("megatron.early_exit.platform.distributed")
+    if distributed is not None:
+        distributed.destroy_distributed()

@@ -15,24 +15,17 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.config.serialize import checkpoint_folder, read_description
-from megatron.early_exit.data.tokenizer import Tokenizer
+from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.inference import checked
-from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor.local import LocalExecutor
+from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, in_words
-from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.kv_cache import check_cache_fits
-from megatron.early_exit.inference.worker.linear import Int8Linear
-from megatron.early_exit.inference.worker.weights import ExitProbe, decoder_weights, num_ids_with_rows
+from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 from megatron.early_exit.inference.worker.worker import Worker
-from megatron.early_exit.platform.device import use_cuda
 from megatron.early_exit.platform.world import check_world_size
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 DEFAULT_PARAMS = GenerationParams()
 DEFAULT_SCORES = ScoreParams()
@@ -54,8 +47,9 @@ class LLM:
         iteration: int | None = None,
         tensor_parallel_size: int = 1,
         dtype: str | None = None,
-        max_requests: int = 16,
+        max_requests: int | None = None,
         max_length: int | None = None,
+        kv_cache_gib: float | None = None,
         max_waiting: int | None = None,
         prefill_chunk: int = 256,
         quantize: str | None = None,
@@ -64,66 +58,29 @@ class LLM:
     ) -> LLM:
         """Load a training checkpoint of any layout.
 
-        path: the --save folder. iteration: default the last one. tensor_parallel_size: ranks that share the weights
-        (start them with torchrun). dtype: "fp32" or "bf16", default that of the training, fp32 for one in fp16.
-        max_requests: slots, each with a KV cache. max_length: longest prompt and answer together, default what the
-        model takes. max_waiting, prefill_chunk: see `Engine`. quantize: "exits" probes exits with weights in int8
-        (tokens are still the exit's own), "all" keeps all linear layers in int8; on the CPU. shortlist: probe exits
-        with frequent tokens only, as the checkpoint's calibration lists them; default if there is one that covers at
-        most half of the vocabulary. cuda_graphs: start the kernels of several layers at once where that can be done
-        (one GPU).
+        path: the --save folder. max_waiting, prefill_chunk: see `Engine`. The others are those of `LoadConfig`; ranks
+        that share the weights are started with torchrun.
 
         Several models may be loaded in one process, all onto as many ranks.
 
         Raises ValueError or FileNotFoundError if there is no checkpoint, ValueError for settings that cannot work,
         among them sizes that no memory holds."""
-        from megatron.early_exit.checkpoint.load_model import load_model_for_inference
-
-        path, tensor_parallel_size = str(path), checked.integer("tensor_parallel_size", tensor_parallel_size)
-        existing = torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
-        check_world_size(tensor_parallel_size, "tensor_parallel_size", existing)
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-        max_requests = checked.integer("max_requests", max_requests)
-        if max_requests < 1:
-            raise ValueError(f"max_requests is {max_requests}; it must be at least 1")
-        if max_length is not None:
-            max_length = checked.integer("max_length", max_length)
-            if max_length < 1:
-                raise ValueError(f"max_length is {max_length}; it must be at least 1")
-        if quantize not in (None, "exits", "all"):
-            raise ValueError(f"quantize is {quantize!r}; choose 'exits' or 'all', or leave it out")
-        if quantize is not None and use_cuda():
-            raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
-        folder = checkpoint_folder(path, iteration)
-        saved = read_description(folder)
-        if max_length is not None and max_length > saved.max_position_embeddings:
-            raise ValueError(
-                f"max_length is {max_length}; the model takes sequences of 1 to {saved.max_position_embeddings} tokens"
-            )
-        computes_in = DTYPES[dtype or ("bf16" if saved.dtype == "bf16" else "fp32")]
-        check_cache_fits(saved, max_requests, max_length, tensor_parallel_size, computes_in.itemsize)
-        calibration = ExitCalibration.load(folder)
-        description, model, tokenizer = load_model_for_inference(path, iteration, tensor_parallel_size)
-        weights = decoder_weights(
-            model.chunks[0],
-            description.model,
-            computes_in,
-            Int8Linear if quantize == "all" else None,
-            _exit_probe(calibration, shortlist, quantize, tokenizer.vocab_size),
-        )
-        num_ids = num_ids_with_rows(model.chunks[0].model_output_weight, tokenizer.vocab_size, weights.tp)
-        decoder = Decoder(
-            weights, num_slots=max_requests, num_positions=max_length, vocab_size=num_ids,
-            use_graphs=None if cuda_graphs else False,
+        config = LoadConfig(
+            str(path), iteration, tensor_parallel_size, dtype, max_requests, max_length, kv_cache_gib, quantize,
+            shortlist, cuda_graphs,
         )  # fmt: skip
+        existing = torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
+        check_world_size(config.tensor_parallel_size, "tensor_parallel_size", existing)
+        checkpoint = InferenceCheckpoint(config)
+        description, tokenizer = checkpoint.description, build_tokenizer(checkpoint.description.tokenizer)
+        decoder = checkpoint.load_decoder(tokenizer.vocab_size, lambda: _join(config.tensor_parallel_size))
         engine = Engine(
             LocalExecutor(Worker(decoder)),
             description.exits,
             ends=tokenizer.ends,
             max_waiting=max_waiting,
             prefill_chunk=prefill_chunk,
-            calibration=calibration,
+            calibration=checkpoint.calibration,
         )
         return cls(engine, tokenizer, description.exits)
 
@@ -244,15 +201,14 @@ class _Mailbox:
     news: deque[OutputDelta | ScoreResult] = field(default_factory=deque)
 
 
-def _exit_probe(
-    calibration: ExitCalibration | None, shortlist: bool | None, quantize: str | None, vocab_size: int
-) -> ExitProbe | None:
-    if shortlist and calibration is None:
-        raise ValueError("shortlist needs a calibration of the exits; tools/calibrate_exits.py makes it")
-    if shortlist is None:
-        shortlist = calibration is not None and 2 * len(calibration.shortlist) <= vocab_size
-    ids = tuple(calibration.shortlist.tolist()) if shortlist else ()
-    return ExitProbe(ids, quantize == "exits") if ids or quantize == "exits" else None
+def _join(tensor_parallel_size: int) -> TensorParallel:
+    """All processes of torchrun share the weights."""
+    if tensor_parallel_size == 1:
+        return TensorParallel()
+    from megatron.early_exit.platform.distributed import initialize_distributed
+
+    initialize_distributed()
+    return TensorParallel(torch.distributed.group.WORLD)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,6 +1,8 @@
-"""The model as decoding runs it: any range of layers on any rows, over fused weights and a preallocated KV cache.
+"""Some layers of a model as decoding runs them: on any rows, over fused weights and a preallocated KV cache.
 
-It knows rows and layers, not requests: who asks which exit, and which rows wait, is the engine's business.
+It knows rows and layers, not requests: which exits are evaluated, and which rows are deferred, is for others to say.
+Layers are counted by depth, the number of layers of the whole model that a row has run; exits by their index among all
+exits of the model.
 """
 
 from __future__ import annotations
@@ -41,29 +43,32 @@ class Decoder:
 
         Raises ValueError if the model does not take sequences of `num_positions`."""
         model, self.weights = weights.config, weights
-        self.num_layers, self.exits = len(weights.layers), weights.exits
+        self.num_layers, self.first_layer, self.last_layer = model.num_layers, weights.first_layer, weights.last_layer
+        self.exits = weights.exits
+        self._exits = {one.index: one for one in self.exits}
         self.num_positions = weights.max_positions if num_positions is None else num_positions
         if not 1 <= self.num_positions <= weights.max_positions:
             raise ValueError(f"the model takes sequences of 1 to {weights.max_positions} tokens, not {num_positions}")
-        self.vocab_size = vocab_size if vocab_size is not None else weights.embedding.size(0) * weights.tp.size
+        self.vocab_size = weights.vocab_rows * weights.tp.size if vocab_size is None else vocab_size
         self._head_size = model.head_size
         self._num_heads = model.num_attention_heads // weights.tp.size
         self._num_kv_heads = model.num_kv_heads // weights.tp.size
         self._swiglu, self._gelu = model.swiglu, "tanh" if model.openai_gelu else "none"
         # A block exit attends to what it has seen itself: its keys and values lie behind those of the layers.
-        self._block_cache = {
-            index: self.num_layers + number
-            for number, index in enumerate(i for i, one in enumerate(self.exits) if one.block is not None)
-        }
+        indices = [one.index for one in self.exits if one.block is not None]
+        self._block_cache = {index: len(weights.layers) + number for number, index in enumerate(indices)}
+        if weights.device.type == "cpu":
+            # Numbers so small that processors are slow with them are zeros, as in a GPU's matrix products.
+            torch.set_flush_denormal(True)
         if use_graphs is None:
             use_graphs = weights.device.type == "cuda" and weights.tp.size == 1
         # Rows that only fill the batch of a graph need a position where they write.
         self.cache = KVCache(
-            self.num_layers + len(self._block_cache), num_slots, self.num_positions + use_graphs, self._num_kv_heads,
-            model.head_size, dtype=weights.dtype, device=weights.device,
+            len(weights.layers) + len(self._block_cache), num_slots, self.num_positions + use_graphs,
+            self._num_kv_heads, model.head_size, dtype=weights.dtype, device=weights.device,
         )  # fmt: skip
         self._attention = Attention(self.cache, self._num_heads, weights.rotary_frequencies)
-        depths = sorted({0, self.num_layers, *(one.depth for one in self.exits)})
+        depths = sorted({self.first_layer, self.last_layer, *(one.depth for one in self.exits)})
         self._ranges = list(itertools.pairwise(depths))
         self._graphs = None
         if use_graphs:
@@ -81,7 +86,7 @@ class Decoder:
         return AttentionMetadata(segments, self._attention)
 
     def embed(self, tokens: Sequence[int], attention: AttentionMetadata) -> Tensor:
-        """[rows, h]: what the first layer reads."""
+        """[rows, h]: what the first layer of the model, which must be here, reads."""
         ids = to_device(tokens, self.weights.device)
         table = self.weights.embedding
         if self.weights.tp.size == 1:
@@ -113,7 +118,7 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """As `run_layers`, kernel by kernel."""
         residual = hidden
-        for index in range(first, last):
+        for index in range(first - self.first_layer, last - self.first_layer):
             residual, hidden = self._run_layer(self.weights.layers[index], index, hidden, attention)
         return hidden, residual
 
@@ -127,7 +132,7 @@ class Decoder:
     def _launch_exit_block(
         self, hidden: Tensor, attention: AttentionMetadata | FixedAttentionMetadata, exit_index: int
     ) -> tuple[Tensor, Tensor]:
-        block = self.exits[exit_index].block
+        block = self._exits[exit_index].block
         residual, hidden = self._run_layer(block, self._block_cache[exit_index], hidden, attention)
         return hidden, residual
 
@@ -141,7 +146,7 @@ class Decoder:
 
         A shortlist without the best token says less than the exit's own head; with it, it is at least as sure: only
         some of the ids share the probability. Arguments as of `exit_output`."""
-        cheap = self.exits[exit_index].approximate
+        cheap = self._exits[exit_index].approximate
         if cheap is None:
             return self.exit_output(exit_index, hidden)
         return self._exit_head(exit_index, hidden, cheap.linear, ids=cheap.ids, num_ids=cheap.num_ids)
@@ -151,10 +156,10 @@ class Decoder:
 
         hidden: [rows, h]; of a block exit, what the block made of them; of an MLP branch, the residual after attention
         of the exit's layer."""
-        return self._exit_head(exit_index, hidden, self.exits[exit_index].output)
+        return self._exit_head(exit_index, hidden, self._exits[exit_index].output)
 
     def _exit_head(self, exit_index: int, hidden: Tensor, linear: Linear, **columns: Any) -> HeadOutput:
-        head = self.exits[exit_index]
+        head = self._exits[exit_index]
         if head.mlp is not None:
             hidden = self._add_mlp(head.mlp, head.mlp_norm(hidden), hidden)
         if head.norm is not None:
@@ -163,7 +168,7 @@ class Decoder:
         return self._output(logits if head.temperature == 1.0 else logits.float() / head.temperature, **columns)
 
     def final_output(self, hidden: Tensor) -> HeadOutput:
-        """What the final head says about rows that have run all layers. hidden: [rows, h]"""
+        """What the final head, which must be here, says about rows that have run all layers. hidden: [rows, h]"""
         return self._output(self.weights.output(self.weights.final_norm(hidden)))
 
     def _output(self, logits: Tensor, **columns: Any) -> HeadOutput:

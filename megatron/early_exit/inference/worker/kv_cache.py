@@ -2,32 +2,100 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from megatron.early_exit.config.description import ModelDescription
-from megatron.early_exit.platform.device import free_memory_bytes
+
+DEFAULT_SLOTS, DEFAULT_POSITIONS = 16, 4096
+"""At most so many slots, and of at most so many tokens each, unless others are asked for."""
+
+GIB = 2**30
 
 
-def check_cache_fits(
-    description: ModelDescription, num_slots: int, num_positions: int | None, tp_size: int, bytes_per_element: int
-) -> None:
-    """Raise ValueError with the largest sizes that fit, if the keys and values of `num_slots` sequences of
-    `num_positions` tokens (None: as many as the model takes) take more than this rank's free memory."""
+@dataclass(frozen=True)
+class CacheSize:
+    """Memory for keys and values, on one rank."""
+
+    num_slots: int
+    """Requests that run at once."""
+    num_positions: int
+    """Tokens of the longest sequence."""
+    bytes_per_token: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_slots * self.num_positions * self.bytes_per_token
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_slots} slots x {self.num_positions:,} tokens x {self.bytes_per_token:,} bytes a token = "
+            f"{self.num_bytes / GIB:.2f} GiB"
+        )
+
+
+def bytes_per_token(
+    description: ModelDescription, tp_size: int, bytes_per_element: int, layers: range | None = None
+) -> int:
+    """What the keys and values of one token take on each rank, in `layers` (indices from 0, default all) and the
+    blocks of their exits."""
     model, exits = description.model, description.exits
-    num_positions = description.max_position_embeddings if num_positions is None else num_positions
-    num_layers = model.num_layers + (len(exits.exit_layer_nums) if exits.use_exit_block else 0)
+    layers = range(model.num_layers) if layers is None else layers
+    num_blocks = sum(number - 1 in layers for number in exits.exit_layer_nums) if exits.use_exit_block else 0
     num_kv_heads = max(model.num_kv_heads // tp_size, 1)
-    bytes_per_token = num_layers * 2 * num_kv_heads * model.head_size * bytes_per_element
-    needed, free = num_slots * num_positions * bytes_per_token, free_memory_bytes()
-    if needed <= free:
-        return
-    num_tokens = free // bytes_per_token
-    fits = [f"{num_slots} requests of {num_tokens // num_slots} tokens"] if num_tokens >= num_slots else []
+    return (len(layers) + num_blocks) * 2 * num_kv_heads * model.head_size * bytes_per_element
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """Bytes that a rank has for keys and values."""
+
+    share: int
+    """To be taken unless certain sizes are asked for."""
+    limit: int
+    """To be taken at most."""
+
+
+def cache_memory(free: int, is_gpu: bool, stated_gib: float | None = None) -> CacheMemory:
+    """What keys and values may take of `free` bytes, which are left beside the weights.
+
+    stated_gib: take this much (GiB). By default it is most of a GPU, whose memory serves nothing else, and little of a
+    machine's main memory. Raises ValueError if more is stated than is free."""
+    if stated_gib is not None:
+        if stated_gib * GIB > free:
+            raise ValueError(f"kv_cache_gib is {stated_gib:g}, but {free / GIB:,.2f} GiB are free beside the weights")
+        return CacheMemory(int(stated_gib * GIB), int(stated_gib * GIB))
+    if is_gpu:
+        return CacheMemory(int(_GPU_SHARE * free), int(_GPU_SHARE * free))
+    return CacheMemory(min(_MAIN_MEMORY_BYTES, free // 2), free)
+
+
+# Of what is free beside the weights; the rest is for what a step computes, and for graphs.
+_GPU_SHARE = 0.9
+_MAIN_MEMORY_BYTES = 4 * GIB
+
+
+def choose_cache_size(
+    token_bytes: int, memory: CacheMemory, longest: int, max_requests: int | None = None, max_length: int | None = None
+) -> CacheSize:
+    """As many slots as the share of `memory` holds, at most `max_requests` (default `DEFAULT_SLOTS`).
+
+    token_bytes: of `bytes_per_token`. longest: sequence that the model takes. max_length: of the slots, default that or
+    `DEFAULT_POSITIONS`, whichever is less. With both given, there are as many slots as asked for.
+    Raises ValueError if the limit holds no slot, or fewer than that; it says which sizes fit."""
+    num_positions = min(longest, DEFAULT_POSITIONS) if max_length is None else max_length
+    most = DEFAULT_SLOTS if max_requests is None else max_requests
+    least = 1 if max_requests is None or max_length is None else max_requests
+    slot_bytes, num_tokens = num_positions * token_bytes, memory.limit // token_bytes
+    if least * slot_bytes <= memory.limit:
+        return CacheSize(max(least, min(most, memory.share // slot_bytes)), num_positions, token_bytes)
+    fits = [f"{least} request{'s' * (least > 1)} of {num_tokens // least} tokens"] if num_tokens >= least else []
     fits += [f"{num_tokens // num_positions} of {num_positions}"] if num_tokens >= num_positions else []
     raise ValueError(
-        f"max_requests {num_slots} and max_length {num_positions} need {needed / 2**30:,.1f} GiB for keys and values, "
-        f"but {free / 2**30:,.1f} GiB of memory are free; "
+        f"max_requests {least} and max_length {num_positions} need {least * slot_bytes / GIB:,.1f} GiB for keys and "
+        f"values, but {memory.limit / GIB:,.1f} GiB of memory are free for them; "
         + (f"at most {' or '.join(fits)} fit" if fits else f"at most {num_tokens} tokens fit")
     )
 
@@ -58,6 +126,7 @@ class KVCache:
         self.num_kv_heads, self.head_size, self.dtype, self.device = num_kv_heads, head_size, dtype, device
         self.rows = tuple(layer.flatten(0, 1) for layer in self.layers())
         """Of each layer [slots * positions, 2 * kv heads / tp, d]; see `row_numbers`."""
+        self.size = CacheSize(num_slots, num_positions, self._cache.nbytes // (num_slots * num_positions))
 
     def layers(self) -> tuple[Tensor, ...]:
         """Of each layer [slots, positions, 2 * kv heads / tp, d]."""

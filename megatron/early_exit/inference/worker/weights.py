@@ -1,7 +1,8 @@
-"""The weights of a whole model as decoding wants them, taken from a loaded `EarlyExitGPTModel`.
+"""The weights of some layers as decoding wants them, read one by one from the parameters of a checkpoint.
 
 Queries, keys and values are one matrix, gate and up another, as in core; here with all queries first, then all keys,
-then all values, so that each is a contiguous part of a row. Under tensor parallelism every rank holds its part.
+then all values, so that each is a contiguous part of a row. Under tensor parallelism every rank holds its part: some
+groups of heads, some channels of the MLP, some rows of the vocabulary.
 """
 
 from __future__ import annotations
@@ -10,16 +11,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron.early_exit.checkpoint.families import OUTPUT_WEIGHT, WORD_EMBEDDING, rotary_frequencies
+from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
+from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.inference.worker.linear import Int8Linear, Linear, MakeLinear, fastest_linear
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
-from megatron.early_exit.model.attention import SdpaAttention
-from megatron.early_exit.model.exit_head import ExitHead
-from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
 
 
 class Norm:
@@ -96,8 +96,10 @@ class ApproximateHead:
 class ExitWeights:
     """The head of one exit."""
 
+    index: int
+    """Among all exits of the model."""
     layer_number: int
-    """The layer, counted from 1, that names it."""
+    """The layer, counted from 1, that names it; it belongs to the stage that has this layer."""
     depth: int
     """Layers that a row has run when the exit reads it."""
     temperature: float
@@ -108,202 +110,287 @@ class ExitWeights:
     norm: Norm | None
     output: Linear
     approximate: ApproximateHead | None
-    """What is asked first; None: `output`."""
-
-
-def num_ids_with_rows(output_weight: Tensor, num_ids: int, tp: TensorParallel) -> int:
-    """How many of the first `num_ids` ids a model can say: those up to the last whose row is not all zeros.
-
-    A tokenizer may have tokens that the model has never had (`from-hf` pads the vocabulary with zeros for them); a row
-    of zeros gives the logit 0, which may be the largest. output_weight: this rank's [padded vocabulary / tp, h]"""
-    first = tp.rank * len(output_weight)
-    count = max(min(num_ids - first, len(output_weight)), 0)
-    while count > 0 and not output_weight[count - 1].any():
-        count -= 1
-    everywhere = tp.gather(torch.tensor([first + count if count else 0], device=output_weight.device))
-    return max(int(last) for last in everywhere) or num_ids
+    """What is evaluated first; None: `output`."""
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """This rank's part of the model."""
+    """This rank's part of some consecutive layers of a model."""
 
     config: ModelConfig
-    embedding: Tensor
-    """[padded vocabulary / tp, h]"""
-    positions: Tensor | None
-    """[positions, h], learned positions"""
-    rotary_frequencies: Tensor | None
-    """[rotated channels of a head / 2], rotary positions: angle between one position and the next"""
+    first_layer: int
+    """Layers before the first of these: what a row has run that comes in."""
     layers: tuple[LayerWeights, ...]
     exits: tuple[ExitWeights, ...]
-    final_norm: Norm
-    output: Linear
+    """Those that these layers own, in their order."""
+    embedding: Tensor | None
+    """[rows of this rank, h]; None unless the first layer is among these"""
+    positions: Tensor | None
+    """[positions, h], learned positions; with `embedding`"""
+    rotary_frequencies: Tensor | None
+    """[rotated channels of a head / 2], rotary positions: angle between one position and the next"""
+    final_norm: Norm | None
+    """None unless the last layer is among these."""
+    output: Linear | None
+    """None unless the last layer is among these."""
+    num_output_rows: int | None
+    """Rows of the model's output weight up to the last that is not all zeros; None if no head here reads it."""
+    vocab_rows: int
+    """Of an output weight on this rank; the same on all ranks, the last of which may have padding."""
     max_positions: int
     tp: TensorParallel
+    dtype: torch.dtype
+    device: torch.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
+    def last_layer(self) -> int:
+        """What a row has run that goes out."""
+        return self.first_layer + len(self.layers)
 
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.device
+
+def num_ids_with_rows(weights: DecoderWeights, num_ids: int) -> int:
+    """How many of the first `num_ids` ids the model can predict: those up to the last whose row is not all zeros.
+
+    A tokenizer may have tokens that the model has never had (`from-hf` pads the vocabulary with zeros for them); a row
+    of zeros gives the logit 0, which may be the largest."""
+    return min(num_ids, weights.num_output_rows) if weights.num_output_rows else num_ids
+
+
+def check_can_decode(model: ModelConfig, tp_size: int) -> None:
+    """Raise ValueError if `model` cannot be decoded as it is, or not by `tp_size` ranks."""
+    heads, kv_heads = model.num_attention_heads, model.num_kv_heads
+    if heads % kv_heads:
+        raise ValueError(f"{kv_heads} key/value heads do not divide the {heads} attention heads of the model")
+    rotated = int(model.head_size * model.rotary_percent)
+    if model.position_embedding_type == "rope" and (model.head_size % 2 or rotated % 2):
+        raise ValueError(
+            f"{rotated} of the {model.head_size} channels of a head rotate with the position; both must be even numbers"
+        )
+    sizes = {"attention heads": heads, "key/value heads (query groups)": kv_heads, "MLP channels": model.ffn_size}
+    if odd := [f"{size} {name}" for name, size in sizes.items() if size % tp_size]:
+        fits = [str(size) for size in range(1, tp_size) if all(number % size == 0 for number in sizes.values())]
+        raise ValueError(
+            f"{tp_size} tensor-parallel ranks cannot share the model in equal parts: it has {' and '.join(odd)}; "
+            f"choose {' or '.join(fits)}"
+        )
 
 
 @torch.no_grad()
 def decoder_weights(
-    chunk: EarlyExitGPTModel,
-    config: ModelConfig,
+    tensors: Tensors,
+    description: ModelDescription,
+    *,
+    layers: range | None = None,
+    tp: TensorParallel | None = None,
+    device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    make_linear: MakeLinear | None = None,
+    make_linear: MakeLinear = fastest_linear,
     exit_probe: ExitProbe | None = None,
 ) -> DecoderWeights:
-    """Take the weights of `chunk`, which holds the whole model; those that need no change are shared with it.
+    """Read this rank's part of a model; beside the result, one tensor is in memory at a time.
 
-    dtype: of weights and computation, default the model's. make_linear: (weight, bias) -> the linear layer to use,
-    default `fastest_linear`. exit_probe: approximate heads for the exits. Raises ValueError if the model cannot be
-    decoded as it is."""
-    _check_can_decode(chunk)
-    return _Extraction(
-        chunk, config, dtype or chunk.config.params_dtype, make_linear or fastest_linear, exit_probe
-    ).run()
+    tensors: all parameters of the model that `description` describes (`checkpoint.parameters.expected_shapes`); what
+    needs no change is shared with them. layers: indices from 0, default all. device: default the CPU. dtype: of weights
+    and computation, default that of the parameters. make_linear: (weight, bias) -> the linear layer to use. exit_probe:
+    approximate heads for the exits.
+    Raises ValueError if the ranks cannot share the weights, and whatever reading a tensor raises."""
+    tp = tp or TensorParallel()
+    check_can_decode(description.model, tp.size)
+    layers = range(description.model.num_layers) if layers is None else layers
+    if layers.step != 1 or not 0 <= layers.start < layers.stop <= description.model.num_layers:
+        raise ValueError(f"layers is {layers}; the model has the layers 0 to {description.model.num_layers - 1}")
+    device = device or torch.device("cpu")
+    dtype = dtype or tensors[WORD_EMBEDDING].dtype
+    return _Reader(tensors, description, layers, tp, device, dtype, make_linear, exit_probe).read()
 
 
-class _Extraction:
+class _Reader:
+    """Reads the parameters of some layers."""
+
     def __init__(
         self,
-        chunk: EarlyExitGPTModel,
-        config: ModelConfig,
+        tensors: Tensors,
+        description: ModelDescription,
+        layers: range,
+        tp: TensorParallel,
+        device: torch.device,
         dtype: torch.dtype,
         make_linear: MakeLinear,
         exit_probe: ExitProbe | None,
     ) -> None:
-        self.chunk, self.config, self.dtype, self.make_linear = chunk, config, dtype, make_linear
-        self.exit_probe = exit_probe
-        # One linear layer for each output weight, however many heads use it.
-        self._outputs: dict[int, Linear] = {}
-        self._approximate: dict[int, ApproximateHead] = {}
+        self._tensors, self._layers, self._tp, self._device, self._dtype = tensors, layers, tp, device, dtype
+        self._make_linear, self._exit_probe = make_linear, exit_probe
+        self._description, self._model, self._exits = description, description.model, description.exits
+        self._vocab_rows = -(-description.padded_vocab_size // tp.size)
+        self._output_name = OUTPUT_WEIGHT if self._model.untie_embeddings_and_output_weights else WORD_EMBEDDING
+        self._num_output_rows: int | None = None
+        # Of each output weight its layer and its approximation, however many heads use it.
+        self._heads: dict[str, tuple[Linear, ApproximateHead | None]] = {}
 
-    def run(self) -> DecoderWeights:
-        chunk = self.chunk
-        has_positions = chunk.position_embedding_type == "learned_absolute"
+    def read(self) -> DecoderWeights:
+        model = self._model
+        is_first, is_last = self._layers.start == 0, self._layers.stop == model.num_layers
+        numbers = [number for number in self._exits.exit_layer_nums if number - 1 in self._layers]
+        embedding = self._vocabulary_rows(WORD_EMBEDDING) if is_first else None
+        positions = None
+        if is_first and model.position_embedding_type == "learned_absolute":
+            positions = self._converted(self._tensors["embedding.position_embeddings.weight"].read())
+        if is_last or (numbers and not self._exits.untie_exit_output_weights):
+            is_probed = bool(numbers) and not self._exits.untie_exit_output_weights
+            self._read_head(self._output_name, is_probed, embedding)
         return DecoderWeights(
-            config=self.config,
-            embedding=self._tensor(chunk.embedding.word_embeddings.weight),
-            positions=self._tensor(chunk.embedding.position_embeddings.weight) if has_positions else None,
-            rotary_frequencies=self._rotary_frequencies(),
-            layers=tuple(self._layer(layer) for layer in chunk.decoder.layers),
-            exits=tuple(
-                self._exit(layer, layer.exit_head) for layer in chunk.decoder.layers if hasattr(layer, "exit_head")
-            ),
-            final_norm=self._norm(chunk.decoder.final_layernorm),
-            output=self._output(chunk.model_output_weight),
-            max_positions=chunk.max_sequence_length,
-            tp=TensorParallel(chunk.pg_collection.tp),
+            config=model,
+            first_layer=self._layers.start,
+            layers=tuple(self._layer(below(self._tensors, f"decoder.layers.{index}.")) for index in self._layers),
+            exits=tuple(self._exit(number) for number in numbers),
+            embedding=embedding,
+            positions=positions,
+            rotary_frequencies=rotary_frequencies(model) if model.position_embedding_type == "rope" else None,
+            final_norm=self._norm(below(self._tensors, "decoder.final_layernorm.")) if is_last else None,
+            output=self._heads[self._output_name][0] if is_last else None,
+            num_output_rows=self._num_output_rows,
+            vocab_rows=self._vocab_rows,
+            max_positions=self._description.max_position_embeddings,
+            tp=self._tp,
+            dtype=self._dtype,
+            device=self._device,
         )
 
-    def _tensor(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(self.dtype)
+    def _converted(self, tensor: Tensor) -> Tensor:
+        """In the type and on the device of the decoder, without the rest of a tensor that it is a part of."""
+        converted = tensor.to(self._device, self._dtype)
+        is_part = converted.untyped_storage().nbytes() > converted.nbytes
+        return converted.clone(memory_format=torch.contiguous_format) if is_part else converted
 
-    def _rotary_frequencies(self) -> Tensor | None:
-        if self.config.position_embedding_type != "rope":
+    def _rows(self, tensors: Tensors, name: str, num_blocks: int = 1) -> Tensor | None:
+        """This rank's part of each of `num_blocks` equal blocks of rows, one after the other; None: no such tensor."""
+        if name not in tensors:
             return None
-        rotary = self.chunk.rotary_pos_emb
-        return rotary.inv_freq / (rotary.seq_len_interpolation_factor or 1.0)
+        tensor = tensors[name].read()
+        if self._tp.size == 1:
+            return tensor
+        parts = tensor.unflatten(0, (num_blocks, self._tp.size, -1))[:, self._tp.rank]
+        return parts.flatten(0, 1)
 
-    def _head_norm(self, norm: torch.nn.Module | None) -> Norm | None:
-        if norm is None:
-            return None
-        kinds = (norm.weight, getattr(norm, "bias", None))
-        weight, bias = (None if kind is None else self._in_pairs(kind[None, None])[0, 0] for kind in kinds)
-        return Norm(self._tensor(weight), self._tensor(bias), norm.eps)
-
-    def _norm(self, norm: torch.nn.Module) -> Norm:
-        return Norm(self._tensor(norm.weight), self._tensor(getattr(norm, "bias", None)), norm.eps)
+    def _columns(self, tensors: Tensors, name: str) -> Tensor:
+        """This rank's columns of a matrix, whose results are summed over the ranks."""
+        return tensors[name].read().chunk(self._tp.size, 1)[self._tp.rank]
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return self.make_linear(self._tensor(weight), self._tensor(bias))
+        return self._make_linear(self._converted(weight), None if bias is None else self._converted(bias))
 
-    def _output(self, weight: Tensor) -> Linear:
-        if weight.data_ptr() not in self._outputs:
-            self._outputs[weight.data_ptr()] = self._linear(weight)
-        return self._outputs[weight.data_ptr()]
+    def _whole(self, tensors: Tensors, name: str) -> Tensor | None:
+        return self._converted(tensors[name].read()) if name in tensors else None
 
-    def _layer(self, layer: TransformerLayer) -> LayerWeights:
-        attention = layer.self_attention
+    def _norm(self, tensors: Tensors) -> Norm:
+        return Norm(self._whole(tensors, "weight"), self._whole(tensors, "bias"), self._model.norm_epsilon)
+
+    def _head_norm(self, tensors: Tensors) -> Norm | None:
+        """Of queries or keys, its channels in the order that they have here."""
+        if not tensors:
+            return None
+        in_order = {name: one.then(one.shape, lambda v: self._in_pairs(v[None, None])[0, 0])
+                    for name, one in tensors.items()}  # fmt: skip
+        return self._norm(in_order)
+
+    def _layer(self, tensors: Tensors) -> LayerWeights:
+        attention = below(tensors, "self_attention.")
+        qkv, bias = (self._by_kind(self._rows(attention, f"linear_qkv.{kind}")) for kind in ("weight", "bias"))
         return LayerWeights(
-            attention_norm=self._norm(layer.input_layernorm),
-            query_norm=self._head_norm(attention.q_layernorm),
-            key_norm=self._head_norm(attention.k_layernorm),
-            qkv=self._linear(self._by_kind(attention.linear_qkv.weight), self._by_kind(attention.linear_qkv.bias)),
-            projection=self._linear(attention.linear_proj.weight),
-            projection_bias=self._tensor(attention.linear_proj.bias),
-            mlp_norm=self._norm(layer.pre_mlp_layernorm),
-            mlp=self._mlp(layer.mlp),
+            attention_norm=self._norm(below(tensors, "input_layernorm.")),
+            query_norm=self._head_norm(below(attention, "q_layernorm.")),
+            key_norm=self._head_norm(below(attention, "k_layernorm.")),
+            qkv=self._linear(qkv, bias),
+            projection=self._linear(self._columns(attention, "linear_proj.weight")),
+            projection_bias=self._whole(attention, "linear_proj.bias"),
+            mlp_norm=self._norm(below(tensors, "pre_mlp_layernorm.")),
+            mlp=self._mlp(below(tensors, "mlp.")),
         )
 
     def _by_kind(self, qkv: Tensor | None) -> Tensor | None:
         """Rows of core's fused projection, which go by group of heads, in the order queries, keys, values."""
         if qkv is None:
             return None
-        d, m = self.config.head_size, self.config
-        per_group = m.num_attention_heads // m.num_kv_heads
-        grouped = qkv.view(-1, per_group + 2, d, *qkv.shape[1:])
+        per_group = self._model.num_attention_heads // self._model.num_kv_heads
+        grouped = qkv.view(-1, per_group + 2, self._model.head_size, *qkv.shape[1:])
         rotated = self._in_pairs(grouped[:, : per_group + 1])
         parts = (rotated[:, :per_group], rotated[:, per_group], grouped[:, per_group + 1])
         return torch.cat([part.reshape(-1, *qkv.shape[1:]) for part in parts])
 
     def _in_pairs(self, heads: Tensor) -> Tensor:
-        """[groups, heads, d, ...] with the channels that rotate together side by side (see `rows.RotaryTable`)."""
-        if self.config.position_embedding_type != "rope":
+        """[groups, heads, d, ...] with the channels that rotate together side by side (see `attention.RotaryTable`)."""
+        if self._model.position_embedding_type != "rope":
             return heads
-        size = int(self.config.head_size * self.config.rotary_percent)
+        size = int(self._model.head_size * self._model.rotary_percent)
         order = torch.arange(size).view(2, -1).t().flatten()  # 0, size/2, 1, size/2 + 1, ...
         return torch.cat([heads[:, :, order], heads[:, :, size:]], dim=2)
 
-    def _mlp(self, mlp: torch.nn.Module) -> MlpWeights:
+    def _mlp(self, tensors: Tensors) -> MlpWeights:
+        num_blocks = 2 if self._model.swiglu else 1  # gate and up
+        weight, bias = (self._rows(tensors, f"linear_fc1.{kind}", num_blocks) for kind in ("weight", "bias"))
         return MlpWeights(
-            fc1=self._linear(mlp.linear_fc1.weight, mlp.linear_fc1.bias),
-            fc2=self._linear(mlp.linear_fc2.weight),
-            fc2_bias=self._tensor(mlp.linear_fc2.bias),
+            fc1=self._linear(weight, bias),
+            fc2=self._linear(self._columns(tensors, "linear_fc2.weight")),
+            fc2_bias=self._whole(tensors, "linear_fc2.bias"),
         )
 
-    def _exit(self, layer: TransformerLayer, head: ExitHead) -> ExitWeights:
-        has_mlp = head.mlp is not None
+    def _exit(self, layer_number: int) -> ExitWeights:
+        index, layer = self._exits.exit_layer_nums.index(layer_number), f"decoder.layers.{layer_number - 1}"
+        head = below(self._tensors, f"{layer}{EXIT_HEAD}")
+        output_name = self._output_name
+        if self._exits.untie_exit_output_weights:
+            output_name = f"{layer}{EXIT_HEAD}{OUTPUT_WEIGHT}"
+            self._read_head(output_name, is_probed=True)
+        output, approximate = self._heads[output_name]
+        has_mlp = self._exits.use_exit_mlp
         return ExitWeights(
-            layer_number=layer.layer_number,
-            depth=layer.layer_number - 1 if head.spec.pre_exit else layer.layer_number,
-            temperature=head.spec.temperature,
-            block=None if head.block is None else self._layer(head.block),
-            mlp=self._mlp(head.mlp) if has_mlp else None,
-            mlp_norm=self._norm(layer.pre_mlp_layernorm) if has_mlp else None,
-            norm=None if head.norm is None else self._norm(head.norm),
-            output=self._output(head.output_weight),
-            approximate=None if self.exit_probe is None else self._approximate_head(head.output_weight),
+            index=index,
+            layer_number=layer_number,
+            depth=layer_number - self._exits.pre_exit,
+            temperature=self._exits.temperature_of(index),
+            block=self._layer(below(head, "block.")) if self._exits.use_exit_block else None,
+            mlp=self._mlp(below(head, "mlp.")) if has_mlp else None,
+            mlp_norm=self._norm(below(self._tensors, f"{layer}.pre_mlp_layernorm.")) if has_mlp else None,
+            norm=self._norm(below(head, "norm.")) if self._exits.use_exit_norm else None,
+            output=output,
+            approximate=approximate,
         )
 
-    def _approximate_head(self, weight: Tensor) -> ApproximateHead:
-        if weight.data_ptr() not in self._approximate:
-            self._approximate[weight.data_ptr()] = self._make_approximate_head(weight)
-        return self._approximate[weight.data_ptr()]
+    # Weights with a row for each id.
 
-    def _make_approximate_head(self, weight: Tensor) -> ApproximateHead:
-        make_linear = Int8Linear if self.exit_probe.int8 else self.make_linear
-        if not self.exit_probe.shortlist:
-            return ApproximateHead(make_linear(self._tensor(weight), None), None, None)
-        rows, rank = weight.size(0), self.chunk.pg_collection.tp.rank()
-        ids = torch.tensor(sorted(set(self.exit_probe.shortlist)))
+    def _read_head(self, name: str, is_probed: bool, embedding: Tensor | None = None) -> None:
+        """embedding: what is read already, if it may be the weight `name`."""
+        weight = embedding if embedding is not None and name == WORD_EMBEDDING else self._vocabulary_rows(name)
+        probe = self._exit_probe if is_probed else None
+        approximate = None if probe is None else self._approximate_head(weight, probe)
+        self._heads[name] = (self._make_linear(weight, None), approximate)
+
+    def _vocabulary_rows(self, name: str) -> Tensor:
+        """This rank's rows, with zeros behind the last if there are not enough for all ranks."""
+        weight = self._tensors[name].read()
+        if name == self._output_name:
+            self._num_output_rows = _rows_before_zeros(weight)
+        mine = weight[self._tp.rank * self._vocab_rows :][: self._vocab_rows]
+        if len(mine) < self._vocab_rows:
+            mine = torch.cat([mine, mine.new_zeros(self._vocab_rows - len(mine), mine.size(1))])
+        return self._converted(mine)
+
+    def _approximate_head(self, weight: Tensor, probe: ExitProbe) -> ApproximateHead:
+        """weight: this rank's rows"""
+        make_linear = Int8Linear if probe.int8 else self._make_linear
+        if not probe.shortlist:
+            return ApproximateHead(make_linear(weight, None), None, None)
+        rows, rank = self._vocab_rows, self._tp.rank
+        ids = torch.tensor(sorted(set(probe.shortlist)))
         num_columns = int(torch.bincount(ids // rows).max())  # of the rank that holds most of them
         mine = ids[ids // rows == rank] - rank * rows
         local = torch.cat([mine, mine.new_zeros(num_columns - len(mine))]).to(weight.device)
-        return ApproximateHead(make_linear(self._tensor(weight)[local], None), local + rank * rows, len(mine))
+        return ApproximateHead(make_linear(weight[local], None), local + rank * rows, len(mine))
 
 
-def _check_can_decode(chunk: EarlyExitGPTModel) -> None:
-    if not (chunk.pre_process and chunk.post_process):
-        raise ValueError("decoding needs the whole model on one pipeline stage; load it with pipeline parallel size 1")
-    if chunk.config.sequence_parallel:
-        raise ValueError("decoding runs single rows, which sequence parallelism cannot split; build the model without")
-    if not isinstance(chunk.decoder.layers[0].self_attention.core_attention, SdpaAttention):
-        raise ValueError("decoding takes weights of --transformer-impl local; load the model with it")
+def _rows_before_zeros(weight: Tensor) -> int:
+    """weight: [rows, h]"""
+    count = len(weight)
+    while count > 0 and not weight[count - 1].any():
+        count -= 1
+    return count

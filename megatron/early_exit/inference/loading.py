@@ -1,0 +1,180 @@
+"""Loads a checkpoint for inference: what cannot work is refused before anything is read, then this rank's part is read.
+
+It builds no training model and needs nothing of core.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron.early_exit.checkpoint.parameters import expected_shapes
+from megatron.early_exit.checkpoint.read_model import fingerprint, read_model
+from megatron.early_exit.checkpoint.start import reading
+from megatron.early_exit.config.description import ModelDescription
+from megatron.early_exit.config.serialize import checkpoint_folder, read_description
+from megatron.early_exit.inference import checked
+from megatron.early_exit.inference.calibration import ExitCalibration
+from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.worker.kv_cache import CacheSize, bytes_per_token, cache_memory, choose_cache_size
+from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_linear
+from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+from megatron.early_exit.inference.worker.weights import (
+    ExitProbe,
+    check_can_decode,
+    decoder_weights,
+    num_ids_with_rows,
+)
+from megatron.early_exit.platform.device import device, free_memory_bytes, use_cuda
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """Which checkpoint to load, and how: plain values, the same on all ranks. Impossible ones raise ValueError."""
+
+    path: str
+    """Folder of checkpoints (--save of the training)."""
+    iteration: int | None = None
+    """Default: the last one."""
+    tensor_parallel_size: int = 1
+    """Ranks that share the weights."""
+    dtype: str | None = None
+    """fp32 or bf16, default that of the training, fp32 for one in fp16."""
+    max_requests: int | None = None
+    """Slots, each with keys and values: at most so many, default 16."""
+    max_length: int | None = None
+    """Longest prompt and answer together (tokens), default what the model takes, at most 4,096."""
+    kv_cache_gib: float | None = None
+    """Memory of each rank for keys and values (GiB); default: 90% of what a GPU has free beside the weights; on the CPU
+    4, or half of what is free."""
+    quantize: str | None = None
+    """exits: probe exits with weights in int8; all: keep all linear layers in int8. On the CPU."""
+    shortlist: bool | None = None
+    """Probe exits over the frequent tokens of the calibration; default if it has few enough."""
+    cuda_graphs: bool = True
+    """Start the kernels of several layers at once where that can be done."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        for name in ("tensor_parallel_size", "max_requests", "max_length"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, checked.integer(name, value))
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.kv_cache_gib is not None:
+            object.__setattr__(self, "kv_cache_gib", checked.number("kv_cache_gib", self.kv_cache_gib))
+            if not (0 < self.kv_cache_gib < math.inf):
+                raise ValueError(f"kv_cache_gib is {self.kv_cache_gib}; it must be a number above 0")
+        if self.quantize not in (None, "exits", "all"):
+            raise ValueError(f"quantize is {self.quantize!r}; choose 'exits' or 'all', or leave it out")
+        if self.quantize is not None and use_cuda():
+            raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
+
+
+class InferenceCheckpoint:
+    """A checkpoint and how it is loaded: what its settings tell is checked, and no parameter has been read."""
+
+    def __init__(self, config: LoadConfig) -> None:
+        """Raises ConfigError if there is no checkpoint, ValueError for what cannot work."""
+        self.config = config
+        self.folder: Path = checkpoint_folder(config.path, config.iteration)
+        self.description: ModelDescription = read_description(self.folder)
+        longest = self.description.max_position_embeddings
+        if config.max_length is not None and config.max_length > longest:
+            raise ValueError(f"max_length is {config.max_length}; the model takes sequences of 1 to {longest} tokens")
+        check_can_decode(self.description.model, config.tensor_parallel_size)
+        self.calibration = ExitCalibration.load(self.folder)
+        if config.shortlist and self.calibration is None:
+            raise ValueError("shortlist needs a calibration of the exits; tools/calibrate_exits.py makes it")
+        self._check_cache(self._weights_bytes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, keys and values."""
+        return DTYPES[self.config.dtype or ("bf16" if self.description.dtype == "bf16" else "fp32")]
+
+    @property
+    def _weights_bytes(self) -> int:
+        """What this rank's weights take at least."""
+        shapes = expected_shapes(self.description.model, self.description.exits).values()
+        itemsize = 1 if self.config.quantize == "all" else self.dtype.itemsize
+        return sum(map(math.prod, shapes)) * itemsize // self.config.tensor_parallel_size
+
+    def _check_cache(self, weights_bytes: int) -> CacheSize:
+        """The size of keys and values on this rank, if weights will take `weights_bytes` of what is free now. Raises
+        ValueError with sizes that fit, if those asked for do not."""
+        config = self.config
+        token_bytes = bytes_per_token(self.description, config.tensor_parallel_size, self.dtype.itemsize)
+        memory = cache_memory(max(free_memory_bytes() - weights_bytes, 0), use_cuda(), config.kv_cache_gib)
+        longest = self.description.max_position_embeddings
+        return choose_cache_size(token_bytes, memory, longest, config.max_requests, config.max_length)
+
+    def _exit_probe(self, num_ids: int) -> ExitProbe | None:
+        shortlist, is_int8 = self.config.shortlist, self.config.quantize == "exits"
+        if shortlist is None:
+            shortlist = self.calibration is not None and 2 * len(self.calibration.shortlist) <= num_ids
+        ids = tuple(self.calibration.shortlist.tolist()) if shortlist else ()
+        return ExitProbe(ids, is_int8) if ids or is_int8 else None
+
+    def load_decoder(self, num_ids: int, join: Callable[[], TensorParallel] = TensorParallel) -> Decoder:
+        """Read this rank's weights and take the memory for keys and values. All ranks call it together.
+
+        num_ids: of the tokenizer. join: called once, when nothing more can be refused by one rank alone; gives the
+        ranks that share the weights.
+        Raises OSError if the checkpoint is damaged, ValueError if it is not the same on all ranks."""
+        _, tensors = read_model(self.folder)
+        tp = join()
+        self._check_same_checkpoint(tp)
+        with reading(self.folder):
+            weights = decoder_weights(
+                tensors,
+                self.description,
+                tp=tp,
+                device=device(),
+                dtype=self.dtype,
+                make_linear=Int8Linear if self.config.quantize == "all" else fastest_linear,
+                exit_probe=self._exit_probe(num_ids),
+            )
+        size = self._agreed_cache_size(tp)
+        log.info("keys and values: %s%s", size, " on each rank" if tp.size > 1 else "")
+        return Decoder(
+            weights,
+            num_slots=size.num_slots,
+            num_positions=size.num_positions,
+            vocab_size=num_ids_with_rows(weights, num_ids),
+            use_graphs=None if self.config.cuda_graphs else False,
+        )
+
+    def _agreed_cache_size(self, tp: TensorParallel) -> CacheSize:
+        """What fits on every rank, now that the weights are there."""
+        if use_cuda():
+            torch.cuda.empty_cache()
+        mine = self._check_cache(0)
+        everywhere = tp.gather(torch.tensor([mine.num_slots], device=device()))
+        return replace(mine, num_slots=min(int(num_slots) for num_slots in everywhere))
+
+    def _check_same_checkpoint(self, tp: TensorParallel) -> None:
+        mine = torch.tensor(list(bytes.fromhex(fingerprint(self.folder))), dtype=torch.uint8, device=device())
+        others = [rank for rank, theirs in enumerate(tp.gather(mine)) if not torch.equal(theirs, mine)]
+        if others:
+            raise ValueError(
+                f"rank {tp.rank} finds another checkpoint in {self.folder} than rank {others[0]}: it was written again "
+                "meanwhile, or the nodes have different folders; load it again"
+            )
+
+
+def load_decoder(join: Callable[[], TensorParallel], num_ids: int, **settings: object) -> tuple[Decoder, str]:
+    """(this rank's decoder, `fingerprint` of its checkpoint): what a worker process calls. settings: of `LoadConfig`"""
+    checkpoint = InferenceCheckpoint(LoadConfig(**settings))
+    return checkpoint.load_decoder(num_ids, join), fingerprint(checkpoint.folder)
