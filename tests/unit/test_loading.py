@@ -89,7 +89,7 @@ def test_the_model_s_own_limit_is_the_longest_sequence() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"max_requests": 11, "max_length": 10}, "max_requests 11 and max_length 10 need .*: at most 11 request of 9 "
+        ({"max_requests": 11, "max_length": 10}, "max_requests 11 and max_length 10 need .*: at most 11 requests of 9 "
          "tokens or 10 of 10 fit"),
         ({"max_requests": 101, "max_length": 101}, "at most 100 tokens fit"),
         ({"max_requests": 3, "max_length": 64}, "at most 3 requests of 33 tokens or 1 of 64 fit"),
