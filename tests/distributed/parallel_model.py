@@ -18,7 +18,7 @@ from megatron.early_exit.checkpoint.parameters import expected_shapes
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.model.build import Model, build_model
+from megatron.early_exit.model.build import Model, build_model, params_dtype
 from megatron.early_exit.platform.distributed import initialize_model_parallel
 from megatron.early_exit.schedules.links import StageLinks
 from megatron.early_exit.schedules.plan import Plan
@@ -38,7 +38,7 @@ def reference_tensors(cfg: RunConfig) -> Tensors:
     """The reference's parameters as those of a checkpoint; no processes are needed."""
     description = reference_description(cfg)
     return {
-        name: LazyTensor(shape, torch.float32, functools.partial(parameter_value, name, shape))
+        name: LazyTensor(shape, torch.float32, functools.partial(parameter_value, name, shape)).to(params_dtype(cfg))
         for name, shape in expected_shapes(description.model, description.exits).items()
     }
 

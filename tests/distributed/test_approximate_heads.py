@@ -17,7 +17,7 @@ from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.linear import Int8Linear
+from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_linear
 from megatron.early_exit.inference.worker.weights import ExitProbe
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
@@ -150,7 +150,7 @@ def answer_in_int8(cfg: RunConfig) -> None:
     tokens = list(range(3, 23))
     with layout(cfg), torch.inference_mode():
         outputs = []
-        for make_linear in (None, Int8Linear):
+        for make_linear in (fastest_linear, Int8Linear):
             decoder = make_decoder(cfg, make_linear=make_linear)
             rows = decoder.attention_metadata([Segment(0, 0, 20)])
             hidden = decoder.run_layers(decoder.embed(tokens, rows), rows, 0, decoder.num_layers)[0]

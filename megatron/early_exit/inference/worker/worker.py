@@ -40,7 +40,7 @@ class Worker:
         decoder = self.decoder
         return WorkerDescription(
             num_layers=decoder.num_layers,
-            hidden_size=decoder.weights.embedding.size(1),
+            hidden_size=decoder.weights.config.hidden_size,
             vocab_size=decoder.vocab_size,
             exits=tuple(
                 ExitDescription(one.layer_number, one.depth, has_block=one.block is not None) for one in decoder.exits
