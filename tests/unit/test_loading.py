@@ -212,6 +212,16 @@ def test_settings_that_cannot_work_are_refused_before_reading(
         InferenceCheckpoint(LoadConfig(str(checkpoint), **settings))
 
 
+def test_a_worker_from_plain_values(checkpoint: Path) -> None:
+    """As a process for one rank makes it."""
+    settings = {"path": str(checkpoint), "max_requests": 2, "max_length": 30, "dtype": "bf16", "quantize": None}
+    worker, text = loading.load_worker(TensorParallel, VOCAB_SIZE - 1, **settings)
+    assert text == fingerprint(checkpoint / "iter_0000000")
+    described = worker.description
+    assert (described.num_slots, described.num_positions, described.vocab_size) == (2, 30, VOCAB_SIZE - 1)
+    assert described.bytes_per_token == (4 + 3) * 2 * 2 * 8 * 2
+
+
 def test_it_answers_without_a_process_group(checkpoint: Path) -> None:
     answers = LLM.load(str(checkpoint)).generate([[1, 2, 3]], GenerationParams(max_tokens=3))
     assert len(answers[0].result.token_ids) == 3

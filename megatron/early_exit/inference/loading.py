@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ from megatron.early_exit.inference.worker.weights import (
     decoder_weights,
     num_ids_with_rows,
 )
+from megatron.early_exit.inference.worker.worker import Worker
 from megatron.early_exit.platform.device import device, free_memory_bytes, use_cuda
 
 log = logging.getLogger(__name__)
@@ -147,7 +149,8 @@ class InferenceCheckpoint:
                 exit_probe=self._exit_probe(num_ids),
             )
         size = self._agreed_cache_size(tp)
-        log.info("keys and values: %s%s", size, " on each rank" if tp.size > 1 else "")
+        if tp.rank == 0:
+            log.info("keys and values: %s%s", size, " on each rank" if tp.size > 1 else "")
         return Decoder(
             weights,
             num_slots=size.num_slots,
@@ -174,7 +177,8 @@ class InferenceCheckpoint:
             )
 
 
-def load_decoder(join: Callable[[], TensorParallel], num_ids: int, **settings: object) -> tuple[Decoder, str]:
-    """(this rank's decoder, `fingerprint` of its checkpoint): what a worker process calls. settings: of `LoadConfig`"""
+def load_worker(join: Callable[[], TensorParallel], num_ids: int, **settings: Any) -> tuple[Worker, str]:
+    """(a worker, `fingerprint` of its checkpoint): what each rank calls. settings: fields of `LoadConfig`; the others
+    as of `InferenceCheckpoint.load_decoder`"""
     checkpoint = InferenceCheckpoint(LoadConfig(**settings))
-    return checkpoint.load_decoder(num_ids, join), fingerprint(checkpoint.folder)
+    return Worker(checkpoint.load_decoder(num_ids, join)), fingerprint(checkpoint.folder)

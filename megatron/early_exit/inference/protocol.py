@@ -49,6 +49,9 @@ class WorkerDescription(msgspec.Struct, frozen=True):
     """Requests that run at once."""
     num_positions: int
     """Longest prompt and answer together."""
+    bytes_per_token: int = 0
+    """Memory for the keys and values of one position, on each rank; `num_slots` times `num_positions` of them are
+    taken."""
     has_approximate_heads: bool = False
     """Whether exits are probed by something cheaper than their own heads."""
 

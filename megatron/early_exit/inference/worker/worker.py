@@ -47,6 +47,7 @@ class Worker:
             ),
             num_slots=decoder.cache.num_slots,
             num_positions=decoder.num_positions,
+            bytes_per_token=decoder.cache.size.bytes_per_token,
             has_approximate_heads=decoder.has_approximate_heads,
         )
 
