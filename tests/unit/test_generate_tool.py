@@ -96,6 +96,11 @@ def test_json_survives_a_round_trip():
         (["--chat"], "--chat reads from standard input"),
         (["--samples", "2"], "greedy answers are all equal"),
         (["--stop", ""], "a stop string is empty"),
+        (["--stop", "x"] * 17, "stop has 17 strings; give at most 16"),
+        (["--stop", "x" * 257], "has 257 characters; it may have 256"),
+        (["--temperature", "1", "--samples", "129"], "n is 129; it must lie between 1 and 128"),
+        (["--seed", str(2**63)], "seed is 9223372036854775808"),
+        (["--seed", str(-(2**63) - 1)], "seed is -9223372036854775809"),
         (["--top-p", "1.5"], "top_p is 1.5"),
         (["--top-p", "0.9", "--top-p-decay", "2"], "top_p_decay is 2"),
         (["--min-p", "2"], "min_p is 2.0; it must lie between 0 (off) and 1"),
@@ -111,6 +116,13 @@ def test_flags_are_checked_before_loading(flags, message, capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert main(["--load", "nowhere", "--prompt", "x", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--top-k", "5"], ["--top-p", "0.9"], ["--seed", str(-(2**63))]])
+def test_temperature_0_is_greedy_with_all_settings(flags, capsys):
+    assert main(["--load", "nowhere", "--prompt", "x", "--temperature", "0", *flags]) == 2
+    message = capsys.readouterr().err
+    assert "nowhere" in message and "temperature" not in message  # only the model is missing
 
 
 @pytest.mark.parametrize("program", ["generate", "calibrate", "evaluate"])

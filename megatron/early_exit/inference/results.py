@@ -72,8 +72,8 @@ class Statistics:
     full_layer_passes: int
     """The same of the full model: layers times generated tokens, but for one that came out of the prefill."""
     layer_runs: int
-    """Times that a layer (or an exit block) ran rows of this request after the prefill. A run serves all rows that wait
-    for it and reads the weights once. The full model needs `full_layer_passes` of them."""
+    """Times that a layer (or an exit block) ran rows of this request after the prefill. A run serves all deferred
+    rows that it reaches and reads the weights once. The full model needs `full_layer_passes` of them."""
     drafted: int
     """Tokens that an exit drafted for verification."""
     accepted: int

@@ -217,11 +217,11 @@ class _GrowingOutput:
 
     def take(self) -> OutputDelta:
         """What need not be held any more."""
-        num_sure = self._num_characters - self._stops.num_held
+        num_settled = self._num_characters - self._stops.num_held
         count, stop = 0, self._num_taken
         for _, piece in self._held:
             stop += len(piece)
-            if stop > num_sure or count + self._stream.num_held == len(self._held):
+            if stop > num_settled or count + self._stream.num_held == len(self._held):
                 break
             count += 1
         return self._take(count)
