@@ -227,6 +227,25 @@ def test_a_cancelled_request_gives_what_was_held() -> None:
     assert (deltas[-1].output.text, deltas[-1].output.finish_reason) == ("", "stop")
 
 
+def test_a_request_whose_text_cannot_be_made_can_be_cancelled() -> None:
+    class Broken(Words):
+        def detokenize(self, ids: Sequence[int]) -> str:
+            if self.is_broken:
+                raise RuntimeError("broken")
+            return super().detokenize(ids)
+
+    words = Broken(*WORDS.words)
+    words.is_broken = False
+    engine = ScriptedEngine([[E2], [REST]])
+    text_engine = TextEngine(engine, words, ExitConfig())
+    request_id = text_engine.add([A], GenerationParams())
+    text_engine.step()
+    words.is_broken = True
+    delta = text_engine.cancel(request_id)
+    assert (delta.is_finished, delta.output.error) == (True, "its text could not be made (RuntimeError: broken)")
+    assert not text_engine.has_work and text_engine.cancel(request_id) is None
+
+
 def test_all_fail_with_what_they_have() -> None:
     engine = ScriptedEngine([[A], [B]], [[C], [B]])
     text_engine = TextEngine(engine, WORDS, ExitConfig())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,7 +22,7 @@ from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
-from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, in_words
+from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, request_error
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 from megatron.early_exit.inference.worker.worker import Worker
 from megatron.early_exit.platform.world import check_world_size
@@ -111,7 +111,7 @@ class LLM:
                     try:
                         mailbox.open.add(self._text_engine.add(prompt, settings, sample_index, index))
                     except Exception as error:  # whatever it is, it is this prompt's
-                        output = RequestOutput(None, [], sample_index, index, error=in_words(error))
+                        output = RequestOutput(None, [], sample_index, index, error=request_error(error))
                         yield OutputDelta(output, (), (), is_finished=True)
             yield from self._collect(mailbox)
 
@@ -127,15 +127,14 @@ class LLM:
         place: dict[int, int] = {}
         with self._mailbox() as mailbox:
             for index, prompt in enumerate(as_list(prompts)):
-                result = ScoreResult(None, ())
                 try:
                     request_id = self._text_engine.add_scoring(prompt, params)
                 except Exception as error:  # this prompt's
-                    result = replace(result, error=in_words(error))
+                    results.append(ScoreResult(None, (), request_error(error)))
                 else:
                     mailbox.open.add(request_id)
                     place[request_id] = index
-                results.append(result)
+                    results.append(ScoreResult(request_id, ()))
             for result in self._collect(mailbox):
                 results[place[result.request_id]] = result
         return results

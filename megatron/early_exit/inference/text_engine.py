@@ -136,10 +136,12 @@ class TextEngine:
 
     def cancel(self, request_id: int) -> OutputDelta | None:
         """End a request now, with what was held of its output. None if it has ended already, and for scores."""
-        growing = self._growing.pop(request_id, None)
-        self._scoring.discard(request_id)
         result = self._engine.cancel(request_id)
-        return growing.finish(result) if growing is not None and isinstance(result, RequestResult) else None
+        self._scoring.discard(request_id)
+        if request_id in self._growing and isinstance(result, RequestResult):
+            return self._delta(Event(request_id, [], result))
+        self._growing.pop(request_id, None)
+        return None
 
     def step(self) -> list[OutputDelta | ScoreResult]:
         """Run a step of the engine. Returns what is new of outputs, and the scores that are complete."""
@@ -168,7 +170,7 @@ class TextEngine:
             log.info("request %d failed", event.request_id, exc_info=error)
             if event.result is None:
                 self._engine.cancel(event.request_id)
-            delta = growing.fail(f"its text could not be made ({in_words(error)})")
+            delta = growing.fail(f"its text could not be made ({request_error(error)})")
         if delta.is_finished:
             del self._growing[event.request_id]
         return delta
@@ -272,6 +274,6 @@ class _GrowingOutput:
         return OutputDelta(self._output, pieces, tokens, is_finished)
 
 
-def in_words(error: Exception) -> str:
-    """The error as a user reads it."""
+def request_error(error: Exception) -> str:
+    """The words for an error that is one request's."""
     return str(error) if isinstance(error, ValueError | QueueFull) else f"{type(error).__name__}: {error}"
