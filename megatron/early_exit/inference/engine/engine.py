@@ -313,7 +313,8 @@ class Engine:
             log.info("request %d failed", output.request_id, exc_info=True)
             message = f"its tokens could not be used ({type(error).__name__}: {error})"
             progress = Progress(finish_reason="error", error=message)
-        self.slots.advance(request.slot, request.tokens, request.complete_to)
+        if progress.error is None:  # else it may be in no state to say
+            self.slots.advance(request.slot, request.tokens, request.complete_to)
         result = None
         if progress.finish_reason is not None:
             result = self._end(output.request_id, progress.finish_reason, progress.error)

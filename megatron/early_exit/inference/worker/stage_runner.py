@@ -276,11 +276,13 @@ class StageRunner:
 
     def _at_end(self, batch: _Batch) -> None:
         """Evaluate the final head where it is wanted; all rows of the batch have run all layers."""
-        drawn, scored, rows = [], [], []
+        drawn, scored, rows, unseen = [], [], [], []
         for one, offset in zip(batch.scheduled, batch.offsets(), strict=True):
             one.is_complete = True
             draws_from = one.rows.stop if one.rows.sample_from is None or one.has_token else one.rows.sample_from
             scores_from = one.rows.score_from if FINAL_HEAD in one.rows.score_heads else one.rows.stop
+            if min(draws_from, scores_from) >= one.rows.stop:
+                unseen.append(_Wanted(offset + one.num_rows - 1, one, one.rows.stop - 1))
             for position in one.positions(min(draws_from, scores_from)):
                 wanted = _Wanted(len(rows), one, position)
                 rows.append(offset + position - one.first)
@@ -288,6 +290,8 @@ class StageRunner:
                     drawn.append(wanted)
                 if position >= scores_from:
                     scored.append(wanted)
+        if unseen:
+            self._check_hidden(take_rows(batch.hidden, [one.row for one in unseen]), unseen)
         if not rows:
             return
         output = self.decoder.final_output(take_rows(batch.hidden, rows))
@@ -323,6 +327,14 @@ class StageRunner:
         if not output.is_finite(one.row):
             one.scheduled.error = _NOT_FINITE
         return one.scheduled.error is None
+
+    @staticmethod
+    def _check_hidden(hidden: Tensor, unseen: list[_Wanted]) -> None:
+        """Rows that no head sees at the end must be finite as well: their keys and values stay for later requests. What
+        is not finite in one row is not in all later ones. hidden: [unseen, h]"""
+        for one, is_finite in zip(unseen, hidden.isfinite().all(-1).tolist(), strict=True):
+            if not is_finite:
+                one.scheduled.error = _NOT_FINITE
 
     @staticmethod
     def _drawn_token(one: _Wanted, output: HeadOutput, exit_index: int, token: int, log_prob: float) -> DrawnToken:
