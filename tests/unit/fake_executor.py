@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.protocol import (
