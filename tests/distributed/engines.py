@@ -324,10 +324,10 @@ def walk_at_random(cfg: RunConfig, num_steps: int = 60, seed: int = 0, **changes
                 check_caches(cfg, engine)
 
 
-def add_random_request(engine: Engine, cfg: RunConfig, mode: str) -> int:
+def add_random_request(engine: Engine, cfg: RunConfig, mode: str, vocab_size: int = VOCAB_SIZE) -> int:
     from megatron.early_exit.inference.params import SamplingSettings
 
-    prompt = [random.randrange(VOCAB_SIZE) for _ in range(random.choice([1, 2, 5, 12, 20]))]
+    prompt = [random.randrange(vocab_size) for _ in range(random.choice([1, 2, 5, 12, 20]))]
     layers = list(cfg.exits.exit_layer_nums)
     params = GenerationParams(
         mode=mode,
