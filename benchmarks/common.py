@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,17 +65,17 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def commit() -> str | None:
-    """Commit of the measured code, with `+changes` if tracked or new files differ from it; None outside a checkout."""
+def commit(root: Path = ROOT) -> str | None:
+    """Commit of the code in `root`, with `+changes` if tracked or new files differ from it; None outside a checkout."""
     try:
-        head = _git("rev-parse", "HEAD")
-        return f"{head}+changes" if _git("status", "--porcelain", "--", ".", ":!benchmarks/results") else head
+        head = _git(root, "rev-parse", "HEAD")
+        return f"{head}+changes" if _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results") else head
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
 
@@ -137,6 +139,27 @@ def median(values: Sequence[float]) -> float | None:
 def median_ratio(values: Sequence[float], baselines: Sequence[float]) -> float | None:
     """Median of the ratios of pairs: what both of a pair suffer together (a slow moment of the machine) cancels."""
     return median([value / baseline for value, baseline in zip(values, baselines, strict=True)])
+
+
+def mean_ratio(values: Sequence[float], baselines: Sequence[float]) -> dict[str, float]:
+    """Geometric mean of the ratios of pairs, and its 95% interval: ratio, low, high. Student's t over their logarithms.
+
+    Raises ValueError for less than two pairs."""
+    logs = [math.log(value / baseline) for value, baseline in zip(values, baselines, strict=True)]
+    if len(logs) < 2:
+        raise ValueError(f"{len(logs)} pairs have no interval; measure at least 2")
+    mean = statistics.fmean(logs)
+    margin = t_quantile(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return {"ratio": math.exp(mean), "low": math.exp(mean - margin), "high": math.exp(mean + margin)}
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Of Student's distribution with `freedom` degrees, for probabilities from 0.5 on."""
+    # With x = sqrt(freedom) * tan(angle) the density is cos(angle) ** (freedom - 1), up to a factor.
+    angles = np.linspace(0.0, np.pi / 2, 100_001)
+    density = np.cos(angles) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(freedom) * math.tan(np.interp(2 * probability - 1, mass / mass[-1], angles))
 
 
 def cell(value: Any) -> str:
