@@ -1,0 +1,26 @@
+"""The engine of trees in which it schedules steps that an executor's workers run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from megatron.early_exit.config.serialize import checkpoint_folder
+from megatron.early_exit.inference.calibration import ExitCalibration
+from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.engine.engine import Engine
+from megatron.early_exit.inference.llm import LLM
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings  # noqa: F401
+
+
+def load(
+    folder: str, num_slots: int, num_positions: int, costs: dict[str, Any] | None
+) -> tuple[Engine, Any, dict[str, Any]]:
+    """(engine, tokenizer, its costs); costs: to plan with, default: measured"""
+    llm = LLM.load(folder, max_requests=num_slots, max_length=num_positions)
+    executor = llm.engine.executor
+    used = executor.measure_costs() if costs is None else StepCosts(**costs)
+    engine = Engine(
+        executor, llm.exits, costs=used, calibration=ExitCalibration.load(checkpoint_folder(folder, None))
+    )  # fmt: skip
+    return engine, llm.tokenizer, asdict(used)
