@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.early_exit.config.serialize import checkpoint_folder
 from megatron.early_exit.inference.calibration import ExitCalibration
-from megatron.early_exit.inference.engine.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings  # noqa: F401
