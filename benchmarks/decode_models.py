@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor.local import LocalExecutor
+from megatron.early_exit.inference.params import ScoreParams
+from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_linear
 from megatron.early_exit.inference.worker.weights import ExitProbe, decoder_weights
@@ -51,17 +54,12 @@ class TwinModel:
             self.tensors[f"decoder.layers.{layer - 1}.exit_head.norm.weight"] = norm
         check_parameters(self.tensors, model, self.config.exits)
 
-    def engine(
-        self,
-        kind: str = "fp32",
-        num_slots: int = 16,
-        exit_probe: ExitProbe | None = None,
-        length: int = 512,
-        use_graphs: bool | None = None,
-    ) -> Engine:
-        return make_engine(
-            self.tensors, self.config, self.vocab_size, kind, num_slots, exit_probe, length, use_graphs=use_graphs
-        )
+    def decoder(self, **settings: Any) -> Decoder:
+        """settings: of `make_decoder`"""
+        return make_decoder(self.tensors, self.config, self.vocab_size, **{"length": 512, **settings})
+
+    def engine(self, **settings: Any) -> Engine:
+        return make_engine(self.decoder(**settings), self.config)
 
 
 class SmolLM2(TwinModel):
@@ -73,7 +71,7 @@ class SmolLM2(TwinModel):
         super().__init__(theirs, exit_layers)
 
 
-def make_engine(
+def make_decoder(
     tensors: Tensors,
     config: ModelDescription,
     vocab_size: int,
@@ -81,17 +79,28 @@ def make_engine(
     num_slots: int = 16,
     exit_probe: ExitProbe | None = None,
     length: int | None = None,
-    calibration: ExitCalibration | None = None,
     use_graphs: bool | None = None,
-) -> Engine:
+) -> Decoder:
     """kind: fp32, bf16, or int8 (all linear layers); use_graphs: CUDA graphs, default where they can be used"""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     weights = decoder_weights(
         tensors, config, device=device(), dtype=dtype, make_linear=Int8Linear if kind == "int8" else fastest_linear,
         exit_probe=exit_probe,
     )  # fmt: skip
-    decoder = Decoder(weights, num_slots=num_slots, num_positions=length, vocab_size=vocab_size, use_graphs=use_graphs)
+    return Decoder(weights, num_slots=num_slots, num_positions=length, vocab_size=vocab_size, use_graphs=use_graphs)
+
+
+def make_engine(decoder: Decoder, config: ModelDescription, calibration: ExitCalibration | None = None) -> Engine:
     return Engine(LocalExecutor(Worker(decoder)), config.exits, calibration=calibration)
+
+
+def score(engine: Engine, sequences: Sequence[list[int]], params: Sequence[ScoreParams]) -> list[ScoreResult]:
+    """What heads predict over each of the sequences. Raises ValueError if one cannot be scored."""
+    ids = [engine.add_scoring(tokens, settings) for tokens, settings in zip(sequences, params, strict=True)]
+    results = {}
+    while engine.has_work:
+        results |= {event.request_id: event.result for event in engine.step() if event.result is not None}
+    return [results[one].check() for one in ids]
 
 
 class Checkpoint:
@@ -102,5 +111,7 @@ class Checkpoint:
         self.tokenizer = build_tokenizer(self.config.tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
 
-    def engine(self, **settings: Any) -> Engine:
-        return make_engine(self.tensors, self.config, self.vocab_size, **settings)
+    def engine(self, calibration: ExitCalibration | None = None, **settings: Any) -> Engine:
+        """settings: of `make_decoder`"""
+        decoder = make_decoder(self.tensors, self.config, self.vocab_size, **settings)
+        return make_engine(decoder, self.config, calibration)

@@ -142,9 +142,9 @@ def evaluate(folder: Path, held_out: Path, variant: Variant, settings: Settings)
     curve = []
     for iteration in range(0, settings.iterations + 1, step):
         llm = load(own / ("tuned" if iteration else "exits"), iteration)
-        decoder = llm.engine.decoder
-        sequences = sample_sequences(str(held_out), decoder.vocab_size, settings.evaluation_tokens, 256)
-        heads = [asdict(head) for head in exit_quality(decoder, sequences)]
+        vocab_size = llm.engine.description.vocab_size
+        sequences = sample_sequences(str(held_out), vocab_size, settings.evaluation_tokens, 256)
+        heads = [asdict(head) for head in exit_quality(llm, sequences)]
         curve.append({"tokens": iteration * settings.tokens_per_iteration, "heads": heads})
         report = ", ".join(f"{head['layer']}: {head['loss']:.2f} / {head['agreement']:.1%}" for head in heads[:-1])
         print(f"{variant.name}, {curve[-1]['tokens']:,} tokens: loss / agreement of exit {report}", flush=True)
@@ -165,12 +165,9 @@ def evaluate(folder: Path, held_out: Path, variant: Variant, settings: Settings)
 
 
 def load(folder: Path, iteration: int) -> Any:
-    """A model for one request; the one before is forgotten."""
-    from megatron.core import parallel_state
-
+    """A model for one request."""
     from megatron.early_exit.inference.llm import LLM
 
-    parallel_state.destroy_model_parallel()
     return LLM.load(str(folder), iteration=iteration, max_requests=1)
 
 
