@@ -485,9 +485,6 @@ def main() -> int:
         results |= {part: measures[part](smol, settings) for part in parts if part in measures}
         del smol
     if set(parts) & {"early_exit", "speculative", "throughput"}:
-        from megatron.core import parallel_state
-
-        parallel_state.destroy_model_parallel()
         model = Checkpoint(settings.load)
         measures = {
             "early_exit": measure_early_exit, "speculative": measure_speculative, "throughput": measure_throughput,

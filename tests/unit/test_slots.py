@@ -176,6 +176,16 @@ def test_the_least_recently_used_slot_goes_first_and_empty_ones_before_it() -> N
     assert run(slots, [10] * 40).slot == 1
 
 
+def test_of_the_older_slots_one_beside_a_running_request_is_taken() -> None:
+    slots = Slots(8)
+    for number in range(8):
+        assert run(slots, [number] * 40).slot == number
+    assert assign(slots, [3] * 40).slot == 3  # in place
+    assert [assign(slots, [number] * 40).slot for number in (11, 12, 13)] == [2, 1, 0], "not 0, the oldest one, first"
+    slots.free(0, is_clean=False)  # empty now: it goes first
+    assert [assign(slots, [number] * 40).slot for number in (14, 15, 16)] == [0, 4, 5]
+
+
 def test_generations_rise_with_every_request() -> None:
     slots = Slots(1)
     assert [run(slots, SYSTEM).generation for _ in range(4)] == [1, 2, 3, 4]

@@ -195,8 +195,8 @@ class Slots:
         """(a free slot, the slot to copy from).
 
         A donor's own slot is taken if that loses less than a block of its rows, as in the next turn of a chat. Else the
-        rows are copied, so that a system prompt or another chat's turns stay, to an empty slot or the one that has been
-        of no use for longest."""
+        rows are copied, so that a system prompt or another chat's turns stay, to an empty slot or one that has been of
+        no use for long."""
         free = [slot for slot, one in enumerate(self._slots) if not one.is_taken]
         lost = {slot: self._slots[slot].complete_to - num_shared for slot in free}
         without_loss = [
@@ -205,11 +205,21 @@ class Slots:
         ]  # fmt: skip
         if without_loss:
             return min(without_loss, key=lost.__getitem__), None
-        slot = min(free, key=self._worth_keeping)
+        slot = self._of_least_use(free)
         if not donors or slot in donors:
             return slot, None
         # The most recently used one: if several hold the same rows, the others may go.
         return slot, max(donors, key=lambda donor: self._slots[donor].last_used)
+
+    def _of_least_use(self, free: Sequence[int]) -> int:
+        """An empty slot if there is one, else one of the half of them that have been of no use for longest: of these
+        one beside slots that are taken, since rows of consecutive slots attend in one call."""
+        by_use = sorted(free, key=self._worth_keeping)
+        num_empty = sum(not self._worth_keeping(slot)[0] for slot in free)
+        return max(by_use[: num_empty or (len(free) + 1) // 2], key=self._num_taken_neighbours)
+
+    def _num_taken_neighbours(self, slot: int) -> int:
+        return sum(self._slots[other].is_taken for other in (slot - 1, slot + 1) if 0 <= other < len(self._slots))
 
     def _worth_keeping(self, slot: int) -> tuple[bool, int]:
         one = self._slots[slot]
