@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.early_exit.inference.costs import StepCosts
-from megatron.early_exit.inference.params import SamplingSettings
 from megatron.early_exit.inference.protocol import (
     FINAL_HEAD,
     Admit,
     DrawnToken,
     ExitDescription,
+    Prediction,
+    Rows,
     RowsOutput,
     Step,
     WorkerDescription,
@@ -70,15 +71,22 @@ class FakeWorker:
         seen = self._sum_over_ranks(len(self.numbers))
         return [
             RowsOutput(
-                rows.request_id, rows.slot, rows.generation, rows.epoch, rows.stop,
-                tokens=(DrawnToken(rows.tokens[-1] + 1, -0.5, 0.25, FINAL_HEAD),), layer_passes=seen,
-                layer_runs=self.seeds.get(rows.slot, 0), error="x" * (1 << 28) if rows.tokens[-1] == FLOOD else None,
+                rows.request_id, rows.slot, rows.generation, rows.epoch, rows.stop, tokens=_next_token(rows),
+                layer_passes=seen, layer_runs=self.seeds.get(rows.slot, 0), complete_to=rows.stop,
+                error="x" * (1 << 28) if rows.tokens[-1] == FLOOD else None,
             )
             for rows in step.rows
         ]  # fmt: skip
 
     def measure_costs(self) -> StepCosts:
         return COSTS
+
+
+def _next_token(rows: Rows) -> tuple[DrawnToken, ...]:
+    if rows.sample_from is None:
+        return ()
+    token = rows.tokens[-1] + 1
+    return (DrawnToken(token, -0.5, 0.25, FINAL_HEAD, (Prediction(FINAL_HEAD, token, 0.25),)),)
 
 
 def make_fake(
@@ -107,7 +115,3 @@ def _sums(tensor_parallel: Any) -> Callable[[int], int]:
         return int(tensor)
 
     return add_up
-
-
-def greedy() -> SamplingSettings:
-    return SamplingSettings(seed=77)

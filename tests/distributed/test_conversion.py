@@ -181,7 +181,7 @@ def test_any_layout_loads_what_was_converted(name: str, tmp_path: Path) -> None:
     random_model(*MODELS[name], tmp_path / "theirs")
     expected = their_logits(tmp_path / "theirs")
     convert("from-hf", "--input", tmp_path / "theirs", "--save", tmp_path / "ours")
-    for logits in run_distributed(2, our_logits, folder=tmp_path / "ours", tp_size=2):
+    for logits in run_distributed(1, our_logits, folder=tmp_path / "ours", tp_size=2):
         assert_same_logits(logits, expected)
     parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     logits = run_distributed(4, trained_logits, folder=tmp_path / "ours", parallel=parallel)
@@ -382,5 +382,5 @@ def test_vocabulary_for_many_ranks(tmp_path: Path) -> None:
     assert description.padded_vocab_size == len(embedding) == 150
     assert torch.equal(embedding[:93], weights["model.embed_tokens.weight"]) and not embedding[93:].any()
     expected = their_logits(tmp_path / "theirs")
-    for logits in run_distributed(2, our_logits, folder=tmp_path / "wide", tp_size=2):
+    for logits in run_distributed(1, our_logits, folder=tmp_path / "wide", tp_size=2):
         assert_same_logits(logits, expected)

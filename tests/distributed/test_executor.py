@@ -13,11 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 import pytest
 import zmq
 
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor import channels
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.executor.channels import (
@@ -45,7 +48,7 @@ from megatron.early_exit.inference.executor.messages import (
     ToWorker,
     WorkerFactory,
 )
-from megatron.early_exit.inference.params import SamplingSettings
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.protocol import (
     Admit,
     CopyPrefix,
@@ -59,6 +62,7 @@ from megatron.early_exit.inference.protocol import (
     RowsOutput,
     Step,
 )
+from megatron.early_exit.inference.results import RequestResult
 from tests.distributed import fake_workers
 from tests.distributed.fake_workers import CRASH, EXIT, FLOOD, HANG, KILL, RAISE, SUSPEND
 
@@ -104,7 +108,7 @@ def wait_until_gone(pids: list[int], seconds: float = 5.0) -> list[int]:
 
 def step(number: int, token: int = 5, slot: int = 0, seed: int | None = None) -> Step:
     admit = Admit(1, slot, 1, 1, (), SamplingSettings(seed=seed or 0))
-    rows = Rows(number, slot, 1, 0, "decode", 3, (token,))
+    rows = Rows(number, slot, 1, 0, "decode", 3, (token,), sample_from=3)
     return Step(number, () if seed is None else (admit,), (rows,))
 
 
@@ -295,7 +299,46 @@ def test_the_thread_that_starts_workers_may_end() -> None:
         started[0].close()
 
 
+def test_an_engine_goes_on_after_an_interrupted_step() -> None:
+    """The outputs of a step whose requests have ended are taken in, by whoever comes next."""
+    with workers() as executor:
+        engine = Engine(executor, ExitConfig(exit_layer_nums=(2,)))
+        engine.add([5], GenerationParams(max_tokens=3))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(executor, "poll", mock.Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        assert [event.result.error for event in engine.fail_all("interrupted")] == ["interrupted"]
+        engine.add([7], GenerationParams(max_tokens=3))
+        (result,) = results_of(engine)
+        assert result.token_ids == [8, 9, 10]
+
+
+def results_of(engine: Engine) -> list[RequestResult]:
+    deadline, results = time.monotonic() + 20, []
+    while engine.has_work:
+        assert time.monotonic() < deadline
+        results += [event.result for event in engine.step() if event.result is not None]
+    return results
+
+
 # What goes wrong.
+
+
+@needs_proc
+def test_all_requests_end_with_an_error_when_a_rank_is_killed() -> None:
+    with workers() as executor:
+        engine = Engine(executor, ExitConfig(exit_layer_nums=(2,)))
+        for prompt in ([5], [KILL], [6], [7], [8], [9]):  # the second runs in slot 1; two wait for a slot
+            engine.add(prompt, GenerationParams(max_tokens=20))
+        started = time.monotonic()
+        results = results_of(engine)
+        assert time.monotonic() - started < 5
+        assert len(results) == 6
+        assert {one.error for one in results} == {"worker rank 1 was ended by SIGKILL (was there too little memory?)"}
+        with pytest.raises(ExecutorError, match="worker rank 1 was ended"):
+            engine.add([5], GenerationParams())
+
 
 MISDEEDS = {
     RAISE: "failed: RuntimeError: the fake worker broke",

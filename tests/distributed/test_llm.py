@@ -220,8 +220,10 @@ def load_two(folder: Path) -> list[list[int]]:
     params = GenerationParams(max_tokens=5)
     one, two = LLM.load(folder), LLM.load(str(folder))
     answers = [model.generate([5, 6], params)[0].result.token_ids for model in (one, two, one)]
-    with pytest.raises(ValueError, match="tensor_parallel_size is 2 but 1 process was started"):
-        LLM.load(folder, tensor_parallel_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match=r"but 2 processes were started \(WORLD_SIZE\)"):
+            LLM.load(folder, tensor_parallel_size=2)
     assert not parallel_state.model_parallel_is_initialized()
     one = LLM.load(folder)
     return [*answers, one.generate([5, 6], params)[0].result.token_ids]
@@ -233,6 +235,36 @@ def test_several_models_in_one_process(tmp_path: Path) -> None:
     run_distributed(1, save, cfg=cfg, folder=tmp_path)
     (answers,) = run_distributed(1, load_two, folder=tmp_path)
     assert len(answers[0]) == 5 and answers == [answers[0]] * 4
+
+
+def load_two_on_two_ranks_each(folder: Path) -> None:
+    params = GenerationParams(max_tokens=8, mode="early_exit", exit_thresholds=(0.2,))
+    sampled = GenerationParams(max_tokens=8, sampling=SamplingSettings(temperature=1.0, seed=3))
+    alone = LLM.load(folder)
+    pairs = [LLM.load(folder, tensor_parallel_size=2) for _ in range(2)]
+    streams = [pair.stream([[5, 6], [7]], [params, sampled]) for pair in pairs]
+    outputs = [[], []]
+    for deltas in zip(*streams, strict=True):  # both at once
+        for delta, of_pair in zip(deltas, outputs, strict=True):
+            of_pair += [delta.output] if delta.is_finished else []
+    expected = alone.generate([[5, 6], [7]], [params, sampled])
+    for of_pair in outputs:
+        of_pair.sort(key=lambda output: output.prompt_index)
+        assert [one.result.token_ids for one in of_pair] == [one.result.token_ids for one in expected]
+        assert [[t.exit_layer for t in one.tokens] for one in of_pair] == [
+            [t.exit_layer for t in one.tokens] for one in expected
+        ]
+    pairs[0].close()
+    assert [one.result.token_ids for one in pairs[1].generate([[5, 6]], params)] == [expected[0].result.token_ids]
+    with pytest.raises(ValueError, match="heads"):
+        LLM.load(folder, tensor_parallel_size=3)
+
+
+def test_models_on_two_ranks_beside_each_other(tmp_path: Path) -> None:
+    cfg = decoding_config()
+    cfg = replace(cfg, data=replace(cfg.data, vocab_size=VOCAB_SIZE - 1))
+    run_distributed(1, save, cfg=cfg, folder=tmp_path)
+    run_distributed(1, load_two_on_two_ranks_each, folder=tmp_path)
 
 
 def test_a_full_queue_refuses() -> None:

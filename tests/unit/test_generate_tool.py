@@ -90,7 +90,6 @@ def test_json_survives_a_round_trip():
         (["--mode", "full", "--use-early-exit"], "--use-early-exit contradicts --mode full"),
         (["--use-early-exit", "--early-exit-thres", "1.5"], "threshold is 1.5"),
         (["--mode", "self_speculative", "--draft-length", "0"], "draft_length is 0"),
-        (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size is 2 but 1 process was started"),
         (["--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read: No such file or directory"),
         (["--prompt-file", "."], "--prompt-file . cannot be read: Is a directory"),
         (["--chat"], "--chat reads from standard input"),
@@ -141,12 +140,17 @@ def test_programs_do_not_wait_for_the_ranks_of_another_job(program, capsys, monk
     assert ("set --tensor-model-parallel-size to 2" in error) == (program == "generate")
 
 
-def test_the_number_of_processes():
-    check_world_size(2, "tp", world_size=2)
-    with pytest.raises(ValueError, match="^tp is 4 but 1 process was .*; start 4 with torchrun --nproc-per-node 4$"):
-        check_world_size(4, "tp", world_size=1)
-    with pytest.raises(ValueError, match="; start 2 with torchrun --nproc-per-node 2, or set tp to 3, or where RANK"):
-        check_world_size(2, "tp", world_size=3)
+def test_the_number_of_processes(monkeypatch):
+    for started in ("1", "4"):
+        monkeypatch.setenv("WORLD_SIZE", started)
+        check_world_size(4, "tp")
+    with pytest.raises(ValueError, match="^one process does all the work .* start one, without torchrun. Where RANK"):
+        check_world_size()
+    with pytest.raises(ValueError, match="^tp is 2 but 4 .* own workers, or set tp to 4, or start 2 with torchrun"):
+        check_world_size(2, "tp")
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(ValueError, match="WORLD_SIZE is 'many'"):
+        check_world_size()
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,6 @@ def test_prompts_from_files_pipes_and_standard_input_are_lines_of_text(tmp_path,
     os.close(writing)
     assert _lines(f"/dev/fd/{reading}") == ["one \u2028 prompt \x0c in all", "last"]
     os.close(reading)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content + b"\ngr\xfcn\n")))
     # What is not UTF-8 comes as in arguments, and is refused by the tokenizer, alone.
-    assert list(_typed_lines(True)) == ["one \u2028 prompt \x0c in all", "last", "gr\udcfcn"]
+    assert list(_typed_lines()) == ["one \u2028 prompt \x0c in all", "last", "gr\udcfcn"]

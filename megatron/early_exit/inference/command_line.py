@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING
 from megatron.early_exit.data.text_files import read_text_lines, replace_surrogates, split_lines
 from megatron.early_exit.platform.command_line import add_verbose_flag
 from megatron.early_exit.platform.failures import in_words
-from megatron.early_exit.platform.world import check_world_size
+from megatron.early_exit.platform.world import check_world_size, world_size
 
 # What needs core is imported in the functions: --help and wrong flags should not wait for it.
 if TYPE_CHECKING:
     from megatron.early_exit.inference.llm import LLM
     from megatron.early_exit.inference.params import GenerationParams
     from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
-
-_INTERACTIVE_TIMEOUT_MINUTES = 7 * 24 * 60.0
-"""Other ranks wait in a collective for as long as the user thinks."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--load-iteration", type=int, help="checkpoint to load; default: the last one")
     model.add_argument(
         "--tensor-model-parallel-size", type=int, default=1, metavar="N",
-        help="ranks that share the weights; start the program with torchrun --nproc-per-node N",
+        help="worker processes that share the weights; over several machines start the program with torchrun",
     )  # fmt: skip
     model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: that of the training")
     model.add_argument("--quantize", choices=("exits", "all"), help="int8 weights: to probe exits, or for everything")
@@ -112,27 +109,48 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program on this rank. Returns the exit status: 1 if a prompt was refused, 2 for bad settings."""
+    """Run the program. Returns the exit status: 1 if a prompt was refused or a worker failed, 2 for bad settings.
+
+    In a process of torchrun whose rank is not 0, serve rank 0 until it ends."""
+    from megatron.early_exit.inference.executor.base import ExecutorError
+
     args = build_parser().parse_args(argv)
-    is_rank_zero = os.environ.get("RANK", "0") == "0"
     try:
+        return _run(args)
+    except ExecutorError as error:
+        print(f"generate.py: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    rank = os.environ.get("RANK", "0")
+    try:
+        check_world_size(args.tensor_model_parallel_size, "--tensor-model-parallel-size")
+        if world_size() > 1 and rank != "0":
+            from megatron.early_exit.inference.executor.worker_process import serve_torchrun_rank
+
+            return serve_torchrun_rank()
         prompts = [*args.prompt, *_lines(args.prompt_file)]
         params, llm = _prepare(args)
     except (ValueError, OSError) as error:
-        if is_rank_zero:
+        if rank == "0" or "TORCHELASTIC_RUN_ID" not in os.environ:  # else rank 0 says the same
             print(f"generate.py: {in_words(error)}", file=sys.stderr, flush=True)
-        _leave()
         return 2
     try:
-        if _is_interactive(args):
-            all_answered = _converse(args, params, llm, is_rank_zero)
-        elif len(prompts) == 1 and args.samples == 1 and not args.json:
-            all_answered = _show_live(args, prompts[0], prompts[0], params, llm, is_rank_zero) is not None
-        else:
-            all_answered = _answer_all(args, prompts, params, llm, is_rank_zero)
+        all_answered = _answer(args, prompts, params, llm)
+        _check_workers(llm)
+        return 0 if all_answered else 1
     finally:  # also when interrupted, or when nobody reads the output any more (see `run_program`)
-        _leave()
-    return 0 if all_answered else 1
+        llm.close()
+
+
+def _answer(args: argparse.Namespace, prompts: list[str], params: GenerationParams, llm: LLM) -> bool:
+    """Whether all prompts were answered."""
+    if _is_interactive(args):
+        return _converse(args, params, llm)
+    if len(prompts) == 1 and args.samples == 1 and not args.json:
+        return _show_live(args, prompts[0], prompts[0], params, llm) is not None
+    return _answer_all(args, prompts, params, llm)
 
 
 def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
@@ -171,10 +189,6 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
 
     from megatron.early_exit.inference.llm import LLM
 
-    if _is_interactive(args) and args.tensor_model_parallel_size > 1:
-        from megatron.early_exit.platform.distributed import initialize_distributed
-
-        initialize_distributed(timeout_minutes=_INTERACTIVE_TIMEOUT_MINUTES)
     llm = LLM.load(
         args.load,
         iteration=args.load_iteration,
@@ -186,6 +200,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
         quantize=args.quantize,
         shortlist=args.shortlist,
         cuda_graphs=not args.no_cuda_graphs,
+        join_torchrun=True,
     )
     params.exit_policy(llm.exits)
     params.drafting_exit(llm.exits)
@@ -194,7 +209,6 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
 
 def _checked_mode(args: argparse.Namespace) -> str:
     problems = []
-    check_world_size(args.tensor_model_parallel_size, "--tensor-model-parallel-size")
     mode = args.mode or ("early_exit" if args.use_early_exit else "full")
     if args.use_early_exit and mode != "early_exit":
         problems.append(f"--use-early-exit contradicts --mode {mode}")
@@ -238,22 +252,22 @@ def _lines(path: Path | None) -> list[str]:
     return lines
 
 
-def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM, is_rank_zero: bool) -> bool:
+def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM) -> bool:
     """Answer one prompt a line until standard input ends. Returns whether all were answered."""
     messages: list[dict[str, str]] = []
     all_answered = True
-    for line in _typed_lines(is_rank_zero):
+    for line in _typed_lines():
         if not args.chat:
-            all_answered &= _show_live(args, line, line, params, llm, is_rank_zero) is not None
+            all_answered &= _show_live(args, line, line, params, llm) is not None
             continue
         turn = [*messages, {"role": "user", "content": line}]
         try:
             prompt_ids = llm.tokenizer.chat(turn)
         except ValueError as error:
-            _refuse(line, str(error), is_rank_zero)
+            _refuse(line, str(error), llm)
             all_answered = False
             continue
-        output = _show_live(args, line, prompt_ids, params, llm, is_rank_zero)
+        output = _show_live(args, line, prompt_ids, params, llm)
         if output is None:
             all_answered = False
         else:
@@ -261,30 +275,18 @@ def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM, is_r
     return all_answered
 
 
-def _typed_lines(is_rank_zero: bool) -> Iterator[str]:
-    """The lines of rank 0's standard input, on all ranks; empty ones are skipped."""
-    import torch
-
-    own_lines = _lines_of_standard_input()
-    while True:
-        lines = [next(own_lines, None) if is_rank_zero else None]
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            torch.distributed.broadcast_object_list(lines, src=0)
-        if lines[0] is None:
-            return
-        if lines[0]:
-            yield lines[0]
-
-
-def _lines_of_standard_input() -> Iterator[str]:
-    """Bytes that are not UTF-8 become what Python makes of them in arguments, and the prompt is refused like those."""
+def _typed_lines() -> Iterator[str]:
+    """The lines of standard input but empty ones. Bytes that are not UTF-8 become what Python makes of them in
+    arguments, and the prompt is refused like those."""
     try:
         if sys.stdin.isatty():
             sys.stdin.reconfigure(errors="surrogateescape")
             while True:
-                yield input("prompt> ")
+                if line := input("prompt> "):
+                    yield line
         for line in split_lines(sys.stdin.buffer, "standard input"):
-            yield "" if line.is_blank else line.content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
+            if not line.is_blank:
+                yield line.content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
     except EOFError:
         return
 
@@ -295,21 +297,20 @@ def _show_live(
     prompt: str | list[int],
     params: GenerationParams,
     llm: LLM,
-    is_rank_zero: bool,
 ) -> RequestOutput | None:
-    """Answer one prompt and show the text as it comes, on rank 0, after what was typed unless it is a chat. None if the
-    prompt was refused."""
+    """Answer one prompt and show the text as it comes, after what was typed unless it is a chat. None if the prompt was
+    refused."""
     from megatron.early_exit.inference import report
 
     in_colour, num_layers = _in_colour(args.color), llm.engine.description.num_layers
-    quiet = args.json or not is_rank_zero
     before = "" if args.chat else typed
     delta: OutputDelta | None = None
     for delta in llm.stream(prompt, params):
         if delta.output.result is None and delta.output.error is not None:
-            _refuse(typed, delta.output.error, is_rank_zero)
+            _check_workers(llm)
+            _refuse(typed, delta.output.error, llm)
             return None
-        if quiet:
+        if args.json:
             continue
         if before:
             print(before, end="", flush=True)
@@ -318,11 +319,12 @@ def _show_live(
         print(text, end="", flush=True)
     output = delta.output
     if output.error is not None:
-        _refuse(typed, output.error, is_rank_zero)
+        _check_workers(llm)
+        _refuse(typed, output.error, llm)
         return None
-    if args.json and is_rank_zero:
+    if args.json:
         _print_json(typed, output)
-    elif is_rank_zero:
+    else:
         print("\n")
         _print_tables(args, output, llm, in_colour)
     return output
@@ -338,9 +340,7 @@ def _print_tables(args: argparse.Namespace, output: RequestOutput, llm: LLM, in_
     print(report.usage_table(output) + "\n", flush=True)
 
 
-def _answer_all(
-    args: argparse.Namespace, prompts: list[str], params: GenerationParams, llm: LLM, is_rank_zero: bool
-) -> bool:
+def _answer_all(args: argparse.Namespace, prompts: list[str], params: GenerationParams, llm: LLM) -> bool:
     """Answer all prompts at once and show each when it and those before it are done. False if one was refused."""
     from megatron.early_exit.inference import report
 
@@ -356,9 +356,7 @@ def _answer_all(
             following = next(expected, None)
             if output.error is not None:
                 all_answered = False
-                _refuse(prompt, output.error, is_rank_zero)
-            if not is_rank_zero:
-                continue
+                _refuse(prompt, output.error, llm)
             if args.json:
                 _print_json(prompt, output)
             elif output.error is None:
@@ -377,8 +375,17 @@ def _print_json(prompt: str, output: RequestOutput) -> None:
     print(json.dumps(document, ensure_ascii=not is_utf_8), flush=True)
 
 
-def _refuse(prompt: str, error: str, is_rank_zero: bool) -> None:
-    if is_rank_zero:
+def _check_workers(llm: LLM) -> None:
+    """Raise ExecutorError if they have ended."""
+    from megatron.early_exit.inference.executor.base import ExecutorError
+
+    if llm.engine.failure is not None:
+        raise ExecutorError(llm.engine.failure)
+
+
+def _refuse(prompt: str, error: str, llm: LLM) -> None:
+    """Say so, unless the workers have ended, which is said once for all prompts (`_check_workers`)."""
+    if llm.engine.failure is None:
         print(f"generate.py: prompt {prompt[:40]!r} was refused: {error}", file=sys.stderr, flush=True)
 
 
@@ -386,9 +393,3 @@ def _in_colour(choice: str) -> bool:
     if choice == "auto":
         return sys.stdout.isatty() and "NO_COLOR" not in os.environ
     return choice == "always"
-
-
-def _leave() -> None:
-    distributed = sys.modules.get("megatron.early_exit.platform.distributed")
-    if distributed is not None:
-        distributed.destroy_distributed()

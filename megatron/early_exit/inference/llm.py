@@ -10,29 +10,29 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-
-import torch
+from dataclasses import dataclass, field, fields
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.engine import Engine
+from megatron.early_exit.inference.executor import distributed
+from megatron.early_exit.inference.executor.base import Executor
 from megatron.early_exit.inference.executor.local import LocalExecutor
-from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig
+from megatron.early_exit.inference.executor.messages import WorkerFactory
+from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig, load_worker
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, request_error
-from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 from megatron.early_exit.inference.worker.worker import Worker
-from megatron.early_exit.platform.world import check_world_size
+from megatron.early_exit.platform.world import check_world_size, world_size
 
 DEFAULT_PARAMS = GenerationParams()
 DEFAULT_SCORES = ScoreParams()
 
 
 class LLM:
-    """A model that answers prompts. Under tensor parallelism all ranks make the same calls and get the same answers."""
+    """A model that answers prompts. Ranks that share its weights are other processes; this one has none of them."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, exits: ExitConfig) -> None:
         self.engine, self.tokenizer, self.exits = engine, tokenizer, exits
@@ -55,27 +55,32 @@ class LLM:
         quantize: str | None = None,
         shortlist: bool | None = None,
         cuda_graphs: bool = True,
+        join_torchrun: bool = False,
     ) -> LLM:
         """Load a training checkpoint of any layout.
 
-        path: the --save folder. max_waiting, prefill_chunk: see `Engine`. The others are those of `LoadConfig`; ranks
-        that share the weights are started with torchrun.
+        path: the --save folder. max_waiting, prefill_chunk: see `Engine`. join_torchrun: this is rank 0 of a
+        torchrun job, whose ranks share the weights; the others call `serve_torchrun_rank`. The other arguments are
+        those of `LoadConfig`; with a `tensor_parallel_size` above 1 the workers are processes that are started here.
 
-        Several models may be loaded in one process, all onto as many ranks.
+        Several models may be loaded in one process.
 
         Raises ValueError or FileNotFoundError if there is no checkpoint, ValueError for settings that cannot work,
-        among them sizes that no memory holds."""
+        among them sizes that no memory holds; ExecutorError if a worker process fails."""
         config = LoadConfig(
             str(path), iteration, tensor_parallel_size, dtype, max_requests, max_length, kv_cache_gib, quantize,
             shortlist, cuda_graphs,
         )  # fmt: skip
-        existing = torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
-        check_world_size(config.tensor_parallel_size, "tensor_parallel_size", existing)
-        checkpoint = InferenceCheckpoint(config)
+        joins_torchrun = join_torchrun and world_size() > 1
+        if joins_torchrun:
+            check_world_size(config.tensor_parallel_size, "tensor_parallel_size")
+        else:
+            check_world_size()
+        checkpoint = InferenceCheckpoint(config, checks_memory=config.tensor_parallel_size == 1)
         description, tokenizer = checkpoint.description, build_tokenizer(checkpoint.description.tokenizer)
-        decoder = checkpoint.load_decoder(tokenizer.vocab_size, lambda: _join(config.tensor_parallel_size))
+        executor = _start_executor(checkpoint, tokenizer.vocab_size, joins_torchrun)
         engine = Engine(
-            LocalExecutor(Worker(decoder)),
+            executor,
             description.exits,
             ends=tokenizer.ends,
             max_waiting=max_waiting,
@@ -159,6 +164,10 @@ class LLM:
             while mailbox.news:
                 yield mailbox.news.popleft()
 
+    def close(self) -> None:
+        """End the worker processes, if there are any; without it they end with this process."""
+        self.engine.executor.close()
+
     def _for_each(
         self, prompts: list[Prompt], params: GenerationParams | Sequence[GenerationParams]
     ) -> list[GenerationParams]:
@@ -200,14 +209,16 @@ class _Mailbox:
     news: deque[OutputDelta | ScoreResult] = field(default_factory=deque)
 
 
-def _join(tensor_parallel_size: int) -> TensorParallel:
-    """All processes of torchrun share the weights."""
-    if tensor_parallel_size == 1:
-        return TensorParallel()
-    from megatron.early_exit.platform.distributed import initialize_distributed
-
-    initialize_distributed()
-    return TensorParallel(torch.distributed.group.WORLD)
+def _start_executor(checkpoint: InferenceCheckpoint, num_ids: int, joins_torchrun: bool) -> Executor:
+    """The worker in this process, or workers in processes of their own."""
+    config = checkpoint.config
+    if config.tensor_parallel_size == 1:
+        return LocalExecutor(Worker(checkpoint.load_decoder(num_ids)))
+    settings = {one.name: getattr(config, one.name) for one in fields(config)}
+    factory = WorkerFactory(f"{load_worker.__module__}:{load_worker.__name__}", {"num_ids": num_ids, **settings})
+    if joins_torchrun:
+        return distributed.join_torchrun(factory)
+    return distributed.start_workers(factory, config.tensor_parallel_size)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

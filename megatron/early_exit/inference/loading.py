@@ -87,8 +87,10 @@ class LoadConfig:
 class InferenceCheckpoint:
     """A checkpoint and how it is loaded: what its settings tell is checked, and no parameter has been read."""
 
-    def __init__(self, config: LoadConfig) -> None:
-        """Raises ConfigError if there is no checkpoint, ValueError for what cannot work."""
+    def __init__(self, config: LoadConfig, checks_memory: bool = True) -> None:
+        """checks_memory: whether this process will hold keys and values. (On a GPU the question alone takes some.)
+
+        Raises ConfigError if there is no checkpoint, ValueError for what cannot work."""
         self.config = config
         self.folder: Path = checkpoint_folder(config.path, config.iteration)
         self.description: ModelDescription = read_description(self.folder)
@@ -99,7 +101,8 @@ class InferenceCheckpoint:
         self.calibration = ExitCalibration.load(self.folder)
         if config.shortlist and self.calibration is None:
             raise ValueError("shortlist needs a calibration of the exits; tools/calibrate_exits.py makes it")
-        self._check_cache(self._weights_bytes)
+        if checks_memory:
+            self._check_cache(self._weights_bytes)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -87,7 +87,8 @@ class Engine:
         self._num_outstanding = 0
         """Rows submitted whose outputs have not come, those of requests that have ended included."""
         self._num_planned_for = 0
-        self._failure: str | None = None
+        self.failure: str | None = None
+        """Why the workers have ended; None while they live."""
 
     # Requests come and go.
 
@@ -201,8 +202,8 @@ class Engine:
         )
 
     def _check_room(self) -> None:
-        if self._failure is not None:
-            raise ExecutorError(self._failure)
+        if self.failure is not None:
+            raise ExecutorError(self.failure)
         num_waiting = len(self._queue) - self.slots.num_free  # the others get a slot with the next step
         if self.max_waiting is not None and num_waiting >= self.max_waiting:
             raise QueueFull(
@@ -245,8 +246,8 @@ class Engine:
                     self._num_outstanding -= 1
                     self._receive(output, events)
         except ExecutorError as error:
-            self._failure = str(error)
-            return [*events.values(), *self.fail_all(self._failure)]
+            self.failure = str(error)
+            return [*events.values(), *self.fail_all(self.failure)]
         return list(events.values())
 
     def run_step(self, operations: Sequence[SlotOperation], rows: Sequence[Rows]) -> list[RowsOutput]:
