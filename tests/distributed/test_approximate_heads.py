@@ -74,7 +74,7 @@ def compare_questions(cfg: RunConfig, exit_probe: ExitProbe) -> None:
             among = cheap.logits(row)[ids].log_softmax(-1)
             assert cheap.token(row) == ids[int(among.argmax())]
             assert cheap.max_log_prob(row) == pytest.approx(among.max().item(), abs=1e-5)
-            assert torch.allclose(cheap.log_probs(row)[ids], among, atol=1e-5)
+            assert torch.allclose(torch.tensor(cheap.log_probs_of([row] * len(ids), ids)), among, atol=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -1,49 +1,14 @@
-"""The acceptance rule and the length of drafts, by numbers worked out by hand."""
+"""The length of drafts, by numbers worked out by hand."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-import torch
-
 from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
-from megatron.early_exit.inference.engine.draft_length import Draft, DraftLength, verify
-from megatron.early_exit.inference.params import SamplingSettings
-from megatron.early_exit.inference.worker.sampling import Sampler
+from megatron.early_exit.inference.engine.draft_length import DraftLength
 
-P = torch.tensor([0.5, 0.2, 0.3, 0.0])
-Q = torch.tensor([0.1, 0.6, 0.2, 0.1])
 SAME = (1.0,) * len(ROW_COUNTS)
 COSTS = StepCosts(SAME, SAME, SAME, SAME)
-
-
-def test_rejection_sampling_gives_the_full_models_distribution() -> None:
-    sampler, counts, accepted, draws = Sampler(SamplingSettings(1.0)), torch.zeros(4), 0, 20000
-    for _ in range(draws):
-        draft = Draft(int(torch.multinomial(Q, 1, generator=sampler.generator)), Q)
-        is_accepted, token = verify(draft, P, sampler)
-        counts[token] += 1
-        accepted += is_accepted
-    assert torch.allclose(counts / draws, P, atol=0.015)  # four standard deviations
-    # The share that is accepted is what p and q have in common.
-    assert accepted / draws == pytest.approx(torch.minimum(P, Q).sum().item(), abs=0.015)
-
-
-def test_a_token_that_the_full_model_never_draws_is_never_accepted() -> None:
-    sampler = Sampler(SamplingSettings(1.0))
-    assert not any(verify(Draft(3, Q), P, sampler)[0] for _ in range(200))
-
-
-def test_equal_distributions_accept_everything() -> None:
-    sampler = Sampler(SamplingSettings(1.0))
-    assert all(verify(Draft(token, P), P, sampler) == (True, token) for token in (0, 1, 2) * 30)
-
-
-def test_greedy_drafts_are_accepted_where_they_are_the_best() -> None:
-    sampler = Sampler(SamplingSettings())
-    assert verify(Draft(0, None), P, sampler) == (True, 0)
-    assert verify(Draft(2, None), P, sampler) == (False, 0)
 
 
 def length(costs: StepCosts = COSTS, fixed: int | None = None) -> DraftLength:

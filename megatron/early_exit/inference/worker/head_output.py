@@ -135,10 +135,6 @@ class HeadOutput:
             self._full_logits = logits[:, : self._vocab_size]
         return self._full_logits[row]
 
-    def log_probs(self, row: int) -> Tensor:
-        """[vocabulary] on every rank, fp32 on the CPU; as `logits`."""
-        return self.logits(row) - self._rows[row][1]
-
     @cached_property
     def _ids(self) -> Tensor:
         """[columns] ascending: the id of each column, of padding one that is no token."""
