@@ -38,7 +38,7 @@ def test_summary_and_goals() -> None:
         {"rejection": 0.5, "shared": 0.4, "bound": bound(0.5)},
         {"rejection": 1.0, "shared": 1.0, "bound": 1.0},
     ]
-    row = summary(3, 0.6, positions)
+    row = summary(positions)
     assert (row["shared noise"], row["rejection"]) == (0.7, 0.75)
     assert row["shared / rejection"] == pytest.approx(0.7 / 0.75)
     assert row["difference"] == pytest.approx(-0.05) and row["standard error"] == pytest.approx(0.05)

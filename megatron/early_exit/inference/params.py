@@ -133,7 +133,7 @@ class GenerationParams:
 
     mode: Mode = "full"
     """full: all layers for every token. early_exit: take a token from the first exit that is confident.
-    self_speculative: let an exit draft tokens and all layers verify them; the distribution is that of `full`."""
+    self_speculative: let an exit draft tokens and all layers verify them; the answer is that of `full`."""
 
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How tokens are chosen from a head's distribution."""
