@@ -17,12 +17,13 @@ import torch
 
 from benchmarks import common
 from benchmarks.decode import in_turn, quality, run_requests, their_seconds
-from benchmarks.decode_models import TwinModel
+from benchmarks.decode_models import TwinModel, make_engine, score
 from benchmarks.gpu.record import Record
-from megatron.early_exit.inference.calibration import observe_exits
+from megatron.early_exit.inference.calibration import observations
 from megatron.early_exit.inference.engine.engine import Engine
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import RequestResult
+from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.platform.device import use_cuda
 
 _LLAMA_1B = {
@@ -58,9 +59,12 @@ class Decoding:
         ids = torch.randint(self.model.vocab_size, (count, _PROMPT_TOKENS), generator=generator)
         return ids.tolist()
 
-    def engine(self, batch: int, use_graphs: bool | None = None) -> Engine:
+    def decoder(self, batch: int, use_graphs: bool | None = None) -> Decoder:
         length = _PROMPT_TOKENS + 2 * self.tokens
-        return self.model.engine(self.kind, num_slots=batch, length=length, use_graphs=use_graphs)
+        return self.model.decoder(kind=self.kind, num_slots=batch, length=length, use_graphs=use_graphs)
+
+    def engine(self, decoder: Decoder) -> Engine:
+        return make_engine(decoder, self.model.config)
 
     def params(self, **settings: Any) -> GenerationParams:
         return GenerationParams(max_tokens=self.tokens, ignore_eod=True, **settings)
@@ -103,9 +107,10 @@ def _name(batch: int, kind: Callable[..., None]) -> str:
 def _full(run: Decoding, batch: int, record: Record) -> None:
     """All layers: `transformers`, and ours with and without CUDA graphs."""
     prompts = run.prompts(batch)
-    engines = {"ours": run.engine(batch, use_graphs=False)}
+    decoders = {"ours": run.decoder(batch, use_graphs=False)}
     if use_cuda():
-        engines["ours, graphs"] = run.engine(batch, use_graphs=True)
+        decoders["ours, graphs"] = run.decoder(batch, use_graphs=True)
+    engines = {name: run.engine(decoder) for name, decoder in decoders.items()}
     tokens: dict[str, list[list[int]]] = {}
 
     def ours(name: str) -> float:
@@ -126,14 +131,27 @@ def _full(run: Decoding, batch: int, record: Record) -> None:
             "speedup_over_transformers": common.median_ratio(seconds["transformers"], taken),
             "same_tokens": sum(same) / len(same),
             "peak_mib": torch.cuda.max_memory_allocated() / common.MIB if use_cuda() else None,
+            **_captured(decoders.get(name)),
             "raw_seconds": taken,
         })  # fmt: skip
 
 
+def _captured(decoder: Decoder | None) -> dict[str, Any]:
+    """What capturing the graphs took; the columns are empty without graphs."""
+    graphs = None if decoder is None else decoder.graphs
+    if graphs is None:
+        return {"num_graphs": None, "capture_seconds": None, "graphs_mib": None}
+    return {
+        "num_graphs": graphs.num_graphs,
+        "capture_seconds": graphs.seconds,
+        "graphs_mib": graphs.num_bytes / common.MIB,
+    }
+
+
 def _exits(run: Decoding, batch: int, record: Record) -> None:
     """Early exit at several shares of leaving tokens, and self-speculation, against all layers."""
-    engine, prompts = run.engine(batch), run.prompts(batch)
-    confidences, agrees = observe_exits(engine.decoder, run.prompts(4))
+    engine, prompts = run.engine(run.decoder(batch)), run.prompts(batch)
+    confidences, agrees = observations(score(engine, run.prompts(4), [ScoreParams()] * 4))
     leaving = run.exit_layers[-1]
     variants = {"all layers": run.params()}
     for share in _EXIT_SHARES:

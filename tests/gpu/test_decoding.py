@@ -1,6 +1,11 @@
-"""Decoding on one GPU: the tokens of the CPU in fp32, and all modes in bf16."""
+"""Decoding on one GPU, kernel by kernel and with graphs: the reference's tokens and the CPU's draws in fp32, and bf16.
+
+Everything but what is CUDA's own also runs on the CPU (`tests/distributed/test_graphs.py`, `test_engine.py`)."""
 
 from __future__ import annotations
+
+import logging
+from unittest import mock
 
 import pytest
 import torch
@@ -9,36 +14,63 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is visible"),
 ]
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 PROMPTS = [[5, 17, 80, 3, 41], [9] * 20, [1]]
+HEADS = ("untied_norm", "mlp", "block")
+SAMPLINGS = ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}, {"temperature": 1.3, "seed": 6})
 
 
-def answers(dtype: torch.dtype, modes: tuple[str, ...], use_graphs: bool = True) -> list[list[int]]:
+def config(head: str = "untied_norm"):
+    from tests.distributed import engines
+
+    return engines.decoding_config(**engines.HEADS[head])
+
+
+def make_engine(device: torch.device, cfg, dtype: torch.dtype = torch.float32, use_graphs: bool = False):
+    """An engine of two slots, so that requests queue and join."""
     from megatron.early_exit.inference.engine.engine import Engine
-    from megatron.early_exit.inference.params import GenerationParams
+    from megatron.early_exit.inference.executor.local import LocalExecutor
     from megatron.early_exit.inference.worker.decoder import Decoder
+    from megatron.early_exit.inference.worker.worker import Worker
     from tests.configs import VOCAB_SIZE
-    from tests.distributed.engines import check_invariants, decoding_config, reference_weights, run_all
-    from tests.distributed.parallel_model import layout
+    from tests.distributed.engines import COSTS, reference_weights
 
-    cfg = decoding_config(use_exit_norm=True)
-    with layout(cfg):
-        weights = reference_weights(cfg, dtype=dtype, device=torch.device("cuda"))
-        assert weights.device.type == "cuda"
-        decoder = Decoder(weights, num_slots=2, vocab_size=VOCAB_SIZE, use_graphs=use_graphs)
-        engine = Engine(decoder, cfg.exits)
+    weights = reference_weights(cfg, device=device, dtype=dtype)
+    decoder = Decoder(weights, num_slots=2, vocab_size=VOCAB_SIZE, use_graphs=use_graphs)
+    return Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS)
+
+
+def all_modes(**sampling):
+    """Settings whose tokens depend on exits: half of the tokens leave (see `thresholds`)."""
+    from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+
+    settings = {"max_tokens": 15, "sampling": SamplingSettings(**sampling)}
+    return [
+        GenerationParams(**settings),
+        GenerationParams(**settings, mode="early_exit", exit_thresholds=(0.02,), max_deferred=4),
+        GenerationParams(**settings, mode="early_exit", exit_thresholds=(1.0,)),
+        GenerationParams(**settings, mode="self_speculative"),
+    ]
+
+
+def answers(engine, settings):
+    """The results of every prompt with all settings, in one run; nothing is captured meanwhile."""
+    from megatron.early_exit.inference.worker import graphs
+    from tests.distributed.engines import check_invariants, run_all
+
+    with mock.patch.object(graphs, "_graph", side_effect=AssertionError("captured in traffic")):
         for prompt in PROMPTS:
-            for mode in modes:
-                engine.add(prompt, GenerationParams(max_tokens=15, mode=mode, exit_thresholds=(1.0,)))
+            for params in settings:
+                engine.add(prompt, params)
         results = run_all(engine)
-        check_invariants(engine)
-        assert not use_graphs or decoder._graphs.num_graphs > 2
-        return [results[i].token_ids for i in sorted(results)]
+    check_invariants(engine)
+    return [results[one] for one in sorted(results)]
 
 
-def reference_tokens() -> list[list[int]]:
-    from tests.distributed.engines import decoding_config, reference_over
+def reference_tokens(cfg) -> list[list[int]]:
+    from tests.distributed.engines import reference_over
 
-    cfg, expected = decoding_config(use_exit_norm=True), []
+    expected = []
     for prompt in PROMPTS:
         tokens = list(prompt)
         for _ in range(15):
@@ -48,11 +80,65 @@ def reference_tokens() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("use_graphs", [False, True])
-def test_all_modes_give_the_reference_s_tokens_in_fp32(use_graphs: bool) -> None:
-    modes = ("full", "early_exit", "self_speculative")
-    expected = [tokens for tokens in reference_tokens() for _ in modes]
-    assert answers(torch.float32, modes, use_graphs) == expected
+@pytest.mark.parametrize("head", HEADS)
+def test_modes_without_exits_give_the_reference_s_tokens(head: str, use_graphs: bool) -> None:
+    cfg = config(head)
+    settings = [params for params in all_modes() if params.exit_thresholds != (0.02,)]
+    expected = [tokens for tokens in reference_tokens(cfg) for _ in settings]
+    engine = make_engine(GPU, cfg, use_graphs=use_graphs)
+    assert [result.token_ids for result in answers(engine, settings)] == expected
+
+
+@pytest.mark.parametrize("use_graphs", [False, True])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_tokens_and_exits_are_those_of_the_cpu(head: str, use_graphs: bool, sampling: dict) -> None:
+    cfg, settings = config(head), all_modes(**sampling)
+    on_gpu = answers(make_engine(GPU, cfg, use_graphs=use_graphs), settings)
+    on_cpu = answers(make_engine(CPU, cfg), settings)
+    exits = [token.exit_layer for result in on_cpu for token in result.tokens]
+    assert len(set(exits)) > 1, "some tokens leave and some do not"
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        assert ours.error is None and ours.token_ids == theirs.token_ids
+        assert [token.exit_layer for token in ours.tokens] == [token.exit_layer for token in theirs.tokens]
+        for mine, other in zip(ours.tokens, theirs.tokens, strict=True):
+            assert mine.log_prob == pytest.approx(other.log_prob, rel=1e-3, abs=1e-4)
+            assert mine.confidence == pytest.approx(other.confidence, rel=1e-3)
 
 
 def test_bf16_runs() -> None:
-    assert [len(tokens) for tokens in answers(torch.bfloat16, ("full", "self_speculative"))] == [15] * 6
+    for use_graphs in (False, True):
+        results = answers(make_engine(GPU, config(), torch.bfloat16, use_graphs), all_modes())
+        assert [(result.error, len(result.token_ids)) for result in results] == [(None, 15)] * len(results)
+
+
+def test_graphs_are_captured_when_the_decoder_is_made_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+    from tests.distributed.engines import decoder_of
+
+    with caplog.at_level(logging.INFO):
+        graphs = decoder_of(make_engine(GPU, config(), use_graphs=True)).graphs
+    assert 0 < graphs.num_graphs <= 64 * 6 and graphs.seconds > 0
+    assert f"captured {graphs.num_graphs} CUDA graphs" in caplog.text
+
+
+@pytest.mark.parametrize("use_graphs", [False, True])
+def test_layers_never_wait_for_the_device(use_graphs: bool) -> None:
+    from megatron.early_exit.inference.worker.attention import Segment
+    from tests.distributed.engines import decoder_of
+
+    decoder = decoder_of(make_engine(GPU, config("block"), use_graphs=use_graphs))
+    segments = [Segment(0, 6, 1), Segment(1, 3, 2)]
+
+    def run() -> None:
+        metadata = decoder.attention_metadata(segments)
+        hidden = decoder.embed([1, 2, 3], metadata)
+        hidden, _ = decoder.run_layers(hidden, metadata, 0, decoder.num_layers)
+        decoder.run_exit_block(0, hidden, metadata)
+
+    with torch.inference_mode():
+        run()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

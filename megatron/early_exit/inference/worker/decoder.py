@@ -70,10 +70,10 @@ class Decoder:
         self._attention = Attention(self.cache, self._num_heads, weights.rotary_frequencies)
         depths = sorted({self.first_layer, self.last_layer, *(one.depth for one in self.exits)})
         self._ranges = list(itertools.pairwise(depths))
-        self._graphs = None
+        self.graphs: ModelGraphs | None = None
         if use_graphs:
-            self._graphs = ModelGraphs(self._graph_parts(), model.hidden_size, self._attention)
-            self._graphs.capture()
+            self.graphs = ModelGraphs(self._graph_parts(), model.hidden_size, self._attention)
+            self.graphs.capture()
 
     def _graph_parts(self) -> dict[Part, Launch]:
         """What runs as graphs: the layers between two exits by (first, last), and the blocks of exits by exit index."""
@@ -105,10 +105,10 @@ class Decoder:
 
         hidden: [rows, h]. Returns the same after the last of these layers, and its residual after attention, which an
         MLP branch reads (`hidden` itself if no layer runs)."""
-        if self._graphs is not None:
+        if self.graphs is not None:
             parts = [one for one in self._ranges if first <= one[0] and one[1] <= last]
             if parts and (parts[0][0], parts[-1][1]) == (first, last):
-                outputs = self._graphs.run(parts, hidden, attention)
+                outputs = self.graphs.run(parts, hidden, attention)
                 if outputs is not None:
                     return outputs
         return self._launch_layers(hidden, attention, first, last)
@@ -124,7 +124,7 @@ class Decoder:
 
     def run_exit_block(self, exit_index: int, hidden: Tensor, attention: AttentionMetadata) -> Tensor:
         """The transformer block of an exit over rows that it has not seen; as `run_layers`."""
-        outputs = None if self._graphs is None else self._graphs.run([exit_index], hidden, attention)
+        outputs = None if self.graphs is None else self.graphs.run([exit_index], hidden, attention)
         if outputs is None:
             outputs = self._launch_exit_block(hidden, attention, exit_index)
         return outputs[0]

@@ -192,6 +192,8 @@ class ModelGraphs:
         # The batch that the buffers describe: a step runs several parts with it.
         self._current: AttentionMetadata | None = None
         self._shape: GraphShape | None = None
+        self.seconds, self.num_bytes = 0.0, 0
+        """What `capture` took on a GPU."""
 
     @property
     def num_graphs(self) -> int:
@@ -211,11 +213,10 @@ class ModelGraphs:
             if is_cuda and number % _LOG_EVERY == 0:
                 log.info("capturing CUDA graphs: %d of %d shapes", number, len(self._shapes))
         if is_cuda:
-            counts = (self.num_graphs, len(self._shapes), len(self._parts))
-            seconds, gibibytes = time.perf_counter() - started, (free - free_memory_bytes()) / 2**30
+            self.seconds, self.num_bytes = time.perf_counter() - started, free - free_memory_bytes()
             log.info(
                 "captured %d CUDA graphs (%d shapes, %d parts of the model) in %.1f s; they take %.2f GiB",
-                *counts, seconds, gibibytes,
+                self.num_graphs, len(self._shapes), len(self._parts), self.seconds, self.num_bytes / 2**30,
             )  # fmt: skip
 
     def _capture_shape(self, shape: GraphShape, cuda: _CudaCapture | None) -> _ShapeGraphs:
