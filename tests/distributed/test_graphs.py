@@ -203,3 +203,15 @@ def test_answers_are_the_same_with_graphs_and_without() -> None:
     for ours, theirs in zip(with_graphs, without, strict=True):
         assert [t.exit_layer for t in ours.tokens] == [t.exit_layer for t in theirs.tokens]
         assert [t.log_prob for t in ours.tokens] == pytest.approx([t.log_prob for t in theirs.tokens], rel=1e-4)
+
+
+def run_gpu_test_on_cpu(head: str) -> None:
+    from tests.gpu import test_decoding
+
+    with mock.patch.object(test_decoding, "GPU", test_decoding.CPU):
+        test_decoding.test_tokens_and_exits_are_those_of_the_cpu(head, True, test_decoding.SAMPLINGS[1])
+
+
+def test_the_gpu_s_tests_fit_the_engine() -> None:
+    """They run here with graphs that are none, so that they are ready where there is a GPU."""
+    run_distributed(1, run_gpu_test_on_cpu, head="mlp")

@@ -5,10 +5,18 @@ Everything but what is CUDA's own also runs on the CPU (`tests/distributed/test_
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from megatron.early_exit.config.run import RunConfig
+    from megatron.early_exit.inference.engine.engine import Engine
+    from megatron.early_exit.inference.params import GenerationParams
+    from megatron.early_exit.inference.results import RequestResult
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,13 +28,15 @@ HEADS = ("untied_norm", "mlp", "block")
 SAMPLINGS = ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}, {"temperature": 1.3, "seed": 6})
 
 
-def config(head: str = "untied_norm"):
+def config(head: str = "untied_norm") -> RunConfig:
     from tests.distributed import engines
 
     return engines.decoding_config(**engines.HEADS[head])
 
 
-def make_engine(device: torch.device, cfg, dtype: torch.dtype = torch.float32, use_graphs: bool = False):
+def make_engine(
+    device: torch.device, cfg: RunConfig, dtype: torch.dtype = torch.float32, use_graphs: bool = False
+) -> Engine:
     """An engine of two slots, so that requests queue and join."""
     from megatron.early_exit.inference.engine.engine import Engine
     from megatron.early_exit.inference.executor.local import LocalExecutor
@@ -40,20 +50,31 @@ def make_engine(device: torch.device, cfg, dtype: torch.dtype = torch.float32, u
     return Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS)
 
 
-def all_modes(**sampling):
-    """Settings whose tokens depend on exits: half of the tokens leave (see `thresholds`)."""
+def median_confidence(cfg: RunConfig) -> float:
+    """A threshold at which about half of the tokens leave at an exit."""
+    from megatron.early_exit.inference.params import ScoreParams
+    from tests.distributed.engines import score_all
+
+    results = score_all(make_engine(CPU, cfg), [PROMPTS[0] * 4, PROMPTS[1]], ScoreParams(final=False))
+    return float(
+        np.median([confidence for result in results for head in result.heads for confidence in head.confidences])
+    )
+
+
+def all_modes(threshold: float, **sampling: Any) -> list[GenerationParams]:
+    """Settings of every mode; with early exit once at the threshold, and once where nothing leaves."""
     from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 
     settings = {"max_tokens": 15, "sampling": SamplingSettings(**sampling)}
     return [
         GenerationParams(**settings),
-        GenerationParams(**settings, mode="early_exit", exit_thresholds=(0.02,), max_deferred=4),
         GenerationParams(**settings, mode="early_exit", exit_thresholds=(1.0,)),
         GenerationParams(**settings, mode="self_speculative"),
+        GenerationParams(**settings, mode="early_exit", exit_thresholds=(threshold,), max_deferred=4),
     ]
 
 
-def answers(engine, settings):
+def answers(engine: Engine, settings: list[GenerationParams]) -> list[RequestResult]:
     """The results of every prompt with all settings, in one run; nothing is captured meanwhile."""
     from megatron.early_exit.inference.worker import graphs
     from tests.distributed.engines import check_invariants, run_all
@@ -67,7 +88,7 @@ def answers(engine, settings):
     return [results[one] for one in sorted(results)]
 
 
-def reference_tokens(cfg) -> list[list[int]]:
+def reference_tokens(cfg: RunConfig) -> list[list[int]]:
     from tests.distributed.engines import reference_over
 
     expected = []
@@ -83,7 +104,7 @@ def reference_tokens(cfg) -> list[list[int]]:
 @pytest.mark.parametrize("head", HEADS)
 def test_modes_without_exits_give_the_reference_s_tokens(head: str, use_graphs: bool) -> None:
     cfg = config(head)
-    settings = [params for params in all_modes() if params.exit_thresholds != (0.02,)]
+    *settings, _ = all_modes(threshold=1.0)
     expected = [tokens for tokens in reference_tokens(cfg) for _ in settings]
     engine = make_engine(GPU, cfg, use_graphs=use_graphs)
     assert [result.token_ids for result in answers(engine, settings)] == expected
@@ -93,7 +114,8 @@ def test_modes_without_exits_give_the_reference_s_tokens(head: str, use_graphs: 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_tokens_and_exits_are_those_of_the_cpu(head: str, use_graphs: bool, sampling: dict) -> None:
-    cfg, settings = config(head), all_modes(**sampling)
+    cfg = config(head)
+    settings = all_modes(median_confidence(cfg), **sampling)
     on_gpu = answers(make_engine(GPU, cfg, use_graphs=use_graphs), settings)
     on_cpu = answers(make_engine(CPU, cfg), settings)
     exits = [token.exit_layer for result in on_cpu for token in result.tokens]
@@ -108,7 +130,7 @@ def test_tokens_and_exits_are_those_of_the_cpu(head: str, use_graphs: bool, samp
 
 def test_bf16_runs() -> None:
     for use_graphs in (False, True):
-        results = answers(make_engine(GPU, config(), torch.bfloat16, use_graphs), all_modes())
+        results = answers(make_engine(GPU, config(), torch.bfloat16, use_graphs), all_modes(threshold=0.1))
         assert [(result.error, len(result.token_ids)) for result in results] == [(None, 15)] * len(results)
 
 

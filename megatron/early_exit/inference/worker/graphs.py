@@ -202,22 +202,31 @@ class ModelGraphs:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture all graphs; nothing else ever does."""
+        """Capture all graphs; nothing else ever does. Raises ValueError if the GPU's memory does not hold them."""
         device = self._attention.cache.device
-        is_cuda = device.type == "cuda"
-        cuda = _CudaCapture(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)) if is_cuda else None
+        if device.type != "cuda":
+            self._capture_all(None)
+            return
         started, free = time.perf_counter(), free_memory_bytes()
+        try:
+            self._capture_all(_CudaCapture(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)))
+        except torch.cuda.OutOfMemoryError as error:
+            raise ValueError(
+                f"{free / 2**30:.1f} GiB of the GPU's memory are free beside weights, keys and values: too little for CUDA "
+                "graphs; choose fewer max_requests or a smaller max_length, or switch the graphs off"
+            ) from error
+        self.seconds, self.num_bytes = time.perf_counter() - started, free - free_memory_bytes()
+        log.info(
+            "captured %d CUDA graphs (%d shapes, %d parts of the model) in %.1f s; they take %.2f GiB",
+            self.num_graphs, len(self._shapes), len(self._parts), self.seconds, self.num_bytes / 2**30,
+        )  # fmt: skip
+
+    def _capture_all(self, cuda: _CudaCapture | None) -> None:
         # The largest first: the others then find room in its memory.
         for number, shape in enumerate(reversed(self._shapes), 1):
             self._graphs[shape] = self._capture_shape(shape, cuda)
-            if is_cuda and number % _LOG_EVERY == 0:
+            if cuda is not None and number % _LOG_EVERY == 0:
                 log.info("capturing CUDA graphs: %d of %d shapes", number, len(self._shapes))
-        if is_cuda:
-            self.seconds, self.num_bytes = time.perf_counter() - started, free - free_memory_bytes()
-            log.info(
-                "captured %d CUDA graphs (%d shapes, %d parts of the model) in %.1f s; they take %.2f GiB",
-                self.num_graphs, len(self._shapes), len(self._parts), self.seconds, self.num_bytes / 2**30,
-            )  # fmt: skip
 
     def _capture_shape(self, shape: GraphShape, cuda: _CudaCapture | None) -> _ShapeGraphs:
         metadata = FixedAttentionMetadata(shape, self._buffers, self._attention)
