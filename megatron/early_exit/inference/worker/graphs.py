@@ -212,8 +212,8 @@ class ModelGraphs:
             self._capture_all(_CudaCapture(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)))
         except torch.cuda.OutOfMemoryError as error:
             raise ValueError(
-                f"{free / 2**30:.1f} GiB of the GPU's memory are free beside weights, keys and values: too little for CUDA "
-                "graphs; choose fewer max_requests or a smaller max_length, or switch the graphs off"
+                f"{free / 2**30:.1f} GiB of the GPU's memory are free beside weights, keys and values, too little for "
+                "CUDA graphs; choose fewer max_requests or a smaller max_length, or switch the graphs off"
             ) from error
         self.seconds, self.num_bytes = time.perf_counter() - started, free - free_memory_bytes()
         log.info(
