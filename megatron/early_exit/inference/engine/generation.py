@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron.early_exit.inference.engine.draft_length import DraftLength
 from megatron.early_exit.inference.engine.request import Progress, Request, RunningRequest
@@ -44,20 +45,20 @@ class GenerationRequest(Request):
     """self_speculative: index of the exit that drafts."""
     draft_length: DraftLength | None = None
 
-    @property
+    @cached_property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt.tokens)
 
-    @property
+    @cached_property
     def max_tokens(self) -> int:
         """Tokens that it may generate: what it asks for, or what fits. The last one is not fed back."""
         return min(self.params.max_tokens, self.model.num_positions - self.num_prompt_tokens + 1)
 
-    @property
+    @cached_property
     def enabled_exits(self) -> tuple[int, ...]:
         return tuple(one.exit for one in self.thresholds) if self.draft_exit is None else (self.draft_exit,)
 
-    @property
+    @cached_property
     def prefill_stop(self) -> int:
         """Where the prompt's rows end that run all layers before the first token is due. The last row of the prompt is
         that of the first token, which may exit or be drafted like any other."""

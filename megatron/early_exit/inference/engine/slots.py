@@ -135,7 +135,8 @@ class Slots:
         one.tokens += tokens[len(one.tokens) : complete_to]
         one.complete_to, one.promised = complete_to, max(one.promised, complete_to)
         first, stop = self._index.num_blocks(slot), one.promised // self.block_size
-        self._index.extend(slot, blocks_of(one.tokens, self.block_size, first, stop))
+        if stop > first:
+            self._index.extend(slot, blocks_of(one.tokens, self.block_size, first, stop))
 
     def free(self, slot: int, is_clean: bool) -> None:
         """Take the slot back; its request has ended. It keeps its rows that are complete, unless it is not clean."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,9 +48,12 @@ class ScheduledRows:
     """Whether its rows have run all layers."""
     error: str | None = None
 
+    def __post_init__(self) -> None:
+        self.stop = self.rows.stop
+
     @property
     def num_rows(self) -> int:
-        return self.rows.stop - self.first
+        return self.stop - self.first
 
     @property
     def segment(self) -> Segment:
@@ -70,13 +74,13 @@ class ScheduledRows:
 
     def positions(self, start: int) -> range:
         """Positions of its rows in the batch from `start` on."""
-        return range(max(start, self.first), self.rows.stop)
+        return range(max(start, self.first), self.stop)
 
     def output(self) -> RowsOutput:
         """What is reported of it at the end of the step."""
         rows = self.rows
         return RowsOutput(
-            request_id=rows.request_id, slot=rows.slot, generation=rows.generation, epoch=rows.epoch, stop=rows.stop,
+            request_id=rows.request_id, slot=rows.slot, generation=rows.generation, epoch=rows.epoch, stop=self.stop,
             tokens=() if self.error else tuple(self.tokens), scores=tuple(self.scores),
             layer_passes=self.layer_passes, layer_runs=self.layer_runs,
             complete_to=self.slot.complete_to, error=self.error,
@@ -96,8 +100,7 @@ class _Batch:
         return [0, *itertools.accumulate(one.num_rows for one in self.scheduled)][:-1]
 
 
-@dataclass(frozen=True)
-class _Wanted:
+class _Wanted(NamedTuple):
     """A row of a head's output, and whose it is."""
 
     row: int
@@ -172,7 +175,7 @@ class StageRunner:
         for one, offset in zip(batch.scheduled, offsets, strict=True):
             threshold = one.thresholds.pop(index, None)
             if threshold is not None:
-                evaluated.append(_Wanted(len(evaluated), one, one.rows.stop - 1, threshold))
+                evaluated.append(_Wanted(len(evaluated), one, one.stop - 1, threshold))
                 last_rows.append(offset + one.num_rows - 1)
             if index in one.rows.score_heads:
                 for position in one.positions(one.rows.score_from):
@@ -235,7 +238,7 @@ class StageRunner:
         self._take(index, output, taken)
         if candidates and is_approximate:
             output = self.decoder.exit_output(index, take_rows(states, [one.row for one in candidates]))
-            candidates = [replace(one, row=row) for row, one in enumerate(candidates)]
+            candidates = [one._replace(row=row) for row, one in enumerate(candidates)]
         confident = []
         for one in candidates:
             one.scheduled.predictions.append(_prediction(index, output, one.row))
@@ -279,10 +282,10 @@ class StageRunner:
         drawn, scored, rows, unseen = [], [], [], []
         for one, offset in zip(batch.scheduled, batch.offsets(), strict=True):
             one.is_complete = True
-            draws_from = one.rows.stop if one.rows.sample_from is None or one.has_token else one.rows.sample_from
-            scores_from = one.rows.score_from if FINAL_HEAD in one.rows.score_heads else one.rows.stop
-            if min(draws_from, scores_from) >= one.rows.stop:
-                unseen.append(_Wanted(offset + one.num_rows - 1, one, one.rows.stop - 1))
+            draws_from = one.stop if one.rows.sample_from is None or one.has_token else one.rows.sample_from
+            scores_from = one.rows.score_from if FINAL_HEAD in one.rows.score_heads else one.stop
+            if min(draws_from, scores_from) >= one.stop:
+                unseen.append(_Wanted(offset + one.num_rows - 1, one, one.stop - 1))
             for position in one.positions(min(draws_from, scores_from)):
                 wanted = _Wanted(len(rows), one, position)
                 rows.append(offset + position - one.first)

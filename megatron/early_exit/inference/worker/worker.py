@@ -72,7 +72,7 @@ class Worker:
         for one in scheduled:
             # Rows that ran behind a gap of others do not count: what a scoring request skipped, for instance.
             if one.is_complete and one.first <= one.slot.complete_to:
-                one.slot.complete_to = one.rows.stop
+                one.slot.complete_to = one.stop
         return [one.output() for one in scheduled]
 
     def _schedule(self, rows: Rows) -> ScheduledRows:
