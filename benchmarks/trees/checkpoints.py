@@ -102,4 +102,4 @@ def smollm2(tree: Path, folder: Path) -> Model:
             "--init", "copy", "--exit-layer-nums", "25", "--use-exit-norm",
         )  # fmt: skip
     calibrate(tree, checkpoint, preprocess(tree, folder, base / "iter_0000000/tokenizer", "smollm2_data"), 1024)
-    return Model("smollm2", checkpoint, num_tokens=16)
+    return Model("smollm2", checkpoint, num_tokens=10)
