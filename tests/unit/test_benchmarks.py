@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, flops, training_overhead, tuning_cost
+from benchmarks import common, flops, loading, training_overhead, tuning_cost
 from benchmarks.memory_tracker import TensorMemoryTracker
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
@@ -119,6 +119,16 @@ def test_flops_by_hand() -> None:
     assert flops.exit_flops_per_token(model, block, 100, 10) == 4800 + layer
     branch = ExitConfig(exit_layer_nums=(1,), use_exit_mlp=True)
     assert flops.exit_flops_per_token(model, branch, 100, 10) == 4800 + 6 * 3 * 8 * 16
+
+
+def test_loading_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    num_bytes = loading.random_llama(tmp_path, num_layers=4, seed=0, hidden_size=64)
+    rows = loading.measure({"this": common.ROOT, "other": common.ROOT}, tmp_path, ["bf16"], rounds=1)
+    assert [(row["tree"], len(row["loads"])) for row in rows] == [("this", 1), ("other", 1)]
+    for row in rows:
+        one = row["loads"][0]
+        assert one["import_seconds"] > 0 and one["load_seconds"] > 0
+        assert one["peak_bytes"] >= one["kept_bytes"] > num_bytes // 2
 
 
 def test_median_of_pairs_cancels_a_slow_moment() -> None:
