@@ -151,8 +151,7 @@ def show(stops: StopStrings, typed: list[str]) -> list[str]:
     for piece in typed:
         text += piece
         stops.add(piece)
-        stop = len(text) - stops.num_held if stops.found_at is None else stops.found_at
-        shown.append(text[len("".join(shown)) : stop])
+        shown.append(text[len("".join(shown)) : stops.num_settled])
     rest = "" if stops.found_at is not None else text[len("".join(shown)) :]
     return [*shown[1:], rest]
 
@@ -195,9 +194,10 @@ def test_stop_strings_by_definition(stops: list[str], typed: list[str]) -> None:
         assert search.found_at == found_at
         if found_at is None:
             beginnings = {stop[:size] for stop in stops for size in range(len(stop))}
-            assert search.num_held == max((len(one) for one in beginnings if text.endswith(one)), default=0)
+            num_held = max((len(one) for one in beginnings if text.endswith(one)), default=0)
+            assert search.num_settled == len(text) - num_held
         else:
-            # Nothing of it was given out, whatever came in pieces before.
+            assert search.num_settled == found_at
             assert not any(stop in text[:found_at] for stop in stops)
 
 
@@ -216,7 +216,7 @@ def test_stop_strings_take_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
     stops = StopStrings([Counted("a" * (256 - index) + "b") for index in range(16)])
     for _ in range(10_000):
         stops.add("a")
-    assert (stops.num_held, stops.found_at) == (256, None)
+    assert (stops.num_settled, stops.found_at) == (10_000 - 256, None)
     assert Counted.num_looks <= 16 * 3 * (10_000 + 256)
     stops.add("ba")
     assert stops.found_at == 10_000 - 256

@@ -353,3 +353,19 @@ def test_deltas_by_definition(steps: list[list[int]], stops: list[str]) -> None:
     else:
         assert (deltas[-1].output.text, deltas[-1].output.finish_reason) == (text, "max_tokens")
     check(deltas)
+
+
+ANY_TOKENS = st.sampled_from([A, B, E2, REST])
+ANY_STOPS = st.lists(st.text("ab\u20ac\ufffd", min_size=1, max_size=3), max_size=3)
+
+
+@given(st.lists(st.lists(ANY_TOKENS, max_size=4), min_size=1, max_size=12), ANY_STOPS, st.booleans())
+def test_any_bytes_with_any_stop_strings(steps: list[list[int]], stops: list[str], is_remote: bool) -> None:
+    """The text is that of all tokens up to the first stop string, however the bytes of a character come."""
+    deltas = deltas_of([list(step) for step in steps], is_remote=is_remote, stop=stops)
+    whole = WORDS.detokenize([token for step in steps for token in step])
+    ends = [end for end in range(len(whole) + 1) if any(whole[:end].endswith(stop) for stop in stops)]
+    if ends:
+        whole = whole[: ends[0] - max(len(stop) for stop in stops if whole[: ends[0]].endswith(stop))]
+    output = deltas[-1].output
+    assert (output.text, output.finish_reason) == (whole, "stop" if ends else "max_tokens")

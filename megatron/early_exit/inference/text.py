@@ -127,13 +127,18 @@ class StopStrings:
         """Characters before the stop string, once one is found; what comes after it is ignored."""
 
     @property
-    def num_held(self) -> int:
-        """Characters at the end of the text that may be the beginning of a stop string."""
-        return max((search.matched for search in self._searches), default=0)
+    def num_settled(self) -> int:
+        """Characters that no stop string can take back: those before one, or before what may be its beginning."""
+        if self.found_at is not None:
+            return self.found_at
+        return self._num_characters - max((search.matched for search in self._searches), default=0)
 
     def add(self, piece: str) -> None:
         """Look at the text that follows."""
-        if self.found_at is not None or not self._searches:
+        if self.found_at is not None:
+            return
+        if not self._searches:
+            self._num_characters += len(piece)
             return
         for character in piece:
             self._num_characters += 1

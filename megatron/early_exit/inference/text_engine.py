@@ -195,7 +195,6 @@ class _GrowingOutput:
         """With their pieces of text."""
         self._num_taken = 0
         """Characters of the tokens before these."""
-        self._num_characters = 0
 
     @property
     def num_tokens(self) -> int:
@@ -219,11 +218,10 @@ class _GrowingOutput:
 
     def take(self) -> OutputDelta:
         """What need not be held any more."""
-        num_settled = self._num_characters - self._stops.num_held
         count, stop = 0, self._num_taken
         for _, piece in self._held:
             stop += len(piece)
-            if stop > num_settled or count + self._stream.num_held == len(self._held):
+            if stop > self._stops.num_settled or count + self._stream.num_held == len(self._held):
                 break
             count += 1
         return self._take(count)
@@ -256,7 +254,6 @@ class _GrowingOutput:
         if text:
             token, piece = self._held.pop()
             self._held.append((token, piece + text))
-            self._num_characters += len(text)
             self._stops.add(text)
 
     def _cut(self, num_characters: int) -> None:
