@@ -203,15 +203,13 @@ class FakeExecutor:
         return tuple(DrawnToken(token, -1.0, confidence, FINAL_HEAD) for token, confidence in drawn), False
 
     def _score(self, head: int, rows: Rows, slot: _Slot) -> HeadScores:
-        ids = slot.ids
-        predictions = [
-            predict(ids[: position + 1], head, self.description.vocab_size)
-            for position in range(max(rows.score_from, rows.first), rows.stop)
-        ]
+        """The log-probability of a target says at which position it was scored."""
+        ids, positions = slot.ids, range(max(rows.score_from, rows.first), rows.stop)
+        predictions = [predict(ids[: position + 1], head, self.description.vocab_size) for position in positions]
         return HeadScores(
             exit=head,
             tokens=[token for token, _ in predictions],
             confidences=[confidence for _, confidence in predictions],
-            log_probs=[-1.0 for _ in rows.targets],
+            log_probs=[-float(position) for position, _ in zip(positions, rows.targets, strict=False)],
             top_log_probs=[],
         )

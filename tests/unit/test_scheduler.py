@@ -50,6 +50,13 @@ def prefill_rows(executor: FakeExecutor, request_id: int | None = None) -> list[
     return [one for one in rows if request_id in (None, one.request_id)]
 
 
+def check_echo(prompt: Sequence[int], result: RequestResult) -> None:
+    """Every token of the prompt has what the position before it says."""
+    assert [(one.token, one.log_prob) for one in result.prompt] == [
+        (token, None if position == 0 else 1.0 - position) for position, token in enumerate(prompt)
+    ]
+
+
 def operations(executor: FakeExecutor, kind: type) -> list:
     return [one for step in executor.steps for one in step.operations if isinstance(one, kind)]
 
@@ -118,6 +125,8 @@ def test_requests_that_share_prefixes_come_go_and_are_cancelled(lag: int, has_bl
                 tokens = tokens[: tokens.index(49) + 1]
             if results[request_id].finish_reason == "cancelled":
                 tokens = tokens[: len(results[request_id].tokens)]
+            elif params.echo:
+                check_echo(prompt, results[request_id])
             assert results[request_id].token_ids == tokens
         num_shared += sum(len(one.prefix) > 0 for one in operations(executor, Admit))
     assert num_shared > 50
@@ -166,6 +175,16 @@ def test_a_long_prompt_under_steady_arrivals_takes_at_most_twice_the_steps_that_
         assert steps_until_first_token(engine, engine.add(prompt, FULL), arrive) <= 2 * alone
 
 
+def test_with_echo_all_rows_of_a_prompt_are_computed() -> None:
+    executor = FakeExecutor()
+    engine = make_engine(executor)
+    engine.add(PROMPT, FULL)
+    run_all(engine)
+    request_id = engine.add(PROMPT, GenerationParams(max_tokens=5, echo=True))
+    check_echo(PROMPT, run_all(engine)[request_id])
+    assert operations(executor, Admit)[-1].prefix == ()
+
+
 def test_equal_prompts_that_arrive_together_are_computed_once() -> None:
     executor = FakeExecutor(num_slots=4, num_positions=200)
     engine = make_engine(executor, prefill_chunk=16)
@@ -211,8 +230,9 @@ def test_scores_that_skip_layers_leave_no_rows_to_others() -> None:
     executor = FakeExecutor()
     engine = make_engine(executor)
     engine.add_scoring(PROMPT, ScoreParams(exit_layers=(2,), final=False))
-    run_all(engine)
-    engine.add([*PROMPT, 1], FULL)
+    engine.add([*PROMPT, 1], FULL)  # does not wait for them either
+    engine.step()
+    assert engine.num_running == 1  # the scores have come
     run_all(engine)
     engine.add_scoring([*PROMPT, 2], ScoreParams(score_from=18))
     run_all(engine)
@@ -334,11 +354,11 @@ def test_workers_that_end_end_all_requests() -> None:
 
 
 def test_a_request_whose_rows_fail_ends_alone_and_is_no_donor() -> None:
-    def fail_third(rows: Rows, output: RowsOutput) -> RowsOutput:
-        return msgspec.structs.replace(output, tokens=(), error="not finite") if 13 in rows.tokens else output
+    def fail_late(rows: Rows, output: RowsOutput) -> RowsOutput:
+        return msgspec.structs.replace(output, tokens=(), error="not finite") if 18 in rows.tokens else output
 
-    executor = FakeExecutor(num_slots=2, spoil=fail_third)
-    engine = make_engine(executor, prefill_chunk=8)
+    executor = FakeExecutor(num_slots=2, spoil=fail_late)
+    engine = make_engine(executor, prefill_chunk=17)
     bad, good = engine.add(PROMPT, FULL), engine.add([1, 2], FULL)
     results = run_all(engine)
     assert (results[bad].finish_reason, results[bad].error) == ("error", "not finite")
@@ -371,7 +391,7 @@ def test_a_prompt_without_an_answer() -> None:
         request_id = engine.add(prompt, GenerationParams(max_tokens=0, echo=True))
         result = run_all(engine)[request_id]
         assert (result.finish_reason, result.token_ids) == ("max_tokens", [])
-        assert [one.token for one in result.prompt] == prompt
+        check_echo(prompt, result)
     engine.add(PROMPT, FULL)
     run_all(engine)
     assert len(operations(executor, Admit)[-1].prefix) == 19

@@ -265,6 +265,17 @@ def test_nobody_waits_for_who_came_later() -> None:
     assert slots.assign(slots.prepare(SYSTEM), 39, NONE) is None
 
 
+def test_nobody_waits_for_rows_that_will_not_run_all_layers() -> None:
+    slots = Slots(3)
+    assert slots.assign(slots.prepare(SYSTEM, runs_all_layers=False), 39, NONE) is not None
+    assert assign(slots, SYSTEM) == Assignment(1, 1, 0, None)
+    slots.advance(1, SYSTEM, 39)
+    slots.free(1, is_clean=True)
+    # What it shares itself it can hand on.
+    assert slots.assign(slots.prepare(SYSTEM, runs_all_layers=False), 38, NONE) == Assignment(1, 2, 38, None)
+    assert assign(slots, SYSTEM) == Assignment(2, 1, 38, 1)
+
+
 # Collisions, and work.
 
 
