@@ -85,6 +85,8 @@ class HeadOutput:
 
     def _logits_of(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
         """[rows] fp32 on every rank, of one id for each of the rows."""
+        if self._tp.size == 1 and self._shortlist is None:
+            return self._local_logits[list(rows), tokens]
         columns, is_here = columns_of(tokens, self._ids)
         local = self._local_logits[list(rows), columns].masked_fill_(~is_here, -torch.inf)
         return torch.stack(self._tp.gather(local)).amax(0)

@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -55,19 +56,21 @@ def draw_tokens(logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorPa
     logits: [n, c] fp32 as the head gave them, finite or -inf (never drawn), overwritten; ids: [c]"""
     _penalise(logits, ids, draws)
     logits = _temper(logits, draws, tp)
-    tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
     is_limited = [_Limits.of(draw) is not None for draw in draws]
+    if len(set(is_limited)) == 1:  # as nearly always
+        return (_draw_among_largest if is_limited[0] else _draw_among_all)(logits, ids, draws, tp)
+    tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
     for draw_some, is_theirs in ((_draw_among_largest, is_limited), (_draw_among_all, [not one for one in is_limited])):
         rows = list(itertools.compress(range(len(draws)), is_theirs))
-        if rows:
-            some = logits if len(rows) == len(draws) else rows_of(logits, rows)
-            tokens[rows] = draw_some(some, ids, [draws[row] for row in rows], tp)
+        tokens[rows] = draw_some(rows_of(logits, rows), ids, [draws[row] for row in rows], tp)
     return tokens
 
 
 def _draw_among_all(logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorParallel) -> Tensor:
     """[n] ids. Each rank finds the best of its own ids; of equal ones the smallest wins."""
     scores, columns = _best(logits, ids, draws)
+    if tp.size == 1:
+        return ids[columns]
     local = torch.stack([scores.double(), ids[columns].double()])
     ranks = torch.stack(tp.gather(local))  # [tp, 2, n]
     winner = ranks[:, 0].argmax(0, keepdim=True)  # the first of equals
@@ -151,7 +154,9 @@ def _temper(logits: Tensor, draws: Sequence[Draw], tp: TensorParallel) -> Tensor
     From the largest on downwards, a quotient that overflows is a probability of 0."""
     if all(draw.settings.is_greedy for draw in draws):
         return logits
-    largest = torch.stack(tp.gather(logits.amax(1))).amax(0)
+    largest = logits.amax(1)
+    if tp.size > 1:
+        largest = torch.stack(tp.gather(largest)).amax(0)
     temperatures = [1.0 if draw.settings.is_greedy else min(draw.settings.temperature, _LARGEST) for draw in draws]
     return logits.sub_(largest[:, None]).div_(_column(temperatures, logits))
 
@@ -188,26 +193,43 @@ def _largest_kept(
 
     logits: [n, c], the largest of all ranks is 0. It always stays."""
     count = min(count, len(ids))
-    sums = logits.clamp(min=_SMALLEST_LOG).exp_().sum(1, dtype=torch.float64)
-    local = torch.cat([ordered_keys(logits, ids).topk(count).values, sums.view(torch.int64)[:, None]], 1)
-    ranks = torch.stack(tp.gather(local), 1)  # [n, tp, count + 1]
-    keys = ranks[:, :, :-1].flatten(1).sort(descending=True).values
-    if count < len(ids):
-        keys = keys[:, :count]  # the others may be smaller than some that were not sent
-    values, candidates = values_and_ids(keys)
     limits = [_Limits.of(draw) for draw in draws]
-    numbers = [[limit.top_k, limit.top_p] for limit in limits]
-    top_k, top_p = torch.tensor(numbers, dtype=torch.float64, device=keys.device)[:, :, None].unbind(1)  # [n, 1] each
-    is_kept = torch.arange(keys.size(1), device=keys.device) < top_k
-    # In fp64, since the order in which ranks and kernels add must not decide what is kept.
-    weights = values.clamp(min=_SMALLEST_LOG).exp_().double() * is_kept
-    sums = weights.cumsum(1)
-    mass = ranks[:, :, -1].contiguous().view(torch.float64).sum(1, keepdim=True)
-    needed = top_p * torch.where(top_k.isinf(), mass, sums[:, -1:])
-    is_kept &= sums - weights < needed  # what comes before it does not reach top-p
-    is_kept[:, 0] = True
-    is_settled = (top_k <= count) | top_k.isinf() & (sums[:, -1:] >= needed)
-    return values.masked_fill_(~is_kept, -torch.inf), candidates, is_settled[:, 0]
+    keys = ordered_keys(logits, ids).topk(count).values
+    mass = None
+    if any(limit.top_p < math.inf for limit in limits):
+        # In fp64, since the order in which ranks and kernels add must not decide what is kept.
+        mass = logits.clamp(min=_SMALLEST_LOG).exp_().sum(1, keepdim=True, dtype=torch.float64)
+    if tp.size > 1:
+        keys, mass = _of_all_ranks(keys, mass, tp)
+        if count < len(ids):
+            keys = keys[:, :count]  # the others may be smaller than some that were not sent
+    values, candidates = values_and_ids(keys)
+    is_kept = torch.ones_like(values, dtype=torch.bool)
+    is_settled = torch.ones(len(draws), dtype=torch.bool, device=keys.device)
+    top_k = _column([limit.top_k for limit in limits], values)
+    if any(limit.top_k < math.inf for limit in limits):
+        is_kept = torch.arange(keys.size(1), device=keys.device) < top_k
+        is_settled = (top_k <= count)[:, 0]
+    if mass is not None:
+        weights = values.clamp(min=_SMALLEST_LOG).exp_().double() * is_kept
+        sums = weights.cumsum(1)
+        among_all = top_k.isinf()
+        top_p = _column([limit.top_p for limit in limits], mass)
+        needed = top_p * torch.where(among_all, mass, sums[:, -1:])
+        is_kept &= sums - weights < needed  # what comes before it does not reach top-p
+        is_kept[:, 0] = True
+        is_settled = torch.where(among_all, sums[:, -1:] >= needed, top_k <= count)[:, 0]
+    return values.masked_fill_(~is_kept, -torch.inf), candidates, is_settled
+
+
+def _of_all_ranks(keys: Tensor, mass: Tensor | None, tp: TensorParallel) -> tuple[Tensor, Tensor | None]:
+    """Keys of all ranks from the largest on, and the sum of their masses."""
+    local = keys if mass is None else torch.cat([keys, mass.view(torch.int64)], 1)
+    ranks = torch.stack(tp.gather(local), 1)  # [n, tp, count or count + 1]
+    if mass is not None:
+        mass = ranks[:, :, -1].contiguous().view(torch.float64).sum(1, keepdim=True)
+        ranks = ranks[:, :, :-1]
+    return ranks.flatten(1).sort(descending=True).values, mass
 
 
 def ordered_keys(values: Tensor, ids: Tensor) -> Tensor:
@@ -230,6 +252,8 @@ def values_and_ids(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 # Noise.
 
+Bits = TypeVar("Bits", Tensor, np.ndarray)
+
 # SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), constants as int64.
 _STEP = 0x9E3779B97F4A7C15 - 2**64
 _SHIFTS_AND_FACTORS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, None))
@@ -245,13 +269,14 @@ def _add_noise(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> None:
     step = max(_CACHED // logits.size(1), 1) if logits.device.type == "cpu" else len(rows)
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
-        logits[rows[part]] += _gumbel(starts[part], ids if ids.dim() == 1 else ids[rows[part]])
+        chosen = part if len(rows) == len(draws) else rows[part]
+        logits[chosen] += _gumbel(starts[part], ids if ids.dim() == 1 else ids[chosen])
 
 
 def _stream_starts(draws: Sequence[Draw]) -> Tensor:
     """[n] on the CPU: the start of each draw's random numbers, from its seed and index."""
-    seeds, indices = torch.tensor([[draw.settings.seed, draw.index] for draw in draws]).t()
-    return _random_bits(_random_bits(torch.zeros_like(seeds), seeds), indices)
+    seeds, indices = np.array([[draw.settings.seed, draw.index] for draw in draws]).T  # faster than tensors
+    return torch.from_numpy(_random_bits(_random_bits(np.zeros_like(seeds), seeds), indices))
 
 
 def _gumbel(starts: Tensor, ids: Tensor) -> Tensor:
@@ -263,12 +288,11 @@ def _gumbel(starts: Tensor, ids: Tensor) -> Tensor:
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
-def _random_bits(starts: Tensor, numbers: Tensor) -> Tensor:
+def _random_bits(starts: Bits, numbers: Bits) -> Bits:
     """int64: of the random numbers that begin at `starts`, those with these numbers. Products are modulo 2^64."""
     state = (numbers + 1) * _STEP + starts
-    high = torch.empty_like(state)
     for shift, factor in _SHIFTS_AND_FACTORS:
-        torch.bitwise_right_shift(state, shift, out=high)
+        high = state >> shift
         high &= 2 ** (64 - shift) - 1  # zeros come in, not the sign
         state ^= high
         if factor is not None:
