@@ -204,22 +204,26 @@ def _largest_kept(
         if count < len(ids):
             keys = keys[:, :count]  # the others may be smaller than some that were not sent
     values, candidates = values_and_ids(keys)
-    is_kept = torch.ones_like(values, dtype=torch.bool)
-    is_settled = torch.ones(len(draws), dtype=torch.bool, device=keys.device)
-    top_k = _column([limit.top_k for limit in limits], values)
-    if any(limit.top_k < math.inf for limit in limits):
-        is_kept = torch.arange(keys.size(1), device=keys.device) < top_k
-        is_settled = (top_k <= count)[:, 0]
+    is_kept = is_settled = None
+    top_k = [limit.top_k for limit in limits]
+    if min(top_k) < math.inf:
+        limit = _column(top_k, values)
+        is_kept = torch.arange(keys.size(1), device=keys.device) < limit
+        is_settled = limit <= count
     if mass is not None:
-        weights = values.clamp(min=_SMALLEST_LOG).exp_().double() * is_kept
+        weights = values.clamp(min=_SMALLEST_LOG).exp_().double()
+        if is_kept is not None:
+            weights *= is_kept
         sums = weights.cumsum(1)
-        among_all = top_k.isinf()
-        top_p = _column([limit.top_p for limit in limits], mass)
-        needed = top_p * torch.where(among_all, mass, sums[:, -1:])
-        is_kept &= sums - weights < needed  # what comes before it does not reach top-p
+        if is_kept is not None:
+            mass = torch.where(limit.isinf(), mass, sums[:, -1:])
+        needed = _column([limit.top_p for limit in limits], mass) * mass
+        reaches = sums[:, -1:] >= needed
+        is_settled = reaches if is_settled is None else is_settled | limit.isinf() & reaches
+        within = sums.sub_(weights) < needed  # what comes before it does not reach top-p
+        is_kept = within if is_kept is None else is_kept.logical_and_(within)
         is_kept[:, 0] = True
-        is_settled = torch.where(among_all, sums[:, -1:] >= needed, top_k <= count)[:, 0]
-    return values.masked_fill_(~is_kept, -torch.inf), candidates, is_settled
+    return values.masked_fill_(is_kept.logical_not_(), -torch.inf), candidates, is_settled[:, 0]
 
 
 def _of_all_ranks(keys: Tensor, mass: Tensor | None, tp: TensorParallel) -> tuple[Tensor, Tensor | None]:
