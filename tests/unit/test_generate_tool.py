@@ -79,6 +79,11 @@ def test_json_survives_a_round_trip():
     assert (refused["error"], refused["finish_reason"]) == ("too long", "error")
 
 
+def test_where_the_full_model_would_run_nothing_nothing_is_saved() -> None:
+    nothing = Statistics(0, 0, 0, 0, 0, queue_seconds=0.0, first_token_seconds=0.1, decode_seconds=0.0)
+    assert (nothing.layers_saved, nothing.runs_saved) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron.early_exit.checkpoint.read_model import fingerprint
-from megatron.early_exit.checkpoint.store import write_checkpoint
+from megatron.early_exit.checkpoint.read_model import fingerprint, read_model
+from megatron.early_exit.checkpoint.store import checkpoint_folder, write_checkpoint
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.inference import loading
 from megatron.early_exit.inference.llm import LLM
@@ -46,6 +47,16 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def describe(**changes: object) -> ModelDescription:
     return make_config(**changes).describe(VOCAB_SIZE)
+
+
+def test_reading_says_nothing(checkpoint: Path) -> None:
+    """PyTorch would tell users of `LLM.load` that torch.distributed is disabled."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        _, tensors = read_model(checkpoint_folder(checkpoint))
+        for tensor in tensors.values():
+            tensor.read()
+    assert [str(one.message) for one in said if issubclass(one.category, UserWarning)] == []
 
 
 # The memory for keys and values.

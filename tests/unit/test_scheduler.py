@@ -10,7 +10,7 @@ import pytest
 
 from megatron.early_exit.inference.engine.engine import Engine, QueueFull
 from megatron.early_exit.inference.executor.base import ExecutorError
-from megatron.early_exit.inference.params import GenerationParams, ScoreParams
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
 from megatron.early_exit.inference.protocol import Admit, CopyPrefix, DrawnToken, Rows, RowsOutput
 from megatron.early_exit.inference.results import RequestResult
 from tests.unit.fake_executor import COSTS, EXITS, FakeExecutor, answer_of
@@ -309,6 +309,17 @@ def test_outputs_of_another_request_of_the_same_slot_are_ignored() -> None:
     engine.add(PROMPT, FULL)
     for _ in range(3):
         assert engine.step() == []
+
+
+@pytest.mark.parametrize("seed", [5, -2, 2**63 - 2])
+def test_each_of_several_answers_is_that_of_its_own_seed(seed: int) -> None:
+    engine = make_engine(executor := FakeExecutor())
+    params = GenerationParams(max_tokens=1, sampling=SamplingSettings(temperature=1.0, seed=seed))
+    for offset in range(3):
+        engine.add(PROMPT, params, seed_offset=offset)
+    run_all(engine)
+    seeds = [admission.sampling.seed for admission in operations(executor, Admit)]
+    assert seeds == {5: [5, 6, 7], -2: [-2, -1, 0], 2**63 - 2: [2**63 - 2, 2**63 - 1, -(2**63)]}[seed]
 
 
 def test_the_queue_is_bounded() -> None:

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -99,7 +100,10 @@ def _read_tensor(reader: SafeReader, key: str, shape: tuple[int, ...], dtype: to
 def reading(reader: SafeReader, key: str) -> Iterator[None]:
     """Turn what PyTorch raises into an OSError that names the tensor and the folder."""
     try:
-        yield
+        with warnings.catch_warnings():
+            # Which PyTorch says of every tensor that is read with `no_dist`, as here is meant.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
     except (Exception, CheckpointException) as error:
         cause = first_failure(error)
         if isinstance(cause, KeyboardInterrupt | UnsafeFileError | DamagedFileError):

@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     prompts.add_argument("--chat", action="store_true", help="talk: each answer sees the conversation before it")
     sampling = parser.add_argument_group("sampling (the default is greedy)")
-    sampling.add_argument("--tokens-to-generate", type=int, default=64, metavar="N")
+    sampling.add_argument("--tokens-to-generate", type=int, default=64, metavar="N", help="at most; default 64")
     sampling.add_argument("--temperature", type=float, help="0: greedy; default: 1 with --top-k, --top-p or --min-p")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K most probable; 0: all")
     sampling.add_argument(

@@ -87,13 +87,17 @@ class Statistics:
 
     @property
     def layers_saved(self) -> float:
-        """Share of the full model's layer passes that was not run; negative if blocks or drafts cost more than that."""
-        return 1.0 - self.layer_passes / max(self.full_layer_passes, 1)
+        """Share of the full model's layer passes that was not run; negative if blocks or drafts cost more than that. 0
+        if it runs none, as for an answer of one token, which comes with the prompt."""
+        return self._share_saved(self.layer_passes)
 
     @property
     def runs_saved(self) -> float:
-        """Share of the full model's layer runs that was not needed."""
-        return 1.0 - self.layer_runs / max(self.full_layer_passes, 1)
+        """Share of the full model's layer runs that was not needed; 0 if it needs none."""
+        return self._share_saved(self.layer_runs)
+
+    def _share_saved(self, run: int) -> float:
+        return 1.0 - run / self.full_layer_passes if self.full_layer_passes else 0.0
 
     @property
     def acceptance(self) -> float | None:

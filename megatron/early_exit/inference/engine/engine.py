@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.calibration import ExitCalibration
@@ -107,15 +107,12 @@ class Engine:
             num_requests = min(len(self._running) + len(self._queue) + 1, model.num_slots)
             thresholds = self._selector.select(thresholds, num_requests, self._costs)
         draft_exit = None if draft_layer is None else model.index_of(draft_layer)
-        sampling = params.sampling
-        if seed_offset:
-            sampling = replace(sampling, seed=(sampling.seed + seed_offset) % 2**63)
         return self._enqueue(
             GenerationRequest(
                 request_id=next(self._request_ids),
                 prompt=self.slots.prepare(prompt_ids),
                 params=params,
-                sampling=sampling,
+                sampling=params.sampling.of_sample(seed_offset),
                 model=model,
                 ends=self.ends,
                 thresholds=thresholds,
