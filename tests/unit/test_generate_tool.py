@@ -110,6 +110,7 @@ def test_where_the_full_model_would_run_nothing_nothing_is_saved() -> None:
         (["--min-p", "2"], "min_p is 2.0; it must lie between 0 (off) and 1"),
         (["--repetition-penalty", "0"], "repetition_penalty is 0"),
         (["--tokens-to-generate", "0"], "max_tokens is 0"),
+        (["--worker-timeout", "0"], "worker_timeout is 0"),
         (["--max-requests", "0"], "max_requests is 0"),
         (["--max-length", "0"], "max_length is 0"),
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size is 0; it must be at least 1"),

@@ -37,6 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--tensor-model-parallel-size", type=int, default=1, metavar="N",
         help="worker processes that share the weights; over several machines start the program with torchrun",
     )  # fmt: skip
+    model.add_argument(
+        "--worker-timeout", type=float, default=60.0, metavar="SECONDS",
+        help="without progress for so long, worker processes count as dead; default 60",
+    )  # fmt: skip
     model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: that of the training")
     model.add_argument("--quantize", choices=("exits", "all"), help="int8 weights: to probe exits, or for everything")
     model.add_argument(
@@ -201,6 +205,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
         shortlist=args.shortlist,
         cuda_graphs=not args.no_cuda_graphs,
         join_torchrun=True,
+        worker_timeout=args.worker_timeout,
     )
     params.exit_policy(llm.exits)
     params.drafting_exit(llm.exits)

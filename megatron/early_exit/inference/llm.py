@@ -56,12 +56,14 @@ class LLM:
         shortlist: bool | None = None,
         cuda_graphs: bool = True,
         join_torchrun: bool = False,
+        worker_timeout: float = distributed.DEFAULT_LIMITS.hang,
     ) -> LLM:
         """Load a training checkpoint of any layout.
 
         path: the --save folder. max_waiting, prefill_chunk: see `Engine`. join_torchrun: this is rank 0 of a
-        torchrun job, whose ranks share the weights; the others call `serve_torchrun_rank`. The other arguments are
-        those of `LoadConfig`; with a `tensor_parallel_size` above 1 the workers are processes that are started here.
+        torchrun job, whose ranks share the weights; the others call `serve_torchrun_rank`. worker_timeout:
+        seconds without progress after which worker processes count as dead. The other arguments are those of
+        `LoadConfig`; with a `tensor_parallel_size` above 1 the workers are processes that are started here.
 
         Several models may be loaded in one process.
 
@@ -71,6 +73,7 @@ class LLM:
             str(path), iteration, tensor_parallel_size, dtype, max_requests, max_length, kv_cache_gib, quantize,
             shortlist, cuda_graphs,
         )  # fmt: skip
+        limits = distributed.Limits(hang=checked.number("worker_timeout", worker_timeout))
         joins_torchrun = join_torchrun and world_size() > 1
         if joins_torchrun:
             check_world_size(config.tensor_parallel_size, "tensor_parallel_size")
@@ -78,7 +81,7 @@ class LLM:
             check_world_size()
         checkpoint = InferenceCheckpoint(config, checks_memory=config.tensor_parallel_size == 1)
         description, tokenizer = checkpoint.description, build_tokenizer(checkpoint.description.tokenizer)
-        executor = _start_executor(checkpoint, tokenizer.vocab_size, joins_torchrun)
+        executor = _start_executor(checkpoint, tokenizer.vocab_size, limits, joins_torchrun)
         engine = Engine(
             executor,
             description.exits,
@@ -209,7 +212,9 @@ class _Mailbox:
     news: deque[OutputDelta | ScoreResult] = field(default_factory=deque)
 
 
-def _start_executor(checkpoint: InferenceCheckpoint, num_ids: int, joins_torchrun: bool) -> Executor:
+def _start_executor(
+    checkpoint: InferenceCheckpoint, num_ids: int, limits: distributed.Limits, joins_torchrun: bool
+) -> Executor:
     """The worker in this process, or workers in processes of their own."""
     config = checkpoint.config
     if config.tensor_parallel_size == 1:
@@ -217,8 +222,8 @@ def _start_executor(checkpoint: InferenceCheckpoint, num_ids: int, joins_torchru
     settings = {one.name: getattr(config, one.name) for one in fields(config)}
     factory = WorkerFactory(f"{load_worker.__module__}:{load_worker.__name__}", {"num_ids": num_ids, **settings})
     if joins_torchrun:
-        return distributed.join_torchrun(factory)
-    return distributed.start_workers(factory, config.tensor_parallel_size)
+        return distributed.join_torchrun(factory, limits)
+    return distributed.start_workers(factory, config.tensor_parallel_size, limits)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

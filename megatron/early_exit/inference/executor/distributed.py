@@ -76,6 +76,10 @@ class Limits:
     end: float = 5.0
     """To end when told to; then they are killed."""
 
+    def __post_init__(self) -> None:
+        if not self.hang > 0:
+            raise ValueError(f"worker_timeout is {self.hang}; it must be a positive number of seconds")
+
 
 DEFAULT_LIMITS = Limits()
 
@@ -382,7 +386,10 @@ class DistributedExecutor:
                 self._silent_seconds[rank] += elapsed
             silent = [rank for rank, seconds in self._silent_seconds.items() if seconds > self._limits.hang]
             if silent:
-                self._fail(f"{_name(silent)} made no progress for {self._limits.hang:g} seconds")
+                self._fail(
+                    f"{_name(silent)} made no progress for {self._limits.hang:g} seconds; if a step takes that long "
+                    "here, raise worker_timeout or lower prefill_chunk"
+                )
         if now - self._last_ping >= self._limits.ping:
             self._last_ping = now
             self._send(Ping(), self._channel.known_ranks)
