@@ -50,7 +50,7 @@ class TwinModel:
             dtype="fp32",
         )
         for layer in exit_layers:
-            norm = LazyTensor.of(self.theirs.model.norm.weight)
+            norm = LazyTensor.of(self.theirs.model.norm.weight.detach())
             self.tensors[f"decoder.layers.{layer - 1}.exit_head.norm.weight"] = norm
         check_parameters(self.tensors, model, self.config.exits)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -137,6 +138,27 @@ def test_everything_is_read_once(style: str, head: str) -> None:
     decoder_weights(recording(tensors, opened), reference_description(cfg), exit_probe=ExitProbe((1, 2)))
     shared = [name for name in tensors if head == "mlp" and ".pre_mlp_layernorm." in name and ".layers.3." not in name]
     assert sorted(opened) == sorted([*tensors, *shared])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("style", STYLES)
+def test_one_matrix_is_in_memory_beside_the_result(style: str, size: int) -> None:
+    """Those that were read before are gone when the next one is read."""
+    cfg = decoding_config(**STYLES[style], use_exit_norm=True)
+    tensors, alive, too_many = reference_tensors(cfg), weakref.WeakSet(), []
+
+    def read_one(name: str) -> Tensor:
+        if sum(tensor.dim() == 2 for tensor in alive) > 1:
+            too_many.append(name)
+        tensor = tensors[name].read()
+        alive.add(tensor)
+        return tensor
+
+    lazy = {name: replace(one, read=lambda name=name: read_one(name)) for name, one in tensors.items()}
+    tp = Rank(size - 1, size)
+    # In another type, so that the result shares nothing with what is read.
+    weights = decoder_weights(lazy, reference_description(cfg), tp=tp, dtype=torch.bfloat16, make_linear=DenseLinear)
+    assert too_many == [] and weights.layers and not alive
 
 
 @pytest.mark.parametrize("size", [2, 4])

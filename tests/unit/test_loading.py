@@ -163,7 +163,7 @@ def test_memory_is_that_beside_the_weights(checkpoint: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match="at most 1 request of 39 tokens fit"):
         InferenceCheckpoint(config)
     patch_free(monkeypatch, weights // 2)
-    with pytest.raises(ValueError, match="0.0 GiB of memory are free for them; at most 0 tokens fit"):
+    with pytest.raises(ValueError, match="0.0 GiB of memory are free beside the weights; at most 0 tokens fit"):
         InferenceCheckpoint(config)
 
 

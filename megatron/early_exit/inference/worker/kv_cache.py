@@ -95,7 +95,7 @@ def choose_cache_size(
     fits += [f"{num_tokens // num_positions} of {num_positions}"] if num_tokens >= num_positions else []
     raise ValueError(
         f"max_requests {least} and max_length {num_positions} need {least * slot_bytes / GIB:,.1f} GiB for keys and "
-        f"values, but {memory.limit / GIB:,.1f} GiB of memory are free for them; "
+        f"values, but {memory.limit / GIB:,.1f} GiB of memory are free beside the weights; "
         + (f"at most {' or '.join(fits)} fit" if fits else f"at most {num_tokens} tokens fit")
     )
 
