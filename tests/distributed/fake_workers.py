@@ -47,8 +47,9 @@ MISDEEDS: tuple[Callable[[], Any], ...] = (
     lambda: os.kill(os.getpid(), signal.SIGKILL),
     _fill_the_output,
     lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    lambda: ctypes.PyDLL(None).sleep(1000),  # no other thread runs meanwhile
 )
-RAISE, EXIT, HANG, CRASH, KILL, FLOOD, SUSPEND = range(MISBEHAVE, MISBEHAVE + len(MISDEEDS))
+RAISE, EXIT, HANG, CRASH, KILL, FLOOD, SUSPEND, FREEZE = range(MISBEHAVE, MISBEHAVE + len(MISDEEDS))
 
 
 class FakeWorker:

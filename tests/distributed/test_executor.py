@@ -428,7 +428,8 @@ ENGINE = """
 import sys, time
 from megatron.early_exit.inference.executor.distributed import start_workers
 from megatron.early_exit.inference.executor.messages import WorkerFactory
-from tests.distributed.test_executor import FACTORY, HANG, QUICK, SUSPEND, pids_of, step
+from tests.distributed.test_executor import FACTORY, HANG, QUICK, pids_of, step
+from tests.distributed.fake_workers import FREEZE
 executor = start_workers(WorkerFactory(FACTORY), 2)
 print(*pids_of(executor), flush=True)
 """
@@ -448,7 +449,7 @@ def start_engine(code: str, folder: Path) -> tuple[subprocess.Popen, list[int]]:
 @pytest.mark.parametrize(("code", "number", "status"), [
     ("time.sleep(60)", signal.SIGKILL, -9),
     ("executor.submit(step(1, HANG)); executor.poll()", signal.SIGKILL, -9),
-    ("executor.submit(step(1, SUSPEND)); executor.poll()", signal.SIGKILL, -9),
+    ("executor.submit(step(1, FREEZE)); executor.poll()", signal.SIGKILL, -9),
     ("executor.submit(step(1, HANG)); executor.poll()", signal.SIGINT, -2),
     ("executor.submit(step(1)); print(executor.poll()[0].tokens[0].token)", None, 0),
     ("executor.submit(step(1, HANG)); sys.exit(3)", None, 3),

@@ -150,10 +150,10 @@ def test_a_killed_rank_of_torchrun_ends_the_job(checkpoint: Path, prompts: Path,
     assert wait_until_gone(everyone) == []
 
 
-def test_wrong_numbers_of_processes_are_refused_before_anything_is_loaded(checkpoint: Path) -> None:
-    flags = ["--load", str(checkpoint), "--prompt", "1", "--tensor-model-parallel-size", "2"]
-    run = subprocess.run(
-        [sys.executable, "tools/generate.py", *flags],
-        env=environment() | {"WORLD_SIZE": "3", "RANK": "0"}, cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert run.returncode == 2 and "3 processes were started (WORLD_SIZE)" in run.stderr
+@pytest.mark.parametrize("launcher", [[sys.executable], torchrun(3)])
+def test_wrong_numbers_of_processes_are_refused_before_anything_is_loaded(launcher: list[str]) -> None:
+    job = {"WORLD_SIZE": "3", "RANK": "1"} if len(launcher) == 1 else {}  # in a pod of another job, or ours
+    words = [*launcher, "tools/generate.py", "--load", "nowhere", "--prompt", "1", "--tensor-model-parallel-size", "2"]
+    run = subprocess.run(words, env=environment() | job, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == (2 if job else 1)
+    assert run.stderr.count("but 3 processes were started (WORLD_SIZE)") == 1, run.stderr

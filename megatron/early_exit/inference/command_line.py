@@ -127,18 +127,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    rank = os.environ.get("RANK", "0")
+    is_served = os.environ.get("RANK", "0") != "0"
     try:
-        check_world_size(args.tensor_model_parallel_size, "--tensor-model-parallel-size")
-        if world_size() > 1 and rank != "0":
+        # Where torchrun ends all ranks with the first, rank 0 alone finds fault: it would be ended before it has spoken.
+        if not (is_served and "TORCHELASTIC_RUN_ID" in os.environ):
+            check_world_size(args.tensor_model_parallel_size, "--tensor-model-parallel-size")
+        if is_served and world_size() > 1:
             from megatron.early_exit.inference.executor.worker_process import serve_torchrun_rank
 
             return serve_torchrun_rank()
         prompts = [*args.prompt, *_lines(args.prompt_file)]
         params, llm = _prepare(args)
     except (ValueError, OSError) as error:
-        if rank == "0" or "TORCHELASTIC_RUN_ID" not in os.environ:  # else rank 0 says the same
-            print(f"generate.py: {in_words(error)}", file=sys.stderr, flush=True)
+        print(f"generate.py: {in_words(error)}", file=sys.stderr, flush=True)
         return 2
     try:
         all_answered = _answer(args, prompts, params, llm)

@@ -270,11 +270,7 @@ class DistributedExecutor:
 
     @property
     def can_submit(self) -> bool:
-        """One step at a time: what comes next depends on its tokens. Takes in what has come, also for nobody: the
-        outputs of a step whose requests have ended. Raises ExecutorError."""
-        if self._pending:
-            self._receive()
-            self._look_if_due()
+        """One step at a time: what comes next depends on its tokens."""
         return not self._pending
 
     def submit(self, step: Step) -> None:
