@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     is_served = os.environ.get("RANK", "0") != "0"
     try:
-        # Where torchrun ends all ranks with the first, rank 0 alone finds fault: it would be ended before it has spoken.
+        # torchrun ends all ranks with the first: rank 0 alone finds fault, or it might be ended before it has spoken.
         if not (is_served and "TORCHELASTIC_RUN_ID" in os.environ):
             check_world_size(args.tensor_model_parallel_size, "--tensor-model-parallel-size")
         if is_served and world_size() > 1:
