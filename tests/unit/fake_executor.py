@@ -129,6 +129,8 @@ class FakeExecutor:
         return self._outputs.popleft() if self._outputs else []
 
     def measure_costs(self) -> StepCosts:
+        if self.has_ended:
+            raise ExecutorError("rank 1 has ended")
         self._slots[0] = _Slot()
         return COSTS
 

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.inference.engine.engine import Event, QueueFull
+from megatron.early_exit.inference.engine.engine import Engine, Event, QueueFull
+from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, PromptTooLong, ScoreParams
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult, ScoreResult, Statistics
 from megatron.early_exit.inference.text_engine import OutputDelta, TextEngine
+from tests.unit.fake_executor import EXITS, FakeExecutor
 
 STATISTICS = Statistics(0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
 
@@ -293,6 +295,17 @@ def test_prompts_are_refused_before_the_engine_sees_them(prompt: object, params:
     text_engine.add("x" * 40 * 256, GenerationParams())
     with pytest.raises(QueueFull):
         TextEngine(ScriptedEngine(num_slots=0), WORDS, ExitConfig()).add("a", GenerationParams())
+
+
+@pytest.mark.parametrize("mode", ["full", "self_speculative"])
+def test_workers_that_have_ended_are_an_error_of_each_prompt(mode: str) -> None:
+    """Also where costs would be measured first."""
+    executor = FakeExecutor()
+    llm = LLM(Engine(executor, EXITS), WORDS, EXITS)
+    executor.close()
+    for _ in range(2):
+        outputs = llm.generate([[1], [2]], GenerationParams(mode=mode))
+        assert [(output.finish_reason, output.error) for output in outputs] == 2 * [("error", "rank 1 has ended")]
 
 
 def test_scores_come_beside_text() -> None:

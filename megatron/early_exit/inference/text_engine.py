@@ -15,6 +15,7 @@ from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.engine import Engine, Event, QueueFull
+from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.params import GenerationParams, PromptTooLong, ScoreParams, check_length
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult, ScoreResult
 from megatron.early_exit.inference.text import StopStrings, TextStream
@@ -273,4 +274,5 @@ class _GrowingOutput:
 
 def request_error(error: Exception) -> str:
     """The words for an error that is one request's."""
-    return str(error) if isinstance(error, ValueError | QueueFull) else f"{type(error).__name__}: {error}"
+    says_enough = isinstance(error, ValueError | QueueFull | ExecutorError)
+    return str(error) if says_enough else f"{type(error).__name__}: {error}"

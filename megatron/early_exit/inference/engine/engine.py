@@ -158,12 +158,14 @@ class Engine:
     def prepare(self, params: GenerationParams) -> None:
         """Measure what layers and heads cost, if requests with these settings depend on it and nothing is running.
 
-        Until then a guess does: rows are free, a head costs what it reads."""
+        Until then a guess does: rows are free, a head costs what it reads. If the workers have ended, `add` says so."""
         adapts = params.plan_exits or (params.mode == "self_speculative" and params.draft_length is None)
         if adapts and self._measured_costs is None and not self.has_work:
             self.slots.borrow(1)  # which is overwritten
             try:
                 self._measured_costs = self.executor.measure_costs()
+            except ExecutorError as error:
+                self.failure = str(error)
             finally:
                 self.slots.free(0, is_clean=False)
 
