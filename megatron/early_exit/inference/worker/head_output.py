@@ -21,6 +21,7 @@ from megatron.early_exit.inference.worker.sampling import (
     values_and_ids,
 )
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+from megatron.early_exit.platform.device import to_device
 
 # exp of it is still a normal number in fp32.
 _SMALLEST = -80.0
@@ -79,7 +80,7 @@ class HeadOutput:
 
     def log_probs_of(self, rows: Sequence[int], ids: Sequence[int]) -> list[float]:
         """Log-probability (nats) of one id for each of the rows; -inf for what is not on the shortlist."""
-        tokens = torch.tensor(ids, dtype=torch.int64, device=self._ids.device)
+        tokens = to_device(ids, self._ids.device)
         logits = self._logits_of(rows, tokens).tolist()
         return [self._log_prob(row, logit) for row, logit in zip(rows, logits, strict=True)]
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron.early_exit.inference.params import SamplingSettings
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+from megatron.early_exit.platform.device import to_device
 
 # Most distributions reach top-p within this many tokens; sorting a whole vocabulary costs more than a small model.
 _SENT_FIRST, _MORE = 512, 16
@@ -139,7 +140,7 @@ def _count_tokens(draw: Draw) -> dict[int, int]:
 
 def rows_of(logits: Tensor, rows: Sequence[int]) -> Tensor:
     """A copy. (On CPUs several times as fast as indexing with a list.)"""
-    return logits.index_select(0, torch.tensor(rows, device=logits.device))
+    return logits.index_select(0, to_device(rows, logits.device))
 
 
 def columns_of(tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

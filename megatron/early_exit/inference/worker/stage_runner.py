@@ -21,6 +21,7 @@ from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.head_output import HeadOutput
 from megatron.early_exit.inference.worker.sampling import Draw
 from megatron.early_exit.inference.worker.slot_state import SlotState
+from megatron.early_exit.platform.device import to_device
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +274,7 @@ class StageRunner:
         out = self.decoder.run_exit_block(index, take_rows(batch.hidden, rows), attention)
         if len(rows) == batch.attention.num_rows:
             return out
-        return batch.hidden.index_copy(0, torch.tensor(rows, device=out.device), out)
+        return batch.hidden.index_copy(0, to_device(rows, out.device), out)
 
     # At the end.
 
@@ -391,4 +392,4 @@ def take_rows(hidden: Tensor, rows: list[int]) -> Tensor:
         return hidden
     if len(rows) == 1:
         return hidden[rows[0] : rows[0] + 1]
-    return hidden[torch.tensor(rows, device=hidden.device)]
+    return hidden[to_device(rows, hidden.device)]

@@ -23,6 +23,7 @@ from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.slot_state import SlotState
 from megatron.early_exit.inference.worker.stage_runner import ScheduledRows, StageRunner
+from megatron.early_exit.platform.device import to_device
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Worker:
             self._gather(operation)
 
     def _gather(self, operation: Gather) -> None:
-        sources = torch.tensor(operation.sources, device=self.decoder.weights.device)
+        sources = to_device(operation.sources, self.decoder.weights.device)
         self.decoder.cache.gather_slots(0, sources, operation.count)
         ids = [self.slots[source].ids[: operation.count] for source in operation.sources]
         for slot, of_source in enumerate(ids):
