@@ -210,6 +210,8 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
     )
     params.exit_policy(llm.exits)
     params.drafting_exit(llm.exits)
+    on_each = " on each rank" if args.tensor_model_parallel_size > 1 else ""
+    print(f"generate.py: keys and values: {llm.cache_size}{on_each}", file=sys.stderr, flush=True)
     return params, llm
 
 

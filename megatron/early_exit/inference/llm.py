@@ -24,6 +24,7 @@ from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfi
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, request_error
+from megatron.early_exit.inference.worker.kv_cache import CacheSize
 from megatron.early_exit.inference.worker.worker import Worker
 from megatron.early_exit.platform.world import check_world_size, world_size
 
@@ -91,6 +92,12 @@ class LLM:
             calibration=checkpoint.calibration,
         )
         return cls(engine, tokenizer, description.exits)
+
+    @property
+    def cache_size(self) -> CacheSize:
+        """Memory for keys and values on each rank."""
+        model = self.engine.description
+        return CacheSize(model.num_slots, model.num_positions, model.bytes_per_token)
 
     def generate(
         self,
