@@ -142,10 +142,10 @@ class Decoder:
         return any(one.approximate is not None for one in self.exits)
 
     def probe_exit(self, exit_index: int, hidden: Tensor) -> HeadOutput:
-        """What decides whether an exit may be taken, or is drafted from: its cheap head, or its own if it has none.
+        """What decides whether an exit may be taken, or is drafted from: its approximate head, or its own.
 
-        A shortlist without the best token says less than the exit's own head; with it, it is at least as sure: only
-        some of the ids share the probability. Arguments as of `exit_output`."""
+        Over a shortlist without the best token it tells less than the exit's own head; with it, the confidence
+        is at least as large: only some of the ids share the probability. Arguments as of `exit_output`."""
         cheap = self._exits[exit_index].approximate
         if cheap is None:
             return self.exit_output(exit_index, hidden)
