@@ -163,7 +163,7 @@ def test_memory_is_that_beside_the_weights(checkpoint: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match="at most 1 request of 39 tokens fit"):
         InferenceCheckpoint(config)
     patch_free(monkeypatch, weights // 2)
-    with pytest.raises(ValueError, match="0.0 GiB of memory are free beside the weights; at most 0 tokens fit"):
+    with pytest.raises(ValueError, match="0.0 MiB of memory are free for them .*; at most 0 tokens fit"):
         InferenceCheckpoint(config)
 
 
@@ -237,3 +237,11 @@ def test_it_answers_without_a_process_group(checkpoint: Path) -> None:
     answers = LLM.load(str(checkpoint)).generate([[1, 2, 3]], GenerationParams(max_tokens=3))
     assert len(answers[0].result.token_ids) == 3
     assert not torch.distributed.is_initialized()
+
+
+def test_fewer_requests_at_once_than_asked_for_are_said(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    patch_free(monkeypatch, 4 * GIB)
+    few = InferenceCheckpoint(LoadConfig(str(checkpoint), max_requests=10**6, kv_cache_gib=0.001)).load_decoder(96)
+    assert f"{few.cache.num_slots} requests at once, not of max_requests 1000000" in caplog.text

@@ -49,7 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     model.add_argument("--max-requests", type=int, metavar="N", help="prompts that run at once; default: at most 16")
     model.add_argument(
-        "--max-length", type=int, metavar="N", help="longest prompt and answer; default: the model's, at most 4096"
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="longest prompt and answer, whose last token takes no place; default: the model's, at most 4096",
     )
     model.add_argument(
         "--kv-cache-gib", type=float, metavar="F",

@@ -174,6 +174,12 @@ class LLM:
             while mailbox.news:
                 yield mailbox.news.popleft()
 
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the worker processes, if there are any; without it they end with this process."""
         self.engine.executor.close()

@@ -168,7 +168,14 @@ class InferenceCheckpoint:
             torch.cuda.empty_cache()
         mine = self._check_cache(0)
         everywhere = tp.gather(torch.tensor([mine.num_slots], device=device()))
-        return replace(mine, num_slots=min(int(num_slots) for num_slots in everywhere))
+        size = replace(mine, num_slots=min(int(num_slots) for num_slots in everywhere))
+        wanted = self.config.max_requests
+        if wanted is not None and size.num_slots < wanted and tp.rank == 0:
+            log.warning(
+                "memory holds the keys and values of %d requests at once, not of max_requests %d; others wait. Raise "
+                "kv_cache_gib or lower max_length", size.num_slots, wanted,
+            )  # fmt: skip
+        return size
 
     def _check_same_checkpoint(self, tp: TensorParallel) -> None:
         mine = torch.tensor(list(bytes.fromhex(fingerprint(self.folder))), dtype=torch.uint8, device=device())

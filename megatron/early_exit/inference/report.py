@@ -60,7 +60,7 @@ def _speed(output: RequestOutput) -> str:
     statistics, total = output.result.statistics, len(output.result.tokens)
     if statistics.first_token_seconds is None:
         return "no tokens"
-    text = f"{total} tokens, the first after {statistics.first_token_seconds:.2f} s"
+    text = f"{total} token{'s' * (total != 1)}, the first after {statistics.first_token_seconds:.2f} s"
     if total > 1:
         rate = (total - 1) / max(statistics.decode_seconds, 1e-9)
         text += f", the others in {statistics.decode_seconds:.2f} s ({rate:.1f} tokens/s)"

@@ -94,10 +94,16 @@ def choose_cache_size(
     fits = [f"{least} request{'s' * (least > 1)} of {num_tokens // least} tokens"] if num_tokens >= least else []
     fits += [f"{num_tokens // num_positions} of {num_positions}"] if num_tokens >= num_positions else []
     raise ValueError(
-        f"max_requests {least} and max_length {num_positions} need {least * slot_bytes / GIB:,.1f} GiB for keys and "
-        f"values, but {memory.limit / GIB:,.1f} GiB of memory are free beside the weights; "
+        f"max_requests {least} and max_length {num_positions} need {_in_units(least * slot_bytes)} for keys and "
+        f"values, but {_in_units(memory.limit)} of memory are free for them (kv_cache_gib, what the weights leave); "
         + (f"at most {' or '.join(fits)} fit" if fits else f"at most {num_tokens} tokens fit")
     )
+
+
+def _in_units(num_bytes: int) -> str:
+    if num_bytes < GIB // 10:
+        return f"{num_bytes / 2**20:,.1f} MiB"
+    return f"{num_bytes / GIB:,.1f} GiB"
 
 
 class KVCache:
