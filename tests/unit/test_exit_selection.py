@@ -1,4 +1,4 @@
-"""Which exits are asked, by costs worked out by hand."""
+"""Which exits are enabled, by costs worked out by hand."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from megatron.early_exit.inference.engine.exit_selection import select_exits, st
 
 
 def costs(
-    layer: float = 1.0, ask: float = 0.0, head: float = 0.0, per_row: float = 0.0, cheap: bool = False
+    layer: float = 1.0, probe: float = 0.0, head: float = 0.0, per_row: float = 0.0, approximate: bool = False
 ) -> StepCosts:
     rising = lambda cost: tuple(cost * (1 + per_row * (rows - 1)) for rows in ROW_COUNTS)
-    return StepCosts(rising(layer), rising(ask), rising(head), rising(head), has_approximate_heads=cheap)
+    return StepCosts(rising(layer), rising(probe), rising(head), rising(head), has_approximate_heads=approximate)
 
 
-# Of ten tokens five are sure at the first exit, and three more at the second.
-SURE = np.array([[0.9, 0.9]] * 5 + [[0.1, 0.9]] * 3 + [[0.1, 0.1]] * 2)
-LEAVES = SURE >= 0.5
+# Of ten tokens five are confident at the first exit, and three more at the second.
+CONFIDENCES = np.array([[0.9, 0.9]] * 5 + [[0.1, 0.9]] * 3 + [[0.1, 0.1]] * 2)
+LEAVES = CONFIDENCES >= 0.5
 
 
 def test_expected_time_of_one_request() -> None:
     # Ten layers for all tokens; with the exit after layer 2, eight of them for half of the tokens.
     assert step_seconds((), LEAVES, (2, 6), 10, costs(head=4.0)) == pytest.approx(14.0)
-    asked = step_seconds((0,), LEAVES, (2, 6), 10, costs(ask=3.0, head=4.0))
-    assert asked == pytest.approx(2 + 3 + 0.5 * (8 + 4))
-    both = step_seconds((0, 1), LEAVES, (2, 6), 10, costs(ask=3.0, head=4.0))
+    enabled = step_seconds((0,), LEAVES, (2, 6), 10, costs(probe=3.0, head=4.0))
+    assert enabled == pytest.approx(2 + 3 + 0.5 * (8 + 4))
+    both = step_seconds((0, 1), LEAVES, (2, 6), 10, costs(probe=3.0, head=4.0))
     assert both == pytest.approx(2 + 3 + 0.5 * (4 + 3) + 0.2 * (4 + 4))
 
 
@@ -41,13 +41,13 @@ def test_batches_are_set_up_anew_where_rows_leave() -> None:
 
 def test_rows_that_waited_are_paid_for() -> None:
     # Every run behind the exit serves two rows: the one that waited and the one that goes on.
-    asked = step_seconds((0,), LEAVES, (2, 6), 10, costs(per_row=1.0))
-    assert asked == pytest.approx(2 * 1 + 0.5 * 8 * 2)
+    enabled = step_seconds((0,), LEAVES, (2, 6), 10, costs(per_row=1.0))
+    assert enabled == pytest.approx(2 * 1 + 0.5 * 8 * 2)
 
 
-def test_a_cheap_question_is_followed_by_the_exits_own_head() -> None:
-    asked = step_seconds((0,), LEAVES, (2, 6), 10, costs(ask=1.0, head=4.0, approximate=True))
-    assert asked == pytest.approx(2 + 1 + 0.5 * 4 + 0.5 * (8 + 4))
+def test_a_probe_is_followed_by_the_exits_own_head() -> None:
+    enabled = step_seconds((0,), LEAVES, (2, 6), 10, costs(probe=1.0, head=4.0, approximate=True))
+    assert enabled == pytest.approx(2 + 1 + 0.5 * 4 + 0.5 * (8 + 4))
 
 
 def test_many_requests_seldom_leave_together() -> None:
@@ -59,21 +59,21 @@ def test_many_requests_seldom_leave_together() -> None:
 @pytest.mark.parametrize(
     ("settings", "num_requests", "expected"),
     [
-        ({}, 1, (0, 1)),  # asking is free
-        ({"ask": 3.0}, 1, (0,)),  # 2 + 3 + 0.5 * 8 = 9.0; the second alone 6 + 3 + 0.2 * 4; both 2 + 3 + 0.5 * 7 + 0.8
-        ({"ask": 4.5}, 1, ()),  # more than is won
-        ({"ask": 3.0}, 8, ()),  # somebody always goes on
+        ({}, 1, (0, 1)),  # evaluating is free
+        ({"probe": 3.0}, 1, (0,)),  # 2 + 3 + 0.5 * 8 = 9.0; the second alone 6 + 3 + 0.2 * 4; both 2 + 3 + 3.5 + 0.8
+        ({"probe": 4.5}, 1, ()),  # more than is won
+        ({"probe": 3.0}, 8, ()),  # somebody always goes on
         ({"per_row": 1.0}, 1, ()),  # rows that wait cost as much later
-        ({"ask": 1.0, "head": 0.0}, 1, (0, 1)),
+        ({"probe": 1.0, "head": 0.0}, 1, (0, 1)),
     ],
 )
 def test_choice(settings: dict, num_requests: int, expected: tuple[int, ...]) -> None:
-    assert select_exits(SURE, (0.5, 0.5), (2, 6), 10, costs(**settings), num_requests) == expected
+    assert select_exits(CONFIDENCES, (0.5, 0.5), (2, 6), 10, costs(**settings), num_requests) == expected
 
 
 def test_thresholds_belong_to_their_exits() -> None:
-    assert select_exits(SURE, (0.95, 0.5), (2, 6), 10, costs()) == (1,)
-    assert select_exits(SURE, (1.0, 1.0), (2, 6), 10, costs(ask=0.1)) == ()
+    assert select_exits(CONFIDENCES, (0.95, 0.5), (2, 6), 10, costs()) == (1,)
+    assert select_exits(CONFIDENCES, (1.0, 1.0), (2, 6), 10, costs(probe=0.1)) == ()
 
 
 def test_too_many_exits_are_refused() -> None:

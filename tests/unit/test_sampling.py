@@ -330,7 +330,7 @@ def test_the_smallest_of_equal_ids_is_the_most_probable() -> None:
 
 
 def test_keys_are_ordered_as_values_and_then_ids() -> None:
-    values = torch.tensor([[-torch.inf, -3e38, -1.0, -1e-38, -0.0, 0.0, 1e-38, 1.0, 3e38, torch.inf, 1.0]])
+    values = torch.tensor([[-torch.inf, -3e38, -1.0, -2e-38, -0.0, 0.0, 2e-38, 1.0, 3e38, torch.inf, 1.0]])
     ids = torch.tensor([0, 5, 1, 2, 9, 10, 3, 4, 2**31, 2**32 - 1, 3])
     keys = sampling.ordered_keys(values, ids)
     assert keys[0].argsort(descending=True).tolist() == [9, 8, 10, 7, 6, 4, 5, 3, 2, 1, 0]
