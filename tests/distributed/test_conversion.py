@@ -105,7 +105,8 @@ def trained_logits(folder: Path, parallel: ParallelConfig) -> torch.Tensor | Non
     """What the training model says under a layout, on the last stage; as `their_logits`."""
     from megatron.core import parallel_state
 
-    from megatron.early_exit.checkpoint.load_model import load_weights
+    from megatron.early_exit.checkpoint.core_loading import load_sharded
+    from megatron.early_exit.checkpoint.load_model import check_tensors, sharded_weights
     from megatron.early_exit.checkpoint.start import find_checkpoint
     from megatron.early_exit.config.serialize import read_description
     from megatron.early_exit.config.settings import BuildConfig
@@ -117,7 +118,9 @@ def trained_logits(folder: Path, parallel: ParallelConfig) -> torch.Tensor | Non
     initialize_model_parallel(parallel, description.model.num_layers, seed=1)
     build = BuildConfig(description.model, description.exits, description.dtype, parallel)
     model = build_model(build, description.padded_vocab_size, wrap_with_ddp=False)
-    load_weights(path, model)
+    sharded = sharded_weights(model)
+    check_tensors(sharded, path)
+    model.chunks[0].load_state_dict(load_sharded(sharded, path)["model0"])
     chunk = model.chunks[0].eval()
     tokens = torch.tensor(TOKENS)
     positions = torch.arange(tokens.size(1)).expand_as(tokens)

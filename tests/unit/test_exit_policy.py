@@ -6,8 +6,14 @@ import pytest
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
+from megatron.early_exit.inference.protocol import ExitThreshold
 
 EXITS = ExitConfig(exit_layer_nums=(2, 4, 7))
+
+
+def should_exit(policy: ExitPolicy, layer: int, confidence: float) -> bool:
+    """What a worker does with the threshold of an exit."""
+    return ExitThreshold(0, policy.thresholds[policy.exit_layers.index(layer)]).is_reached(confidence)
 
 
 def test_one_threshold_serves_all_exits():
@@ -36,13 +42,13 @@ def test_thresholds_follow_the_order_of_the_named_exits():
     ],
 )
 def test_exit_from_the_threshold_on(threshold, confidence, exits):
-    assert ExitPolicy.for_model(EXITS, [threshold]).should_exit(4, confidence) is exits
+    assert should_exit(ExitPolicy.for_model(EXITS, [threshold]), 4, confidence) is exits
 
 
 def test_each_exit_has_its_own_threshold():
     policy = ExitPolicy.for_model(EXITS, [0.9, 0.3], [2, 4])
-    assert not policy.should_exit(2, 0.5)
-    assert policy.should_exit(4, 0.5)
+    assert not should_exit(policy, 2, 0.5)
+    assert should_exit(policy, 4, 0.5)
 
 
 @pytest.mark.parametrize(

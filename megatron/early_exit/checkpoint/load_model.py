@@ -1,4 +1,4 @@
-"""Loads the weights of a checkpoint, re-sharded, into a model that is trained."""
+"""The parameters of a model that is trained, as core saves and loads them, and whether a checkpoint holds them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron.early_exit.checkpoint.core_loading import load_sharded
 from megatron.early_exit.checkpoint.safe_pickle import read_metadata
-from megatron.early_exit.checkpoint.start import check_holds_model, check_is_whole, reading, tensor_mismatches
+from megatron.early_exit.checkpoint.start import check_holds_model, tensor_mismatches
 from megatron.early_exit.checkpoint.store import CONTENT_METADATA
 from megatron.early_exit.config.description import MismatchError
 from megatron.early_exit.model.build import Model
@@ -19,17 +18,6 @@ from megatron.early_exit.model.key_names import stored_key
 
 _OPTIMIZER = "optimizer."
 """Begins the names of the optimizer's tensors in a checkpoint."""
-
-
-def load_weights(folder: Path, model: Model) -> None:
-    """Load the parameters of the checkpoint in `folder`, whose architecture `model` has. Raises OSError."""
-    check_is_whole(folder)
-    sharded = sharded_weights(model)
-    with reading(folder):
-        check_tensors(sharded, folder)
-        loaded = load_sharded(sharded, folder)
-    for index, chunk in enumerate(model.chunks):
-        chunk.load_state_dict(loaded[f"model{index}"])
 
 
 def sharded_weights(model: Model) -> dict[str, dict]:

@@ -116,6 +116,9 @@ class ExitThreshold(msgspec.Struct, frozen=True, array_like=True):
     exit: int
     threshold: float
 
+    def is_reached(self, confidence: float) -> bool:
+        return confidence >= self.threshold
+
 
 class Rows(msgspec.Struct, frozen=True):
     """Consecutive positions of one slot, to be run in one step. A slot has at most one of them in a step."""

@@ -139,10 +139,10 @@ class RequestResult:
 
     def stopped_after(self, num_tokens: int) -> RequestResult:
         """The result if the answer stops after so many of its tokens; those beyond are not counted."""
-        num_dropped = len(self.tokens) - num_tokens
-        num_passes = self.statistics.full_layer_passes - num_dropped * self.num_layers
+        tokens = self.tokens[:num_tokens]
+        num_passes = self.statistics.full_layer_passes - (len(self.tokens) - len(tokens)) * self.num_layers
         return replace(
-            self, tokens=self.tokens[:num_tokens], finish_reason="stop", error=None,
+            self, tokens=tokens, finish_reason="stop", error=None,
             statistics=replace(self.statistics, full_layer_passes=num_passes),
         )  # fmt: skip
 

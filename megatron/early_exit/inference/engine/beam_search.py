@@ -141,7 +141,7 @@ class _BeamRows:
         )  # fmt: skip
 
     def _run(self, operations: Sequence[SlotOperation], rows: Sequence[Rows]) -> list[list[TokenLogProb]]:
-        outputs = sorted(self._engine.run_step(operations, rows), key=lambda output: output.slot)
+        outputs = self._engine.run_step(operations, rows)
         for output in outputs:
             if output.error is not None:
                 raise RuntimeError(f"beam search failed: {output.error}")

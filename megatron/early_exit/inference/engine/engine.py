@@ -33,7 +33,7 @@ from megatron.early_exit.inference.protocol import (
     SlotOperation,
     Step,
 )
-from megatron.early_exit.inference.results import FinishReason, GeneratedToken
+from megatron.early_exit.inference.results import FinishReason, GeneratedToken, RequestResult
 
 log = logging.getLogger(__name__)
 
@@ -145,10 +145,8 @@ class Engine:
 
     def stop(self, request_id: int, num_tokens: int) -> Result | None:
         """As `cancel`, with finish reason 'stop': the caller found a stop string in the first `num_tokens` tokens."""
-        request = self._running.get(request_id)
-        if isinstance(request, RunningGeneration):
-            del request.generated[num_tokens:]
-        return self._end(request_id, "stop")
+        result = self._end(request_id, "stop")
+        return result.stopped_after(num_tokens) if isinstance(result, RequestResult) else result
 
     def fail_all(self, error: str) -> list[Event]:
         """End every request with an error."""
@@ -257,7 +255,7 @@ class Engine:
         outputs: list[RowsOutput] = []
         while len(outputs) < len(rows):
             outputs += self.executor.poll()
-        return outputs
+        return sorted(outputs, key=lambda output: output.slot)
 
     def _admit(self, events: dict[int, Event]) -> None:
         for request in list(self._queue.values()):

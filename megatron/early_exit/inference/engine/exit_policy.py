@@ -52,13 +52,6 @@ class ExitPolicy:
         layers, values = zip(*sorted(zip(enabled, for_each, strict=True)), strict=True)
         return cls(layers, values)
 
-    def should_exit(self, exit_layer: int, confidence: float) -> bool:
-        """Whether the token is taken from the exit named `exit_layer`, whose largest probability is `confidence`.
-
-        True from the threshold on: a threshold above 1 never exits, one of 0 or less always does, and 1.0 exits where
-        the probability rounds to 1. Raises ValueError if this exit is not enabled."""
-        return confidence >= self.thresholds[self.exit_layers.index(exit_layer)]
-
 
 def _text(values: Sequence[float]) -> str:
     return " ".join(str(value) for value in values)

@@ -16,6 +16,7 @@ from megatron.early_exit.inference.protocol import (
     Admit,
     DrawnToken,
     ExitThreshold,
+    HeadScores,
     Rows,
     RowsOutput,
     WorkerDescription,
@@ -183,7 +184,7 @@ class RunningGeneration(RunningRequest):
         token = self._generated(output.tokens[0])
         return Progress((token,), self._emit(token))
 
-    def _add_prompt_tokens(self, scores: object) -> None:
+    def _add_prompt_tokens(self, scores: HeadScores) -> None:
         top = scores.top_log_probs or [()] * len(scores.log_probs)
         for log_prob, best in zip(scores.log_probs, top):
             position = len(self.prompt_tokens)
@@ -250,14 +251,13 @@ class RunningGeneration(RunningRequest):
 
     def result(self, reason: FinishReason, error: str | None = None) -> RequestResult:
         model, first = self.request.model, self._first_token_at
-        has_started = self.slot >= 0
         statistics = Statistics(
             layer_passes=self._layer_passes,
             full_layer_passes=(len(self.generated) - self._num_tokens_of_prefill) * model.num_layers,
             layer_runs=self._layer_runs,
             drafted=self._num_drafted,
             accepted=self._num_accepted,
-            queue_seconds=(self.started if has_started else time.perf_counter()) - self.request.arrived,
+            queue_seconds=self.started - self.request.arrived,
             first_token_seconds=None if first is None else first - self.request.arrived,
             decode_seconds=0.0 if first is None else self._last_token_at - first,
         )

@@ -146,10 +146,10 @@ class Decoder:
 
         Over a shortlist without the best token it tells less than the exit's own head; with it, the confidence
         is at least as large: only some of the ids share the probability. Arguments as of `exit_output`."""
-        cheap = self._exits[exit_index].approximate
-        if cheap is None:
+        approximate = self._exits[exit_index].approximate
+        if approximate is None:
             return self.exit_output(exit_index, hidden)
-        return self._exit_head(exit_index, hidden, cheap.linear, ids=cheap.ids, num_ids=cheap.num_ids)
+        return self._exit_head(exit_index, hidden, approximate.linear, ids=approximate.ids, num_ids=approximate.num_ids)
 
     def exit_output(self, exit_index: int, hidden: Tensor) -> HeadOutput:
         """What the exit's own head says about rows.

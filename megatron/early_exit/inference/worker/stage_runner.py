@@ -15,7 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.early_exit.inference.protocol import FINAL_HEAD, DrawnToken, HeadScores, Prediction, Rows, RowsOutput
+from megatron.early_exit.inference.protocol import (
+    FINAL_HEAD,
+    DrawnToken,
+    ExitThreshold,
+    HeadScores,
+    Prediction,
+    Rows,
+    RowsOutput,
+)
 from megatron.early_exit.inference.worker.attention import AttentionMetadata, Segment
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.head_output import HeadOutput
@@ -34,7 +42,7 @@ class ScheduledRows:
 
     rows: Rows
     slot: SlotState
-    thresholds: dict[int, float]
+    thresholds: dict[int, ExitThreshold]
     """Of the exits that are still to be evaluated, by index."""
     first: int
     """First position of its rows in the batch: deferred rows have joined."""
@@ -107,8 +115,8 @@ class _Wanted(NamedTuple):
     row: int
     scheduled: ScheduledRows
     position: int
-    threshold: float = 0.0
-    """Confidence from which on the head gives the token."""
+    threshold: ExitThreshold | None = None
+    """Of an exit that is evaluated."""
 
     @property
     def draw(self) -> Draw:
@@ -232,7 +240,7 @@ class StageRunner:
         for one in wanted:
             if one.scheduled.is_draft:
                 continue
-            if is_approximate and output.confidence(one.row) < one.threshold:
+            if is_approximate and not one.threshold.is_reached(output.confidence(one.row)):
                 one.scheduled.predictions.append(_prediction(index, output, one.row, is_approximate=True))
             else:
                 candidates.append(one)
@@ -243,7 +251,7 @@ class StageRunner:
         confident = []
         for one in candidates:
             one.scheduled.predictions.append(_prediction(index, output, one.row))
-            if output.confidence(one.row) >= one.threshold:
+            if one.threshold.is_reached(output.confidence(one.row)):
                 confident.append(one)
         self._take(index, output, confident)
         return {one.scheduled.rows.slot for one in (*taken, *confident)}

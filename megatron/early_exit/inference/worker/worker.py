@@ -79,7 +79,7 @@ class Worker:
     def _schedule(self, rows: Rows) -> ScheduledRows:
         slot = self.slots[rows.slot]
         slot.begin(rows.first, rows.tokens)
-        return ScheduledRows(rows, slot, {one.exit: one.threshold for one in rows.exits}, rows.first)
+        return ScheduledRows(rows, slot, {one.exit: one for one in rows.exits}, rows.first)
 
     def _operate(self, operation: SlotOperation) -> None:
         cache = self.decoder.cache
