@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -44,6 +45,12 @@ def test_table_has_the_numbers():
     assert lines[3] == "drafted 8 tokens, accepted 25.0%"
     assert lines[4].startswith("layer runs saved: 25.0% of 16,") and lines[4].endswith("saved: 12.5%")
     assert lines[5] == "4 tokens, the first after 0.10 s, the others in 2.00 s (1.5 tokens/s); stopped by eod"
+
+
+def test_nothing_is_said_to_be_saved_where_no_exit_was_enabled():
+    full = replace(OUTPUT, result=replace(RESULT, exit_layers=()))
+    assert "saved" in report.usage_table(OUTPUT)
+    assert "saved" not in report.usage_table(full)
 
 
 def test_text_by_exit():

@@ -47,7 +47,8 @@ def usage_table(output: RequestOutput) -> str:
         lines.append(f"drafted {statistics.drafted} tokens, accepted {statistics.acceptance:.1%}")
     num_caught_up = sum(token.caught_up for token in result.tokens)
     notes = f" ({num_caught_up} tokens ran all layers because of the cap on deferred rows)" if num_caught_up else ""
-    if statistics.full_layer_passes:  # none for an answer of one token, which comes with the prompt
+    has_exits = len(result.usage) > 1  # else nothing could be saved
+    if has_exits and statistics.full_layer_passes:  # none for an answer of one token, which comes with the prompt
         lines.append(
             f"layer runs saved: {statistics.runs_saved:.1%} of {statistics.full_layer_passes}, with all deferred rows "
             f"run at once; row computations saved: {statistics.layers_saved:.1%}{notes}"
