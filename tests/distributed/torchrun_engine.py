@@ -14,11 +14,14 @@ from tests.distributed.test_executor import FACTORY, QUICK, answer, pids_of, ste
 
 
 def main() -> int:
-    print(f"rank {os.environ['RANK']} is {os.getpid()}", flush=True)
+    # One write for each line: with PYTHONUNBUFFERED, print() makes two, and the other rank's may come between.
+    sys.stdout.write(f"rank {os.environ['RANK']} is {os.getpid()}\n")
+    sys.stdout.flush()
     if os.environ["RANK"] != "0":
         return serve_torchrun_rank()
     executor = join_torchrun(WorkerFactory(FACTORY, {"uses_collectives": True}), QUICK)
-    print("worker is", *pids_of(executor), flush=True)
+    sys.stdout.write(f"worker is {' '.join(map(str, pids_of(executor)))}\n")
+    sys.stdout.flush()
     try:
         exec(sys.argv[1], {"executor": executor, "answer": answer, "step": step})
     except ExecutorError as error:
