@@ -13,11 +13,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import common
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.executor.distributed import start_workers
+from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.messages import WorkerFactory
 from megatron.early_exit.inference.protocol import (
     FINAL_HEAD,
@@ -29,6 +29,7 @@ from megatron.early_exit.inference.protocol import (
     Step,
     WorkerDescription,
 )
+from megatron.early_exit.inference.worker.placement import Placement
 
 ROW_COUNTS = (1, 16, 64)
 
@@ -52,7 +53,7 @@ class EchoWorker:
         raise NotImplementedError
 
 
-def make_echo(join: Callable[[], Any]) -> tuple[EchoWorker, str]:
+def make_echo(placement: Placement) -> tuple[EchoWorker, str]:
     """A factory for `WorkerFactory`."""
     return EchoWorker(), "none"
 
@@ -79,7 +80,7 @@ def measure(num_processes: int, repetitions: int) -> dict[int, dict[str, float]]
     """By number of rows. num_processes: 0: the worker is called in this process."""
     if num_processes == 0:
         return {count: microseconds(EchoWorker().execute, count, repetitions) for count in ROW_COUNTS}
-    executor = start_workers(WorkerFactory(f"{make_echo.__module__}:make_echo"), num_processes)
+    executor = start_workers(WorkerFactory(f"{make_echo.__module__}:make_echo"), Layout(num_processes))
 
     def run(step: Step) -> None:
         executor.submit(step)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.protocol import (
     FINAL_HEAD,
@@ -21,6 +23,7 @@ from megatron.early_exit.inference.protocol import (
     Step,
     WorkerDescription,
 )
+from megatron.early_exit.inference.worker.placement import Placement
 
 DESCRIPTION = WorkerDescription(
     num_layers=4, hidden_size=8, vocab_size=1000, exits=(ExitDescription(2, 2, False),), num_slots=4, num_positions=64
@@ -91,11 +94,12 @@ def _next_token(rows: Rows) -> tuple[DrawnToken, ...]:
 
 
 def make_fake(
-    join: Callable[[], Any],
+    placement: Placement,
     ranks_differ: bool = False,
     fails: str | None = None,
     failing_rank: int = 0,
     uses_collectives: bool = False,
+    agrees: bool = False,
 ) -> tuple[FakeWorker, str]:
     """A factory for `WorkerFactory`. fails: how `failing_rank` fails in start-up."""
     rank = int(os.environ["RANK"])
@@ -103,8 +107,11 @@ def make_fake(
         if fails == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise {"value": ValueError, "file": FileNotFoundError, "runtime": RuntimeError}[fails](f"rank {rank} is unwell")
-    add_up = _sums(join()) if uses_collectives else lambda value: value
-    return FakeWorker(rank, add_up), f"checkpoint {rank if ranks_differ else 0}"
+    add_up = _sums(placement.join()) if uses_collectives else lambda value: value
+    worker = FakeWorker(rank, add_up)
+    if agrees:
+        worker.description = msgspec.structs.replace(DESCRIPTION, num_slots=placement.smallest(10 + rank))
+    return worker, f"checkpoint {rank if ranks_differ else 0}"
 
 
 def _sums(tensor_parallel: Any) -> Callable[[int], int]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.executor.messages import WorkerFactory
 from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+from megatron.early_exit.inference.worker.placement import Placement
 from megatron.early_exit.inference.worker.weights import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
@@ -26,10 +24,8 @@ def factory(head: str, style: str, vocab_size: int = VOCAB_SIZE) -> WorkerFactor
     return WorkerFactory(f"{__name__}:make_worker", arguments)
 
 
-def make_worker(
-    join: Callable[[], TensorParallel], head: str, style: str, vocab_size: int = VOCAB_SIZE
-) -> tuple[Worker, str]:
+def make_worker(placement: Placement, head: str, style: str, vocab_size: int = VOCAB_SIZE) -> tuple[Worker, str]:
     """(this rank's worker, a fingerprint that is the same on all ranks)"""
     cfg = config_of(head, style)
-    weights = decoder_weights(reference_tensors(cfg), reference_description(cfg), tp=join())
+    weights = decoder_weights(reference_tensors(cfg), reference_description(cfg), tp=placement.join())
     return Worker(Decoder(weights, num_slots=NUM_SLOTS, vocab_size=vocab_size)), "reference"

@@ -37,6 +37,7 @@ from megatron.early_exit.inference.executor.distributed import (
     _environment_of,
     start_workers,
 )
+from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.messages import (
     FromWorker,
     Goodbye,
@@ -77,7 +78,7 @@ needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks a
 def workers(size: int = 2, limits: Limits = QUICK, **arguments: object) -> Iterator[DistributedExecutor]:
     """An executor over fake workers; afterwards nothing is left of it."""
     folders = set(Path(tempfile.gettempdir()).glob("early_exit_*"))
-    executor = start_workers(WorkerFactory(FACTORY, arguments), size, limits)
+    executor = start_workers(WorkerFactory(FACTORY, arguments), Layout(size), limits)
     pids = pids_of(executor)
     try:
         yield executor
@@ -279,6 +280,17 @@ def test_two_executors_beside_each_other_and_collectives() -> None:
             assert other.poll(20)[0].tokens[0].token == 8
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_ranks_agree_on_the_smallest(size: int) -> None:
+    with workers(size, agrees=True) as executor:
+        assert executor.description.num_slots == 10  # each gives 10 + its rank
+
+
+def test_a_rank_that_fails_ends_the_wait_for_the_smallest() -> None:
+    with pytest.raises(ValueError, match="^rank 1 is unwell$"), workers(3, agrees=True, fails="value", failing_rank=1):
+        pass
+
+
 def test_an_output_that_is_too_large_is_an_error_of_its_request() -> None:
     with workers(1) as executor:
         (output,) = answer(executor, step(1, FLOOD))
@@ -295,7 +307,7 @@ def test_an_idle_engine_outlives_the_time_limits() -> None:
 
 def test_the_thread_that_starts_workers_may_end() -> None:
     started: list[DistributedExecutor] = []
-    thread = threading.Thread(target=lambda: started.append(start_workers(WorkerFactory(FACTORY), 1, QUICK)))
+    thread = threading.Thread(target=lambda: started.append(start_workers(WorkerFactory(FACTORY), Layout(), QUICK)))
     thread.start()
     thread.join()
     time.sleep(0.3)
@@ -399,7 +411,7 @@ def test_workers_that_cannot_be_made(fails: str, error: type, text: str, size: i
 
 def test_a_worker_that_is_not_there_is_named() -> None:
     with pytest.raises(ExecutorError, match="ModuleNotFoundError: No module named 'nothing'"):
-        start_workers(WorkerFactory("nothing:at_all"), 1, QUICK)
+        start_workers(WorkerFactory("nothing:at_all"), Layout(), QUICK)
 
 
 def test_ranks_that_read_different_checkpoints_are_refused() -> None:
@@ -433,10 +445,11 @@ def children_of(parent: int) -> list[str]:
 ENGINE = """
 import sys, time
 from megatron.early_exit.inference.executor.distributed import start_workers
+from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.messages import WorkerFactory
 from tests.distributed.test_executor import FACTORY, HANG, QUICK, pids_of, step
 from tests.distributed.fake_workers import FREEZE
-executor = start_workers(WorkerFactory(FACTORY), 2)
+executor = start_workers(WorkerFactory(FACTORY), Layout(2))
 print(*pids_of(executor), flush=True)
 """
 

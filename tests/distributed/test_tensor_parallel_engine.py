@@ -15,10 +15,11 @@ from megatron.early_exit.inference.engine.beam_search import beam_search
 from megatron.early_exit.inference.engine.engine import Engine, Event
 from megatron.early_exit.inference.executor.base import Executor
 from megatron.early_exit.inference.executor.distributed import start_workers
+from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
 from megatron.early_exit.inference.results import RequestResult
-from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+from megatron.early_exit.inference.worker.placement import AlonePlacement
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import COSTS, Request, add_random_request, check_against_reference, run_all, score_all
 from tests.distributed.reference_workers import config_of, factory, make_worker
@@ -58,8 +59,8 @@ class Pair:
 @pytest.fixture(scope="module", params=MODELS, ids=lambda model: model[0])
 def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     head, style, vocab_size = request.param
-    local = LocalExecutor(make_worker(TensorParallel, head, style, vocab_size)[0])
-    parallel = start_workers(factory(head, style, vocab_size), tensor_parallel_size=2)
+    local = LocalExecutor(make_worker(AlonePlacement(), head, style, vocab_size)[0])
+    parallel = start_workers(factory(head, style, vocab_size), Layout(tensor_parallel_size=2))
     yield Pair(config_of(head, style), vocab_size, local, parallel)
     parallel.close()
 

@@ -8,6 +8,7 @@ import sys
 
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.executor.distributed import join_torchrun
+from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.messages import WorkerFactory
 from megatron.early_exit.inference.executor.worker_process import serve_torchrun_rank
 from tests.distributed.test_executor import FACTORY, QUICK, answer, pids_of, step
@@ -19,7 +20,7 @@ def main() -> int:
     sys.stdout.flush()
     if os.environ["RANK"] != "0":
         return serve_torchrun_rank()
-    executor = join_torchrun(WorkerFactory(FACTORY, {"uses_collectives": True}), QUICK)
+    executor = join_torchrun(WorkerFactory(FACTORY, {"uses_collectives": True}), Layout(2), QUICK)
     sys.stdout.write(f"worker is {' '.join(map(str, pids_of(executor)))}\n")
     sys.stdout.flush()
     try:

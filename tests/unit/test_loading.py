@@ -26,6 +26,7 @@ from megatron.early_exit.inference.worker.kv_cache import (
     cache_memory,
     choose_cache_size,
 )
+from megatron.early_exit.inference.worker.placement import AlonePlacement
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 from tests.configs import VOCAB_SIZE, make_config
 from tests.distributed.engines import decoding_config
@@ -226,7 +227,7 @@ def test_settings_that_cannot_work_are_refused_before_reading(
 def test_a_worker_from_plain_values(checkpoint: Path) -> None:
     """As a process for one rank makes it."""
     settings = {"path": str(checkpoint), "max_requests": 2, "max_length": 30, "dtype": "bf16", "quantize": None}
-    worker, text = loading.load_worker(TensorParallel, VOCAB_SIZE - 1, **settings)
+    worker, text = loading.load_worker(AlonePlacement(), VOCAB_SIZE - 1, **settings)
     assert text == fingerprint(checkpoint / "iter_0000000")
     described = worker.description
     assert (described.num_slots, described.num_positions, described.vocab_size) == (2, 30, VOCAB_SIZE - 1)

@@ -18,6 +18,7 @@ from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor import distributed
 from megatron.early_exit.inference.executor.base import Executor
+from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.executor.messages import WorkerFactory
 from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig, load_worker
@@ -234,9 +235,10 @@ def _start_executor(
         return LocalExecutor(Worker(checkpoint.load_decoder(num_ids)))
     settings = {one.name: getattr(config, one.name) for one in fields(config)}
     factory = WorkerFactory(f"{load_worker.__module__}:{load_worker.__name__}", {"num_ids": num_ids, **settings})
+    layout = Layout(config.tensor_parallel_size)
     if joins_torchrun:
-        return distributed.join_torchrun(factory, limits)
-    return distributed.start_workers(factory, config.tensor_parallel_size, limits)
+        return distributed.join_torchrun(factory, layout, limits)
+    return distributed.start_workers(factory, layout, limits)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -24,6 +24,7 @@ from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.kv_cache import CacheSize, bytes_per_token, cache_memory, choose_cache_size
 from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_linear
+from megatron.early_exit.inference.worker.placement import Placement
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 from megatron.early_exit.inference.worker.weights import (
     ExitProbe,
@@ -187,8 +188,8 @@ class InferenceCheckpoint:
             )
 
 
-def load_worker(join: Callable[[], TensorParallel], num_ids: int, **settings: Any) -> tuple[Worker, str]:
+def load_worker(placement: Placement, num_ids: int, **settings: Any) -> tuple[Worker, str]:
     """(a worker, `fingerprint` of its checkpoint): what each rank calls. settings: fields of `LoadConfig`; the others
     as of `InferenceCheckpoint.load_decoder`"""
     checkpoint = InferenceCheckpoint(LoadConfig(**settings))
-    return Worker(checkpoint.load_decoder(num_ids, join)), fingerprint(checkpoint.folder)
+    return Worker(checkpoint.load_decoder(num_ids, placement.join)), fingerprint(checkpoint.folder)

@@ -14,6 +14,7 @@ import hmac
 import ipaddress
 import logging
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -158,8 +159,12 @@ class EngineChannel:
 class WorkerChannel:
     """A rank's end."""
 
+    own_host: str
+    """Address of this machine's interface by which the rank reaches the engine."""
+
     def __init__(self, info: ConnectionInfo, on_lost: Callable[[], object]) -> None:
         """on_lost: called from a thread of its own when the engine is gone."""
+        self.own_host = _own_host(info.endpoint)
         self._token = info.token
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
         self._context = zmq.Context()
@@ -214,6 +219,17 @@ def _new_socket(context: zmq.Context, kind: int, address: str) -> zmq.Socket:
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SECONDS_UNTIL_LOST * 1000)
         socket.setsockopt(zmq.IPV6, 1)
     return socket
+
+
+def _own_host(endpoint: str) -> str:
+    if not endpoint.startswith("tcp"):
+        return "127.0.0.1"
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    host = host.strip("[]").removeprefix("::ffff:")  # so ZMQ writes an IPv4 address
+    family, kind, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing
+        return probe.getsockname()[0]
 
 
 def tcp_address(ip: str) -> str:

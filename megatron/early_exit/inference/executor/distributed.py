@@ -31,7 +31,9 @@ from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.executor import worker_process
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.executor.channels import ConnectionTorn, EngineChannel, RankUnreachable, tcp_address
+from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.messages import (
+    Agreed,
     CostsMeasured,
     Failed,
     FromWorker,
@@ -41,6 +43,7 @@ from megatron.early_exit.inference.executor.messages import (
     MeasureCosts,
     Ping,
     Pong,
+    Proposal,
     Ready,
     RunStep,
     Shutdown,
@@ -51,6 +54,7 @@ from megatron.early_exit.inference.executor.messages import (
 )
 from megatron.early_exit.inference.protocol import RowsOutput, Step, WorkerDescription
 from megatron.early_exit.platform.processes import LastingThread, die_with_torchrun
+from megatron.early_exit.platform.world import world_size
 
 log = logging.getLogger(__name__)
 
@@ -84,26 +88,30 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-def start_workers(
-    factory: WorkerFactory, tensor_parallel_size: int, limits: Limits = DEFAULT_LIMITS
-) -> DistributedExecutor:
-    """Start `tensor_parallel_size` processes on this machine, which end with this one, and load their workers.
+def start_workers(factory: WorkerFactory, layout: Layout, limits: Limits = DEFAULT_LIMITS) -> DistributedExecutor:
+    """Start a process for each rank on this machine, which end with this one, and load their workers.
 
     Each computes with its share of the cores unless OMP_NUM_THREADS is set. Raises ValueError or OSError if a worker
     says that the user can mend it, ExecutorError if one fails otherwise."""
-    ranks = WorkerRanks.on_this_machine(tensor_parallel_size, limits)
-    return DistributedExecutor(ranks, factory, host="127.0.0.1", limits=limits)
+    ranks = WorkerRanks.on_this_machine(layout.num_ranks, limits)
+    return DistributedExecutor(ranks, factory, layout, limits)
 
 
-def join_torchrun(factory: WorkerFactory, limits: Limits = DEFAULT_LIMITS) -> DistributedExecutor:
+def join_torchrun(factory: WorkerFactory, layout: Layout, limits: Limits = DEFAULT_LIMITS) -> DistributedExecutor:
     """Load workers on all ranks of the torchrun job whose rank 0 this process is; the others call
     `serve_torchrun_rank`. A job has one executor.
 
-    Raises as `start_workers`, and OSError if MASTER_ADDR is no address of this machine."""
+    Raises as `start_workers`, ValueError if the job has another number of ranks than the layout, and OSError if
+    MASTER_ADDR is no address of this machine."""
     die_with_torchrun()
-    host = _ip_of(os.environ["MASTER_ADDR"])
-    ranks = WorkerRanks.of_torchrun(host, limits)
-    return DistributedExecutor(ranks, factory, host=host, limits=limits)
+    if layout.num_ranks != world_size():
+        raise ValueError(
+            f"tensor_parallel_size {layout.tensor_parallel_size} and pipeline_parallel_size "
+            f"{layout.pipeline_parallel_size} need {layout.num_ranks} processes, but torchrun "
+            f"has started {world_size()}"
+        )
+    ranks = WorkerRanks.of_torchrun(_ip_of(os.environ["MASTER_ADDR"]), limits)
+    return DistributedExecutor(ranks, factory, layout, limits)
 
 
 class WorkerRanks:
@@ -223,9 +231,9 @@ class DistributedExecutor:
 
     description: WorkerDescription
 
-    def __init__(self, ranks: WorkerRanks, factory: WorkerFactory, host: str, limits: Limits) -> None:
-        """host: address at which rank 0 opens the store of the ranks. Raises as `start_workers`."""
-        self._ranks, self._channel, self._limits = ranks, ranks.channel, limits
+    def __init__(self, ranks: WorkerRanks, factory: WorkerFactory, layout: Layout, limits: Limits) -> None:
+        """Raises as `start_workers`."""
+        self._ranks, self._channel, self._layout, self._limits = ranks, ranks.channel, layout, limits
         # Also when the interpreter ends, or nobody has the executor any more.
         self._finalizer = weakref.finalize(self, ranks.close)
         self._error: Exception | None = None
@@ -233,6 +241,7 @@ class DistributedExecutor:
         self._outputs: list[RowsOutput] = []
         self._costs: StepCosts | None = None
         self._ready: dict[int, Ready] = {}
+        self._proposals: dict[int, int] = {}
         self._failures: dict[int, Failed] = {}
         self._lost: dict[int, str] = {}
         """Ranks whose process or connection has ended, and how."""
@@ -240,17 +249,17 @@ class DistributedExecutor:
         """Since the last answer to a ping."""
         self._last_look = self._last_ping = time.monotonic()
         with ranks.closed_on_error():
-            self._load(factory, host)
+            self._load(factory)
         self.description = self._ready[0].description
 
-    def _load(self, factory: WorkerFactory, host: str) -> None:
+    def _load(self, factory: WorkerFactory) -> None:
         started, everyone = time.monotonic(), range(self._ranks.num_ranks)
         while missing := sorted(set(everyone) - set(self._channel.known_ranks)):
             if time.monotonic() - started > self._limits.hello:
                 raise ExecutorError(f"{_name(missing)} did not start within {self._limits.hello:g} seconds")
             self._wait(self._limits.look)
         self._ranks.forget_address()
-        self._send(Load(factory, host, self._ranks.num_ranks))
+        self._send(Load(factory, self._layout))
         while not self._is_loaded:
             self._wait(self._limits.look)
         if len({ready.fingerprint for ready in self._ready.values()}) > 1:
@@ -358,7 +367,12 @@ class DistributedExecutor:
             case Ready():
                 self._ready[rank] = message
             case StoreOpened():
-                self._send(message, [other for other in self._channel.known_ranks if other != rank])
+                stage = self._layout.ranks_of(self._layout.stage_of(rank))
+                self._send(message, [other for other in stage if other != rank])
+            case Proposal():
+                self._proposals[rank] = message.value
+                if len(self._proposals) == self._ranks.num_ranks:
+                    self._send(Agreed(min(self._proposals.values())))
             case Hello() if message.version != __version__:
                 raise ValueError(
                     f"worker rank {rank} runs version {message.version} of this package and the engine "

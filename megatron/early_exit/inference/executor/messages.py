@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from megatron.early_exit.inference.costs import StepCosts
+from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.protocol import RowsOutput, Step, WorkerDescription
 
 
@@ -14,16 +15,17 @@ class WorkerFactory(msgspec.Struct, frozen=True):
     """How every rank makes its worker, as plain data."""
 
     function: str
-    """"package.module:name" of a function `(join, **arguments) -> (worker, fingerprint)`. `join()` returns the
-    `TensorParallel` of this rank; all ranks or none must call it. fingerprint: text that is the same on all ranks that
-    have read the same checkpoint."""
+    """"package.module:name" of a function `(placement, **arguments) -> (worker, fingerprint)`. placement: a
+    `Placement`. fingerprint: text that is the same on all ranks that have read the same checkpoint."""
     arguments: dict[str, Any] = {}
     """Of types that MessagePack has; tuples arrive as lists."""
 
 
 class StoreOpened(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0 has opened the store through which ranks find each other; the engine passes this on to the others."""
+    """The first rank of a stage has opened the store through which the stage's ranks find each other; the engine passes
+    this on to the others."""
 
+    host: str
     port: int
 
 
@@ -34,9 +36,13 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     """Make the worker. The answer is `Ready` or `Failed`."""
 
     factory: WorkerFactory
-    host: str
-    """Address at which rank 0 opens the store."""
-    tensor_parallel_size: int
+    layout: Layout
+
+
+class Agreed(msgspec.Struct, frozen=True, tag=True):
+    """The answer to the `Proposal`s of all ranks."""
+
+    smallest: int
 
 
 class RunStep(msgspec.Struct, frozen=True, tag=True):
@@ -57,7 +63,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Answer with `Goodbye` and end."""
 
 
-ToWorker = StoreOpened | Load | RunStep | MeasureCosts | Ping | Shutdown
+ToWorker = StoreOpened | Load | Agreed | RunStep | MeasureCosts | Ping | Shutdown
 
 
 # From a rank.
@@ -69,6 +75,12 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     rank: int
     version: str
     """Of this package."""
+
+
+class Proposal(msgspec.Struct, frozen=True, tag=True):
+    """What this rank gives to `Placement.smallest`."""
+
+    value: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -110,4 +122,4 @@ class Goodbye(msgspec.Struct, frozen=True, tag=True):
     """The last message of a rank that ends as it was told."""
 
 
-FromWorker = Hello | StoreOpened | Ready | StepDone | CostsMeasured | Pong | Failed | Goodbye
+FromWorker = Hello | StoreOpened | Proposal | Ready | StepDone | CostsMeasured | Pong | Failed | Goodbye

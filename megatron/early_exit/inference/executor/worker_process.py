@@ -15,13 +15,15 @@ import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
 from megatron.early_exit import __version__
 from megatron.early_exit.inference.executor.channels import ConnectionInfo, MessageTooLarge, WorkerChannel
+from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.messages import (
+    Agreed,
     CostsMeasured,
     ErrorKind,
     Failed,
@@ -31,6 +33,7 @@ from megatron.early_exit.inference.executor.messages import (
     MeasureCosts,
     Ping,
     Pong,
+    Proposal,
     Ready,
     RunStep,
     Shutdown,
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TORCHRUN_KEY = "early_exit_engine"
 """Under which rank 0 of a torchrun job tells the others where its engine is."""
@@ -117,7 +122,6 @@ def _end_without_engine() -> None:
 class _RankProcess:
     def __init__(self, channel: WorkerChannel, rank: int) -> None:
         self.channel, self.rank = channel, rank
-        self._has_joined = False
 
     def run(self) -> None:
         """Until the engine says that it is over. Raises what the worker raises."""
@@ -126,13 +130,11 @@ class _RankProcess:
         if isinstance(message, Load):
             module, _, name = message.factory.function.partition(":")
             make = getattr(importlib.import_module(module), name)
-            worker, fingerprint = make(lambda: self._join(message), **message.factory.arguments)
+            placement = _Placement(self, message.layout)
+            worker, fingerprint = make(placement, **message.factory.arguments)
             self.channel.send(Ready(worker.description, fingerprint))
             self._run_steps(worker)
-        if self._has_joined:
-            import torch
-
-            torch.distributed.destroy_process_group()
+            placement.leave()
 
     def _run_steps(self, worker: Any) -> None:
         while not isinstance(message := self._receive(), Shutdown):
@@ -156,28 +158,55 @@ class _RankProcess:
             self.channel.send(Pong())
         return message
 
-    def _join(self, load: Load) -> TensorParallel:
-        """Join the ranks that share the weights."""
-        from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
-
-        if load.tensor_parallel_size == 1:
-            return TensorParallel()
-        if self.rank == 0:
-            store = _open_store(load.host, lambda port: self.channel.send(StoreOpened(port)))
-        else:
-            store = _connect_to_store(load.host, self._expect(StoreOpened).port)
-        _join_world(store, self.rank, load.tensor_parallel_size)
-        self._has_joined = True
-        import torch
-
-        return TensorParallel(torch.distributed.group.WORLD)
-
-    def _expect(self, kind: type[StoreOpened]) -> StoreOpened:
+    def expect(self, kind: type[T]) -> T:
+        """The next message, which is of this kind. Raises RuntimeError if the engine ends instead."""
         message = self._receive()
         if isinstance(message, Shutdown):
             raise RuntimeError("the engine ended while the worker was loaded")
         assert isinstance(message, kind), message
         return message
+
+
+class _Placement:
+    """`Placement` of a rank that the engine has told to load."""
+
+    def __init__(self, process: _RankProcess, layout: Layout) -> None:
+        self._process, self._layout = process, layout
+        self.stage = layout.stage_of(process.rank)
+        self._has_joined = False
+
+    def join(self) -> TensorParallel:
+        """Join the ranks that share the weights of the stage."""
+        from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+
+        size, channel = self._layout.tensor_parallel_size, self._process.channel
+        if size == 1:
+            return TensorParallel()
+        if self._layout.is_leader(self._process.rank):
+            host = channel.own_host
+            store = _open_store(host, lambda port: channel.send(StoreOpened(host, port)))
+        else:
+            opened = self._process.expect(StoreOpened)
+            store = _connect_to_store(opened.host, opened.port)
+        _join_world(store, self._layout.tensor_parallel_rank_of(self._process.rank), size)
+        self._has_joined = True
+        import torch
+
+        return TensorParallel(torch.distributed.group.WORLD)
+
+    def leave(self) -> None:
+        """Leave the group of `join`, if there is one."""
+        if self._has_joined:
+            import torch
+
+            torch.distributed.destroy_process_group()
+
+    def smallest(self, value: int) -> int:
+        """The smallest of what all ranks give; the engine finds it, and a rank that fails ends the wait."""
+        if self._layout.num_ranks == 1:
+            return value
+        self._process.channel.send(Proposal(value))
+        return self._process.expect(Agreed).smallest
 
 
 def _open_store(host: str, on_opened: Callable[[int], object]) -> torch.distributed.Store:
