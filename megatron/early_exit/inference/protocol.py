@@ -6,10 +6,15 @@ a worker owns weights, keys and values, deferred rows and sampling. Settings of 
 
 Rows carry the generation of their slot, which counts the requests that had it, and the epoch of their request, which
 counts rejected drafts: outputs of older ones are stale.
+
+Where a model is spread over pipeline stages, the first stage gets the steps, each stage hands its rows on to the next
+(`StageInput`), and every stage answers the engine itself.
 """
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_left
 from typing import Literal
 
 import msgspec
@@ -19,11 +24,13 @@ from megatron.early_exit.inference.params import SamplingSettings
 FINAL_HEAD = -1
 """In place of an exit index."""
 
-Phase = Literal["prefill", "decode", "draft", "verify", "score"]
+Phase = Literal["prefill", "decode", "draft", "verify", "speculate", "score"]
 """prefill: rows of a prompt, through all layers. decode: the row of a request's last token; the first exit that is
 confident gives the next one, else the final head. draft: the same, but its only exit gives the token, however confident
-it is. verify: the row of the last draft, through all layers, with the rows of the drafts before it. score: rows of
-given tokens, through as many layers as the heads in `score_heads` need."""
+it is. verify: the row of the last draft, through all layers, with the rows of the drafts before it. speculate: the row
+of a token that may be a draft, through all layers; on the way its only exit gives the next draft, at the end the final
+head draws what the token is compared with. score: rows of given tokens, through as many layers as the heads in
+`score_heads` need."""
 
 
 class ExitDescription(msgspec.Struct, frozen=True):
@@ -54,6 +61,17 @@ class WorkerDescription(msgspec.Struct, frozen=True):
     taken."""
     has_approximate_heads: bool = False
     """Whether exits are probed by something cheaper than their own heads."""
+    layers_per_stage: tuple[int, ...] = ()
+    """Of each pipeline stage; empty: one stage has all."""
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.layers_per_stage) or 1
+
+    def stage_of(self, exit_index: int) -> int:
+        """The stage that has an exit: the one that has the layer that names it."""
+        stops = list(itertools.accumulate(self.layers_per_stage or (self.num_layers,)))
+        return bisect_left(stops, self.exits[exit_index].layer_number)
 
     def index_of(self, exit_layer: int) -> int:
         """Index of the exit that `exit_layer` names."""
@@ -90,11 +108,12 @@ class CopyPrefix(msgspec.Struct, frozen=True, tag=True):
 
 
 class Free(msgspec.Struct, frozen=True, tag=True):
-    """The request of a slot has ended: its deferred rows are dropped, its keys and values stay for others to copy."""
+    """The request of a slot has ended: its rows that have not run are dropped."""
 
     slot: int
-    clear: bool = False
-    """Overwrite the keys and values: they are not finite, and a masked NaN still spoils a sum."""
+    complete_to: int
+    """Keys and values of the positions before it stay, for others to copy. Those behind it are overwritten: nobody has
+    seen whether they are finite, and a masked NaN still spoils a sum."""
 
 
 class Gather(msgspec.Struct, frozen=True, tag=True):
@@ -220,7 +239,8 @@ class HeadScores(msgspec.Struct, frozen=True):
 
 
 class RowsOutput(msgspec.Struct, frozen=True):
-    """What became of one `Rows`."""
+    """What became of some rows. The one that `answers` a `Rows` may be preceded by others about it, and followed by one
+    that tells that they have run all layers."""
 
     request_id: int
     slot: int
@@ -235,6 +255,59 @@ class RowsOutput(msgspec.Struct, frozen=True):
     layer_runs: int = 0
     """Times that a layer or an exit block ran rows of this slot."""
     complete_to: int = 0
-    """Positions before this one have keys and values in all layers."""
+    """Positions before this one have keys and values in all layers; 0 from a stage that does not know."""
+    answers: int = 1
+    """How many `Rows` have now got all that was wanted of them. 0: it tells of drafts, of scores by some of the heads,
+    or of rows that were answered before and have now run all layers."""
     error: str | None = None
     """Why there are no tokens; the request ends with it."""
+
+
+# Between pipeline stages.
+
+
+class StageRows(msgspec.Struct, frozen=True, tag=True):
+    """Rows of one slot that come to a stage: those of a `Rows`, and earlier ones that they take along."""
+
+    rows: Rows
+    """Its first position is that of the newest ones; `exits` are those that are still to be evaluated."""
+    first: int
+    """Position of the first row that comes."""
+    tokens: tuple[int, ...]
+    """Of all rows that come."""
+    answers: int = 1
+    """`Rows` that are still to be answered; 0: they fill the caches of the layers to come, and evaluate no head."""
+    predictions: tuple[Prediction, ...] = ()
+    """Of the heads before, for the newest row."""
+    layer_passes: int = 0
+    layer_runs: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.rows.stop
+
+    @property
+    def is_fill(self) -> bool:
+        return self.answers == 0
+
+
+class StageInput(msgspec.Struct, frozen=True):
+    """What a stage hands on to the next, with the hidden states of the rows, [rows, h], one after the other. It arrives
+    in the order in which it was sent."""
+
+    operations: tuple[SlotOperation, ...] = ()
+    """To be done when they arrive, before these rows and before others that wait."""
+    rows: tuple[StageRows, ...] = ()
+
+
+class Pass(msgspec.Struct, frozen=True):
+    """Which of the rows that have come a stage runs next. The first tensor-parallel rank of the stage chooses; the
+    others, to which the same comes, do the same."""
+
+    num_inputs: int
+    """Inputs that had come before it, in all."""
+    rows: tuple[int, ...]
+    """Which `StageRows` to run, by their number in the order in which they came, in the order of slots; those of one
+    slot run together."""
+    fill_budget: int
+    """Rows that may go on to the next stage though they are owed no token; more of them are deferred."""
