@@ -132,7 +132,7 @@ def test_messages_come_out_as_they_went_in() -> None:
     rows = Rows(
         2**40, 3, 7, 2, "score", 11, (1, 2), (ExitThreshold(0, 0.5),), 12, (0, -1), 11, (4, 5), 3, score_logits=True
     )
-    one = RunStep(Step(9, (Free(1, True), admit, CopyPrefix(1, 2, 30), Gather((2, 2), 8)), (rows,)))
+    one = RunStep(Step(9, (Free(1, 7), admit, CopyPrefix(1, 2, 30), Gather((2, 2), 8)), (rows,)))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(one), type=ToWorker) == one
     token = DrawnToken(4, -0.1, 0.9, 1, (Prediction(1, 4, 0.9, True),), ((4, -0.1), (5, float("-inf"))), True)
     scores = HeadScores(-1, [1], [0.5], [-1.0], [[(1, -1.0)]], b"\x00\xff")

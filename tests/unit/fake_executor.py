@@ -155,7 +155,7 @@ class FakeExecutor:
             target.cells[: operation.count] = source.cells[: operation.count]
         elif isinstance(operation, Free):
             slot = self._slots[operation.slot]
-            slot.request, slot.cells = None, [] if operation.clear else slot.cells
+            slot.request, slot.cells = None, slot.cells[: operation.complete_to]
         elif isinstance(operation, Gather):
             found = [self._slots[source].cells[: operation.count] for source in operation.sources]
             for slot, cells in zip(self._slots, found, strict=False):

@@ -14,6 +14,9 @@ from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
 Mode = Literal["full", "early_exit", "self_speculative"]
 MODES = ("full", "early_exit", "self_speculative")
 
+Speculation = Literal["auto", "draft_then_verify", "across_stages"]
+SPECULATIONS = ("auto", "draft_then_verify", "across_stages")
+
 LONGEST_DRAFT = 1024
 """All lengths up to `max_draft_length` are compared before every draft."""
 
@@ -160,6 +163,12 @@ class GenerationParams:
     """self_speculative: tokens to draft before they are verified; None: what the measured acceptance and costs make
     best, up to `max_draft_length`."""
 
+    speculation: Speculation = "auto"
+    """self_speculative. draft_then_verify: some tokens are drafted, then all layers verify them together.
+    across_stages: every token goes on through the pipeline stages while its draft is fed already; `draft_length` is
+    then the number of unverified drafts on the way, by default what keeps all stages busy. auto: across stages, where
+    there is one behind that of the draft exit."""
+
     max_draft_length: int = 12
     """self_speculative: longest draft if the length adapts."""
 
@@ -199,6 +208,8 @@ class GenerationParams:
                     f"an exit threshold is {threshold}; it must lie between 0 (always exit) and 1 (exit only where the "
                     "probability rounds to 1). To never exit use mode 'full'."
                 )
+        if self.speculation not in SPECULATIONS:
+            raise ValueError(f"speculation is {self.speculation!r}; choose one of {', '.join(SPECULATIONS)}")
         if self.max_deferred < 0:
             raise ValueError(f"max_deferred is {self.max_deferred}; it must be 0 or more")
         if self.draft_length is not None and self.draft_length < 1:

@@ -130,8 +130,7 @@ class _BeamRows:
 
     def give_back(self) -> None:
         """End the use of the slots."""
-        for slot in range(len(self._generations)):
-            self._engine.slots.free(slot, is_clean=False)
+        self._engine.give_back(len(self._generations))
 
     def _rows(self, slot: int, first: int, tokens: Sequence[int], num_candidates: int) -> Rows:
         wanted = {"score_heads": (FINAL_HEAD,), "score_top": num_candidates} if num_candidates else {}

@@ -68,7 +68,8 @@ class Engine:
         calibration: ExitCalibration | None = None,
     ) -> None:
         """ends: ids that end an answer. max_waiting: requests that may queue for a slot, default any number.
-        prefill_chunk: rows of prompts in one step, so that long prompts do not stop the others. costs: of layers and
+        prefill_chunk: rows of prompts in one step, so that long prompts do not stop the others; over pipeline stages,
+        as many steps of them may be in flight as there are stages, and one more. costs: of layers and
         heads, for drafts of adaptive length and planned exits; see `prepare`. calibration: needed for planned exits."""
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk is {prefill_chunk}; it must be at least 1")
@@ -84,8 +85,6 @@ class Engine:
         """In the order of admission."""
         self._operations: list[SlotOperation] = []
         """For the next step."""
-        self._num_outstanding = 0
-        """Rows submitted whose outputs have not come, those of requests that have ended included."""
         self._num_planned_for = 0
         self.failure: str | None = None
         """Why the workers have ended; None while they live."""
@@ -107,6 +106,7 @@ class Engine:
             num_requests = min(len(self._running) + len(self._queue) + 1, model.num_slots)
             thresholds = self._selector.select(thresholds, num_requests, self._costs)
         draft_exit = None if draft_layer is None else model.index_of(draft_layer)
+        across_stages = self._speculates_across_stages(params)
         return self._enqueue(
             GenerationRequest(
                 request_id=next(self._request_ids),
@@ -118,6 +118,7 @@ class Engine:
                 thresholds=thresholds,
                 draft_exit=draft_exit,
                 draft_length=None if draft_exit is None else self._draft_length(params, draft_exit),
+                speculates_across_stages=across_stages,
             )
         )
 
@@ -157,7 +158,8 @@ class Engine:
         """Measure what layers and heads cost, if requests with these settings depend on it and nothing is running.
 
         Until then a guess does: rows are free, a head costs what it reads. If the workers have ended, `add` says so."""
-        adapts = params.plan_exits or (params.mode == "self_speculative" and params.draft_length is None)
+        drafts = params.mode == "self_speculative" and params.draft_length is None
+        adapts = params.plan_exits or (drafts and not self._speculates_across_stages(params))
         if adapts and self._measured_costs is None and not self.has_work:
             self.slots.borrow(1)  # which is overwritten
             try:
@@ -198,6 +200,20 @@ class Engine:
             params.draft_length, params.max_draft_length, model.exits[draft_exit].depth, model.num_layers, self._costs
         )
 
+    def _speculates_across_stages(self, params: GenerationParams) -> bool:
+        """Raises ValueError if that is asked for and no stage lies behind the draft exit."""
+        layer = params.drafting_exit(self.exits)
+        if layer is None:
+            return False
+        draft_exit = self.description.index_of(layer)
+        is_possible = self.description.stage_of(draft_exit) < self.description.num_stages - 1
+        if params.speculation == "across_stages" and not is_possible:
+            raise ValueError(
+                f"speculation 'across_stages' needs a pipeline stage behind that of the draft exit {layer}, and the "
+                f"model has {self.description.num_stages} in all; choose an earlier exit, more stages or 'auto'"
+            )
+        return is_possible and params.speculation != "draft_then_verify"
+
     def _check_room(self) -> None:
         if self.failure is not None:
             raise ExecutorError(self.failure)
@@ -221,7 +237,7 @@ class Engine:
         if request is None:
             return None
         is_clean = error is None
-        self._operations.append(Free(request.slot, clear=not is_clean))
+        self._operations.append(Free(request.slot, request.complete_to if is_clean else 0))
         self.slots.free(request.slot, is_clean=is_clean)
         return request.result(reason, error)
 
@@ -236,11 +252,10 @@ class Engine:
         try:
             self._admit(events)
             self._select_exits_again()
-            if self.executor.can_submit:
-                self._submit()
-            if self._num_outstanding:
+            while self.executor.can_submit and self._submit():
+                pass
+            if any(request.is_in_flight for request in self._running.values()):
                 for output in self.executor.poll():
-                    self._num_outstanding -= 1
                     self._receive(output, events)
         except ExecutorError as error:
             self.failure = str(error)
@@ -252,10 +267,17 @@ class Engine:
         idle. Returns the rows' outputs in the order of slots. Raises ExecutorError."""
         self.executor.submit(Step(next(self._step_numbers), (*self._operations, *operations), tuple(rows)))
         self._operations.clear()
+        generations = {(one.slot, one.generation) for one in rows}
         outputs: list[RowsOutput] = []
-        while len(outputs) < len(rows):
-            outputs += self.executor.poll()
+        while len(outputs) < len(rows):  # beside those of requests that have ended
+            outputs += [one for one in self.executor.poll() if (one.slot, one.generation) in generations]
         return sorted(outputs, key=lambda output: output.slot)
+
+    def give_back(self, count: int) -> None:
+        """End the use of borrowed slots."""
+        for slot in range(count):
+            self._operations.append(Free(slot, 0))
+            self.slots.free(slot, is_clean=False)
 
     def _admit(self, events: dict[int, Event]) -> None:
         for request in list(self._queue.values()):
@@ -289,17 +311,20 @@ class Engine:
                 candidates = self._thresholds(request.params)
                 request.thresholds = self._selector.select(candidates, num_running, self._costs)
 
-    def _submit(self) -> None:
-        budget, rows = self.prefill_chunk, []
+    def _submit(self) -> bool:
+        """Submit a step. False if no request has rows to run now."""
+        in_flight = sum(request.num_prompt_rows_in_flight for request in self._running.values())
+        most = (self.description.num_stages + 1) * self.prefill_chunk
+        budget, rows = min(self.prefill_chunk, max(most - in_flight, 0)), []
         for request in self._running.values():
             following = request.next_rows(budget, len(self._running))
             if following is not None:
                 rows.append(request.submit(following))
                 budget -= len(following.tokens) if following.phase in ("prefill", "score") else 0
         if rows:
-            self._num_outstanding += len(rows)
             self.executor.submit(Step(next(self._step_numbers), tuple(self._operations), tuple(rows)))
             self._operations.clear()
+        return bool(rows)
 
     def _receive(self, output: RowsOutput, events: dict[int, Event]) -> None:
         request = self._running.get(output.request_id)

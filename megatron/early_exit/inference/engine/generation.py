@@ -45,6 +45,9 @@ class GenerationRequest(Request):
     draft_exit: int | None = None
     """self_speculative: index of the exit that drafts."""
     draft_length: DraftLength | None = None
+    speculates_across_stages: bool = False
+    """self_speculative: whether rows go on through all layers while their drafts are fed, instead of being verified
+    together."""
 
     @cached_property
     def num_prompt_tokens(self) -> int:
@@ -124,11 +127,15 @@ class RunningGeneration(RunningRequest):
     # Which rows come next.
 
     def next_rows(self, prefill_budget: int, num_running: int) -> Rows | None:
-        if self.num_in_flight:
-            return None
         if self.is_prefilling:
             count = min(self.request.prefill_stop - self.num_rows, prefill_budget)
             return self._prefill_rows(count) if count > 0 else None
+        if self.num_rows >= len(self.tokens) + len(self.drafts):
+            return None  # the next token is not known
+        if self.params.echo and self._prompt_rows:
+            return None  # an exit might end the answer before the prompt's scores have come
+        if self.request.speculates_across_stages:
+            return self._rows_across_stages(num_running)
         if self.request.draft_exit is not None:
             return self._speculation_rows(num_running)
         return self._rows("decode", self.tokens[-1:], exits=self.thresholds, sample_from=self.num_rows)
@@ -160,26 +167,50 @@ class RunningGeneration(RunningRequest):
             return self._rows("draft", [token], exits=(ExitThreshold(request.draft_exit, 0.0),))
         return self._rows("verify", [token], sample_from=len(self.tokens) - 1)
 
+    def _rows_across_stages(self, num_running: int) -> Rows | None:
+        """The row of the last token or draft that is known, while those before it are on their way."""
+        request, num_unverified = self.request, self.num_rows - (len(self.tokens) - 1)
+        remaining = min(request.max_tokens - len(self.generated), request.model.num_positions - len(self.tokens) + 1)
+        window = self._window(num_running)
+        if num_unverified >= min(window, remaining):
+            return None
+        is_drafted = window > 1 and num_unverified + 1 < remaining
+        token = (self.drafts[num_unverified - 1 :] if num_unverified else self.tokens[-1:])[:1]
+        exits = (ExitThreshold(request.draft_exit, 0.0),) if is_drafted else ()
+        return self._rows("speculate", token, exits=exits, sample_from=self.num_rows)
+
+    def _window(self, num_running: int) -> int:
+        """Rows that may be on their way before they are verified. As many requests as stages keep all of them busy;
+        fewer do it with more rows each, and one more, which is on its way between stages and engine."""
+        if self.params.draft_length is not None:
+            return self.params.draft_length + 1
+        return 1 + self.request.model.num_stages // num_running
+
     # What the heads made of them.
 
     def receive(self, output: RowsOutput) -> Progress:
-        self.num_in_flight -= 1
         if output.error is not None:
             return Progress(finish_reason="error", error=output.error)
-        self.complete_to = output.complete_to
         is_prefill = output.stop <= self.request.prefill_stop
         if not is_prefill:
             self._layer_passes += output.layer_passes
-            self._layer_runs += output.layer_runs
+        if output.epoch != self.epoch:
+            return Progress()  # rows behind a rejected draft
+        self.note(output, is_of_prompt=is_prefill)
+        self._layer_runs += 0 if is_prefill else output.layer_runs * (output.answers > 0)
         for scores in output.scores:
             self._add_prompt_tokens(scores)
+        if is_prefill and not output.tokens:
+            return Progress(finish_reason=None if self.is_in_flight else self.finished_without_rows())
+        if self.request.speculates_across_stages and not is_prefill:
+            return self._compare(output) if output.answers else self._add_draft(output)
+        if not output.answers:
+            return Progress()  # rows that were answered before have run all layers
         if self.num_to_draft is not None and len(self.drafts) < self.num_to_draft:
             self.drafts.append(output.tokens[0].token)
             return Progress()
         if self.num_to_draft is not None:
             return self._verify(output.tokens)
-        if not output.tokens:
-            return Progress(finish_reason=self.finished_without_rows())
         self._num_tokens_of_prefill += is_prefill
         token = self._generated(output.tokens[0])
         return Progress((token,), self._emit(token))
@@ -209,11 +240,42 @@ class RunningGeneration(RunningRequest):
                 break
         self._num_accepted += num_accepted
         self.request.draft_length.observe(len(drafts), num_accepted)
-        # Rows of rejected drafts are as if they never ran: the next ones overwrite their keys and values.
-        self.epoch += num_accepted < len(drafts)
+        if num_accepted < len(drafts):
+            self._roll_back()
+        return Progress(tokens, reason)
+
+    def _add_draft(self, output: RowsOutput) -> Progress:
+        """Take what an exit drafts behind a row; it may come later than the token that all layers draw there."""
+        if output.tokens and output.stop == len(self.tokens) + len(self.drafts):
+            self.drafts.append(output.tokens[0].token)
+            self._num_drafted += 1
+        return Progress()
+
+    def _compare(self, output: RowsOutput) -> Progress:
+        """Compare drafts with what all layers draw behind the same rows; a rejected one makes all rows behind it stale.
+        See `_verify`."""
+        tokens = []
+        for one in output.tokens:
+            draft = self.drafts.pop(0) if self.drafts else None
+            token = self._generated(one, is_draft=one.token == draft)
+            tokens.append(token)
+            self._num_accepted += token.is_draft
+            reason = self._emit(token)
+            if reason is not None:
+                return Progress(tokens, reason)
+            if draft is not None and not token.is_draft:
+                self.drafts.clear()
+                self.num_in_flight = 0
+                self._roll_back()
+                break
+        return Progress(tokens)
+
+    def _roll_back(self) -> None:
+        """Make rows behind the last token stale: it is as if they never ran, the next ones overwrite their keys and
+        values."""
+        self.epoch += 1
         self.num_rows = len(self.tokens) - 1
         self.complete_to = min(self.complete_to, self.num_rows)
-        return Progress(tokens, reason)
 
     def _generated(self, drawn: DrawnToken, is_draft: bool = False) -> GeneratedToken:
         exits, is_final = self.request.model.exits, drawn.exit == FINAL_HEAD

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -63,12 +64,23 @@ class RunningRequest(ABC):
         self.complete_to = assignment.num_shared
         """Positions before this one have keys and values in all layers."""
         self.num_in_flight = 0
-        """Rows submitted whose outputs have not come."""
+        """`Rows` of this epoch, beside those of the prompt, whose answers have not come."""
+        self._prompt_rows: deque[int] = deque()
+        """Of each `Rows` of the prompt whose answer has not come: how many rows it has. They are answered in order."""
         self.started = time.perf_counter()
 
     @property
     def request_id(self) -> int:
         return self.request.request_id
+
+    @property
+    def num_prompt_rows_in_flight(self) -> int:
+        return sum(self._prompt_rows)
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether outputs will come."""
+        return self.num_in_flight > 0 or bool(self._prompt_rows)
 
     @abstractmethod
     def admission(self) -> Admit:
@@ -93,5 +105,18 @@ class RunningRequest(ABC):
     def submit(self, rows: Rows) -> Rows:
         """Note that `rows` are on their way."""
         self.num_rows = rows.stop
-        self.num_in_flight += 1
+        if rows.phase in ("prefill", "score"):
+            self._prompt_rows.append(len(rows.tokens))
+        else:
+            self.num_in_flight += 1
         return rows
+
+    def note(self, output: RowsOutput, is_of_prompt: bool) -> None:
+        """Note how far the workers are, as an output of this epoch tells."""
+        if is_of_prompt:
+            for _ in range(output.answers):
+                self._prompt_rows.popleft()
+        else:
+            self.num_in_flight -= output.answers
+        # Outputs of several stages may overtake each other, and not all know it.
+        self.complete_to = max(self.complete_to, output.complete_to)

@@ -56,7 +56,7 @@ class RunningScoring(RunningRequest):
     def next_rows(self, prefill_budget: int, num_running: int) -> Rows | None:
         first, params = self.num_rows, self.request.params
         stop = min(first + prefill_budget, len(self.tokens))
-        if self.num_in_flight or stop <= first:
+        if stop <= first:
             return None
         scored_from = max(first, params.score_from)
         return Rows(
@@ -67,13 +67,15 @@ class RunningScoring(RunningRequest):
         )  # fmt: skip
 
     def receive(self, output: RowsOutput) -> Progress:
-        self.num_in_flight -= 1
         if output.error is not None:
             return Progress(finish_reason="error", error=output.error)
-        self.complete_to = output.complete_to
+        self.note(output, is_of_prompt=True)
         for scores in output.scores:
             self._scores[scores.exit].append(scores)
-        return Progress(finish_reason="max_tokens" if output.stop == len(self.tokens) else None)
+        # The heads of several stages report on their own.
+        num_scored = len(self.tokens) - max(self.request.params.score_from, self.num_shared)
+        has_all = all(sum(len(part.tokens) for part in parts) == num_scored for parts in self._scores.values())
+        return Progress(finish_reason="max_tokens" if has_all and not self.is_in_flight else None)
 
     def result(self, reason: FinishReason, error: str | None = None) -> ScoreResult:
         if error is not None or reason != "max_tokens":

@@ -21,7 +21,7 @@ from megatron.early_exit.inference.worker.graphs import FixedAttentionMetadata, 
 from megatron.early_exit.inference.worker.head_output import HeadOutput
 from megatron.early_exit.inference.worker.kv_cache import KVCache
 from megatron.early_exit.inference.worker.linear import Linear
-from megatron.early_exit.inference.worker.weights import DecoderWeights, LayerWeights, MlpWeights
+from megatron.early_exit.inference.worker.weights import DecoderWeights, ExitWeights, LayerWeights, MlpWeights
 from megatron.early_exit.platform.device import to_device
 
 
@@ -80,6 +80,10 @@ class Decoder:
         layers = {one: functools.partial(self._launch_layers, first=one[0], last=one[1]) for one in self._ranges}
         blocks = {index: functools.partial(self._launch_exit_block, exit_index=index) for index in self._block_cache}
         return layers | blocks
+
+    def exit(self, exit_index: int) -> ExitWeights:
+        """An exit of these layers, by its index among all exits of the model."""
+        return self._exits[exit_index]
 
     def attention_metadata(self, segments: Sequence[Segment]) -> AttentionMetadata:
         """What `run_layers` needs to know of the rows of `segments`, in the order of slots."""

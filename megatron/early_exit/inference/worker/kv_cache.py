@@ -164,9 +164,9 @@ class KVCache:
         """Give `target` the first `count` positions of `source`, in all layers."""
         self._cache[:, target, :count] = self._cache[:, source, :count]
 
-    def clear_slot(self, slot: int) -> None:
-        """Make all of a slot's keys and values finite again."""
-        self._cache[:, slot] = 0
+    def clear(self, slot: int, first: int, stop: int) -> None:
+        """Make these positions of a slot finite again, in all layers."""
+        self._cache[:, slot, first:stop] = 0
 
     def gather_slots(self, first: int, sources: Tensor, count: int) -> None:
         """Slot `first` + i gets the first `count` positions of slot `sources[i]`, all at once (beam search)."""

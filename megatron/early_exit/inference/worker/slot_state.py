@@ -38,6 +38,10 @@ class SlotState:
     """Positions before this one have keys and values in all layers."""
     deferred: dict[int, DeferredRows] = field(default_factory=dict)
     """By the index of the exit where they left."""
+    written_to: int = 0
+    """Positions before this one may have been written since the request came."""
+    has_failed: bool = False
+    """Rows of it were lost, so that those behind them cannot run; the request will be ended."""
 
     @property
     def num_deferred(self) -> int:
@@ -46,9 +50,11 @@ class SlotState:
     def begin(self, first: int, tokens: tuple[int, ...]) -> None:
         """Note the ids of new rows. Rows from `first` on that ran before are as if they never had: they were drafts
         that were rejected."""
+        assert first <= len(self.ids), f"rows from {first} on come, but only {len(self.ids)} rows came before them"
         del self.ids[first:]
         self.ids += tokens
         self.complete_to = min(self.complete_to, first)
+        self.written_to = max(self.written_to, len(self.ids))
         for index, rows in list(self.deferred.items()):
             if rows.first >= first:
                 del self.deferred[index]

@@ -1,17 +1,22 @@
-"""Runs the rows of one step up the layers, in one batch: at exits, rows leave and are deferred, or deferred rows join.
+"""Runs the rows of one pass up the layers of a stage, in one batch: at exits, rows leave and are deferred, or deferred
+rows join.
 
 Rows that exit leave the batch and are deferred where they left; when a later row of the same slot passes that exit,
 they go on with it. So no layer sees a row twice, and every cache entry is what the full model computes. A draft is a
 row that always exits; verifying is a row that does not, with the rows of the drafts as those that were deferred.
+
+Where there is a next stage, rows that exit may go on at once, as fill rows: they are owed no token any more.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -21,8 +26,8 @@ from megatron.early_exit.inference.protocol import (
     ExitThreshold,
     HeadScores,
     Prediction,
-    Rows,
     RowsOutput,
+    StageRows,
 )
 from megatron.early_exit.inference.worker.attention import AttentionMetadata, Segment
 from megatron.early_exit.inference.worker.decoder import Decoder
@@ -36,29 +41,34 @@ log = logging.getLogger(__name__)
 _NOT_FINITE = "the model's logits are not finite: its weights hold NaN or infinite values, or overflow"
 
 
+Answer = Callable[[list[RowsOutput]], None]
+"""Takes outputs as soon as they are there."""
+
+
 @dataclass
 class ScheduledRows:
-    """The rows of one slot in one step, and what the heads have made of them so far."""
+    """The rows of one slot in one pass, and what the heads have made of them so far."""
 
-    rows: Rows
+    arrived: StageRows
     slot: SlotState
-    thresholds: dict[int, ExitThreshold]
-    """Of the exits that are still to be evaluated, by index."""
-    first: int
-    """First position of its rows in the batch: deferred rows have joined."""
     predictions: list[Prediction] = field(default_factory=list)
     tokens: list[DrawnToken] = field(default_factory=list)
+    """That are to be reported."""
     scores: list[HeadScores] = field(default_factory=list)
-    layer_passes: int = 0
-    layer_runs: int = 0
+    is_answered: bool = False
+    """Whether an exit, here or before, has given the token, or something failed: no head is evaluated any more."""
     is_catching_up: bool = False
     """An exit gave its token; it goes on only because no more rows may be deferred."""
-    is_complete: bool = False
-    """Whether its rows have run all layers."""
     error: str | None = None
 
     def __post_init__(self) -> None:
-        self.stop = self.rows.stop
+        self.rows, self.first, self.stop = self.arrived.rows, self.arrived.first, self.arrived.stop
+        """first: position of its first row in the batch, which changes when deferred rows join."""
+        self.thresholds = {one.exit: one for one in self.rows.exits}
+        """Of the exits that are still to be evaluated, by index."""
+        self.answers, self.is_answered = self.arrived.answers, self.arrived.is_fill
+        self.predictions += self.arrived.predictions
+        self.layer_passes, self.layer_runs = self.arrived.layer_passes, self.arrived.layer_runs
 
     @property
     def num_rows(self) -> int:
@@ -69,13 +79,13 @@ class ScheduledRows:
         return Segment(self.rows.slot, self.first, self.num_rows)
 
     @property
-    def has_token(self) -> bool:
-        """Whether an exit has given the token, or failed to."""
-        return bool(self.tokens) or self.error is not None
-
-    @property
     def is_draft(self) -> bool:
         return self.rows.phase == "draft"
+
+    @property
+    def gives_draft(self) -> bool:
+        """Whether the token of its exit is a draft, however confident the exit is."""
+        return self.rows.phase in ("draft", "speculate")
 
     def ends_at(self, exit_index: int) -> bool:
         """Whether nothing is wanted of layers behind this exit, not even their keys and values."""
@@ -85,15 +95,40 @@ class ScheduledRows:
         """Positions of its rows in the batch from `start` on."""
         return range(max(start, self.first), self.stop)
 
-    def output(self) -> RowsOutput:
-        """What is reported of it at the end of the step."""
+    def complete(self) -> None:
+        """Note that its rows have run all layers."""
+        # Rows that ran behind a gap of others do not count: what a scoring request skipped, for instance.
+        if self.first <= self.slot.complete_to:
+            self.slot.complete_to = self.stop
+
+    def fail(self, error: str) -> None:
+        """End the request with this error; no head is evaluated any more."""
+        self.error, self.is_answered = error, True
+
+    def output(self, answers: int) -> RowsOutput:
+        """What is to be reported now. answers: `Rows` that it answers; what came before is not reported again."""
         rows = self.rows
-        return RowsOutput(
+        output = RowsOutput(
             request_id=rows.request_id, slot=rows.slot, generation=rows.generation, epoch=rows.epoch, stop=self.stop,
             tokens=() if self.error else tuple(self.tokens), scores=tuple(self.scores),
             layer_passes=self.layer_passes, layer_runs=self.layer_runs,
-            complete_to=self.slot.complete_to, error=self.error,
+            complete_to=self.slot.complete_to, answers=answers, error=self.error,
         )  # fmt: skip
+        self.tokens, self.scores, self.layer_passes, self.layer_runs = [], [], 0, 0
+        self.answers -= answers
+        return output
+
+    def following(self) -> StageRows:
+        """The rows as they come to the next stage."""
+        return StageRows(
+            rows=msgspec.structs.replace(self.rows, exits=tuple(self.thresholds.values())),
+            first=self.first,
+            tokens=tuple(self.slot.ids[self.first : self.stop]),
+            answers=self.answers,
+            predictions=() if self.is_answered else tuple(self.predictions),
+            layer_passes=self.layer_passes,
+            layer_runs=self.layer_runs,
+        )
 
 
 @dataclass
@@ -132,25 +167,41 @@ class _Wanted(NamedTuple):
 
 
 class StageRunner:
-    """Runs rows through the layers of one decoder."""
+    """Runs rows through the layers of one decoder, which has all layers of the model, or those of a stage."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, fill_min_rows: int = 1) -> None:
+        """fill_min_rows: rows of a slot that must have exited before they go on to the next stage."""
+        self.decoder, self._fill_min_rows = decoder, fill_min_rows
         # By depth; of two exits at one depth the one with the smaller index comes first.
-        self._exits = sorted(range(len(decoder.exits)), key=lambda index: (decoder.exits[index].depth, index))
+        self._exits = [one.index for one in sorted(decoder.exits, key=lambda one: (one.depth, one.index))]
+        self._is_last = decoder.last_layer == decoder.num_layers
+        self._fill_budget = 0
+        self._answer: Answer | None = None
 
-    def run(self, scheduled: list[ScheduledRows]) -> None:
+    def run(
+        self,
+        scheduled: list[ScheduledRows],
+        hidden: Tensor | None = None,
+        fill_budget: int = 0,
+        answer: Answer | None = None,
+    ) -> tuple[list[ScheduledRows], Tensor]:
         """Run the rows of `scheduled`, in the order of slots, until all have left or reached the end.
 
-        Fills in what the heads make of each, and keeps rows that are deferred with their slots."""
+        Fills in what the heads make of each, and keeps rows that are deferred with their slots.
+        hidden: [rows, h], what comes from the stage before; None: tokens are embedded. fill_budget: rows that may go
+        on to the next stage after they were answered. answer: gets outputs of exits at once; None: the caller takes
+        them from `scheduled` at the end. Returns the rows that reached the end of these layers, and their hidden
+        states."""
+        self._fill_budget, self._answer = fill_budget, answer
         attention = self.decoder.attention_metadata([one.segment for one in scheduled])
-        hidden = self.decoder.embed([token for one in scheduled for token in one.rows.tokens], attention)
-        batch, residual, depth = _Batch(scheduled, hidden, attention), hidden, 0
+        if hidden is None:
+            hidden = self.decoder.embed([token for one in scheduled for token in one.arrived.tokens], attention)
+        batch, residual, depth = _Batch(scheduled, hidden, attention), hidden, self.decoder.first_layer
         exits = list(self._exits)
         while batch.scheduled:
             while exits and not any(self._has_business(one, exits[0]) for one in batch.scheduled):
                 exits.pop(0)
-            following = self.decoder.exits[exits[0]].depth if exits else self.decoder.num_layers
+            following = self.decoder.exit(exits[0]).depth if exits else self.decoder.last_layer
             if following > depth:
                 batch.hidden, residual = self.decoder.run_layers(batch.hidden, batch.attention, depth, following)
                 for one in batch.scheduled:
@@ -160,7 +211,9 @@ class StageRunner:
             if not exits:
                 break
             batch = self._at_exit(exits.pop(0), batch, residual)
-        self._at_end(batch)
+        if self._is_last:
+            self._at_end(batch)
+        return batch.scheduled, batch.hidden
 
     def _has_business(self, one: ScheduledRows, exit_index: int) -> bool:
         """Whether something happens to these rows at an exit."""
@@ -168,14 +221,14 @@ class StageRunner:
             exit_index in one.thresholds
             or exit_index in one.slot.deferred
             or exit_index in one.rows.score_heads
-            or (exit_index in one.slot.request.exits and self.decoder.exits[exit_index].block is not None)
+            or (exit_index in one.slot.request.exits and self.decoder.exit(exit_index).block is not None)
         )
 
     # At an exit.
 
     def _at_exit(self, index: int, batch: _Batch, residual: Tensor) -> _Batch:
         """Evaluate the exit, let rows leave, and let the rows that are deferred here join those that go on."""
-        head = self.decoder.exits[index]
+        head = self.decoder.exit(index)
         states = residual if head.mlp is not None else batch.hidden
         offsets = batch.offsets()
         if head.block is not None:
@@ -190,27 +243,44 @@ class StageRunner:
                 for position in one.positions(one.rows.score_from):
                     scored.append(_Wanted(len(scored), one, position))
                     scored_rows.append(offset + position - one.first)
-        left = self._evaluate(index, evaluated, take_rows(states, last_rows)) if evaluated else set()
+        answered = self._evaluate(index, evaluated, take_rows(states, last_rows)) if evaluated else []
         if scored:
             self._score(index, self.decoder.exit_output(index, take_rows(states, scored_rows)), scored)
-        return self._leave_and_join(index, batch, offsets, left)
+        following = self._leave_and_join(index, batch, offsets, {one.rows.slot for one in answered})
+        if self._answer is not None:
+            self._answer_now(index, batch, answered, scored)
+        return following
 
-    def _leave_and_join(self, index: int, batch: _Batch, offsets: list[int], left: set[int]) -> _Batch:
-        """left: slots whose rows got their token from this exit."""
-        is_end = self.decoder.exits[index].depth == self.decoder.num_layers
+    def _answer_now(self, index: int, batch: _Batch, answered: list[ScheduledRows], scored: list[_Wanted]) -> None:
+        """Report what an exit has given."""
+        drafts = [one for one in answered if one.rows.phase == "speculate"]
+        ended = [one for one in batch.scheduled if one.ends_at(index)]
+        partly = {one.rows.slot: one for one in (wanted.scheduled for wanted in scored) if one not in ended}
+        failed = [one for one in batch.scheduled if one.error is not None and one.answers]
+        outputs = [one.output(0) for one in (*drafts, *partly.values()) if one.error is None]
+        done = {one.rows.slot: one for one in (*answered, *ended, *failed) if one not in drafts}
+        outputs += [one.output(one.answers) for one in done.values()]
+        if outputs:
+            self._answer(outputs)
+
+    def _leave_and_join(self, index: int, batch: _Batch, offsets: list[int], answered: set[int]) -> _Batch:
+        """answered: slots whose rows got their token from this exit."""
+        is_end = self.decoder.exit(index).depth == self.decoder.num_layers
         staying, parts, has_changed = [], [], False
         for one, offset in zip(batch.scheduled, offsets, strict=True):
             rows, slot = slice(offset, offset + one.num_rows), one.slot
             if one.ends_at(index):
                 has_changed = True
                 continue
-            if one.rows.slot in left:
+            if one.rows.slot in answered and one.rows.phase != "speculate":
                 one.thresholds.clear()
                 # A row that has run all layers is complete, but a draft is deferred until its verification.
-                one.is_complete = is_end and not one.is_draft
-                if not one.is_catching_up:
+                is_complete = is_end and not one.is_draft
+                if is_complete:
+                    one.complete()
+                if not self._goes_on(index, one) or is_complete:
                     has_changed = True
-                    if not one.is_complete:
+                    if not is_complete:
                         slot.defer(index, one.first, batch.hidden[rows])
                     continue
             staying.append(one)
@@ -228,23 +298,37 @@ class StageRunner:
         attention = self.decoder.attention_metadata([one.segment for one in staying])
         return _Batch(staying, torch.cat(parts), attention)
 
-    def _evaluate(self, index: int, wanted: list[_Wanted], states: Tensor) -> set[int]:
-        """Evaluate the exit on each one's last row. Returns the slots of those that it gives a token.
+    def _goes_on(self, index: int, one: ScheduledRows) -> bool:
+        """Whether rows that this exit answered go on with the batch: as fill rows for the next stage, which must take
+        them, or because no more may be deferred."""
+        if one.is_draft:
+            return False
+        if one.is_catching_up or self._is_last:
+            return one.is_catching_up
+        deferred = one.slot.deferred.get(index)
+        count = one.num_rows + (0 if deferred is None else deferred.hidden.size(0))
+        if count < self._fill_min_rows or count > self._fill_budget:
+            return False
+        self._fill_budget -= count
+        return True
+
+    def _evaluate(self, index: int, wanted: list[_Wanted], states: Tensor) -> list[ScheduledRows]:
+        """Evaluate the exit on each one's last row. Returns those that it gives a token.
 
         An approximate head only says which rows may leave: the exit's own head then decides, and gives the token.
         Drafts come from the approximate head, since they are verified anyway. states: [wanted, h]"""
         output = self.decoder.probe_exit(index, states)
         is_approximate = self.decoder.has_approximate_heads
-        taken = [one for one in wanted if one.scheduled.is_draft]
+        taken = [one for one in wanted if one.scheduled.gives_draft]
         candidates = []
         for one in wanted:
-            if one.scheduled.is_draft:
+            if one.scheduled.gives_draft:
                 continue
             if is_approximate and not one.threshold.is_reached(output.confidence(one.row)):
                 one.scheduled.predictions.append(_prediction(index, output, one.row, is_approximate=True))
             else:
                 candidates.append(one)
-        self._take(index, output, taken)
+        answered = self._take(index, output, taken)
         if candidates and is_approximate:
             output = self.decoder.exit_output(index, take_rows(states, [one.row for one in candidates]))
             candidates = [one._replace(row=row) for row, one in enumerate(candidates)]
@@ -253,17 +337,20 @@ class StageRunner:
             one.scheduled.predictions.append(_prediction(index, output, one.row))
             if one.threshold.is_reached(output.confidence(one.row)):
                 confident.append(one)
-        self._take(index, output, confident)
-        return {one.scheduled.rows.slot for one in (*taken, *confident)}
+        return answered + self._take(index, output, confident)
 
-    def _take(self, index: int, output: HeadOutput, wanted: list[_Wanted]) -> None:
-        """The exit gives these rows their tokens."""
-        is_end = self.decoder.exits[index].depth == self.decoder.num_layers
+    def _take(self, index: int, output: HeadOutput, wanted: list[_Wanted]) -> list[ScheduledRows]:
+        """The exit gives these rows their tokens. Returns those to which it could."""
+        is_end = self.decoder.exit(index).depth == self.decoder.num_layers
+        answered = []
         for one, token, log_prob in self._draw(output, [one for one in wanted if self._check_finite(one, output)]):
             rows, slot = one.scheduled, one.scheduled.slot
-            may_defer = rows.is_draft or slot.num_deferred + rows.num_rows <= slot.request.max_deferred
-            rows.is_catching_up = not is_end and not may_defer
+            if rows.rows.phase != "speculate":
+                may_defer = rows.is_draft or slot.num_deferred + rows.num_rows <= slot.request.max_deferred
+                rows.is_answered, rows.is_catching_up = True, not is_end and not may_defer
             rows.tokens.append(self._drawn_token(one, output, index, token, log_prob))
+            answered.append(rows)
+        return answered
 
     def _run_block(self, index: int, batch: _Batch, offsets: list[int]) -> Tensor:
         """Run the exit's block over the rows of all slots that may evaluate this exit, now or later; deferred rows that
@@ -290,8 +377,8 @@ class StageRunner:
         """Evaluate the final head where it is wanted; all rows of the batch have run all layers."""
         drawn, scored, rows, unseen = [], [], [], []
         for one, offset in zip(batch.scheduled, batch.offsets(), strict=True):
-            one.is_complete = True
-            draws_from = one.stop if one.rows.sample_from is None or one.has_token else one.rows.sample_from
+            one.complete()
+            draws_from = one.stop if one.rows.sample_from is None or one.is_answered else one.rows.sample_from
             scores_from = one.rows.score_from if FINAL_HEAD in one.rows.score_heads else one.stop
             if min(draws_from, scores_from) >= one.stop:
                 unseen.append(_Wanted(offset + one.num_rows - 1, one, one.stop - 1))
@@ -332,12 +419,12 @@ class StageRunner:
     @staticmethod
     def _fail(one: ScheduledRows, error: Exception) -> None:
         log.info("a token of request %d could not be drawn", one.rows.request_id, exc_info=error)
-        one.error = f"its tokens could not be drawn ({type(error).__name__}: {error})"
+        one.fail(f"its tokens could not be drawn ({type(error).__name__}: {error})")
 
     @staticmethod
     def _check_finite(one: _Wanted, output: HeadOutput) -> bool:
         if not output.is_finite(one.row):
-            one.scheduled.error = _NOT_FINITE
+            one.scheduled.fail(_NOT_FINITE)
         return one.scheduled.error is None
 
     @staticmethod
@@ -346,7 +433,7 @@ class StageRunner:
         is not finite in one row is not in all later ones. hidden: [unseen, h]"""
         for one, is_finite in zip(unseen, hidden.isfinite().all(-1).tolist(), strict=True):
             if not is_finite:
-                one.scheduled.error = _NOT_FINITE
+                one.scheduled.fail(_NOT_FINITE)
 
     @staticmethod
     def _drawn_token(one: _Wanted, output: HeadOutput, exit_index: int, token: int, log_prob: float) -> DrawnToken:

@@ -1,10 +1,11 @@
-"""Runs steps: operations on slots, then rows through the layers and heads of one decoder."""
+"""One rank's decoder, slots and deferred rows; runs steps of a model that is not spread over pipeline stages."""
 
 from __future__ import annotations
 
 import logging
 
 import torch
+from torch import Tensor
 
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.protocol import (
@@ -13,16 +14,16 @@ from megatron.early_exit.inference.protocol import (
     ExitDescription,
     Free,
     Gather,
-    Rows,
     RowsOutput,
     SlotOperation,
+    StageRows,
     Step,
     WorkerDescription,
 )
 from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.slot_state import SlotState
-from megatron.early_exit.inference.worker.stage_runner import ScheduledRows, StageRunner
+from megatron.early_exit.inference.worker.stage_runner import Answer, ScheduledRows, StageRunner
 from megatron.early_exit.platform.device import to_device
 
 log = logging.getLogger(__name__)
@@ -31,10 +32,11 @@ log = logging.getLogger(__name__)
 class Worker:
     """Weights, keys and values, deferred rows and sampling of one rank. Tensor-parallel ranks run the same steps."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, fill_min_rows: int = 1) -> None:
+        """fill_min_rows: as of `StageRunner`."""
         self.decoder = decoder
         self.slots: dict[int, SlotState] = {}
-        self._runner = StageRunner(decoder)
+        self._runner = StageRunner(decoder, fill_min_rows)
 
     @property
     def description(self) -> WorkerDescription:
@@ -54,44 +56,55 @@ class Worker:
 
     @torch.inference_mode()
     def execute(self, step: Step) -> list[RowsOutput]:
-        """Run a step; one output for each of its rows, in the order of slots.
-
-        What fails for one request is in its output. What fails for all rows is in all outputs; a tensor-parallel rank
-        raises it, since the others may not have failed."""
+        """Run a step of the whole model; one output for each of its rows, in the order of slots."""
         for operation in step.operations:
-            self._operate(operation)
-        scheduled = [self._schedule(rows) for rows in sorted(step.rows, key=lambda rows: rows.slot)]
-        if scheduled:
-            try:
-                self._runner.run(scheduled)
-            except Exception as error:
-                if self.decoder.weights.tp.size > 1:
-                    raise
-                log.warning("step %d failed", step.number, exc_info=True)
-                for one in scheduled:
-                    one.error = f"the step that it was part of failed ({type(error).__name__}: {error})"
-        for one in scheduled:
-            # Rows that ran behind a gap of others do not count: what a scoring request skipped, for instance.
-            if one.is_complete and one.first <= one.slot.complete_to:
-                one.slot.complete_to = one.stop
-        return [one.output() for one in scheduled]
+            self.operate(operation)
+        in_order = sorted(step.rows, key=lambda rows: rows.slot)
+        scheduled = [self.schedule(StageRows(rows, rows.first, rows.tokens)) for rows in in_order]
+        self.run(scheduled)
+        return [one.output(one.answers) for one in scheduled]
 
-    def _schedule(self, rows: Rows) -> ScheduledRows:
-        slot = self.slots[rows.slot]
+    def schedule(self, rows: StageRows) -> ScheduledRows:
+        """Note the rows with their slot, which has a request."""
+        slot = self.slots[rows.rows.slot]
         slot.begin(rows.first, rows.tokens)
-        return ScheduledRows(rows, slot, {one.exit: one for one in rows.exits}, rows.first)
+        return ScheduledRows(rows, slot)
 
-    def _operate(self, operation: SlotOperation) -> None:
+    @torch.inference_mode()
+    def run(
+        self,
+        scheduled: list[ScheduledRows],
+        hidden: Tensor | None = None,
+        fill_budget: int = 0,
+        answer: Answer | None = None,
+    ) -> tuple[list[ScheduledRows], Tensor | None]:
+        """`StageRunner.run`. What fails for one request is noted with it. What fails for all is noted with all; a
+        tensor-parallel rank raises it, since the others may not have failed."""
+        if not scheduled:
+            return [], None
+        try:
+            return self._runner.run(scheduled, hidden, fill_budget, answer)
+        except Exception as error:
+            if self.decoder.weights.tp.size > 1:
+                raise
+            log.warning("rows of %d requests failed", len(scheduled), exc_info=True)
+            for one in scheduled:
+                one.fail(f"the step that it was part of failed ({type(error).__name__}: {error})")
+                one.slot.has_failed = True
+            return [], None
+
+    def operate(self, operation: SlotOperation) -> None:
+        """Do what is to be done to slots."""
         cache = self.decoder.cache
         if isinstance(operation, Admit):
             prefix = list(operation.prefix)
-            self.slots[operation.slot] = SlotState(operation, prefix, len(prefix))
+            self.slots[operation.slot] = SlotState(operation, prefix, len(prefix), written_to=len(prefix))
         elif isinstance(operation, CopyPrefix):
             cache.copy_slot(operation.source, operation.target, operation.count)
         elif isinstance(operation, Free):
-            self.slots.pop(operation.slot, None)
-            if operation.clear:
-                cache.clear_slot(operation.slot)
+            freed = self.slots.pop(operation.slot, None)
+            if freed is not None and freed.written_to > operation.complete_to:
+                cache.clear(operation.slot, operation.complete_to, freed.written_to)
         elif isinstance(operation, Gather):
             self._gather(operation)
 
@@ -102,6 +115,7 @@ class Worker:
         for slot, of_source in enumerate(ids):
             self.slots[slot].ids = list(of_source)
             self.slots[slot].complete_to = operation.count
+            self.slots[slot].written_to = max(self.slots[slot].written_to, operation.count)
 
     def measure_costs(self) -> StepCosts:
         """Time layers and heads. Overwrites slot 0."""
