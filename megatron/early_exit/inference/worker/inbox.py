@@ -54,13 +54,16 @@ class Inbox:
         """Drop all rows of a slot. Returns how many of them were fill rows."""
         return _num_fill_rows(self._entries.pop(slot, ()))
 
-    def choose(self, max_rows: int, fill_budget: int, max_not_exiting: int | None = None) -> list[int]:
+    def choose(
+        self, max_rows: int, fill_budget: int, is_link_free: bool = True, max_not_exiting: int | None = None
+    ) -> list[int]:
         """Numbers of the rows to run next, in the order of slots.
 
         Rows that a request's next token depends on come first, then those of prompts, then fill rows, each in the order
         in which they came; what comes first runs, however many rows it has. max_rows: in all. fill_budget: fill rows
         that may run by themselves, for the next stage must take them; those before another row of their slot always
-        may. max_not_exiting: rows in the phases of decoding that no exit may answer; None: any number."""
+        may, and so may the first ones where no fill row is on its way to the next stage (`is_link_free`).
+        max_not_exiting: rows in the phases of decoding that no exit may answer; None: any number."""
         chosen: list[tuple[int, _Entry]] = []
         num_rows = num_not_exiting = 0
         candidates = [(slot, list(_next_of(entries))) for slot, entries in self._entries.items() if entries]
@@ -70,9 +73,9 @@ class Inbox:
             if chosen and num_rows + count > max_rows:
                 continue
             if last.is_fill:
-                if count > fill_budget:
+                if count > fill_budget and not is_link_free:
                     continue
-                fill_budget -= count
+                fill_budget, is_link_free = fill_budget - count, False
             if last.rows.phase not in _PROMPT_PHASES and not last.is_fill and not last.rows.exits:
                 if num_not_exiting == max_not_exiting:
                     continue

@@ -110,7 +110,7 @@ class Stage:
         budget = self._flow.max_rows if self.is_last else max(self._flow.fill_credit - self._num_fills_sent, 0)
         # All requests in one pass would come back together, and leave the other stages idle meanwhile.
         most = -(-len(self.worker.slots) // self.num_stages) if self.stage == 0 else None
-        rows = self._inbox.choose(self._flow.max_rows, budget, most)
+        rows = self._inbox.choose(self._flow.max_rows, budget, self._num_fills_sent <= 0, most)
         if not rows and not self._operations and not self._dropped_fill_rows:
             return None
         return Pass(self.num_inputs, tuple(rows), budget)
