@@ -58,6 +58,10 @@ class ExitConfig:
         """Index of the exit named `layer_number` among the exits, or None if this layer has none."""
         return self.exit_layer_nums.index(layer_number) if layer_number in self.exit_layer_nums else None
 
+    def depth_of(self, layer_number: int) -> int:
+        """Layers that have run when the exit named `layer_number` reads the hidden states."""
+        return layer_number - self.pre_exit
+
     def weights_at(self, iteration: int) -> tuple[float, ...]:
         """Loss weights for the iteration that starts after `iteration` finished ones (0 gives the initial weights)."""
         final = self.exit_layer_weight or (1.0,) * self.num_exits

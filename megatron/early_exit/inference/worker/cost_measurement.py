@@ -14,33 +14,43 @@ from megatron.early_exit.inference.worker.decoder import Decoder
 
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, slot: int = 0, repetitions: int = 5) -> StepCosts:
-    """Time the decoder's layers and heads. It writes to `slot`, which must be free.
+    """Time the decoder's layers and heads; what it does not have takes no time. It writes to `slot`, which must be free.
 
     Every layer runs in turn, so that weights come from memory as they do when decoding; and everything is timed in turn
     several times, so that a slow moment of the machine does not meet one part alone. All tensor-parallel ranks call it
     together and get rank 0's numbers, since they must draw the same conclusions."""
-    actions: list[Callable[[], object]] = []
-    for rows in (min(rows, decoder.num_positions) for rows in ROW_COUNTS):
-        attention = decoder.attention_metadata([Segment(slot, 0, rows)])
-        hidden = decoder.embed([0] * rows, attention)
-        nothing = lambda: None
-        actions += [
-            lambda h=hidden, la=attention: decoder.run_layers(h, la, 0, decoder.num_layers),
-            (lambda h=hidden: decoder.probe_exit(0, h)) if decoder.exits else nothing,
-            (lambda h=hidden: decoder.exit_output(0, h)) if decoder.exits else nothing,
-            lambda h=hidden: decoder.final_output(h),
-            lambda n=rows: decoder.embed([0] * n, decoder.attention_metadata([Segment(slot, 0, n)])),
-        ]
-    for action in actions:  # warm up
+    actions = [_actions(decoder, slot, min(rows, decoder.num_positions)) for rows in ROW_COUNTS]
+    in_turn = [action for of_rows in actions for action in of_rows if action is not None]
+    for action in in_turn:  # warm up
         action()
-    seconds = torch.tensor([[_seconds(action) for action in actions] for _ in range(repetitions)], dtype=torch.float64)
-    seconds = seconds.amin(0).view(len(ROW_COUNTS), -1).t().to(decoder.weights.device)
-    seconds = decoder.weights.tp.gather(seconds)[0]
-    layers, asks, exits, final, batches = (tuple(row) for row in seconds.tolist())
-    layers = tuple(value / decoder.num_layers for value in layers)
-    if not decoder.exits:
-        asks = exits = (0.0,) * len(ROW_COUNTS)
-    return StepCosts(layers, asks, exits, final, batches[0], decoder.has_approximate_heads)
+    seconds = torch.tensor([[_seconds(action) for action in in_turn] for _ in range(repetitions)], dtype=torch.float64)
+    measured = decoder.weights.tp.gather(seconds.amin(0).to(decoder.weights.device))[0].tolist()
+    remaining = iter(measured)
+    parts = zip(*([0.0 if action is None else next(remaining) for action in of_rows] for of_rows in actions))
+    layers, probes, exits, final, batches = parts
+    layers = tuple(value / (decoder.last_layer - decoder.first_layer) for value in layers)
+    return StepCosts(layers, probes, exits, final, batches[0], decoder.has_approximate_heads)
+
+
+def _actions(decoder: Decoder, slot: int, rows: int) -> list[Callable[[], object] | None]:
+    """What is timed for this many rows: all layers, the first exit's probe and own head, the final head, setting up a
+    batch. None: not here."""
+    segments, tokens = [Segment(slot, 0, rows)], [0] * rows
+    attention, weights = decoder.attention_metadata(segments), decoder.weights
+    first_exit = decoder.exits[0].index if decoder.exits else None
+    hidden = torch.zeros(rows, weights.description.model.hidden_size, dtype=weights.dtype, device=weights.device)
+    if weights.embedding is None:
+        set_up = lambda: decoder.attention_metadata(segments)
+    else:
+        hidden = decoder.embed(tokens, attention)
+        set_up = lambda: decoder.embed(tokens, decoder.attention_metadata(segments))
+    return [
+        lambda: decoder.run_layers(hidden, attention, decoder.first_layer, decoder.last_layer),
+        None if first_exit is None else lambda: decoder.probe_exit(first_exit, hidden),
+        None if first_exit is None else lambda: decoder.exit_output(first_exit, hidden),
+        None if weights.output is None else lambda: decoder.final_output(hidden),
+        set_up,
+    ]
 
 
 def _seconds(action: Callable[[], object]) -> float:

@@ -36,19 +36,22 @@ class Decoder:
         num_positions: int | None = None,
         vocab_size: int | None = None,
         use_graphs: bool | None = None,
+        layers_per_stage: tuple[int, ...] = (),
     ) -> None:
         """num_slots: requests that run at once. num_positions: longest sequence, default what the model takes.
         vocab_size: ids of the tokenizer, default all rows of the embedding. use_graphs: run layers as CUDA graphs,
-        default on a GPU that holds the whole model (see `graphs.py` for what it does on a CPU).
+        default on a GPU that shares its layers with no other (see `graphs.py` for what it does on a CPU).
+        layers_per_stage: of all pipeline stages; empty: all layers are here.
 
         Raises ValueError if the model does not take sequences of `num_positions`."""
-        model, self.weights = weights.config, weights
+        model, longest = weights.description.model, weights.description.max_position_embeddings
+        self.weights, self.layers_per_stage = weights, layers_per_stage
         self.num_layers, self.first_layer, self.last_layer = model.num_layers, weights.first_layer, weights.last_layer
-        self.exits = weights.exits
+        self.exits = weights.exits  # of these layers
         self._exits = {one.index: one for one in self.exits}
-        self.num_positions = weights.max_positions if num_positions is None else num_positions
-        if not 1 <= self.num_positions <= weights.max_positions:
-            raise ValueError(f"the model takes sequences of 1 to {weights.max_positions} tokens, not {num_positions}")
+        self.num_positions = longest if num_positions is None else num_positions
+        if not 1 <= self.num_positions <= longest:
+            raise ValueError(f"the model takes sequences of 1 to {longest} tokens, not {num_positions}")
         self.vocab_size = weights.vocab_rows * weights.tp.size if vocab_size is None else vocab_size
         self._head_size = model.head_size
         self._num_heads = model.num_attention_heads // weights.tp.size
@@ -136,21 +139,25 @@ class Decoder:
     def _launch_exit_block(
         self, hidden: Tensor, attention: AttentionMetadata | FixedAttentionMetadata, exit_index: int
     ) -> tuple[Tensor, Tensor]:
-        block = self._exits[exit_index].block
+        block = self.exit(exit_index).block
         residual, hidden = self._run_layer(block, self._block_cache[exit_index], hidden, attention)
         return hidden, residual
 
     @property
     def has_approximate_heads(self) -> bool:
-        """Whether `probe_exit` is cheaper, and says less, than `exit_output`."""
-        return any(one.approximate is not None for one in self.exits)
+        """Whether `probe_exit` is cheaper, and says less, than `exit_output`, here and on other stages."""
+        return self.weights.has_approximate_heads
+
+    def exit(self, exit_index: int) -> ExitWeights:
+        """An exit that is here, by its index among all exits of the model."""
+        return self._exits[exit_index]
 
     def probe_exit(self, exit_index: int, hidden: Tensor) -> HeadOutput:
         """What decides whether an exit may be taken, or is drafted from: its approximate head, or its own.
 
         Over a shortlist without the best token it tells less than the exit's own head; with it, the confidence
         is at least as large: only some of the ids share the probability. Arguments as of `exit_output`."""
-        approximate = self._exits[exit_index].approximate
+        approximate = self.exit(exit_index).approximate
         if approximate is None:
             return self.exit_output(exit_index, hidden)
         return self._exit_head(exit_index, hidden, approximate.linear, ids=approximate.ids, num_ids=approximate.num_ids)
@@ -160,10 +167,10 @@ class Decoder:
 
         hidden: [rows, h]; of a block exit, what the block made of them; of an MLP branch, the residual after attention
         of the exit's layer."""
-        return self._exit_head(exit_index, hidden, self._exits[exit_index].output)
+        return self._exit_head(exit_index, hidden, self.exit(exit_index).output)
 
     def _exit_head(self, exit_index: int, hidden: Tensor, linear: Linear, **columns: Any) -> HeadOutput:
-        head = self._exits[exit_index]
+        head = self.exit(exit_index)
         if head.mlp is not None:
             hidden = self._add_mlp(head.mlp, head.mlp_norm(hidden), hidden)
         if head.norm is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron.early_exit.config.description import ModelDescription
+from megatron.early_exit.inference.stage_layers import layer_ranges
 
 DEFAULT_SLOTS, DEFAULT_POSITIONS = 16, 4096
 """At most so many slots, and of at most so many tokens each, unless others are asked for."""
@@ -46,6 +48,14 @@ def bytes_per_token(
     num_blocks = sum(number - 1 in layers for number in exits.exit_layer_nums) if exits.use_exit_block else 0
     num_kv_heads = max(model.num_kv_heads // tp_size, 1)
     return (len(layers) + num_blocks) * 2 * num_kv_heads * model.head_size * bytes_per_element
+
+
+def largest_bytes_per_token(
+    description: ModelDescription, tp_size: int, bytes_per_element: int, layers_per_stage: Sequence[int]
+) -> int:
+    """`bytes_per_token` of the pipeline stage where it is largest. layers_per_stage: empty: one stage has all layers."""
+    ranges = layer_ranges(layers_per_stage or (description.model.num_layers,))
+    return max(bytes_per_token(description, tp_size, bytes_per_element, layers) for layers in ranges)
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ class ExitWeights:
 class DecoderWeights:
     """This rank's part of some consecutive layers of a model."""
 
-    config: ModelConfig
+    description: ModelDescription
+    """Of the whole model."""
     first_layer: int
     """Layers before the first of these: what a row has run that comes in."""
     layers: tuple[LayerWeights, ...]
@@ -137,7 +138,8 @@ class DecoderWeights:
     """Rows of the model's output weight up to the last that is not all zeros; None if no head here reads it."""
     vocab_rows: int
     """Of an output weight on this rank; the same on all ranks, the last of which may have padding."""
-    max_positions: int
+    has_approximate_heads: bool
+    """Whether exits of the model, which other stages may have, are probed by something cheaper than their own heads."""
     tp: TensorParallel
     dtype: torch.dtype
     device: torch.device
@@ -239,7 +241,7 @@ class _Reader:
             is_probed = bool(numbers) and not self._exits.untie_exit_output_weights
             self._read_head(self._output_name, is_probed, embedding)
         return DecoderWeights(
-            config=model,
+            description=self._description,
             first_layer=self._layers.start,
             layers=tuple(self._layer(below(self._tensors, f"decoder.layers.{index}.")) for index in self._layers),
             exits=tuple(self._exit(number) for number in numbers),
@@ -250,7 +252,7 @@ class _Reader:
             output=self._heads[self._output_name][0] if is_last else None,
             num_output_rows=self._num_output_rows,
             vocab_rows=self._vocab_rows,
-            max_positions=self._description.max_position_embeddings,
+            has_approximate_heads=self._exit_probe is not None and self._exits.num_exits > 0,
             tp=self._tp,
             dtype=self._dtype,
             device=self._device,
@@ -346,7 +348,7 @@ class _Reader:
         return ExitWeights(
             index=index,
             layer_number=layer_number,
-            depth=layer_number - self._exits.pre_exit,
+            depth=self._exits.depth_of(layer_number),
             temperature=self._exits.temperature_of(index),
             block=self._layer(below(head, "block.")) if self._exits.use_exit_block else None,
             mlp=self._mlp(below(head, "mlp.")) if has_mlp else None,

@@ -22,6 +22,7 @@ from megatron.early_exit.inference.protocol import (
 )
 from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.worker.kv_cache import largest_bytes_per_token
 from megatron.early_exit.inference.worker.slot_state import SlotState
 from megatron.early_exit.inference.worker.stage_runner import Answer, ScheduledRows, StageRunner
 from megatron.early_exit.platform.device import to_device
@@ -40,18 +41,24 @@ class Worker:
 
     @property
     def description(self) -> WorkerDescription:
-        decoder = self.decoder
+        """Of the whole model: it is the same on all ranks of all stages."""
+        decoder, weights = self.decoder, self.decoder.weights
+        exits = weights.description.exits
         return WorkerDescription(
             num_layers=decoder.num_layers,
-            hidden_size=decoder.weights.config.hidden_size,
+            hidden_size=weights.description.model.hidden_size,
             vocab_size=decoder.vocab_size,
             exits=tuple(
-                ExitDescription(one.layer_number, one.depth, has_block=one.block is not None) for one in decoder.exits
+                ExitDescription(number, exits.depth_of(number), exits.use_exit_block)
+                for number in exits.exit_layer_nums
             ),
             num_slots=decoder.cache.num_slots,
             num_positions=decoder.num_positions,
-            bytes_per_token=decoder.cache.size.bytes_per_token,
+            bytes_per_token=largest_bytes_per_token(
+                weights.description, weights.tp.size, weights.dtype.itemsize, decoder.layers_per_stage
+            ),
             has_approximate_heads=decoder.has_approximate_heads,
+            layers_per_stage=decoder.layers_per_stage,
         )
 
     @torch.inference_mode()
