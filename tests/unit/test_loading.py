@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
 import shutil
+import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+import msgspec
 import pytest
 import torch
 
@@ -18,7 +25,10 @@ from megatron.early_exit.inference import loading
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig
 from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.stage_layers import split_layers, stages_in_words
+from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.kv_cache import (
+    DEFAULT_SLOTS,
     GIB,
     CacheMemory,
     CacheSize,
@@ -27,10 +37,13 @@ from megatron.early_exit.inference.worker.kv_cache import (
     choose_cache_size,
 )
 from megatron.early_exit.inference.worker.placement import AlonePlacement
-from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+from megatron.early_exit.inference.worker.stage import Stage
+from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE, make_config
 from tests.distributed.engines import decoding_config
 from tests.distributed.parallel_model import reference_description, reference_tensors
+
+T = TypeVar("T")
 
 LLAMA_8B = {
     "num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_query_groups": 8, "ffn_hidden_size": 14336,
@@ -168,24 +181,180 @@ def test_memory_is_that_beside_the_weights(checkpoint: Path, monkeypatch: pytest
         InferenceCheckpoint(config)
 
 
+class Meeting:
+    """Ranks in threads of this process, one a pipeline stage: they wait for each other where they agree."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self._has_failed, self._changed = size, False, threading.Condition()
+        self._values: list[list[int]] = [[] for _ in range(size)]
+
+    def run(self, function: Callable[[MetPlacement], T]) -> list[T | Exception]:
+        """What `function` gives on each rank, or raises."""
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(functools.partial(self._try, function), range(self.size)))
+
+    def _try(self, function: Callable[[MetPlacement], T], stage: int) -> T | Exception:
+        try:
+            return function(MetPlacement(self, stage))
+        except Exception as error:
+            with self._changed:
+                self._has_failed = True  # nobody waits for it
+                self._changed.notify_all()
+            return error
+
+    def smallest(self, stage: int, value: int) -> int:
+        with self._changed:
+            self._values[stage].append(value)
+            count = len(self._values[stage])
+            self._changed.notify_all()
+            everyone_is_here = lambda: all(len(values) >= count for values in self._values)
+            self._changed.wait_for(lambda: everyone_is_here() or self._has_failed, timeout=60)
+            assert everyone_is_here(), "another rank has failed"
+            return min(values[count - 1] for values in self._values)
+
+
+class MetPlacement(AlonePlacement):
+    """One rank of a `Meeting`."""
+
+    def __init__(self, meeting: Meeting, stage: int) -> None:
+        self.stage, self._meeting = stage, meeting
+
+    def smallest(self, value: int) -> int:
+        return self._meeting.smallest(self.stage, value)
+
+
+def load_stages(checkpoint: Path, num_stages: int, num_ids: int = VOCAB_SIZE, **settings: object) -> list[Decoder]:
+    def load(placement: MetPlacement) -> Decoder:
+        config = LoadConfig(str(checkpoint), pipeline_parallel_size=num_stages, **settings)
+        return InferenceCheckpoint(config, placement.stage).load_decoder(num_ids, placement)
+
+    decoders = Meeting(num_stages).run(load)
+    for one in decoders:
+        assert isinstance(one, Decoder), one
+    return decoders
+
+
 def test_all_ranks_take_what_fits_on_each(checkpoint: Path) -> None:
-    class Another(TensorParallel):
+    class Another(AlonePlacement):
         """A rank beside one that has room for two slots."""
 
-        def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-            return [tensor, torch.full_like(tensor, 2) if tensor.numel() == 1 else tensor]
+        def smallest(self, value: int) -> int:
+            return 2 if value == DEFAULT_SLOTS else value
 
-    decoder = InferenceCheckpoint(LoadConfig(str(checkpoint))).load_decoder(VOCAB_SIZE, Another)
+    decoder = InferenceCheckpoint(LoadConfig(str(checkpoint))).load_decoder(VOCAB_SIZE, Another())
     assert decoder.cache.num_slots == 2
 
 
-def test_ranks_that_see_different_checkpoints(checkpoint: Path) -> None:
-    class Another(TensorParallel):
-        def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-            return [tensor, tensor + 1]
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_ranks_that_see_different_checkpoints(
+    checkpoint: Path, tmp_path: Path, num_stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All refuse, before anything is read."""
+    monkeypatch.setattr(loading, "decoder_weights", lambda *_, **__: pytest.fail("it was read"))
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    (settings,) = other.rglob("model.yaml")
+    settings.write_text(settings.read_text() + "# another\n")
 
-    with pytest.raises(ValueError, match="rank 0 finds another checkpoint in .* than rank 1"):
-        InferenceCheckpoint(LoadConfig(str(checkpoint))).load_decoder(VOCAB_SIZE, Another)
+    def load(placement: MetPlacement) -> None:
+        path, stage = str(other if placement.stage else checkpoint), placement.stage if num_stages == 2 else 0
+        config = LoadConfig(path, pipeline_parallel_size=num_stages)
+        InferenceCheckpoint(config, stage).load_decoder(VOCAB_SIZE, placement)
+
+    for error in Meeting(2).run(load):
+        assert isinstance(error, ValueError) and "ranks find different checkpoints in" in str(error)
+
+
+@pytest.mark.parametrize("layers", [None, (1, 2, 1)])
+def test_a_stage_loads_its_own_layers(
+    checkpoint: Path, layers: tuple[int, ...] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, loading.__name__)
+    stages = load_stages(checkpoint, 3, pipeline_layers=layers, max_requests=2)
+    ranges = [(0, 2), (2, 3), (3, 4)] if layers is None else [(0, 1), (1, 3), (3, 4)]
+    assert [(one.first_layer, one.last_layer) for one in stages] == ranges
+    assert [[(exit_.index, exit_.layer_number) for exit_ in one.exits] for one in stages] == (
+        [[(0, 1), (1, 2)], [(2, 3)], []] if layers is None else [[(0, 1)], [(1, 2), (2, 3)], []]
+    )
+    per_layer = 2 * 2 * 8 * 4  # keys and values, heads, channels, fp32
+    counts = [4, 2, 1] if layers is None else [2, 4, 1]  # layers and blocks of exits
+    assert [one.cache.size.bytes_per_token for one in stages] == [count * per_layer for count in counts]
+    descriptions = {msgspec.msgpack.encode(Worker(one).description) for one in stages}
+    assert len(descriptions) == 1
+    described = Worker(stages[2]).description
+    assert described.layers_per_stage == ((2, 1, 1) if layers is None else layers)
+    assert [described.stage_of(index) for index in range(3)] == ([0, 0, 1] if layers is None else [0, 1, 1])
+    assert [(one.layer_number, one.depth, one.has_block) for one in described.exits] == [
+        (1, 1, True), (2, 2, True), (3, 3, True)
+    ]  # fmt: skip
+    assert (described.bytes_per_token, described.num_slots, described.num_layers) == (4 * per_layer, 2, 4)
+    assert [record.message for record in caplog.records] == [
+        f"keys and values: 2 slots x 40 tokens x {4 * per_layer} bytes a token = 0.00 GiB on each rank"
+    ]
+
+
+@pytest.mark.parametrize("num_exits", [0, 3])
+def test_stages_agree_on_the_ids_that_the_model_knows(tmp_path: Path, num_exits: int) -> None:
+    """A stage without heads does not see the rows of zeros."""
+    cfg = decoding_config(exit_layer_nums=(1, 2, 3)[:num_exits], untie_exit_output_weights=num_exits > 0)
+    tensors, word = reference_tensors(cfg), "embedding.word_embeddings.weight"
+    zeroed = lambda tensor: torch.cat([tensor[:90], torch.zeros_like(tensor[90:])])
+    tensors[word] = tensors[word].then(tensors[word].shape, zeroed)
+    write_checkpoint(tmp_path / "ck", reference_description(cfg), tensors)
+    assert [one.vocab_size for one in load_stages(tmp_path / "ck", 4, 93)] == [90] * 4
+
+
+def test_all_stages_say_whether_exits_are_probed_at_less_cost(checkpoint: Path) -> None:
+    assert [one.has_approximate_heads for one in load_stages(checkpoint, 2, quantize="exits")] == [True] * 2
+    assert [one.has_approximate_heads for one in load_stages(checkpoint, 2)] == [False] * 2
+
+
+def test_memory_is_that_of_the_stage(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own weights, and keys and values of its own layers."""
+    per_layer = 40 * 2 * 2 * 8 * 4
+    config = LoadConfig(str(checkpoint), pipeline_parallel_size=2, max_requests=1, max_length=40)
+    for stage, num_caches in enumerate((4, 3)):
+        names = [f"decoder.layers.{index}." for index in (2 * stage, 2 * stage + 1)]
+        names += ["embedding."] + ["decoder.final_layernorm."] * stage
+        tensors = reference_tensors(decoding_config(use_exit_block=True))
+        weights = sum(one.num_bytes for name, one in tensors.items() if name.startswith(tuple(names)))
+        patch_free(monkeypatch, weights + num_caches * per_layer)
+        InferenceCheckpoint(config, stage)
+        patch_free(monkeypatch, weights + num_caches * per_layer - 1)
+        with pytest.raises(ValueError, match="at most 1 request of 39 tokens fit"):
+            InferenceCheckpoint(config, stage)
+
+
+def test_a_rank_of_several_stages_is_a_stage(checkpoint: Path) -> None:
+    settings = {"path": str(checkpoint), "pipeline_parallel_size": 2, "pipeline_layers": [3, 1], "max_requests": 2}
+    both = Meeting(2).run(lambda placement: loading.load_worker(placement, VOCAB_SIZE, **settings, fill_min_rows=5))
+    assert all(isinstance(stage, Stage) and text == fingerprint(checkpoint / "iter_0000000") for stage, text in both)
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_ranks", "has_gpu", "rows"),
+    [(2, 2, False, 1), (2, 3, False, 8), (64, 8, False, 1), (2, 4, True, 1)],
+)
+def test_rows_go_on_several_at_a_time_where_ranks_share_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, num_ranks: int, has_gpu: bool, rows: int
+) -> None:
+    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(loading, "use_cuda", lambda: has_gpu)
+    assert loading.default_fill_min_rows(num_ranks) == rows
+
+
+# Layers of stages.
+
+
+@pytest.mark.parametrize("num_layers", range(1, 13))
+def test_layers_are_spread_evenly(num_layers: int) -> None:
+    for num_stages in range(1, num_layers + 1):
+        layers = split_layers(num_layers, num_stages)
+        assert (len(layers), sum(layers)) == (num_stages, num_layers)
+        assert max(layers) - min(layers) <= 1 and layers[-1] == min(layers)
+
+
+def test_stages_in_words() -> None:
+    assert stages_in_words((4, 4, 1), (2, 6, 8)) == "layers 1 to 4 (exit 2), 5 to 8 (exits 6, 8), 9"
 
 
 def test_fingerprints(checkpoint: Path, tmp_path: Path) -> None:
@@ -200,6 +369,17 @@ def test_fingerprints(checkpoint: Path, tmp_path: Path) -> None:
     assert fingerprint(other) != fingerprint(folder)
 
 
+def test_an_exit_that_no_stage_has(tmp_path: Path) -> None:
+    """In settings that were edited: the heads of these exits have no parameters that could be missing."""
+    cfg = decoding_config()
+    write_checkpoint(tmp_path / "ck", reference_description(cfg), reference_tensors(cfg))
+    (settings,) = tmp_path.rglob("model.yaml")
+    text = settings.read_text()
+    settings.write_text(re.sub(r"exit_layer_nums:.*?(?=\n\S|\n  \w)", "exit_layer_nums: [1, 7]", text, flags=re.DOTALL))
+    with pytest.raises(ValueError, match="name an exit at layer 7, which no stage has: .* layers 1 to 4; correct"):
+        InferenceCheckpoint(LoadConfig(str(tmp_path / "ck"), pipeline_parallel_size=2))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -212,6 +392,21 @@ def test_fingerprints(checkpoint: Path, tmp_path: Path) -> None:
         ({"kv_cache_gib": "4"}, "kv_cache_gib is '4'; it must be a number"),
         ({"kv_cache_gib": 1e-6}, "at most .* fit"),
         ({"tensor_parallel_size": 4}, "4 tensor-parallel ranks cannot share the model in equal parts"),
+        ({"tensor_parallel_size": 4, "pipeline_parallel_size": 2}, "4 tensor-parallel ranks cannot share"),
+        ({"pipeline_parallel_size": 0}, "pipeline_parallel_size is 0; it must be at least 1"),
+        ({"pipeline_parallel_size": 2.0}, "pipeline_parallel_size is 2.0; it must be an integer"),
+        ({"pipeline_parallel_size": 5}, "pipeline_parallel_size is 5, but the model has 4 layers .*; choose at most 4"),
+        ({"pipeline_parallel_size": 2, "pipeline_layers": (2, 1, 1)}, r"pipeline_layers has 3 numbers \(2 1 1\), but "
+         "pipeline_parallel_size is 2; give one number for each stage"),
+        ({"pipeline_layers": (2, 2)}, "pipeline_layers has 2 numbers .*, but pipeline_parallel_size is 1"),
+        ({"pipeline_parallel_size": 2, "pipeline_layers": (2, 3)}, "pipeline_layers is 2 3, 5 layers in all, but the "
+         "model has 4; choose numbers that add up to 4, such as 2 2"),
+        ({"pipeline_parallel_size": 2, "pipeline_layers": (4, 0)}, "pipeline_layers is 4 0; every stage needs at least"),
+        ({"pipeline_parallel_size": 2, "pipeline_layers": (5, -1)}, "pipeline_layers is 5 -1; every stage needs"),
+        ({"pipeline_parallel_size": 2, "pipeline_layers": (2, 2.0)}, "pipeline_layers is 2.0; it must be an integer"),
+        ({"pipeline_parallel_size": 2, "pipeline_layers": "2 2"}, "pipeline_layers is '2 2'; it must be an integer"),
+        ({"pipeline_parallel_size": 2, "fill_min_rows": 0}, "fill_min_rows is 0; it must be at least 1"),
+        ({"fill_min_rows": 8}, "fill_min_rows has no effect on one stage"),
         ({"quantize": "int8"}, "quantize is 'int8'"),
         ({"shortlist": True}, "shortlist needs a calibration"),
     ],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from megatron.early_exit.data.text_files import read_text_lines, replace_surrogates, split_lines
 from megatron.early_exit.platform.command_line import add_verbose_flag
 from megatron.early_exit.platform.failures import in_words
-from megatron.early_exit.platform.world import check_world_size, world_size
+from megatron.early_exit.platform.world import check_num_ranks, world_size
 
 # What needs core is imported in the functions: --help and wrong flags should not wait for it.
 if TYPE_CHECKING:
@@ -35,7 +35,21 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--load-iteration", type=int, help="checkpoint to load; default: the last one")
     model.add_argument(
         "--tensor-model-parallel-size", type=int, default=1, metavar="N",
-        help="worker processes that share the weights; over several machines start the program with torchrun",
+        help="worker processes that share the weights of each stage; over several machines start the program with "
+        "torchrun",
+    )  # fmt: skip
+    model.add_argument(
+        "--pipeline-model-parallel-size", type=int, default=1, metavar="N",
+        help="stages of worker processes, each with some of the layers",
+    )  # fmt: skip
+    model.add_argument(
+        "--pipeline-layers", type=int, nargs="+", metavar="N",
+        help="layers of each stage; default: as many on each, as far as that comes out even",
+    )  # fmt: skip
+    model.add_argument(
+        "--fill-min-rows", type=int, metavar="N",
+        help="rows of a request that must have exited on a stage before they go on to the next ones; default 1, or 8 "
+        "on a CPU with more workers than cores",
     )  # fmt: skip
     model.add_argument(
         "--worker-timeout", type=float, default=60.0, metavar="SECONDS",
@@ -134,7 +148,10 @@ def _run(args: argparse.Namespace) -> int:
     try:
         # torchrun ends all ranks with the first: rank 0 alone finds fault, or it might be ended before it has spoken.
         if not (is_served and "TORCHELASTIC_RUN_ID" in os.environ):
-            check_world_size(args.tensor_model_parallel_size, "--tensor-model-parallel-size")
+            check_num_ranks({
+                "--tensor-model-parallel-size": args.tensor_model_parallel_size,
+                "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
+            })  # fmt: skip
         if is_served and world_size() > 1:
             from megatron.early_exit.inference.executor.worker_process import serve_torchrun_rank
 
@@ -196,11 +213,15 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
     )
 
     from megatron.early_exit.inference.llm import LLM
+    from megatron.early_exit.inference.stage_layers import stages_in_words
 
     llm = LLM.load(
         args.load,
         iteration=args.load_iteration,
         tensor_parallel_size=args.tensor_model_parallel_size,
+        pipeline_parallel_size=args.pipeline_model_parallel_size,
+        pipeline_layers=args.pipeline_layers,
+        fill_min_rows=args.fill_min_rows,
         dtype=args.dtype,
         max_requests=args.max_requests,
         max_length=args.max_length,
@@ -213,7 +234,12 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
     )
     params.exit_policy(llm.exits)
     params.drafting_exit(llm.exits)
-    on_each = " on each rank" if args.tensor_model_parallel_size > 1 else ""
+    model = llm.engine.description
+    has_stages = model.num_stages > 1
+    if has_stages:
+        exits = [one.layer_number for one in model.exits]
+        print(f"generate.py: pipeline stages: {stages_in_words(model.layers_per_stage, exits)}", file=sys.stderr)
+    on_each = " on each rank" if has_stages or args.tensor_model_parallel_size > 1 else ""
     print(f"generate.py: keys and values: {llm.cache_size}{on_each}", file=sys.stderr, flush=True)
     return params, llm
 

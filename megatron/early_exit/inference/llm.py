@@ -27,7 +27,7 @@ from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, request_error
 from megatron.early_exit.inference.worker.kv_cache import CacheSize
 from megatron.early_exit.inference.worker.worker import Worker
-from megatron.early_exit.platform.world import check_world_size, world_size
+from megatron.early_exit.platform.world import check_num_ranks, check_world_size, world_size
 
 DEFAULT_PARAMS = GenerationParams()
 DEFAULT_SCORES = ScoreParams()
@@ -48,6 +48,9 @@ class LLM:
         *,
         iteration: int | None = None,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        pipeline_layers: Sequence[int] | None = None,
+        fill_min_rows: int | None = None,
         dtype: str | None = None,
         max_requests: int | None = None,
         max_length: int | None = None,
@@ -63,25 +66,38 @@ class LLM:
         """Load a training checkpoint of any layout.
 
         path: the --save folder. max_waiting, prefill_chunk: see `Engine`. join_torchrun: this is rank 0 of a
-        torchrun job, whose ranks share the weights; the others call `serve_torchrun_rank`. worker_timeout:
+        torchrun job, whose ranks share the model; the others call `serve_torchrun_rank`. worker_timeout:
         seconds without progress after which worker processes count as dead. The other arguments are those of
-        `LoadConfig`; with a `tensor_parallel_size` above 1 the workers are processes that are started here.
+        `LoadConfig`; with a `tensor_parallel_size` or `pipeline_parallel_size` above 1 the workers are processes that
+        are started here.
 
         Several models may be loaded in one process.
 
         Raises ValueError or FileNotFoundError if there is no checkpoint, ValueError for settings that cannot work,
         among them sizes that no memory holds; ExecutorError if a worker process fails."""
         config = LoadConfig(
-            str(path), iteration, tensor_parallel_size, dtype, max_requests, max_length, kv_cache_gib, quantize,
-            shortlist, cuda_graphs,
-        )  # fmt: skip
+            path=str(path),
+            iteration=iteration,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            pipeline_layers=pipeline_layers,
+            fill_min_rows=fill_min_rows,
+            dtype=dtype,
+            max_requests=max_requests,
+            max_length=max_length,
+            kv_cache_gib=kv_cache_gib,
+            quantize=quantize,
+            shortlist=shortlist,
+            cuda_graphs=cuda_graphs,
+        )
         limits = distributed.Limits(hang=checked.number("worker_timeout", worker_timeout))
         joins_torchrun = join_torchrun and world_size() > 1
         if joins_torchrun:
-            check_world_size(config.tensor_parallel_size, "tensor_parallel_size")
+            names = ("tensor_parallel_size", "pipeline_parallel_size")
+            check_num_ranks({name: getattr(config, name) for name in names})
         else:
             check_world_size()
-        checkpoint = InferenceCheckpoint(config, checks_memory=config.tensor_parallel_size == 1)
+        checkpoint = InferenceCheckpoint(config, stage=0 if config.num_ranks == 1 else None)
         description, tokenizer = checkpoint.description, build_tokenizer(checkpoint.description.tokenizer)
         executor = _start_executor(checkpoint, tokenizer.vocab_size, limits, joins_torchrun)
         engine = Engine(

@@ -7,33 +7,34 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.early_exit.checkpoint.parameters import expected_shapes
 from megatron.early_exit.checkpoint.read_model import fingerprint, read_model
 from megatron.early_exit.checkpoint.start import reading
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.serialize import checkpoint_folder, read_description
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.calibration import ExitCalibration
+from megatron.early_exit.inference.stage_layers import layer_ranges, split_layers, stages_in_words
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.kv_cache import CacheSize, bytes_per_token, cache_memory, choose_cache_size
 from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_linear
-from megatron.early_exit.inference.worker.placement import Placement
-from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+from megatron.early_exit.inference.worker.placement import AlonePlacement, Placement
+from megatron.early_exit.inference.worker.stage import FlowControl, Stage
 from megatron.early_exit.inference.worker.weights import (
     ExitProbe,
     check_can_decode,
     decoder_weights,
     num_ids_with_rows,
+    shapes_of_layers,
 )
 from megatron.early_exit.inference.worker.worker import Worker
-from megatron.early_exit.platform.device import device, free_memory_bytes, use_cuda
+from megatron.early_exit.platform.device import claim_device, device, free_memory_bytes, use_cuda
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,14 @@ class LoadConfig:
     iteration: int | None = None
     """Default: the last one."""
     tensor_parallel_size: int = 1
-    """Ranks that share the weights."""
+    """Ranks that share the weights, of each pipeline stage."""
+    pipeline_parallel_size: int = 1
+    """Stages, each with some consecutive layers."""
+    pipeline_layers: tuple[int, ...] | None = None
+    """Layers of each stage, default as many on each, as far as that comes out even."""
+    fill_min_rows: int | None = None
+    """Rows of a request that must have exited on a stage before they go on to the next ones; default 1, and 8 on the
+    CPU of a machine with more ranks than cores."""
     dtype: str | None = None
     """fp32 or bf16, default that of the training, fp32 for one in fp16."""
     max_requests: int | None = None
@@ -69,12 +77,18 @@ class LoadConfig:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
-        for name in ("tensor_parallel_size", "max_requests", "max_length"):
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size", "fill_min_rows", "max_requests", "max_length")
+        for name in sizes:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, checked.integer(name, value))
                 if getattr(self, name) < 1:
                     raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.pipeline_layers is not None:
+            layers = checked.several("pipeline_layers", self.pipeline_layers, checked.integer)
+            object.__setattr__(self, "pipeline_layers", layers)
+        if self.pipeline_parallel_size == 1 and self.fill_min_rows is not None:
+            raise ValueError("fill_min_rows has no effect on one stage; leave it out, or raise pipeline_parallel_size")
         if self.kv_cache_gib is not None:
             object.__setattr__(self, "kv_cache_gib", checked.number("kv_cache_gib", self.kv_cache_gib))
             if not (0 < self.kv_cache_gib < math.inf):
@@ -85,25 +99,42 @@ class LoadConfig:
             raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
 
 
+    @property
+    def num_ranks(self) -> int:
+        return self.pipeline_parallel_size * self.tensor_parallel_size
+
+
 class InferenceCheckpoint:
     """A checkpoint and how it is loaded: what its settings tell is checked, and no parameter has been read."""
 
-    def __init__(self, config: LoadConfig, checks_memory: bool = True) -> None:
-        """checks_memory: whether this process will hold keys and values. (On a GPU the question alone takes some.)
+    def __init__(self, config: LoadConfig, stage: int | None = 0) -> None:
+        """stage: whose weights, keys and values this process will hold; None: it will have none, and memory is not
+        asked for. (On a GPU the question alone takes some.)
 
         Raises ConfigError if there is no checkpoint, ValueError for what cannot work."""
-        self.config = config
+        self.config, self._stage = config, stage
         self.folder: Path = checkpoint_folder(config.path, config.iteration)
         self.description: ModelDescription = read_description(self.folder)
         longest = self.description.max_position_embeddings
         if config.max_length is not None and config.max_length > longest:
             raise ValueError(f"max_length is {config.max_length}; the model takes sequences of 1 to {longest} tokens")
         check_can_decode(self.description.model, config.tensor_parallel_size)
+        self._check_exits()
+        num_layers = self.description.model.num_layers
+        self.layers_per_stage = split_layers(num_layers, config.pipeline_parallel_size, config.pipeline_layers)
         self.calibration = ExitCalibration.load(self.folder)
         if config.shortlist and self.calibration is None:
             raise ValueError("shortlist needs a calibration of the exits; tools/calibrate_exits.py makes it")
-        if checks_memory:
+        if stage is not None:
             self._check_cache(self._weights_bytes)
+
+    def _check_exits(self) -> None:
+        layers, num_layers = self.description.exits.exit_layer_nums, self.description.model.num_layers
+        if outside := [number for number in layers if not 1 <= number <= num_layers]:
+            raise ValueError(
+                f"the settings in {self.folder} name an exit at layer {outside[0]}, which no stage has: the model has "
+                f"the layers 1 to {num_layers}; correct exit_layer_nums there"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,9 +142,20 @@ class InferenceCheckpoint:
         return DTYPES[self.config.dtype or ("bf16" if self.description.dtype == "bf16" else "fp32")]
 
     @property
+    def _layers(self) -> range:
+        """Those of this process, counted from 0."""
+        assert self._stage is not None, "this process holds no weights"
+        return layer_ranges(self.layers_per_stage)[self._stage]
+
+    @property
+    def stages_in_words(self) -> str:
+        """Which layers and exits each stage has."""
+        return stages_in_words(self.layers_per_stage, self.description.exits.exit_layer_nums)
+
+    @property
     def _weights_bytes(self) -> int:
         """What this rank's weights take at least."""
-        shapes = expected_shapes(self.description.model, self.description.exits).values()
+        shapes = shapes_of_layers(self.description, self._layers).values()
         itemsize = 1 if self.config.quantize == "all" else self.dtype.itemsize
         return sum(map(math.prod, shapes)) * itemsize // self.config.tensor_parallel_size
 
@@ -121,7 +163,7 @@ class InferenceCheckpoint:
         """The size of keys and values on this rank, if weights will take `weights_bytes` of what is free now. Raises
         ValueError with sizes that fit, if those asked for do not."""
         config = self.config
-        token_bytes = bytes_per_token(self.description, config.tensor_parallel_size, self.dtype.itemsize)
+        token_bytes = bytes_per_token(self.description, config.tensor_parallel_size, self.dtype.itemsize, self._layers)
         memory = cache_memory(max(free_memory_bytes() - weights_bytes, 0), use_cuda(), config.kv_cache_gib)
         longest = self.description.max_position_embeddings
         return choose_cache_size(token_bytes, memory, longest, config.max_requests, config.max_length)
@@ -133,63 +175,88 @@ class InferenceCheckpoint:
         ids = tuple(self.calibration.shortlist.tolist()) if shortlist else ()
         return ExitProbe(ids, is_int8) if ids or is_int8 else None
 
-    def load_decoder(self, num_ids: int, join: Callable[[], TensorParallel] = TensorParallel) -> Decoder:
+    def load_decoder(self, num_ids: int, placement: Placement = AlonePlacement()) -> Decoder:
         """Read this rank's weights and take the memory for keys and values. All ranks call it together.
 
-        num_ids: of the tokenizer. join: called once, when nothing more can be refused by one rank alone; gives the
-        ranks that share the weights.
+        num_ids: of the tokenizer. placement: of this rank; it is asked when nothing more can be refused by one rank
+        alone.
         Raises OSError if the checkpoint is damaged, ValueError if it is not the same on all ranks."""
         _, tensors = read_model(self.folder)
-        tp = join()
-        self._check_same_checkpoint(tp)
+        tp = placement.join()
+        self._check_same_checkpoint(placement)
         with reading(self.folder):
             weights = decoder_weights(
                 tensors,
                 self.description,
+                layers=self._layers,
                 tp=tp,
                 device=device(),
                 dtype=self.dtype,
                 make_linear=Int8Linear if self.config.quantize == "all" else fastest_linear,
                 exit_probe=self._exit_probe(num_ids),
             )
-        size = self._agreed_cache_size(tp)
-        if tp.rank == 0:
-            log.info("keys and values: %s%s", size, " on each rank" if tp.size > 1 else "")
+        speaks = tp.rank == 0 and self._stage == self._largest_stage
+        size = self._agreed_cache_size(placement, speaks)
+        if speaks:
+            log.info("keys and values: %s%s", size, " on each rank" if self.config.num_ranks > 1 else "")
         return Decoder(
             weights,
             num_slots=size.num_slots,
             num_positions=size.num_positions,
-            vocab_size=num_ids_with_rows(weights, num_ids),
+            # Stages without the weight of the final head cannot tell.
+            vocab_size=placement.smallest(num_ids_with_rows(weights, num_ids)),
             use_graphs=None if self.config.cuda_graphs else False,
+            layers_per_stage=self.layers_per_stage,
         )
 
-    def _agreed_cache_size(self, tp: TensorParallel) -> CacheSize:
-        """What fits on every rank, now that the weights are there."""
+    @property
+    def _largest_stage(self) -> int:
+        """The first of those with most bytes of keys and values."""
+        per_token = [bytes_per_token(self.description, 1, 1, layers) for layers in layer_ranges(self.layers_per_stage)]
+        return per_token.index(max(per_token))
+
+    def _agreed_cache_size(self, placement: Placement, speaks: bool) -> CacheSize:
+        """What fits on every rank, now that the weights are there. speaks: whether this rank says what users should
+        know."""
         if use_cuda():
             torch.cuda.empty_cache()
         mine = self._check_cache(0)
-        everywhere = tp.gather(torch.tensor([mine.num_slots], device=device()))
-        size = replace(mine, num_slots=min(int(num_slots) for num_slots in everywhere))
+        size = replace(mine, num_slots=placement.smallest(mine.num_slots))
         wanted = self.config.max_requests
-        if wanted is not None and size.num_slots < wanted and tp.rank == 0:
+        if wanted is not None and size.num_slots < wanted and speaks:
             log.warning(
                 "memory holds the keys and values of %d requests at once, not of max_requests %d; others wait. Raise "
                 "kv_cache_gib or lower max_length", size.num_slots, wanted,
             )  # fmt: skip
         return size
 
-    def _check_same_checkpoint(self, tp: TensorParallel) -> None:
-        mine = torch.tensor(list(bytes.fromhex(fingerprint(self.folder))), dtype=torch.uint8, device=device())
-        others = [rank for rank, theirs in enumerate(tp.gather(mine)) if not torch.equal(theirs, mine)]
-        if others:
+    def _check_same_checkpoint(self, placement: Placement) -> None:
+        mine = int(fingerprint(self.folder)[:15], 16)  # as much as a message's integer holds
+        if placement.smallest(mine) != -placement.smallest(-mine):
             raise ValueError(
-                f"rank {tp.rank} finds another checkpoint in {self.folder} than rank {others[0]}: it was written again "
-                "meanwhile, or the nodes have different folders; load it again"
+                f"ranks find different checkpoints in {self.folder}: it was written again meanwhile, or the nodes have "
+                "different folders; load it again"
             )
 
 
-def load_worker(placement: Placement, num_ids: int, **settings: Any) -> tuple[Worker, str]:
-    """(a worker, `fingerprint` of its checkpoint): what each rank calls. settings: fields of `LoadConfig`; the others
-    as of `InferenceCheckpoint.load_decoder`"""
-    checkpoint = InferenceCheckpoint(LoadConfig(**settings))
-    return Worker(checkpoint.load_decoder(num_ids, placement.join)), fingerprint(checkpoint.folder)
+def load_worker(placement: Placement, num_ids: int, **settings: Any) -> tuple[Worker | Stage, str]:
+    """(a worker, or a pipeline stage if there are several, `fingerprint` of its checkpoint): what each rank calls.
+
+    settings: fields of `LoadConfig`; the others as of `InferenceCheckpoint.load_decoder`"""
+    claim_device()
+    config = LoadConfig(**settings)
+    checkpoint = InferenceCheckpoint(config, placement.stage)
+    worker = Worker(checkpoint.load_decoder(num_ids, placement))
+    digits = fingerprint(checkpoint.folder)
+    if config.pipeline_parallel_size == 1:
+        return worker, digits
+    flow = FlowControl() if config.fill_min_rows is None else FlowControl(fill_min_rows=config.fill_min_rows)
+    return Stage(worker, placement.stage, config.pipeline_parallel_size, flow), digits
+
+
+def default_fill_min_rows(num_ranks: int) -> int:
+    """Where so many ranks run on this machine.
+
+    Where they share cores, a pass of later stages takes time from earlier ones, so rows that have exited go on several
+    at a time."""
+    return 1 if use_cuda() or num_ranks <= len(os.sched_getaffinity(0)) else 8

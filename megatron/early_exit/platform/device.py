@@ -44,7 +44,7 @@ def claim_device() -> None:
     if local_rank >= visible:
         raise ValueError(
             f"local rank {local_rank} has no GPU of its own: {visible} visible. Start at most {visible} processes on "
-            "this node (--nproc_per_node, tensor_parallel_size)."
+            "this node (--nproc_per_node, pipeline_parallel_size x tensor_parallel_size)."
         )
     torch.cuda.set_device(device())
 

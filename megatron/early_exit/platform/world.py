@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 
 
 def world_size() -> int:
@@ -18,8 +20,6 @@ def check_world_size(allowed: int = 1, setting: str | None = None) -> None:
 
     With others a rank would wait for ranks that never come, or each do the whole work. setting: the flag or argument
     that says how many are allowed; None: always one."""
-    if allowed < 1:
-        raise ValueError(f"{setting} is {allowed}; it must be at least 1")
     started = world_size()
     if started in (1, allowed):
         return
@@ -34,3 +34,13 @@ def check_world_size(allowed: int = 1, setting: str | None = None) -> None:
         f"{what} but {started} processes were started (WORLD_SIZE); {advice}. Where RANK and WORLD_SIZE are those of "
         "another job (in its pod or shell), run without them: env -u RANK -u WORLD_SIZE -u LOCAL_RANK"
     )
+
+
+def check_num_ranks(sizes: Mapping[str, int]) -> None:
+    """As `check_world_size`, where as many are allowed as the product of `sizes`, which go by flag or argument. Raises
+    ValueError for sizes below 1 as well."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
+    named = [name for name, size in sizes.items() if size > 1] or list(sizes)[:1]
+    check_world_size(math.prod(sizes.values()), " x ".join(named))

@@ -15,11 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron.early_exit.checkpoint.families import OUTPUT_WEIGHT, WORD_EMBEDDING, rotary_frequencies
+from megatron.early_exit.checkpoint.parameters import Shapes, expected_shapes
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.inference.worker.linear import Int8Linear, Linear, MakeLinear, fastest_linear
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+
+POSITION_EMBEDDING = "embedding.position_embeddings.weight"
+FINAL_NORM = "decoder.final_layernorm."
+"""What its parameters' names begin with."""
 
 
 class Norm:
@@ -177,6 +182,32 @@ def check_can_decode(model: ModelConfig, tp_size: int) -> None:
         )
 
 
+def shapes_of_layers(description: ModelDescription, layers: range) -> Shapes:
+    """Shapes by name of the parameters that `decoder_weights` reads for `layers`."""
+    model, exits = description.model, description.exits
+    prefixes = tuple(f"decoder.layers.{index}." for index in layers)
+    names = set()
+    if layers.start == 0:
+        names |= {WORD_EMBEDDING, POSITION_EMBEDDING}
+    if layers.stop == model.num_layers:
+        prefixes += (FINAL_NORM,)
+    if _needs_output_weight(description, layers):
+        names.add(_output_name(model))
+    shapes = expected_shapes(model, exits)
+    return {name: shape for name, shape in shapes.items() if name in names or name.startswith(prefixes)}
+
+
+def _needs_output_weight(description: ModelDescription, layers: range) -> bool:
+    """Whether a head of `layers` uses the weight of the final head."""
+    exits = description.exits
+    has_exits = any(number - 1 in layers for number in exits.exit_layer_nums)
+    return layers.stop == description.model.num_layers or (has_exits and not exits.untie_exit_output_weights)
+
+
+def _output_name(model: ModelConfig) -> str:
+    return OUTPUT_WEIGHT if model.untie_embeddings_and_output_weights else WORD_EMBEDDING
+
+
 @torch.no_grad()
 def decoder_weights(
     tensors: Tensors,
@@ -224,7 +255,7 @@ class _Reader:
         self._make_linear, self._exit_probe = make_linear, exit_probe
         self._description, self._model, self._exits = description, description.model, description.exits
         self._vocab_rows = -(-description.padded_vocab_size // tp.size)
-        self._output_name = OUTPUT_WEIGHT if self._model.untie_embeddings_and_output_weights else WORD_EMBEDDING
+        self._output_name = _output_name(self._model)
         self._num_output_rows: int | None = None
         # Of each output weight its layer and its approximation, however many heads use it.
         self._heads: dict[str, tuple[Linear, ApproximateHead | None]] = {}
@@ -236,8 +267,8 @@ class _Reader:
         embedding = self._vocabulary_rows(WORD_EMBEDDING) if is_first else None
         positions = None
         if is_first and model.position_embedding_type == "learned_absolute":
-            positions = self._converted(self._tensors["embedding.position_embeddings.weight"].read())
-        if is_last or (numbers and not self._exits.untie_exit_output_weights):
+            positions = self._converted(self._tensors[POSITION_EMBEDDING].read())
+        if _needs_output_weight(self._description, self._layers):
             is_probed = bool(numbers) and not self._exits.untie_exit_output_weights
             self._read_head(self._output_name, is_probed, embedding)
         return DecoderWeights(
@@ -248,7 +279,7 @@ class _Reader:
             embedding=embedding,
             positions=positions,
             rotary_frequencies=rotary_frequencies(model) if model.position_embedding_type == "rope" else None,
-            final_norm=self._norm(below(self._tensors, "decoder.final_layernorm.")) if is_last else None,
+            final_norm=self._norm(below(self._tensors, FINAL_NORM)) if is_last else None,
             output=self._heads[self._output_name][0] if is_last else None,
             num_output_rows=self._num_output_rows,
             vocab_rows=self._vocab_rows,
