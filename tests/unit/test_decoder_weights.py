@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import weakref
 from dataclasses import replace
@@ -13,7 +14,9 @@ from torch import Tensor
 from megatron.early_exit.checkpoint.plain_forward import head_logits
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
 from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.inference.costs import ROW_COUNTS
 from megatron.early_exit.inference.worker.attention import Segment
+from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.linear import DenseLinear, Int8Linear
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
@@ -23,6 +26,7 @@ from megatron.early_exit.inference.worker.weights import (
     check_can_decode,
     decoder_weights,
     num_ids_with_rows,
+    shapes_of_layers,
 )
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import HEADS, STYLES, decoding_config
@@ -82,11 +86,41 @@ def test_stages_one_after_the_other_give_the_logits_of_the_whole(head: str, styl
     for layer, logits in whole.items():
         expected = head_logits(tensors, model, ids, positions, cfg.exits, layer)[0]
         assert (logits - expected).abs().max() < 1e-5 * expected.abs().max(), layer
-    for stages in ([range(2), range(2, 4)], [range(1), range(1, 2), range(2, 3), range(3, 4)]):
+    uneven = ([range(1), range(1, 4)], [range(3), range(3, 4)])
+    for stages in ([range(2), range(2, 4)], [range(1), range(1, 2), range(2, 3), range(3, 4)], *uneven):
         chained = run_stages(cfg, stages)
         assert set(chained) == set(whole)
         for layer, logits in chained.items():
             assert torch.equal(logits, whole[layer]), layer
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("head", HEADS)
+def test_the_parameters_of_some_layers_are_those_that_are_read(head: str, style: str) -> None:
+    cfg = decoding_config(**{**HEADS[head], **STYLES[style]})
+    description, whole = reference_description(cfg), set(reference_tensors(cfg))
+    opened: list[str] = []
+    tensors = recording(reference_tensors(cfg), opened)
+    for start, stop in itertools.combinations(range(5), 2):
+        opened.clear()
+        decoder_weights(tensors, description, layers=range(start, stop))
+        shapes = shapes_of_layers(description, range(start, stop))
+        assert set(shapes) == set(opened) and all(shapes[name] == tensors[name].shape for name in shapes)
+        assert (set(shapes) == whole) == ((start, stop) == (0, 4))
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_costs_of_a_stage_are_those_of_what_it_has(stage: int) -> None:
+    cfg = decoding_config(exit_layer_nums=(1, 4), use_exit_norm=True)
+    decoder = Decoder(read(cfg, layers=range(stage, stage + 1)), num_slots=1)
+    costs = measure_costs(decoder, repetitions=1)
+    assert min(costs.layer_seconds) > 0 and costs.batch_seconds > 0
+    for seconds, is_here in (
+        (costs.probe_seconds, stage in (0, 3)),
+        (costs.exit_head_seconds, stage in (0, 3)),
+        (costs.final_head_seconds, stage == 3),
+    ):
+        assert all((one > 0) == is_here for one in seconds) and len(seconds) == len(ROW_COUNTS)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])

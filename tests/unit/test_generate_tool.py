@@ -18,7 +18,7 @@ from megatron.early_exit.inference.command_line import _lines, _print_json, _typ
 from megatron.early_exit.inference.results import GeneratedToken, HeadPrediction, PromptToken, RequestResult, Statistics
 from megatron.early_exit.inference.text import pieces
 from megatron.early_exit.inference.text_engine import RequestOutput
-from megatron.early_exit.platform.world import check_world_size
+from megatron.early_exit.platform.world import check_num_ranks, check_world_size
 
 BYTES = build_tokenizer(DataConfig(tokenizer_type="ByteLevelTokenizer"))
 
@@ -121,6 +121,9 @@ def test_where_the_full_model_would_run_nothing_nothing_is_saved() -> None:
         (["--max-requests", "0"], "max_requests is 0"),
         (["--max-length", "0"], "max_length is 0"),
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size is 0; it must be at least 1"),
+        (["--pipeline-model-parallel-size", "-1"], "--pipeline-model-parallel-size is -1; it must be at least 1"),
+        (["--pipeline-model-parallel-size", "2", "--fill-min-rows", "0"], "fill_min_rows is 0; it must be at least 1"),
+        (["--fill-min-rows", "2"], "fill_min_rows has no effect on one stage"),
         (["--chat", "--no-special-tokens"], "--no-special-tokens has no effect with --chat"),
     ],
 )
@@ -161,6 +164,15 @@ def test_the_number_of_processes(monkeypatch):
         check_world_size()
     with pytest.raises(ValueError, match="^tp is 2 but 4 .* own workers, or set tp to 4, or start 2 with torchrun"):
         check_world_size(2, "tp")
+    check_num_ranks({"tp": 2, "pp": 2})
+    for sizes, message in (
+        ({"tp": 3, "pp": 2}, "^tp x pp is 6 but 4 .* set tp x pp to 4, or start 6 with torchrun --nproc-per-node 6"),
+        ({"tp": 1, "pp": 2}, "^pp is 2 but 4 processes"),
+        ({"tp": 1, "pp": 1}, "^tp is 1 but 4 processes"),
+        ({"tp": -2, "pp": -2}, "^tp is -2; it must be at least 1$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_num_ranks(sizes)
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(ValueError, match="WORLD_SIZE is 'many'"):
         check_world_size()
