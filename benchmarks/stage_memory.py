@@ -134,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     document = common.result_document(
         "stage_memory", machine,
-        {"rounds": settings.rounds, "layers": settings.layers, "model_bytes": {"fp32": num_bytes, "bf16": num_bytes // 2},
-         "slots": _SLOTS, "positions": _LENGTH, "device": "cpu", "threads": torch.get_num_threads()},
+        {"rounds": settings.rounds, "layers": settings.layers, "slots": _SLOTS, "positions": _LENGTH, "device": "cpu",
+         "model_bytes": {"fp32": num_bytes, "bf16": num_bytes // 2}, "threads": torch.get_num_threads()},
         seed, {"ranks": rows, "largest_rank_over_that_of_the_first": ratios}, {},
     )  # fmt: skip
     common.finish(document, settings.output)

@@ -110,7 +110,8 @@ def make_fake(
     add_up = _sums(placement.join()) if uses_collectives else lambda value: value
     worker = FakeWorker(rank, add_up)
     if agrees:
-        worker.description = msgspec.structs.replace(DESCRIPTION, num_slots=placement.smallest(10 + rank))
+        slots, positions = placement.smallest(10 + rank), placement.smallest(64 - rank)
+        worker.description = msgspec.structs.replace(DESCRIPTION, num_slots=slots, num_positions=positions)
     return worker, f"checkpoint {rank if ranks_differ else 0}"
 
 

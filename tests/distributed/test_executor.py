@@ -283,7 +283,8 @@ def test_two_executors_beside_each_other_and_collectives() -> None:
 @pytest.mark.parametrize("size", [1, 3])
 def test_ranks_agree_on_the_smallest(size: int) -> None:
     with workers(size, agrees=True) as executor:
-        assert executor.description.num_slots == 10  # each gives 10 + its rank
+        described = executor.description  # each gives 10 + its rank, then 64 - its rank
+        assert (described.num_slots, described.num_positions) == (10, 65 - size)
 
 
 def test_a_rank_that_fails_ends_the_wait_for_the_smallest() -> None:

@@ -396,12 +396,21 @@ def test_an_exit_that_no_stage_has(tmp_path: Path) -> None:
         ({"pipeline_parallel_size": 0}, "pipeline_parallel_size is 0; it must be at least 1"),
         ({"pipeline_parallel_size": 2.0}, "pipeline_parallel_size is 2.0; it must be an integer"),
         ({"pipeline_parallel_size": 5}, "pipeline_parallel_size is 5, but the model has 4 layers .*; choose at most 4"),
-        ({"pipeline_parallel_size": 2, "pipeline_layers": (2, 1, 1)}, r"pipeline_layers has 3 numbers \(2 1 1\), but "
-         "pipeline_parallel_size is 2; give one number for each stage"),
+        (
+            {"pipeline_parallel_size": 2, "pipeline_layers": (2, 1, 1)},
+            r"pipeline_layers has 3 numbers \(2 1 1\), but "
+            "pipeline_parallel_size is 2; give one number for each stage",
+        ),
         ({"pipeline_layers": (2, 2)}, "pipeline_layers has 2 numbers .*, but pipeline_parallel_size is 1"),
-        ({"pipeline_parallel_size": 2, "pipeline_layers": (2, 3)}, "pipeline_layers is 2 3, 5 layers in all, but the "
-         "model has 4; choose numbers that add up to 4, such as 2 2"),
-        ({"pipeline_parallel_size": 2, "pipeline_layers": (4, 0)}, "pipeline_layers is 4 0; every stage needs at least"),
+        (
+            {"pipeline_parallel_size": 2, "pipeline_layers": (2, 3)},
+            "pipeline_layers is 2 3, 5 layers in all, but the "
+            "model has 4; choose numbers that add up to 4, such as 2 2",
+        ),
+        (
+            {"pipeline_parallel_size": 2, "pipeline_layers": (4, 0)},
+            "pipeline_layers is 4 0; every stage needs at least",
+        ),
         ({"pipeline_parallel_size": 2, "pipeline_layers": (5, -1)}, "pipeline_layers is 5 -1; every stage needs"),
         ({"pipeline_parallel_size": 2, "pipeline_layers": (2, 2.0)}, "pipeline_layers is 2.0; it must be an integer"),
         ({"pipeline_parallel_size": 2, "pipeline_layers": "2 2"}, "pipeline_layers is '2 2'; it must be an integer"),

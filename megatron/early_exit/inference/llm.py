@@ -7,10 +7,12 @@ for output in llm.generate(["import os", "def main"], GenerationParams(mode="ear
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
@@ -21,13 +23,15 @@ from megatron.early_exit.inference.executor.base import Executor
 from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.executor.messages import WorkerFactory
-from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig, load_worker
+from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig, default_fill_min_rows, load_worker
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, request_error
 from megatron.early_exit.inference.worker.kv_cache import CacheSize
 from megatron.early_exit.inference.worker.worker import Worker
 from megatron.early_exit.platform.world import check_num_ranks, check_world_size, world_size
+
+log = logging.getLogger(__name__)
 
 DEFAULT_PARAMS = GenerationParams()
 DEFAULT_SCORES = ScoreParams()
@@ -247,11 +251,16 @@ def _start_executor(
 ) -> Executor:
     """The worker in this process, or workers in processes of their own."""
     config = checkpoint.config
-    if config.tensor_parallel_size == 1:
+    if config.num_ranks == 1:
         return LocalExecutor(Worker(checkpoint.load_decoder(num_ids)))
+    if config.pipeline_parallel_size > 1:
+        log.info("pipeline stages: %s", checkpoint.stages_in_words)
+        if config.fill_min_rows is None:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if joins_torchrun else config.num_ranks
+            config = replace(config, fill_min_rows=default_fill_min_rows(here))
     settings = {one.name: getattr(config, one.name) for one in fields(config)}
     factory = WorkerFactory(f"{load_worker.__module__}:{load_worker.__name__}", {"num_ids": num_ids, **settings})
-    layout = Layout(config.tensor_parallel_size)
+    layout = Layout(config.tensor_parallel_size, config.pipeline_parallel_size)
     if joins_torchrun:
         return distributed.join_torchrun(factory, layout, limits)
     return distributed.start_workers(factory, layout, limits)

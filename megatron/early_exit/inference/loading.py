@@ -38,6 +38,8 @@ from megatron.early_exit.platform.device import claim_device, device, free_memor
 
 log = logging.getLogger(__name__)
 
+_ALONE = AlonePlacement()
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -56,8 +58,8 @@ class LoadConfig:
     pipeline_layers: tuple[int, ...] | None = None
     """Layers of each stage, default as many on each, as far as that comes out even."""
     fill_min_rows: int | None = None
-    """Rows of a request that must have exited on a stage before they go on to the next ones; default 1, and 8 on the
-    CPU of a machine with more ranks than cores."""
+    """Rows of a request that must have exited on a stage before they go on to the next ones; default 1, and
+    `default_fill_min_rows` where `LLM.load` starts the ranks."""
     dtype: str | None = None
     """fp32 or bf16, default that of the training, fp32 for one in fp16."""
     max_requests: int | None = None
@@ -97,7 +99,6 @@ class LoadConfig:
             raise ValueError(f"quantize is {self.quantize!r}; choose 'exits' or 'all', or leave it out")
         if self.quantize is not None and use_cuda():
             raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
-
 
     @property
     def num_ranks(self) -> int:
@@ -175,7 +176,7 @@ class InferenceCheckpoint:
         ids = tuple(self.calibration.shortlist.tolist()) if shortlist else ()
         return ExitProbe(ids, is_int8) if ids or is_int8 else None
 
-    def load_decoder(self, num_ids: int, placement: Placement = AlonePlacement()) -> Decoder:
+    def load_decoder(self, num_ids: int, placement: Placement = _ALONE) -> Decoder:
         """Read this rank's weights and take the memory for keys and values. All ranks call it together.
 
         num_ids: of the tokenizer. placement: of this rank; it is asked when nothing more can be refused by one rank
@@ -246,12 +247,10 @@ def load_worker(placement: Placement, num_ids: int, **settings: Any) -> tuple[Wo
     claim_device()
     config = LoadConfig(**settings)
     checkpoint = InferenceCheckpoint(config, placement.stage)
-    worker = Worker(checkpoint.load_decoder(num_ids, placement))
-    digits = fingerprint(checkpoint.folder)
-    if config.pipeline_parallel_size == 1:
-        return worker, digits
-    flow = FlowControl() if config.fill_min_rows is None else FlowControl(fill_min_rows=config.fill_min_rows)
-    return Stage(worker, placement.stage, config.pipeline_parallel_size, flow), digits
+    flow = FlowControl(fill_min_rows=config.fill_min_rows or 1)
+    worker = Worker(checkpoint.load_decoder(num_ids, placement), flow.fill_min_rows)
+    num_stages, digits = config.pipeline_parallel_size, fingerprint(checkpoint.folder)
+    return worker if num_stages == 1 else Stage(worker, placement.stage, num_stages, flow), digits
 
 
 def default_fill_min_rows(num_ranks: int) -> int:

@@ -373,6 +373,7 @@ class DistributedExecutor:
                 self._proposals[rank] = message.value
                 if len(self._proposals) == self._ranks.num_ranks:
                     self._send(Agreed(min(self._proposals.values())))
+                    self._proposals.clear()
             case Hello() if message.version != __version__:
                 raise ValueError(
                     f"worker rank {rank} runs version {message.version} of this package and the engine "

@@ -14,7 +14,8 @@ from megatron.early_exit.inference.worker.decoder import Decoder
 
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, slot: int = 0, repetitions: int = 5) -> StepCosts:
-    """Time the decoder's layers and heads; what it does not have takes no time. It writes to `slot`, which must be free.
+    """Time the decoder's layers and heads; what it does not have takes no time. It writes to `slot`, which must be
+    free.
 
     Every layer runs in turn, so that weights come from memory as they do when decoding; and everything is timed in turn
     several times, so that a slow moment of the machine does not meet one part alone. All tensor-parallel ranks call it

@@ -148,10 +148,6 @@ class Decoder:
         """Whether `probe_exit` is cheaper, and says less, than `exit_output`, here and on other stages."""
         return self.weights.has_approximate_heads
 
-    def exit(self, exit_index: int) -> ExitWeights:
-        """An exit that is here, by its index among all exits of the model."""
-        return self._exits[exit_index]
-
     def probe_exit(self, exit_index: int, hidden: Tensor) -> HeadOutput:
         """What decides whether an exit may be taken, or is drafted from: its approximate head, or its own.
 

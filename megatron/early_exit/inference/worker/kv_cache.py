@@ -53,7 +53,7 @@ def bytes_per_token(
 def largest_bytes_per_token(
     description: ModelDescription, tp_size: int, bytes_per_element: int, layers_per_stage: Sequence[int]
 ) -> int:
-    """`bytes_per_token` of the pipeline stage where it is largest. layers_per_stage: empty: one stage has all layers."""
+    """`bytes_per_token` of the pipeline stage where it is largest. layers_per_stage: empty: one stage has all."""
     ranges = layer_ranges(layers_per_stage or (description.model.num_layers,))
     return max(bytes_per_token(description, tp_size, bytes_per_element, layers) for layers in ranges)
 

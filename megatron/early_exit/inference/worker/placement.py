@@ -9,7 +9,8 @@ if TYPE_CHECKING:  # it imports torch, which not every rank of a test needs
 
 
 class Placement(Protocol):
-    """What a rank that makes its worker may ask; all ranks of all stages make the same calls, or none."""
+    """What a rank that makes its worker may ask; all ranks of all stages make the same calls in the same order, as far
+    as they get."""
 
     stage: int
     """Pipeline stage of this rank, from 0."""
@@ -18,7 +19,7 @@ class Placement(Protocol):
         """The ranks that share the weights of this stage. Called once."""
 
     def smallest(self, value: int) -> int:
-        """The smallest of what all ranks of all stages give. Called once."""
+        """The smallest of what all ranks of all stages give."""
 
 
 class AlonePlacement:
