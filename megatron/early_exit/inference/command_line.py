@@ -121,6 +121,11 @@ def build_parser() -> argparse.ArgumentParser:
     exits.add_argument(
         "--draft-length", type=int, metavar="N", help="self_speculative: tokens to draft at once; default: it adapts"
     )
+    exits.add_argument(
+        "--speculation", choices=("auto", "draft_then_verify", "across_stages"),
+        help="self_speculative: feed drafts while the pipeline stages verify those before them (across_stages), or "
+        "verify some together; default auto: across stages where one lies behind that of the draft exit",
+    )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON document a line for each answer")
     output.add_argument("--print-max-prob", action="store_true", help="what evaluated exits predict for each token")
@@ -207,6 +212,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
         plan_exits=args.plan_exits,
         draft_exit=args.draft_exit,
         draft_length=args.draft_length,
+        speculation=args.speculation or "auto",
         add_special_tokens=not args.no_special_tokens,
         stop=tuple(args.stop),
         n=args.samples,
@@ -232,8 +238,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
         join_torchrun=True,
         worker_timeout=args.worker_timeout,
     )
-    params.exit_policy(llm.exits)
-    params.drafting_exit(llm.exits)
+    llm.engine.check(params)
     model = llm.engine.description
     has_stages = model.num_stages > 1
     if has_stages:
@@ -256,7 +261,11 @@ def _checked_mode(args: argparse.Namespace) -> str:
             "--max-deferred": args.max_deferred,
             "--plan-exits": args.plan_exits or None,
         },
-        "self_speculative": {"--draft-exit": args.draft_exit, "--draft-length": args.draft_length},
+        "self_speculative": {
+            "--draft-exit": args.draft_exit,
+            "--draft-length": args.draft_length,
+            "--speculation": args.speculation,
+        },
     }
     for needed, flags in needs.items():
         useless = [flag for flag, value in flags.items() if value is not None and mode != needed]

@@ -42,7 +42,7 @@ class LLM:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, exits: ExitConfig) -> None:
         self.engine, self.tokenizer, self.exits = engine, tokenizer, exits
-        self._text_engine = TextEngine(engine, tokenizer, exits)
+        self._text_engine = TextEngine(engine, tokenizer)
         self._mailboxes: list[_Mailbox] = []
 
     @classmethod

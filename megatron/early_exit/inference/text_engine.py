@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.engine import Engine, Event, QueueFull
@@ -88,9 +87,8 @@ class OutputDelta:
 class TextEngine:
     """Prompts in, text out. Requests of others in the same engine are left alone; their events are dropped."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, exits: ExitConfig) -> None:
-        """exits: those of the model."""
-        self._engine, self._tokenizer, self._exits = engine, tokenizer, exits
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self._engine, self._tokenizer = engine, tokenizer
         self._num_positions = engine.description.num_positions
         self._growing: dict[int, _GrowingOutput] = {}
         self._scoring: set[int] = set()
@@ -100,9 +98,8 @@ class TextEngine:
         return self._engine.has_work
 
     def check(self, params: GenerationParams) -> None:
-        """Raise ValueError if the model has not the exits that the settings name."""
-        params.exit_policy(self._exits)
-        params.drafting_exit(self._exits)
+        """Raise ValueError if the model or its layout cannot do what these settings ask for."""
+        self._engine.check(params)
 
     def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Ids of a prompt. Raises ValueError if it is none; PromptTooLong, before any work, if it cannot fit."""

@@ -154,6 +154,11 @@ class Engine:
         ids = [*self._running, *self._queue]
         return [Event(request_id, [], self._end(request_id, "error", error)) for request_id in ids]
 
+    def check(self, params: GenerationParams) -> None:
+        """Raise ValueError if the model or its layout cannot do what these settings ask for."""
+        params.exit_policy(self.exits)
+        self._speculates_across_stages(params)
+
     def prepare(self, params: GenerationParams) -> None:
         """Measure what layers and heads cost, if requests with these settings depend on it and nothing is running.
 
