@@ -68,24 +68,25 @@ from tests.distributed import fake_workers
 from tests.distributed.fake_workers import CRASH, EXIT, FLOOD, HANG, KILL, RAISE, SUSPEND
 
 ROOT = Path(__file__).parents[2]
-QUICK = Limits(hello=60, hang=2, ping=0.2, look=0.1, end=5)
+QUICK = Limits(hello=60, link=10, hang=2, ping=0.2, look=0.1, end=5)
+TWO_RANKS = Layout(tensor_parallel_size=2)
 FACTORY = "tests.distributed.fake_workers:make_fake"
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at /proc")
 
 
 @contextmanager
-def workers(size: int = 2, limits: Limits = QUICK, **arguments: object) -> Iterator[DistributedExecutor]:
+def workers(size: int | Layout = 2, limits: Limits = QUICK, **arguments: object) -> Iterator[DistributedExecutor]:
     """An executor over fake workers; afterwards nothing is left of it."""
-    folders = set(Path(tempfile.gettempdir()).glob("early_exit_*"))
-    executor = start_workers(WorkerFactory(FACTORY, arguments), Layout(size), limits)
+    layout = size if isinstance(size, Layout) else Layout(size)
+    executor = start_workers(WorkerFactory(FACTORY, arguments), layout, limits)
     pids = pids_of(executor)
     try:
         yield executor
     finally:
         executor.close()
         assert not any(map(is_alive, pids))
-        assert set(Path(tempfile.gettempdir()).glob("early_exit_*")) <= folders
+        assert not executor._ranks._folder.exists()
 
 
 def pids_of(executor: DistributedExecutor) -> list[int]:
@@ -136,7 +137,7 @@ def test_messages_come_out_as_they_went_in() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(one), type=ToWorker) == one
     token = DrawnToken(4, -0.1, 0.9, 1, (Prediction(1, 4, 0.9, True),), ((4, -0.1), (5, float("-inf"))), True)
     scores = HeadScores(-1, [1], [0.5], [-1.0], [[(1, -1.0)]], b"\x00\xff")
-    done = StepDone(9, [RowsOutput(2**40, 3, 7, 2, 13, (token,), (scores,), 4, 2, 11, "an error")])
+    done = StepDone(9, [RowsOutput(2**40, 3, 7, 2, 13, (token,), (scores,), 4, 2, 11, 0, "an error")])
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(done), type=FromWorker) == done
 
 
@@ -450,16 +451,18 @@ from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.messages import WorkerFactory
 from tests.distributed.test_executor import FACTORY, HANG, QUICK, pids_of, step
 from tests.distributed.fake_workers import FREEZE
-executor = start_workers(WorkerFactory(FACTORY), Layout(2))
+layout, arguments = {layout}
+executor = start_workers(WorkerFactory(FACTORY, arguments), layout)
 print(*pids_of(executor), flush=True)
 """
 
 
-def start_engine(code: str, folder: Path) -> tuple[subprocess.Popen, list[int]]:
+def start_engine(code: str, folder: Path, layout: str = "Layout(2), {}") -> tuple[subprocess.Popen, list[int]]:
     """A process with an engine's executor, in a group of its own, and its workers."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
+    program = ENGINE.replace("{layout}", layout) + code
     process = subprocess.Popen(
-        [sys.executable, "-c", ENGINE + code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True, cwd=ROOT,
     )  # fmt: skip
     return process, [int(pid) for pid in process.stdout.readline().split()]
@@ -492,20 +495,21 @@ def test_workers_end_with_the_engine(code: str, number: int | None, status: int,
 # Under torchrun.
 
 
-def start_torchrun(code: str, with_agent: bool = True) -> list[subprocess.Popen]:
-    """torchrun over two ranks, or the two ranks without it."""
-    program = ["-m", "tests.distributed.torchrun_engine", code]
+def start_torchrun(code: str, with_agent: bool = True, layout: Layout = TWO_RANKS) -> list[subprocess.Popen]:
+    """torchrun over the ranks of a layout, or the ranks without it."""
+    sizes = [str(layout.pipeline_parallel_size), str(layout.tensor_parallel_size)]
+    program, count = ["-m", "tests.distributed.torchrun_engine", code, *sizes], layout.num_ranks
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    each = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    each = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     start = lambda words, environment: subprocess.Popen(
         [sys.executable, *words], env=os.environ | environment, cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     if with_agent:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-addr", "127.0.0.1"]
         return [start([*launcher, "--master-port", port, *program], {"PYTHONPATH": str(ROOT)})]
-    return [start(program, each | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    return [start(program, each | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
 
 
 def pids_in(output: str) -> list[int]:

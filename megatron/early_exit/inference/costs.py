@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.early_exit.inference.protocol import WorkerDescription
@@ -49,6 +50,24 @@ def _interpolate(seconds: tuple[float, ...], rows: float) -> float:
     low, high = ROW_COUNTS[above - 1], ROW_COUNTS[above]
     share = (rows - low) / (high - low)
     return seconds[above - 1] * (1 - share) + seconds[above] * share
+
+
+def merged_costs(stages: Sequence[StepCosts], layers_per_stage: Sequence[int]) -> StepCosts:
+    """Costs of a model from those of its stages, which have zeros for what they do not have."""
+    num_layers = sum(layers_per_stage)
+    layers = [
+        sum(count * seconds for count, seconds in zip(layers_per_stage, of_stages, strict=True)) / num_layers
+        for of_stages in zip(*(one.layer_seconds for one in stages), strict=True)
+    ]
+    first = lambda name: next(filter(any, (getattr(one, name) for one in stages)), (0.0,) * len(ROW_COUNTS))
+    return StepCosts(
+        tuple(layers),
+        first("probe_seconds"),
+        first("exit_head_seconds"),
+        first("final_head_seconds"),
+        max(one.batch_seconds for one in stages),
+        any(one.has_approximate_heads for one in stages),
+    )
 
 
 def guessed_costs(model: WorkerDescription) -> StepCosts:

@@ -259,7 +259,8 @@ class Engine:
             self._select_exits_again()
             while self.executor.can_submit and self._submit():
                 pass
-            if any(request.is_in_flight for request in self._running.values()):
+            # A step whose requests have ended, interrupted for instance, may still be what the executor waits for.
+            if not self.executor.can_submit or any(request.is_in_flight for request in self._running.values()):
                 for output in self.executor.poll():
                     self._receive(output, events)
         except ExecutorError as error:

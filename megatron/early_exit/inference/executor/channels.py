@@ -13,6 +13,7 @@ import errno
 import hmac
 import ipaddress
 import logging
+import re
 import secrets
 import socket
 import threading
@@ -23,7 +24,7 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from megatron.early_exit.inference.executor.messages import FromWorker, Hello, ToWorker
+from megatron.early_exit.inference.executor.messages import FromWorker, Hello, PeerMessage, ToWorker
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class EngineChannel:
         self.is_torn = False
         """See `ConnectionTorn`."""
         self._context = zmq.Context()
-        self._socket = _new_socket(self._context, zmq.ROUTER, address)
+        self._socket = new_socket(self._context, zmq.ROUTER, address)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # else messages for a lost rank would vanish
         self._socket.setsockopt(zmq.SNDHWM, 0)  # the engine never waits for a rank; few steps are in flight
         try:
@@ -93,7 +94,7 @@ class EngineChannel:
 
     def send(self, message: ToWorker, ranks: Collection[int]) -> None:
         """Raises MessageTooLarge; RankUnreachable when the ranks before that one have got it; ConnectionTorn."""
-        payload = _encode_checked(message)
+        payload = encode_checked(message)
         with self._whole():
             for rank in ranks:
                 try:
@@ -113,7 +114,7 @@ class EngineChannel:
                     routing_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return None
-            if not _has_token(frames, self._token):
+            if len(frames) != 2 or not has_token(frames[0], self._token):
                 self._drop("a message without the token of this run")
                 continue
             message = self._decoder.decode(frames[1])
@@ -159,16 +160,12 @@ class EngineChannel:
 class WorkerChannel:
     """A rank's end."""
 
-    own_host: str
-    """Address of this machine's interface by which the rank reaches the engine."""
-
     def __init__(self, info: ConnectionInfo, on_lost: Callable[[], object]) -> None:
         """on_lost: called from a thread of its own when the engine is gone."""
-        self.own_host = _own_host(info.endpoint)
-        self._token = info.token
+        self.info, self._token = info, info.token
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
         self._context = zmq.Context()
-        self._socket = _new_socket(self._context, zmq.DEALER, info.endpoint)
+        self._socket = new_socket(self._context, zmq.DEALER, info.endpoint)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a new connection would be that of a stranger
         self._is_closing = False
         monitor = self._socket.get_monitor_socket(
@@ -188,13 +185,21 @@ class WorkerChannel:
 
     def send(self, message: FromWorker) -> None:
         """Raises MessageTooLarge."""
-        self._socket.send_multipart((self._token, _encode_checked(message)))
+        self._socket.send_multipart((self._token, encode_checked(message)))
 
-    def receive(self) -> ToWorker:
-        """Wait for the next message. Raises msgspec.DecodeError if it cannot be read."""
+    def register(self, poller: zmq.Poller) -> None:
+        """Have `poller` wake when something has come."""
+        poller.register(self._socket, zmq.POLLIN)
+
+    def receive(self, waits: bool = True) -> ToWorker | None:
+        """The next message; None if there is none and it shall not wait. Raises msgspec.DecodeError if it cannot be
+        read."""
         while True:
-            frames = self._socket.recv_multipart()
-            if _has_token(frames, self._token):
+            try:
+                frames = self._socket.recv_multipart(0 if waits else zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            if len(frames) == 2 and has_token(frames[0], self._token):
                 return self._decoder.decode(frames[1])
             log.warning("a message without the token of this run was dropped")
 
@@ -208,7 +213,8 @@ class WorkerChannel:
         self._context.term()
 
 
-def _new_socket(context: zmq.Context, kind: int, address: str) -> zmq.Socket:
+def new_socket(context: zmq.Context, kind: int, address: str) -> zmq.Socket:
+    """A socket for an address, with the limits of this module."""
     socket = context.socket(kind)
     socket.linger = 0
     socket.setsockopt(zmq.MAXMSGSIZE, LARGEST_MESSAGE)
@@ -221,15 +227,21 @@ def _new_socket(context: zmq.Context, kind: int, address: str) -> zmq.Socket:
     return socket
 
 
-def _own_host(endpoint: str) -> str:
+def own_host(endpoint: str) -> str:
+    """Address of this machine's interface by which it reaches the engine."""
     if not endpoint.startswith("tcp"):
         return "127.0.0.1"
-    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-    host = host.strip("[]").removeprefix("::ffff:")  # so ZMQ writes an IPv4 address
+    host, _, port = plain_endpoint(endpoint).removeprefix("tcp://").rpartition(":")
+    host = host.strip("[]")
     family, kind, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(address)  # sends nothing
         return probe.getsockname()[0]
+
+
+def plain_endpoint(endpoint: str) -> str:
+    """An endpoint as people write it: ZMQ maps addresses of IPv4 to IPv6."""
+    return re.sub(r"\[::ffff:([\d.]+)\]", r"\1", endpoint)
 
 
 def tcp_address(ip: str) -> str:
@@ -237,12 +249,13 @@ def tcp_address(ip: str) -> str:
     return f"tcp://[{ip}]" if ipaddress.ip_address(ip.partition("%")[0]).version == 6 else f"tcp://{ip}"
 
 
-def _encode_checked(message: ToWorker | FromWorker) -> bytes:
+def encode_checked(message: ToWorker | FromWorker | PeerMessage) -> bytes:
+    """Raises MessageTooLarge."""
     payload = _encode(message)
     if len(payload) > LARGEST_MESSAGE:
         raise MessageTooLarge(f"a message of {len(payload)} bytes is more than the {LARGEST_MESSAGE} that are allowed")
     return payload
 
 
-def _has_token(frames: list[bytes], token: bytes) -> bool:
-    return len(frames) == 2 and hmac.compare_digest(frames[0], token)
+def has_token(frame: bytes, token: bytes) -> bool:
+    return hmac.compare_digest(frame, token)

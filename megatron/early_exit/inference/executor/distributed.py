@@ -27,7 +27,7 @@ from typing import NoReturn
 import msgspec
 
 from megatron.early_exit import __version__
-from megatron.early_exit.inference.costs import StepCosts
+from megatron.early_exit.inference.costs import StepCosts, merged_costs
 from megatron.early_exit.inference.executor import worker_process
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.executor.channels import ConnectionTorn, EngineChannel, RankUnreachable, tcp_address
@@ -39,12 +39,17 @@ from megatron.early_exit.inference.executor.messages import (
     FromWorker,
     Goodbye,
     Hello,
+    InboxOpened,
+    LinksOpened,
     Load,
     MeasureCosts,
+    OpenInbox,
+    OpenLinks,
     Ping,
     Pong,
     Proposal,
     Ready,
+    RowsAnswered,
     RunStep,
     Shutdown,
     StepDone,
@@ -71,6 +76,8 @@ class Limits:
 
     hello: float = 300.0
     """Until every rank has said hello: torchrun may start them one after another. Loading may take any time."""
+    link: float = 30.0
+    """Until the ranks of a pipeline have connected to each other."""
     hang: float = 60.0
     """Without progress while there is something to do. A worker that takes longer counts as dead."""
     ping: float = 1.0
@@ -239,8 +246,12 @@ class DistributedExecutor:
         self._error: Exception | None = None
         self._pending: deque[int] = deque()
         self._outputs: list[RowsOutput] = []
-        self._costs: StepCosts | None = None
+        self._costs: dict[int, StepCosts] = {}
+        """By rank."""
         self._ready: dict[int, Ready] = {}
+        self._inboxes: dict[int, str] = {}
+        """Addresses by rank."""
+        self._linked: set[int] = set()
         self._proposals: dict[int, int] = {}
         self._failures: dict[int, Failed] = {}
         self._lost: dict[int, str] = {}
@@ -250,7 +261,7 @@ class DistributedExecutor:
         self._last_look = self._last_ping = time.monotonic()
         with ranks.closed_on_error():
             self._load(factory)
-        self.description = self._ready[0].description
+        self.description = _merged([self._ready[rank].description for rank in layout.leaders])
 
     def _load(self, factory: WorkerFactory) -> None:
         started, everyone = time.monotonic(), range(self._ranks.num_ranks)
@@ -258,6 +269,8 @@ class DistributedExecutor:
             if time.monotonic() - started > self._limits.hello:
                 raise ExecutorError(f"{_name(missing)} did not start within {self._limits.hello:g} seconds")
             self._wait(self._limits.look)
+        if self._is_pipeline:
+            self._open_links()
         self._ranks.forget_address()
         self._send(Load(factory, self._layout))
         while not self._is_loaded:
@@ -267,9 +280,27 @@ class DistributedExecutor:
                 "the checkpoint changed between ranks: they have read different files. Load it again when nobody "
                 "writes to it, and on several machines see that all have the same files."
             )
-        if len({msgspec.msgpack.encode(ready.description) for ready in self._ready.values()}) > 1:
-            raise ExecutorError("the worker ranks have loaded different models")
+        for stage in range(self._layout.pipeline_parallel_size):
+            if (
+                len({msgspec.msgpack.encode(self._ready[rank].description) for rank in self._layout.ranks_of(stage)})
+                > 1
+            ):
+                raise ExecutorError("the worker ranks have loaded different models")
         self._silent_seconds = dict.fromkeys(everyone, 0.0)
+
+    def _open_links(self) -> None:
+        """Have the ranks connect to each other, before anything is read."""
+        self._send(OpenInbox())
+        while len(self._inboxes) < self._ranks.num_ranks:
+            self._wait(self._limits.look)
+        addresses = [self._inboxes[rank] for rank in range(self._ranks.num_ranks)]
+        self._send(OpenLinks(self._layout, addresses, self._limits.link))
+        while len(self._linked) < self._ranks.num_ranks:
+            self._wait(self._limits.look)
+
+    @property
+    def _is_pipeline(self) -> bool:
+        return self._layout.pipeline_parallel_size > 1
 
     @property
     def _is_loaded(self) -> bool:
@@ -279,22 +310,24 @@ class DistributedExecutor:
 
     @property
     def can_submit(self) -> bool:
-        """One step at a time: what comes next depends on its tokens."""
-        return not self._pending
+        """One step at a time, since what comes next depends on its tokens; over a pipeline the engine bounds what is in
+        flight."""
+        return self._is_pipeline or not self._pending
 
     def submit(self, step: Step) -> None:
-        """Have all ranks run a step. Raises ExecutorError."""
+        """Have all ranks of the first stage run a step. Raises ExecutorError."""
         self._look_if_due()
-        self._send(RunStep(step))
-        self._pending.append(step.number)
+        self._send(RunStep(step), self._layout.ranks_of(0))
+        if not self._is_pipeline:
+            self._pending.append(step.number)
 
     def poll(self, timeout: float | None = None) -> list[RowsOutput]:
-        """Outputs that have come; waits for them while a step is pending, for at most `timeout` seconds. Raises
-        ExecutorError."""
+        """Outputs that have come; waits for them while a step is pending, over a pipeline in any case, for at most
+        `timeout` seconds. Raises ExecutorError."""
         deadline = None if timeout is None else time.monotonic() + timeout
         self._look_if_due()
         self._receive()
-        while self._pending and not self._outputs:
+        while (self._is_pipeline or self._pending) and not self._outputs:
             remaining = self._limits.look if deadline is None else deadline - time.monotonic()
             if remaining <= 0:
                 break
@@ -304,11 +337,13 @@ class DistributedExecutor:
 
     def measure_costs(self) -> StepCosts:
         """Time layers and heads; no request may be running. Raises ExecutorError."""
-        self._costs = None
-        self._send(MeasureCosts())
-        while self._costs is None:
+        self._costs = {}
+        # A leader hands it on to the others of its stage, in the order of its passes.
+        self._send(MeasureCosts(), self._layout.leaders if self._is_pipeline else None)
+        while len(self._costs) < self._layout.pipeline_parallel_size:
             self._wait(self._limits.look)
-        return self._costs
+        costs = [self._costs[rank] for rank in self._layout.leaders]
+        return merged_costs(costs, self.description.layers_per_stage) if self._is_pipeline else costs[0]
 
     def close(self) -> None:
         """End the workers."""
@@ -361,7 +396,13 @@ class DistributedExecutor:
             case Pong():
                 self._silent_seconds[rank] = 0.0
             case CostsMeasured():
-                self._costs = message.costs
+                self._costs[rank] = message.costs
+            case RowsAnswered():
+                self._outputs += message.outputs
+            case InboxOpened():
+                self._inboxes[rank] = message.address
+            case LinksOpened():
+                self._linked.add(rank)
             case Failed():
                 self._failures.setdefault(rank, message)
             case Ready():
@@ -448,6 +489,19 @@ class DistributedExecutor:
         self._error = error
         self._ranks.close(gracefully=False)
         raise error
+
+
+def _merged(leaders: Sequence[WorkerDescription]) -> WorkerDescription:
+    """What the leaders of all stages say together. Raises ExecutorError if they do not have the same model."""
+    token_bytes = max(one.bytes_per_token for one in leaders)
+    has_approximate_heads = any(one.has_approximate_heads for one in leaders)
+    merged = {
+        msgspec.structs.replace(one, bytes_per_token=token_bytes, has_approximate_heads=has_approximate_heads)
+        for one in leaders
+    }
+    if len(merged) > 1:
+        raise ExecutorError("the worker ranks have loaded different models")
+    return merged.pop()
 
 
 def _name(ranks: Sequence[int]) -> str:

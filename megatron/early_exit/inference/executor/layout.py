@@ -38,3 +38,17 @@ class Layout(msgspec.Struct, frozen=True):
     def leaders(self) -> range:
         """The first rank of each stage, in the order of stages."""
         return range(0, self.num_ranks, self.tensor_parallel_size)
+
+    def targets(self, rank: int) -> list[int]:
+        """The ranks that a rank sends to by itself: its like in the next stage, and from a leader the others of its
+        stage and the leader before."""
+        stage = self.stage_of(rank)
+        targets = [rank + self.tensor_parallel_size] if stage + 1 < self.pipeline_parallel_size else []
+        if self.is_leader(rank):
+            targets += self.ranks_of(stage)[1:]
+            targets += [rank - self.tensor_parallel_size] if stage > 0 else []
+        return targets
+
+    def sources(self, rank: int) -> list[int]:
+        """The ranks that send to a rank."""
+        return [other for other in range(self.num_ranks) if rank in self.targets(other)]

@@ -7,8 +7,9 @@ from typing import Any, Literal
 import msgspec
 
 from megatron.early_exit.inference.costs import StepCosts
+from megatron.early_exit.inference.executor.hidden_states import HiddenStates
 from megatron.early_exit.inference.executor.layout import Layout
-from megatron.early_exit.inference.protocol import RowsOutput, Step, WorkerDescription
+from megatron.early_exit.inference.protocol import Pass, RowsOutput, StageInput, Step, WorkerDescription
 
 
 class WorkerFactory(msgspec.Struct, frozen=True):
@@ -32,6 +33,20 @@ class StoreOpened(msgspec.Struct, frozen=True, tag=True):
 # From the engine.
 
 
+class OpenInbox(msgspec.Struct, frozen=True, tag=True):
+    """Open the inbox for messages of other ranks. The answer is `InboxOpened`."""
+
+
+class OpenLinks(msgspec.Struct, frozen=True, tag=True):
+    """Connect to the ranks that this one sends to. The answer is `LinksOpened` or `Failed`."""
+
+    layout: Layout
+    addresses: list[str]
+    """Of the inboxes of all ranks."""
+    seconds: float
+    """How long that may take."""
+
+
 class Load(msgspec.Struct, frozen=True, tag=True):
     """Make the worker. The answer is `Ready` or `Failed`."""
 
@@ -46,13 +61,13 @@ class Agreed(msgspec.Struct, frozen=True, tag=True):
 
 
 class RunStep(msgspec.Struct, frozen=True, tag=True):
-    """Run a step. Rank 0 answers with `StepDone`."""
+    """Run a step. Rank 0 answers with `StepDone`; stages answer with `RowsAnswered`, the first of which gets this."""
 
     step: Step
 
 
 class MeasureCosts(msgspec.Struct, frozen=True, tag=True):
-    """Time layers and heads. Rank 0 answers with `CostsMeasured`."""
+    """Time layers and heads. The first rank of each stage answers with `CostsMeasured`."""
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
@@ -63,7 +78,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Answer with `Goodbye` and end."""
 
 
-ToWorker = StoreOpened | Load | Agreed | RunStep | MeasureCosts | Ping | Shutdown
+ToWorker = StoreOpened | OpenInbox | OpenLinks | Load | Agreed | RunStep | MeasureCosts | Ping | Shutdown
 
 
 # From a rank.
@@ -75,6 +90,16 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     rank: int
     version: str
     """Of this package."""
+
+
+class InboxOpened(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `OpenInbox`."""
+
+    address: str
+
+
+class LinksOpened(msgspec.Struct, frozen=True, tag=True):
+    """All links to this rank and from it work."""
 
 
 class Proposal(msgspec.Struct, frozen=True, tag=True):
@@ -94,6 +119,12 @@ class StepDone(msgspec.Struct, frozen=True, tag=True):
     """What became of the rows of a step."""
 
     number: int
+    outputs: list[RowsOutput]
+
+
+class RowsAnswered(msgspec.Struct, frozen=True, tag=True):
+    """What became of some rows, from the stage that found it out."""
+
     outputs: list[RowsOutput]
 
 
@@ -122,4 +153,39 @@ class Goodbye(msgspec.Struct, frozen=True, tag=True):
     """The last message of a rank that ends as it was told."""
 
 
-FromWorker = Hello | StoreOpened | Proposal | Ready | StepDone | CostsMeasured | Pong | Failed | Goodbye
+FromWorker = (
+    Hello | StoreOpened | InboxOpened | LinksOpened | Proposal | Ready | StepDone | RowsAnswered | CostsMeasured | Pong
+    | Failed | Goodbye
+)  # fmt: skip
+
+
+# From one rank of a pipeline to another.
+
+
+class LinkOpened(msgspec.Struct, frozen=True, tag=True):
+    """The first message of a link."""
+
+    rank: int
+
+
+class NextInput(msgspec.Struct, frozen=True, tag=True):
+    """To the next stage. The bytes of the hidden states follow in a frame of their own."""
+
+    input: StageInput
+    hidden: HiddenStates | None = None
+
+
+class RunPass(msgspec.Struct, frozen=True, tag=True):
+    """From the leader of a stage to the others: run this pass. It hands on `MeasureCosts` and `Shutdown` in the same
+    order, since all must do the same."""
+
+    chosen: Pass
+
+
+class GiveCredit(msgspec.Struct, frozen=True, tag=True):
+    """To the leader of the stage before."""
+
+    rows: int
+
+
+PeerMessage = LinkOpened | NextInput | RunPass | GiveCredit | MeasureCosts | Shutdown

@@ -13,14 +13,16 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
+import zmq
 
 from megatron.early_exit import __version__
-from megatron.early_exit.inference.executor.channels import ConnectionInfo, MessageTooLarge, WorkerChannel
+from megatron.early_exit.inference.executor.channels import ConnectionInfo, WorkerChannel, own_host
 from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.messages import (
     Agreed,
@@ -29,8 +31,12 @@ from megatron.early_exit.inference.executor.messages import (
     Failed,
     Goodbye,
     Hello,
+    InboxOpened,
+    LinksOpened,
     Load,
     MeasureCosts,
+    OpenInbox,
+    OpenLinks,
     Ping,
     Pong,
     Proposal,
@@ -41,7 +47,8 @@ from megatron.early_exit.inference.executor.messages import (
     StoreOpened,
     ToWorker,
 )
-from megatron.early_exit.inference.protocol import RowsOutput, Step
+from megatron.early_exit.inference.executor.peer_channel import PeerChannel, PeerUnreachable
+from megatron.early_exit.inference.executor.stage_loop import StageLoop, send_outputs
 from megatron.early_exit.platform.command_line import configure_output
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.processes import die_with_parent, die_with_torchrun
@@ -122,36 +129,67 @@ def _end_without_engine() -> None:
 class _RankProcess:
     def __init__(self, channel: WorkerChannel, rank: int) -> None:
         self.channel, self.rank = channel, rank
+        self._peers: PeerChannel | None = None
 
     def run(self) -> None:
         """Until the engine says that it is over. Raises what the worker raises."""
         self.channel.send(Hello(self.rank, __version__))
-        message = self._receive()
+        while not isinstance(message := self._receive(), Shutdown | Load):
+            if isinstance(message, OpenInbox):
+                self._peers = PeerChannel(self.channel.info, self.rank)
+                self.channel.send(InboxOpened(self._peers.address))
+            elif isinstance(message, OpenLinks):
+                self._open_links(self._peers, message)
+                self.channel.send(LinksOpened())
         if isinstance(message, Load):
-            module, _, name = message.factory.function.partition(":")
-            make = getattr(importlib.import_module(module), name)
-            placement = _Placement(self, message.layout)
-            worker, fingerprint = make(placement, **message.factory.arguments)
-            self.channel.send(Ready(worker.description, fingerprint))
+            self._serve(message)
+        if self._peers is not None:
+            self._peers.close()
+
+    def _serve(self, load: Load) -> None:
+        module, _, name = load.factory.function.partition(":")
+        make = getattr(importlib.import_module(module), name)
+        placement = _Placement(self, load.layout)
+        worker, fingerprint = make(placement, **load.factory.arguments)
+        self.channel.send(Ready(worker.description, fingerprint))
+        if self._peers is None:
             self._run_steps(worker)
-            placement.leave()
+        else:
+            StageLoop(worker, self.channel, self._peers, load.layout).run()
+        placement.leave()
+
+    def _open_links(self, peers: PeerChannel, message: OpenLinks) -> None:
+        """Connect to others, and wait until those that send to this rank have said hello."""
+        layout, deadline = message.layout, time.monotonic() + message.seconds
+        peers.connect(message.addresses, layout.targets(self.rank))
+        poller, missing = zmq.Poller(), set(layout.sources(self.rank))
+        self.channel.register(poller)
+        peers.register(poller)
+        while missing:
+            poller.poll(1000 * max(0.0, min(deadline - time.monotonic(), 1.0)))
+            while (received := peers.receive()) is not None:
+                missing.discard(received[0].rank)
+            while (other := self.channel.receive(waits=False)) is not None:
+                self._answer_or_end(other)
+            if missing and time.monotonic() >= deadline:
+                raise PeerUnreachable(min(missing), self.rank, peers.address, message.seconds)
+
+    def _answer_or_end(self, message: ToWorker) -> None:
+        if isinstance(message, Shutdown):
+            raise RuntimeError("the engine ended while ranks connected to each other")
+        self.channel.send(Pong())
 
     def _run_steps(self, worker: Any) -> None:
         while not isinstance(message := self._receive(), Shutdown):
             if isinstance(message, RunStep):
                 outputs = worker.execute(message.step)
                 if self.rank == 0:
-                    self._send_outputs(message.step, outputs)
+                    number = message.step.number
+                    send_outputs(outputs, lambda those, number=number: self.channel.send(StepDone(number, those)))
             elif isinstance(message, MeasureCosts):
                 costs = worker.measure_costs()
                 if self.rank == 0:
                     self.channel.send(CostsMeasured(costs))
-
-    def _send_outputs(self, step: Step, outputs: list[RowsOutput]) -> None:
-        try:
-            self.channel.send(StepDone(step.number, outputs))
-        except MessageTooLarge as error:
-            self.channel.send(StepDone(step.number, [_without_content(output, str(error)) for output in outputs]))
 
     def _receive(self) -> ToWorker:
         while isinstance(message := self.channel.receive(), Ping):
@@ -183,7 +221,7 @@ class _Placement:
         if size == 1:
             return TensorParallel()
         if self._layout.is_leader(self._process.rank):
-            host = channel.own_host
+            host = own_host(channel.info.endpoint)
             store = _open_store(host, lambda port: channel.send(StoreOpened(host, port)))
         else:
             opened = self._process.expect(StoreOpened)
@@ -241,10 +279,6 @@ def _join_world(store: torch.distributed.Store, rank: int, size: int) -> None:
     torch.distributed.init_process_group(
         device_module.backend(), store=store, rank=rank, world_size=size, timeout=_COLLECTIVE_TIMEOUT
     )
-
-
-def _without_content(output: RowsOutput, error: str) -> RowsOutput:
-    return RowsOutput(output.request_id, output.slot, output.generation, output.epoch, output.stop, error=error)
 
 
 def _kind(error: Exception) -> ErrorKind:
