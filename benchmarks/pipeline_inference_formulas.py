@@ -1,7 +1,7 @@
 """What a token takes in a pipeline of equal stages, by formula: early exits, speculation, tensor parallelism.
 
 All times are in one unit. A *row* is one token of one request; a pass of `n` rows through one stage takes
-`alpha + beta * n`. Where a formula is for one request, requests that run together are bounded by two: each waits for its
+`alpha + beta * n`. Where a formula is for one request, two bounds hold for those that run together: each waits for its
 own tokens (R / E[T]), and every row passes every stage (1 / pass time of a row).
 """
 
