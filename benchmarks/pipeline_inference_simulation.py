@@ -41,6 +41,9 @@ class Setting:
     """Rows that no exit can answer and stage 0 runs in one pass; 0: any number, None: as a stage chooses it."""
     fill_credit: int = 64
     fill_min_rows: int = 1
+    pause: float = 0.0
+    """How long stage 0 waits after a pass in which an exit has answered: the next rows of these requests are on their
+    way, and run in the same pass as those that lie there."""
     seed: int = 0
 
     @property
@@ -274,32 +277,44 @@ class _Simulation:
 
     def _finish(self, number: int, rows: list[_Row]) -> None:
         stage, mode = self.stages[number], self.setting.mode
-        stage.is_busy = False
         rows = [row for row in rows if not self._is_dead(stage, row)]
         if self._is_last(number):
             answered = [row for row in rows if row.is_owed]
             self._answer(answered, self._take_token)
             self.num_answered[number] += len(answered)
-            self._begin(number)
+            self._end(number, pause=0.0)
             return
+        drafted, exited = [], []
         if number == 0 and mode == "across_stages" and self.setting.rows_in_flight > 1:
-            self._answer(rows, self._take_draft)
-        left = []
+            drafted = rows
         if number == 0 and mode == "draft_then_verify":
-            left = [row for row in rows if self._drafts(row)]
-            self._answer(left, self._take_draft)
-            for row in left:
-                stage.deferred[row.request] += 1
+            drafted = [row for row in rows if self._drafts(row)]
+        self._answer(drafted, self._take_draft)
         if mode == "early_exit":
             exited = [row for row in rows if row.is_owed and self._exits_at(row) == number]
             self._answer([replace(row) for row in exited], self._take_token)
             self.num_answered[number] += len(exited)
             for row in exited:
                 row.is_owed = False
+        left = drafted if mode == "draft_then_verify" else []
+        for row in left:
+            stage.deferred[row.request] += 1
         following = [row for row in rows if row not in left and self._goes_on(stage, row)]
         if following:
             self._after(self.costs.hop, lambda: self._arrive(number + 1, following))
-        self._begin(number)
+        self._end(number, self.setting.pause if number == 0 and (drafted or exited) else 0.0)
+
+    def _end(self, number: int, pause: float) -> None:
+        """Have a stage run the next pass."""
+
+        def free() -> None:
+            self.stages[number].is_busy = False
+            self._begin(number)
+
+        if pause:
+            self._after(pause, free)
+        else:
+            free()
 
     def _goes_on(self, stage: _Stage, row: _Row) -> bool:
         """Take along what was deferred; a row that is owed no token needs credit, or is deferred."""

@@ -118,6 +118,14 @@ def test_without_a_cap_all_requests_run_in_one_pass() -> None:
     assert min(capped.busy) > 0.9
 
 
+def test_a_pause_lets_rows_that_come_back_join_those_that_lie_there() -> None:
+    eager, pausing = (
+        simulate(Setting("early_exit", 4, 4, COSTS, shares=SHARES, pause=pause)) for pause in (0.0, 1.1 * COSTS.turn)
+    )
+    assert pausing.rows_per_pass[0] > 1.2 * eager.rows_per_pass[0]
+    assert pausing.tokens_per_time > 1.1 * eager.tokens_per_time
+
+
 def test_rows_that_need_credit_wait_and_tokens_do_not() -> None:
     free, bounded = (
         simulate(Setting("early_exit", 4, 1, COSTS, shares=SHARES, fill_credit=credit)) for credit in (64, 0)
