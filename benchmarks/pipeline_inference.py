@@ -53,6 +53,8 @@ from megatron.early_exit.inference.results import RequestResult
 SHORT_PASS = 0.002
 """Seconds of a pass of a stage when the rest of a token is measured."""
 NUM_SLOTS = 16
+SIMULATED_TOKENS = 1000
+"""Of one request; of more, a third of it each."""
 
 
 @dataclass(frozen=True)
@@ -351,7 +353,7 @@ def simulate_pipelines(setup: Setup, costs: Costs) -> list[dict[str, Any]]:
         for requests in (1, 4, 16):
             run = lambda mode, **changes: simulate(Setting(
                 mode, stages, requests, costs, **{"shares": shares, "acceptance": setup.acceptance, **changes}
-            ), 1000 if requests == 1 else 300)  # fmt: skip
+            ), SIMULATED_TOKENS if requests == 1 else SIMULATED_TOKENS // 3)  # fmt: skip
             full = run("full").tokens_per_time
             exits = run("early_exit")
             row = {"stages": stages, "requests": requests, "full_tokens_per_second": full}
@@ -382,7 +384,7 @@ def simulate_speculation(costs: Costs) -> list[dict[str, Any]]:
     for stages, acceptance in ((2, 0.8), (4, 0.8), (8, 0.8), (8, 0.94)):
         row: dict[str, Any] = {"stages": stages, "acceptance": acceptance}
         for name, one in (("bare", Costs(costs.alpha, 0.0)), ("measured", costs)):
-            outcome = simulate(Setting("across_stages", stages, 1, one, acceptance=acceptance), 2000)
+            outcome = simulate(Setting("across_stages", stages, 1, one, acceptance=acceptance), 2 * SIMULATED_TOKENS)
             full = formulas.full_token(one, stages)
             expected = full / formulas.speculation_token(one, stages, outcome.acceptance)
             if name == "bare":
