@@ -34,7 +34,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks import pipeline_inference_formulas as formulas
 from benchmarks.pipeline_inference_formulas import Costs
-from benchmarks.pipeline_inference_simulation import Setting, simulate
+from benchmarks.pipeline_inference_simulation import Mode, Outcome, Setting, simulate
 from benchmarks.pipeline_inference_workers import (
     NUM_POSITIONS,
     THRESHOLD,
@@ -347,31 +347,45 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def simulate_pipelines(setup: Setup, costs: Costs) -> list[dict[str, Any]]:
     """Pipelines of 2, 4 and 8 stages, with the costs of one stage as measured."""
-    rows = []
-    for stages in (2, 4, 8):
-        shares = setup.shares if stages == 4 else _spread(setup.shares, stages)
-        for requests in (1, 4, 16):
-            run = lambda mode, **changes: simulate(Setting(
-                mode, stages, requests, costs, **{"shares": shares, "acceptance": setup.acceptance, **changes}
-            ), SIMULATED_TOKENS if requests == 1 else SIMULATED_TOKENS // 3)  # fmt: skip
-            full = run("full").tokens_per_time
-            exits = run("early_exit")
-            row = {"stages": stages, "requests": requests, "full_tokens_per_second": full}
-            row["early_exit"] = exits.tokens_per_time / full
-            row["early_exit_bound"] = formulas.exit_throughput(costs, exits.shares, requests) / full
-            pause = 1.1 * costs.turn
-            row["early_exit_pausing"] = run("early_exit", pause=pause).tokens_per_time / full
-            row["draft_then_verify"] = run("draft_then_verify", draft_length=setup.draft_length).tokens_per_time / full
-            row["across_stages"] = run("across_stages").tokens_per_time / full
-            row["across_stages_all"] = run("across_stages", window=stages).tokens_per_time / full
-            row["across_stages_all_pausing"] = run("across_stages", window=stages, pause=pause).tokens_per_time / full
-            rows.append(row)
-    return rows
+    return [
+        _simulated_row(setup, costs, stages, requests) for stages in (2, 4, 8) for requests in (1, 4, 16)
+    ]  # fmt: skip
+
+
+def simulate_row_costs(setup: Setup, costs: Costs) -> list[dict[str, Any]]:
+    """Four stages, by what a row costs beside a pass: from where weights are read to where arithmetic counts."""
+    return [
+        {"beta_over_alpha": share} | _simulated_row(setup, replace(costs, beta=share * costs.alpha), 4, requests)
+        for share in (0.005, 0.1, 0.5, 2.0)
+        for requests in (4, 16)
+    ]
+
+
+def _simulated_row(setup: Setup, costs: Costs, stages: int, requests: int) -> dict[str, Any]:
+    """Tokens per second, over those of full passes."""
+    shares, num_tokens = _spread(setup.shares, stages), SIMULATED_TOKENS if requests == 1 else SIMULATED_TOKENS // 3
+
+    def run(mode: Mode, **changes: Any) -> Outcome:
+        setting = Setting(mode, stages, requests, costs, shares, setup.acceptance, setup.draft_length)
+        return simulate(replace(setting, **changes), num_tokens)
+
+    full, exits, pause = run("full").tokens_per_time, run("early_exit"), 1.1 * costs.turn
+    speeds = {
+        "early_exit": exits,
+        "early_exit_pausing": run("early_exit", pause=pause),
+        "draft_then_verify": run("draft_then_verify"),
+        "across_stages": run("across_stages"),
+        "across_stages_all": run("across_stages", window=stages),
+        "across_stages_all_pausing": run("across_stages", window=stages, pause=pause),
+    }
+    row: dict[str, Any] = {"stages": stages, "requests": requests, "full_tokens_per_second": full}
+    row["early_exit_bound"] = formulas.exit_throughput(costs, exits.shares, requests) / full
+    return row | {name: outcome.tokens_per_time / full for name, outcome in speeds.items()}
 
 
 def _spread(shares: Sequence[float], num_stages: int) -> tuple[float, ...]:
     """The same shares by depth, with more or fewer stages."""
-    if num_stages > len(shares):
+    if num_stages >= len(shares):
         each = num_stages // len(shares)
         return tuple(share / each for share in shares for _ in range(each))
     each = len(shares) // num_stages
@@ -400,7 +414,7 @@ def tensor_parallel_table(setup: Setup, costs: Costs, tp_costs: Costs) -> list[d
     rows = []
     for collectives in (0.05, 0.2, 0.5, 1.0):
         stated = formulas.tensor_parallel(Costs(setup.alpha, setup.beta, setup.head), setup.num_stages, collectives)
-        token = replace(stated, head=stated.head + tp_costs.head, turn=tp_costs.turn).token(1)
+        token = replace(stated, head=tp_costs.head, turn=tp_costs.turn).token(1)
         rows.append({"collectives": collectives, "tp": token, "pipeline_full": full, "pipeline_early_exit": exits})
     return rows
 
@@ -465,20 +479,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     common.finish(document, output)
 
 
+def _median_costs(measured: Sequence[dict[str, float]]) -> Costs:
+    return Costs(**{name: statistics.median(one[name] for one in measured) for name in measured[0]})
+
+
 def report(setup: Setup, rows: list[dict[str, Any]], machine: dict[str, Any]) -> dict[str, Any]:
     """Print tables; returns the JSON document."""
     summary = summarise(rows)
-    medians = [
-        Costs(
-            **{
-                name: statistics.median(row["costs"][name] for row in rows if row["case"] == case)
-                for name in asdict(Costs(0, 0))
-            }
-        )
-        for case in ("full", "tp_full")
-    ]
-    costs, tp_costs = medians
-    pipelines, speculation = simulate_pipelines(setup, costs), simulate_speculation(costs)
+    costs, tp_costs = (
+        _median_costs([row["costs"] for row in rows if row["case"] == case]) for case in ("full", "tp_full")
+    )
+    pipelines, row_costs = simulate_pipelines(setup, costs), simulate_row_costs(setup, costs)
+    speculation = simulate_speculation(costs)
     tensor_parallel = tensor_parallel_table(setup, costs, tp_costs)
     print("milliseconds beside passes: " + ", ".join(
         f"{name} {1000 * getattr(costs, name):.2f}" for name in ("head", "hop", "turn")
@@ -496,13 +508,15 @@ def report(setup: Setup, rows: list[dict[str, Any]], machine: dict[str, Any]) ->
     )  # fmt: skip
     print("simulated, over full passes")
     _print(list(pipelines[0]), [list(row.values()) for row in pipelines])
+    _print(list(row_costs[0]), [list(row.values()) for row in row_costs])
     _print(list(speculation[0]), [list(row.values()) for row in speculation])
     print("seconds of a token of one request, by formula")
     _print(list(tensor_parallel[0]), [list(row.values()) for row in tensor_parallel])
     verdicts = goals(summary, speculation)
     _print(["goal", "met"], [[name, one["met"]] for name, one in verdicts.items()])
     results = {
-        "summary": summary, "raw": rows, "simulated_pipelines": pipelines, "simulated_speculation": speculation,
+        "summary": summary, "raw": rows, "simulated_pipelines": pipelines, "simulated_row_costs": row_costs,
+        "simulated_speculation": speculation,
         "tensor_parallel_by_formula": tensor_parallel,
     }  # fmt: skip
     return common.result_document("pipeline_inference", machine, asdict(setup), setup.seed, results, verdicts)
