@@ -79,6 +79,13 @@ def test_answers_of_all_modes(whole: LLM, stages: LLM) -> None:
     assert 4 in left and len(left) > 1, "some leave at exits, some do not"
 
 
+def test_statistics_are_of_the_layers_that_tokens_waited_for(whole: LLM, stages: LLM) -> None:
+    params = replace(EXITS, exit_thresholds=(0.0,), exit_layers=(2,))
+    answers = [llm.generate("hello", params)[0].result for llm in (whole, stages)]
+    assert [one.statistics.layer_runs for one in answers] == [12 * (2 + 1)] * 2  # layers and the exit's block
+    assert [one.statistics.runs_saved for one in answers] == [0.25] * 2
+
+
 @pytest.mark.parametrize("params", PARAMS[:4], ids=["full", "early_exit", "first exit", "self_speculative"])
 def test_stop_strings_and_streams(whole: LLM, stages: LLM, params: GenerationParams) -> None:
     (expected,) = whole.generate("hello", params)
