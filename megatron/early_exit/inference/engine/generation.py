@@ -261,13 +261,11 @@ class RunningGeneration(RunningRequest):
             tokens.append(token)
             self._num_accepted += token.is_draft
             reason = self._emit(token)
-            if reason is not None:
-                return Progress(tokens, reason)
-            if draft is not None and not token.is_draft:
+            if reason is not None or (draft is not None and not token.is_draft):
                 self.drafts.clear()
                 self.num_in_flight = 0
                 self._roll_back()
-                break
+                return Progress(tokens, reason)
         return Progress(tokens)
 
     def _roll_back(self) -> None:

@@ -72,10 +72,15 @@ class RunningScoring(RunningRequest):
         self.note(output, is_of_prompt=True)
         for scores in output.scores:
             self._scores[scores.exit].append(scores)
-        # The heads of several stages report on their own.
-        num_scored = len(self.tokens) - max(self.request.params.score_from, self.num_shared)
-        has_all = all(sum(len(part.tokens) for part in parts) == num_scored for parts in self._scores.values())
-        return Progress(finish_reason="max_tokens" if has_all and not self.is_in_flight else None)
+        has_all = self.num_rows == len(self.tokens) and not self.is_in_flight
+        return Progress(finish_reason="max_tokens" if has_all else None)
+
+    @property
+    def is_in_flight(self) -> bool:
+        """The heads of several stages report on their own: those of a later one may come first."""
+        num_scored = max(self.num_rows - max(self.request.params.score_from, self.num_shared), 0)
+        num_received = min(sum(len(part.tokens) for part in parts) for parts in self._scores.values())
+        return super().is_in_flight or num_received < num_scored
 
     def result(self, reason: FinishReason, error: str | None = None) -> ScoreResult:
         if error is not None or reason != "max_tokens":

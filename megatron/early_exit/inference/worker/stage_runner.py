@@ -91,6 +91,10 @@ class ScheduledRows:
         """Whether nothing is wanted of layers behind this exit, not even their keys and values."""
         return self.rows.phase == "score" and self.rows.score_heads[-1] == exit_index
 
+    def is_scored_by(self, head: int) -> bool:
+        """Whether the predictions of a head, an exit index or `FINAL_HEAD`, are wanted."""
+        return head in self.rows.score_heads and not self.is_answered
+
     def positions(self, start: int) -> range:
         """Positions of its rows in the batch from `start` on."""
         return range(max(start, self.first), self.stop)
@@ -239,7 +243,7 @@ class StageRunner:
             if threshold is not None:
                 evaluated.append(_Wanted(len(evaluated), one, one.stop - 1, threshold))
                 last_rows.append(offset + one.num_rows - 1)
-            if index in one.rows.score_heads:
+            if one.is_scored_by(index):
                 for position in one.positions(one.rows.score_from):
                     scored.append(_Wanted(len(scored), one, position))
                     scored_rows.append(offset + position - one.first)
@@ -379,7 +383,7 @@ class StageRunner:
         for one, offset in zip(batch.scheduled, batch.offsets(), strict=True):
             one.complete()
             draws_from = one.stop if one.rows.sample_from is None or one.is_answered else one.rows.sample_from
-            scores_from = one.rows.score_from if FINAL_HEAD in one.rows.score_heads else one.stop
+            scores_from = one.rows.score_from if one.is_scored_by(FINAL_HEAD) else one.stop
             if min(draws_from, scores_from) >= one.stop:
                 unseen.append(_Wanted(offset + one.num_rows - 1, one, one.stop - 1))
             for position in one.positions(min(draws_from, scores_from)):
