@@ -146,7 +146,8 @@ class RecordingReference(ReferenceModel):
         qkv = self.qkv[f"{name}.self_attention.linear_qkv"][0]
         qkv = qkv.view(qkv.size(0), m.num_kv_heads, -1, m.head_size)
         tp_size = self.cfg.parallel.tensor_model_parallel_size
-        qkv = qkv.chunk(tp_size, 1)[parallel_state.get_tensor_model_parallel_rank()]
+        tp_rank = parallel_state.get_tensor_model_parallel_rank() if tp_size > 1 else 0
+        qkv = qkv.chunk(tp_size, 1)[tp_rank]
         keys, values = qkv[:, :, -2], qkv[:, :, -1]
         if m.position_embedding_type == "rope":
             keys = self.rotate(keys.transpose(0, 1)[None])[0].transpose(0, 1)
