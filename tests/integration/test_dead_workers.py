@@ -143,6 +143,20 @@ def test_ranks_of_torchrun_answer(checkpoint: Path) -> None:
     assert [len(json.loads(line)["tokens"]) for line in output.splitlines()] == [5]
 
 
+@pytest.mark.parametrize("launcher", [[sys.executable], torchrun(2)], ids=["own processes", "torchrun"])
+def test_pipeline_stages_answer(checkpoint: Path, launcher: list[str]) -> None:
+    """The last of a flag counts: there is one rank on each of two stages."""
+    flags = ("--tensor-model-parallel-size", 1, "--pipeline-model-parallel-size", 2, "--pipeline-layers", 1, 3)
+    mode = ("--prompt", "1 2", "--tokens-to-generate", 5, "--use-early-exit", "--early-exit-thres", 0)
+    process = start("--load", checkpoint, *flags, *mode, launcher=launcher)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "generate.py: pipeline stages: layers 1 (exit 1), 2 to 4 (exits 2, 3)\n" in errors
+    assert re.search("^generate.py: keys and values: .* on each rank$", errors, re.MULTILINE)
+    (answer,) = map(json.loads, output.splitlines())
+    assert [token["exit_layer"] for token in answer["tokens"]] == [1] * 5
+
+
 @pytest.mark.parametrize("victim", ["worker of rank 0", "engine", "rank 1"])
 def test_a_killed_rank_of_torchrun_ends_the_job(checkpoint: Path, prompts: Path, victim: str) -> None:
     flags = ("--load", checkpoint, "--prompt-file", prompts, "--tokens-to-generate", 30)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, flops, loading, training_overhead, tuning_cost
+from benchmarks import common, flops, loading, stage_memory, training_overhead, tuning_cost
 from benchmarks.memory_tracker import TensorMemoryTracker
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
@@ -129,6 +129,18 @@ def test_loading_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
         one = row["loads"][0]
         assert one["import_seconds"] > 0 and one["load_seconds"] > 0
         assert one["peak_bytes"] >= one["kept_bytes"] > num_bytes // 2
+
+
+def test_memory_of_stages_is_that_of_their_processes(tmp_path: Path) -> None:
+    loading.random_llama(tmp_path, num_layers=4, seed=0, hidden_size=64)
+    rows = stage_memory.measure(tmp_path, ["bf16"], [1, 2], rounds=1)
+    assert [(row["stages"], row["layers"], len(row["rank_bytes"])) for row in rows] == [(1, (4,), 1), (2, (2, 2), 2)]
+    per_layer = 4 * 1024 * 2 * 4 * 4 * 2  # slots, positions, keys and values, heads, channels, bytes
+    assert [row["kv_bytes"] for row in rows] == [[4 * per_layer], [2 * per_layer] * 2]
+    for row in rows:
+        (found,) = row["rounds"]
+        assert all(low <= high for low, high in zip(found["loaded_bytes"], found["peak_bytes"], strict=True))
+        assert min(row["rank_bytes"]) > min(row["kv_bytes"])
 
 
 def test_median_of_pairs_cancels_a_slow_moment() -> None:

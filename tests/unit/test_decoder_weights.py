@@ -51,12 +51,12 @@ def logits_of(output: object, count: int) -> Tensor:
     return torch.stack([output.logits(row) for row in range(count)])
 
 
-def run_stages(cfg: RunConfig, stages: list[range]) -> dict[int | None, Tensor]:
+def run_stages(cfg: RunConfig, stages: list[range], **settings: object) -> dict[int | None, Tensor]:
     """[tokens, vocabulary] of every exit by its layer, and of the final head (None), by stages one after the other."""
     logits: dict[int | None, Tensor] = {}
     count, hidden = len(TOKENS), None
     for layers in stages:
-        decoder = Decoder(read(cfg, layers=layers), num_slots=1)
+        decoder = Decoder(read(cfg, layers=layers), num_slots=1, **settings)
         rows = decoder.attention_metadata([Segment(0, 0, count)])
         hidden = decoder.embed(TOKENS, rows) if hidden is None else hidden
         residual, depth = hidden, decoder.first_layer
@@ -92,6 +92,9 @@ def test_stages_one_after_the_other_give_the_logits_of_the_whole(head: str, styl
         assert set(chained) == set(whole)
         for layer, logits in chained.items():
             assert torch.equal(logits, whole[layer]), layer
+    as_graphs = run_stages(cfg, [range(3), range(3, 4)], use_graphs=True)
+    for layer, logits in as_graphs.items():
+        assert (logits - whole[layer]).abs().max() < 1e-5 * whole[layer].abs().max(), layer
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -47,6 +47,12 @@ def test_table_has_the_numbers():
     assert lines[5] == "4 tokens, the first after 0.10 s, the others in 2.00 s (1.5 tokens/s); stopped by eod"
 
 
+def test_with_stages_the_table_says_what_tokens_waited_for():
+    """Every row passes every stage in the end, so nothing is said to be saved."""
+    lines = report.usage_table(OUTPUT, num_stages=2).splitlines()
+    assert lines[4].startswith("layers that no token waited for: 25.0% of 16;") and "saved" not in lines[4]
+
+
 def test_nothing_is_said_to_be_saved_where_no_exit_was_enabled():
     full = replace(OUTPUT, result=replace(RESULT, exit_layers=()))
     assert "saved" in report.usage_table(OUTPUT)

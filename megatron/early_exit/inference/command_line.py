@@ -383,7 +383,7 @@ def _print_tables(args: argparse.Namespace, output: RequestOutput, llm: LLM, in_
         print(report.marked(output.pieces, output.tokens) + "\n")
     if args.print_max_prob:
         print(report.predictions_table(output.pieces, output.tokens, llm.tokenizer) + "\n")
-    print(report.usage_table(output) + "\n", flush=True)
+    print(report.usage_table(output, llm.engine.description.num_stages) + "\n", flush=True)
 
 
 def _answer_all(args: argparse.Namespace, prompts: list[str], params: GenerationParams, llm: LLM) -> bool:

@@ -33,8 +33,8 @@ def marked(texts: Sequence[str], tokens: Sequence[GeneratedToken]) -> str:
     return " ".join(f"{text!r}@{_head(t.exit_layer, t.is_final)}" for text, t in zip(texts, tokens, strict=True))
 
 
-def usage_table(output: RequestOutput) -> str:
-    """Exit, tokens, share and mean confidence, and what was saved."""
+def usage_table(output: RequestOutput, num_stages: int = 1) -> str:
+    """Exit, tokens, share and mean confidence, and what was saved. num_stages: of the pipeline."""
     result = output.result
     total, statistics = len(result.tokens), result.statistics
     rows = [("exit", "tokens", "share", "mean confidence")]
@@ -49,10 +49,14 @@ def usage_table(output: RequestOutput) -> str:
     notes = f" ({num_caught_up} tokens ran all layers because of the cap on deferred rows)" if num_caught_up else ""
     has_exits = len(result.usage) > 1  # else nothing could be saved
     if has_exits and statistics.full_layer_passes:  # none for an answer of one token, which comes with the prompt
-        lines.append(
-            f"layer runs saved: {statistics.runs_saved:.1%} of {statistics.full_layer_passes}, with all deferred rows "
-            f"run at once; row computations saved: {statistics.layers_saved:.1%}{notes}"
-        )
+        of_all = f"{statistics.runs_saved:.1%} of {statistics.full_layer_passes}"
+        if num_stages > 1:  # with exact keys and values every row passes every stage in the end
+            lines.append(f"layers that no token waited for: {of_all}; their stages run the rows meanwhile{notes}")
+        else:
+            lines.append(
+                f"layer runs saved: {of_all}, with all deferred rows run at once; row computations saved: "
+                f"{statistics.layers_saved:.1%}{notes}"
+            )
     lines.append(f"{_speed(output)}; stopped by {result.finish_reason}")
     return "\n".join(lines)
 

@@ -68,12 +68,14 @@ class Statistics:
 
     layer_passes: int
     """(row, layer) pairs computed after the prefill: rows that were deferred and run later count, so do exit blocks and
-    drafts that were rejected."""
+    drafts that were rejected. Of pipeline stages those that had been reported when the last token was there; the rows
+    of tokens that exited go on through all stages."""
     full_layer_passes: int
     """The same of the full model: layers times generated tokens, but for one that came out of the prefill."""
     layer_runs: int
     """Times that a layer (or an exit block) ran rows of this request after the prefill. A run serves all deferred
-    rows that it reaches and reads the weights once. The full model needs `full_layer_passes` of them."""
+    rows that it reaches and reads the weights once. The full model needs `full_layer_passes` of them. Of pipeline
+    stages those that a token waited for."""
     drafted: int
     """Tokens that an exit drafted for verification."""
     accepted: int
