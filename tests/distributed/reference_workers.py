@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.executor.messages import WorkerFactory
+from megatron.early_exit.inference.stage_layers import layer_ranges
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.placement import Placement
+from megatron.early_exit.inference.worker.stage import Stage
 from megatron.early_exit.inference.worker.weights import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
@@ -19,13 +23,21 @@ def config_of(head: str, style: str) -> RunConfig:
     return decoding_config(**HEADS[head], **STYLES[style])
 
 
-def factory(head: str, style: str, vocab_size: int = VOCAB_SIZE) -> WorkerFactory:
-    arguments = {"head": head, "style": style, "vocab_size": vocab_size}
+def factory(
+    head: str, style: str, vocab_size: int = VOCAB_SIZE, layers_per_stage: tuple[int, ...] = ()
+) -> WorkerFactory:
+    """layers_per_stage: empty: there are no stages."""
+    arguments = {"head": head, "style": style, "vocab_size": vocab_size, "layers_per_stage": layers_per_stage}
     return WorkerFactory(f"{__name__}:make_worker", arguments)
 
 
-def make_worker(placement: Placement, head: str, style: str, vocab_size: int = VOCAB_SIZE) -> tuple[Worker, str]:
-    """(this rank's worker, a fingerprint that is the same on all ranks)"""
+def make_worker(
+    placement: Placement, head: str, style: str, vocab_size: int = VOCAB_SIZE, layers_per_stage: Sequence[int] = ()
+) -> tuple[Worker | Stage, str]:
+    """(this rank's worker or stage, a fingerprint that is the same on all ranks)"""
     cfg = config_of(head, style)
-    weights = decoder_weights(reference_tensors(cfg), reference_description(cfg), tp=placement.join())
-    return Worker(Decoder(weights, num_slots=NUM_SLOTS, vocab_size=vocab_size)), "reference"
+    layers = layer_ranges(layers_per_stage)[placement.stage] if layers_per_stage else None
+    weights = decoder_weights(reference_tensors(cfg), reference_description(cfg), layers=layers, tp=placement.join())
+    decoder = Decoder(weights, num_slots=NUM_SLOTS, vocab_size=vocab_size, layers_per_stage=tuple(layers_per_stage))
+    worker = Worker(decoder)
+    return Stage(worker, placement.stage, len(layers_per_stage)) if layers_per_stage else worker, "reference"

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -21,11 +22,13 @@ import torch
 import zmq
 
 from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts, merged_costs
+from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor import hidden_states
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.executor.channels import ConnectionInfo, MessageTooLarge
-from megatron.early_exit.inference.executor.distributed import DistributedExecutor, Limits, join_torchrun
+from megatron.early_exit.inference.executor.distributed import DistributedExecutor, Limits, join_torchrun, start_workers
 from megatron.early_exit.inference.executor.layout import Layout
+from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.executor.messages import (
     GiveCredit,
     InboxOpened,
@@ -36,7 +39,7 @@ from megatron.early_exit.inference.executor.messages import (
     WorkerFactory,
 )
 from megatron.early_exit.inference.executor.peer_channel import PeerChannel
-from megatron.early_exit.inference.params import SamplingSettings
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.protocol import (
     Admit,
     ExitThreshold,
@@ -49,7 +52,10 @@ from megatron.early_exit.inference.protocol import (
     StageRows,
     Step,
 )
-from tests.distributed import test_executor
+from megatron.early_exit.inference.worker.placement import AlonePlacement
+from tests.configs import VOCAB_SIZE
+from tests.distributed import reference_workers, test_executor
+from tests.distributed.engines import Request, check_against_reference, run_all
 from tests.distributed.fake_workers import EXIT, FLOOD, HANG, KILL, RAISE, SUSPEND
 from tests.distributed.test_executor import (
     QUICK,
@@ -247,9 +253,8 @@ def test_steps_are_in_flight_together_and_keep_their_order(num_stages: int, size
         assert executor.poll(0.05) == []
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_the_stage_that_exits_answers_itself(size: int) -> None:
-    with stages(3, size) as executor:
+def test_the_stage_that_exits_answers_itself() -> None:
+    with stages(3) as executor:
         executor.submit(step(1, exits=True))
         early, late = poll(executor, 2)
         assert (early.answers, tokens_of([early]), early.layer_passes, early.complete_to) == (1, [6], 2, 0)
@@ -297,6 +302,64 @@ def test_two_executors_beside_each_other() -> None:
         assert tokens_of(poll(one, 1) + poll(other, 1)) == [9, 11]
 
 
+# Stages of a model.
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[DistributedExecutor]:
+    """Two stages of one and three layers, of two ranks each, over the reference's parameters."""
+    factory = reference_workers.factory("block", "llama", layers_per_stage=(1, 3))
+    executor = start_workers(factory, Layout(2, 2), Limits(ping=0.2, look=0.1))
+    yield executor
+    executor.close()
+
+
+def requests() -> list[Request]:
+    sampling = SamplingSettings(temperature=1.0, top_p=0.9, seed=5)
+    modes = [{}, {"mode": "early_exit", "exit_thresholds": (0.0138, 1.0, 0.0147)}, {"mode": "self_speculative"}]
+    return [
+        ([7, 3, 9, 1, 4][:length], GenerationParams(max_tokens=12, sampling=one, **mode))
+        for mode in modes for one in (SamplingSettings(), sampling) for length in (1, 5)
+    ]  # fmt: skip
+
+
+def test_stages_of_a_model_answer_what_one_process_answers(real: DistributedExecutor) -> None:
+    cfg = reference_workers.config_of("block", "llama")
+    local = LocalExecutor(reference_workers.make_worker(AlonePlacement(), "block", "llama")[0])
+    answers = []
+    for executor in (local, real):
+        engine = Engine(executor, cfg.exits, prefill_chunk=3)
+        for prompt, params in requests():
+            engine.prepare(params)
+            engine.add(prompt, params)
+        results = run_all(engine)
+        answers.append([results[one] for one in sorted(results)])
+    for (prompt, params), mine, theirs in zip(requests(), *answers, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        assert [(t.exit_layer, t.is_final) for t in mine.tokens] == [(t.exit_layer, t.is_final) for t in theirs.tokens]
+        check_against_reference(cfg, prompt, params, theirs, VOCAB_SIZE)
+    assert {t.exit_layer for result in answers[1] for t in result.tokens} == {1, 3, 4}
+
+
+@needs_proc
+def test_all_requests_end_with_an_error_when_a_rank_of_a_stage_is_killed(real: DistributedExecutor) -> None:
+    """The last test of these workers."""
+    engine = Engine(real, reference_workers.config_of("block", "llama").exits)
+    for prompt, params in requests():
+        engine.add(prompt, replace(params, max_tokens=30))
+    for _ in range(8):
+        engine.step()
+    pids, started = pids_of(real), time.monotonic()
+    os.kill(pids[2], signal.SIGKILL)
+    results = run_all(engine)
+    assert time.monotonic() - started < 5
+    assert {one.error for one in results.values()} == {
+        "worker rank 2 was ended by SIGKILL (was there too little memory?)"
+    }
+    assert len(results) >= len(requests()) - 2
+    assert not any(map(is_alive, pids))
+
+
 # What goes wrong.
 
 LAYOUTS = [(2, 1), (4, 1), (2, 2)]
@@ -319,7 +382,7 @@ def test_a_rank_that_is_killed_in_the_midst_of_a_request(num_stages: int, size: 
 
 
 @needs_proc
-@pytest.mark.parametrize(("num_stages", "size", "rank"), [(2, 1, 0), (2, 1, 1), (4, 1, 2), (2, 2, 1), (2, 2, 3)])
+@pytest.mark.parametrize(("num_stages", "size", "rank"), [(2, 1, 0), (2, 1, 1), (4, 1, 2), (2, 2, 3)])
 def test_a_rank_that_is_killed_while_all_are_idle(num_stages: int, size: int, rank: int) -> None:
     with stages(num_stages, size) as executor:
         executor.submit(step(1))
