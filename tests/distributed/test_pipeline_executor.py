@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,15 +30,22 @@ from megatron.early_exit.inference.executor.distributed import DistributedExecut
 from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.executor.messages import (
+    CostsMeasured,
     GiveCredit,
     InboxOpened,
     LinkOpened,
+    MeasureCosts,
     NextInput,
     PeerMessage,
+    Ping,
+    Pong,
     RunPass,
+    RunStep,
+    Shutdown,
     WorkerFactory,
 )
 from megatron.early_exit.inference.executor.peer_channel import PeerChannel
+from megatron.early_exit.inference.executor.stage_loop import StageLoop
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.protocol import (
     Admit,
@@ -56,7 +63,7 @@ from megatron.early_exit.inference.worker.placement import AlonePlacement
 from tests.configs import VOCAB_SIZE
 from tests.distributed import reference_workers, test_executor
 from tests.distributed.engines import Request, check_against_reference, run_all
-from tests.distributed.fake_workers import EXIT, FLOOD, HANG, KILL, RAISE, SUSPEND
+from tests.distributed.fake_workers import EXIT, FLOOD, HANG, KILL, RAISE, SUSPEND, FakeStage
 from tests.distributed.test_executor import (
     QUICK,
     ROOT,
@@ -232,6 +239,73 @@ def test_a_broken_link_is_an_error_after_a_while(monkeypatch: pytest.MonkeyPatch
         time.sleep(0.6)
         with pytest.raises(ConnectionError, match=f"worker rank 1 at {target.address} is broken"):
             source.check_links()
+
+
+# The loop of a rank.
+
+
+class Wire:
+    """Stands for a channel of a rank: everything has come already; keeps what is sent."""
+
+    def __init__(self, *came: object, rank: int = 0) -> None:
+        self.rank, self._came, self.sent = rank, list(came), []
+
+    def receive(self, waits: bool = False) -> object | None:
+        return self._came.pop(0) if self._came else None
+
+    def send(self, message: object, ranks: Collection[int] | None = None, hidden: object = None) -> None:
+        if ranks is None or ranks:
+            self.sent.append((message, ranks and list(ranks)))
+
+    def register(self, poller: zmq.Poller) -> None:
+        pass
+
+    def check_links(self) -> None:
+        pass
+
+
+class RecordingStage(FakeStage):
+    """Keeps what it was told to do."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank, 0, 2, lambda value: value, None)
+        self.done: list[object] = []
+
+    def run(self, chosen: Pass, answer: Callable[[list[RowsOutput]], None]) -> object:
+        self.done.append((chosen.rows, self.num_inputs))
+        return super().run(chosen, answer)
+
+    def measure_costs(self) -> StepCosts:
+        self.done.append("measure")
+        return super().measure_costs()
+
+
+def test_a_rank_that_follows_does_what_its_leader_says() -> None:
+    """Although more inputs, and words of the engine, have come already."""
+    stage = RecordingStage(rank=1)
+    engine = Wire(RunStep(step(1, exits=True)), RunStep(step(2)), MeasureCosts(), Shutdown(), Ping())
+    orders = [RunPass(Pass(1, (0,), 64)), MeasureCosts(), RunPass(Pass(2, (1,), 64)), Shutdown()]
+    peers = Wire(*((order, None) for order in orders), rank=1)
+    StageLoop(stage, engine, peers, Layout(2, 2)).run()
+    assert stage.done == [((0,), 1), "measure", ((1,), 2)]
+    assert engine.sent == [(Pong(), None)]  # its leader answers
+    assert [(type(message), ranks) for message, ranks in peers.sent] == [(NextInput, [3])] * 2
+
+
+def test_a_leader_hands_the_words_of_the_engine_on() -> None:
+    stage, layout = RecordingStage(rank=0), Layout(3, 2)
+    engine, peers = Wire(RunStep(step(1)), MeasureCosts()), Wire((GiveCredit(4), None))
+    loop = StageLoop(stage, engine, peers, layout)
+    loop._take_in()
+    while loop._lead():
+        pass
+    assert peers.sent[0] == (MeasureCosts(), [1, 2]) and peers.sent[1] == (RunPass(Pass(1, (0,), 64)), [1, 2])
+    assert [(type(message), ranks) for message, ranks in peers.sent[2:]] == [(NextInput, [3])]
+    assert stage.credit == 4
+    engine._came.append(Shutdown())
+    loop.run()
+    assert peers.sent[-1] == (Shutdown(), [1, 2])
+    assert [type(message) for message, _ in engine.sent] == [CostsMeasured]
 
 
 # Steps.

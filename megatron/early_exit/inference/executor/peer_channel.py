@@ -88,6 +88,8 @@ class PeerChannel:
 
     def send(self, message: PeerMessage, ranks: Collection[int], hidden: object | None = None) -> None:
         """hidden: bytes of hidden states. Raises MessageTooLarge."""
+        if not ranks:
+            return
         frames = [self._token, encode_checked(message)]
         if hidden is not None:
             size = memoryview(hidden).nbytes
