@@ -20,6 +20,7 @@ line is one JSON document.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -73,7 +74,7 @@ class Setup:
     """Time of a layer's collectives as a share of the layer's time on one device (stated, not measured): two
     all-reduces of some rows take some ten microseconds each over NVLink, and a layer that reads 0.4 GB takes 130."""
     seconds: float = 4.0
-    """About, for each case of a round."""
+    """About, for each case of a round; of one request twice and a half as long, since it meets fewer tokens."""
     num_requests: tuple[int, ...] = (1, 4, 16)
     rounds: int = 3
     seed: int = 0
@@ -293,7 +294,8 @@ def _measure_case(
     ranks = one if case.is_tensor_parallel else pipeline
     about = expect(setup, case.name, requests, costs, tp_costs, setup.shares, setup.acceptance)
     rate = about.simulated or about.formula
-    num_tokens = min(max(round(setup.seconds * rate / requests), 12), NUM_POSITIONS - 8)
+    seconds = setup.seconds * (2.5 if requests == 1 else 1)
+    num_tokens = min(max(round(seconds * rate / requests), 12), NUM_POSITIONS - 8)
     run = decode(ranks, case.params(num_tokens), requests, f"{setup.seed} {number} {requests}")
     tokens[case.name] = [result.token_ids for result in run.results]
     shares, acceptance = run.shares(setup.num_stages), run.acceptance(ranks.script)
@@ -519,7 +521,8 @@ def report(setup: Setup, rows: list[dict[str, Any]], machine: dict[str, Any]) ->
         "simulated_speculation": speculation,
         "tensor_parallel_by_formula": tensor_parallel,
     }  # fmt: skip
-    return common.result_document("pipeline_inference", machine, asdict(setup), setup.seed, results, verdicts)
+    settings = asdict(setup) | {"niceness": os.nice(0)}
+    return common.result_document("pipeline_inference", machine, settings, setup.seed, results, verdicts)
 
 
 if __name__ == "__main__":
