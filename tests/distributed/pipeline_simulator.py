@@ -162,7 +162,8 @@ class SimulatedPipeline:
 
     def _make_rank(self, decoder: Decoder, number: int, num_stages: int) -> SimulatedRank:
         decoder.cache._cache.zero_()
-        return SimulatedRank(Stage(Worker(decoder), number, num_stages, self.flow), StageRecord(decoder))
+        worker = Worker(decoder, self.flow.fill_min_rows)
+        return SimulatedRank(Stage(worker, number, num_stages, self.flow), StageRecord(decoder))
 
     @property
     def ranks(self) -> list[SimulatedRank]:

@@ -9,7 +9,7 @@ from megatron.early_exit.inference.executor.messages import WorkerFactory
 from megatron.early_exit.inference.stage_layers import layer_ranges
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.placement import Placement
-from megatron.early_exit.inference.worker.stage import Stage
+from megatron.early_exit.inference.worker.stage import FlowControl, Stage
 from megatron.early_exit.inference.worker.weights import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
@@ -24,15 +24,24 @@ def config_of(head: str, style: str) -> RunConfig:
 
 
 def factory(
-    head: str, style: str, vocab_size: int = VOCAB_SIZE, layers_per_stage: tuple[int, ...] = ()
+    head: str,
+    style: str,
+    vocab_size: int = VOCAB_SIZE,
+    layers_per_stage: tuple[int, ...] = (),
+    fill_credit: int = FlowControl.fill_credit,
 ) -> WorkerFactory:
     """layers_per_stage: empty: there are no stages."""
     arguments = {"head": head, "style": style, "vocab_size": vocab_size, "layers_per_stage": layers_per_stage}
-    return WorkerFactory(f"{__name__}:make_worker", arguments)
+    return WorkerFactory(f"{__name__}:make_worker", arguments | {"fill_credit": fill_credit})
 
 
 def make_worker(
-    placement: Placement, head: str, style: str, vocab_size: int = VOCAB_SIZE, layers_per_stage: Sequence[int] = ()
+    placement: Placement,
+    head: str,
+    style: str,
+    vocab_size: int = VOCAB_SIZE,
+    layers_per_stage: Sequence[int] = (),
+    fill_credit: int = FlowControl.fill_credit,
 ) -> tuple[Worker | Stage, str]:
     """(this rank's worker or stage, a fingerprint that is the same on all ranks)"""
     cfg = config_of(head, style)
@@ -40,4 +49,6 @@ def make_worker(
     weights = decoder_weights(reference_tensors(cfg), reference_description(cfg), layers=layers, tp=placement.join())
     decoder = Decoder(weights, num_slots=NUM_SLOTS, vocab_size=vocab_size, layers_per_stage=tuple(layers_per_stage))
     worker = Worker(decoder)
-    return Stage(worker, placement.stage, len(layers_per_stage)) if layers_per_stage else worker, "reference"
+    if not layers_per_stage:
+        return worker, "reference"
+    return Stage(worker, placement.stage, len(layers_per_stage), FlowControl(fill_credit=fill_credit)), "reference"
