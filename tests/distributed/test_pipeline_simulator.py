@@ -23,9 +23,11 @@ from megatron.early_exit.inference.engine.request import Result
 from megatron.early_exit.inference.engine.slots import Slots
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
+from megatron.early_exit.inference.protocol import Admit, ExitThreshold, Rows, StageInput, StageRows, Step
 from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.stage import FlowControl
+from megatron.early_exit.inference.worker.inbox import Inbox
+from megatron.early_exit.inference.worker.stage import FlowControl, Stage
 from megatron.early_exit.inference.worker.weights import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
@@ -563,3 +565,78 @@ SPARE_EXIT_2 = [
     GenerationParams(max_tokens=4, mode="self_speculative", draft_exit=1, draft_length=2),
     ScoreParams(exit_layers=(1,)),
 ]  # fmt: skip
+
+
+# By hand: what random orders may miss.
+
+
+def arrived(slot: int, first: int, count: int = 1, **changes: object) -> StageRows:
+    """Rows of a slot that decode, by default without an exit to evaluate."""
+    answers = changes.pop("answers", 1)
+    fields = {"request_id": slot, "generation": 1, "epoch": 0, "phase": "decode", "sample_from": first + count - 1}
+    rows = Rows(slot=slot, first=first, tokens=(7,) * count, **{**fields, **changes})
+    return StageRows(rows, first, rows.tokens, answers=answers)
+
+
+def inbox_of(*rows: StageRows) -> Inbox:
+    inbox = Inbox()
+    for one in rows:
+        inbox.add(one, torch.full((len(one.tokens), 2), float(one.first)))
+    return inbox
+
+
+def test_a_newer_epoch_drops_what_it_replaces_alone() -> None:
+    inbox = inbox_of(arrived(0, 3, phase="speculate"), arrived(0, 4, phase="speculate"), arrived(1, 4))
+    inbox.add(arrived(0, 4, phase="speculate", epoch=1), torch.zeros(1, 2))
+    taken, _ = inbox.take(inbox.choose(512, 64))
+    assert [(one.rows.slot, one.rows.epoch, one.first, one.stop) for one, _ in taken] == [(0, 1, 3, 5), (1, 0, 4, 5)]
+
+
+def test_a_freed_slot_drops_its_rows_and_says_how_many_were_fill_rows() -> None:
+    inbox = inbox_of(arrived(0, 3, answers=0), arrived(0, 4, count=2, answers=0), arrived(0, 6), arrived(1, 0))
+    assert inbox.drop(0) == 3
+    assert len(inbox.choose(512, 64)) == 1
+
+
+def test_fill_rows_without_credit_wait_for_a_row_that_takes_them_along() -> None:
+    inbox = inbox_of(arrived(0, 3, answers=0), arrived(0, 4, answers=0), arrived(1, 9, answers=0))
+    assert inbox.choose(512, 0, is_link_free=False) == []
+    inbox.add(arrived(0, 5), torch.full((1, 2), 5.0))
+    ((rows, hidden),), num_fill_rows = inbox.take(inbox.choose(512, 0, is_link_free=False))
+    assert (rows.first, rows.stop, rows.answers, num_fill_rows) == (3, 6, 1, 2)
+    assert hidden[:, 0].tolist() == [3.0, 4.0, 5.0]
+
+
+def test_rows_that_will_not_exit_are_capped_and_others_are_not() -> None:
+    may_exit = arrived(3, 5, exits=(ExitThreshold(0, 0.5),))
+    inbox = inbox_of(*(arrived(slot, 5) for slot in range(3)), may_exit, arrived(4, 0, count=3, phase="prefill"))
+    chosen, _ = inbox.take(inbox.choose(512, 64, max_not_exiting=2))
+    assert [one.rows.slot for one, _ in chosen] == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("credit", [1, 3])
+def test_a_first_stage_that_outruns_the_others_keeps_to_its_credit(credit: int) -> None:
+    """All tokens come from its exit, and the cap on deferred rows is far away."""
+    of = model("tied")
+    params = GenerationParams(max_tokens=12, mode="early_exit", exit_thresholds=(0.0,), ignore_eod=True)
+    for seed in range(20):
+        pipeline = SimulatedPipeline(
+            of.stages((1, 1, 2)), of.description, Random(seed), FlowControl(fill_credit=credit)
+        )
+        engine = of.engine(pipeline)
+        for prompt in PROMPTS[:3]:
+            engine.add(prompt, params)
+        run_all(engine)
+        assert 0 < pipeline.most_fill_out[1] <= credit
+        finish(of, engine, pipeline)
+
+
+def test_a_stage_hands_on_operations_without_rows() -> None:
+    of = model("tied")
+    (ranks, _) = of.stages((2, 2))
+    stage = Stage(Worker(ranks[0]), 0, 2)
+    admit = Admit(0, 0, 1, num_prompt_tokens=2, prefix=(), sampling=SamplingSettings())
+    stage.receive(Step(0, (admit,)))
+    output = stage.run(stage.choose(), lambda outputs: None)
+    assert output == (StageInput((admit,)), None, 0)
+    assert stage.choose() is None
