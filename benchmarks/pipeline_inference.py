@@ -9,7 +9,6 @@ turn, with 1, 4 and 16 requests:
 - full: all stages for every token, the baseline;
 - early_exit: tokens leave at the stages with given shares;
 - draft_then_verify, across_stages: drafts of the exit on stage 0, accepted with a given probability;
-- across_stages_all: the same with as many unverified rows of a request as there are stages, whatever the load;
 - tp_full, tp_early_exit: the same layers on as many tensor-parallel ranks, by a stated model: one process that sleeps
   as long as they would take.
 What carrying a token costs beside its passes is measured with short passes before every round, and used in the formulas
@@ -35,7 +34,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks import pipeline_inference_formulas as formulas
 from benchmarks.pipeline_inference_formulas import Costs
-from benchmarks.pipeline_inference_simulation import Mode, Outcome, Setting, simulate
+from benchmarks.pipeline_inference_simulation import Mode, Outcome, Setting, simulate, window
 from benchmarks.pipeline_inference_workers import (
     NUM_POSITIONS,
     THRESHOLD,
@@ -80,8 +79,8 @@ class Setup:
     seed: int = 0
 
     def window(self, num_requests: int) -> int:
-        """As `RunningGeneration` chooses it."""
-        return 1 + self.num_stages // num_requests
+        """As the engine chooses it."""
+        return window(Costs(self.alpha, self.beta), self.num_stages, num_requests)
 
 
 class Ranks:
@@ -134,6 +133,7 @@ def decode(ranks: Ranks, params: GenerationParams, num_requests: int, seed: str,
     one ends."""
     engine, draw = ranks.engine, random.Random(seed)
     prompts = [[draw.randrange(VOCAB_SIZE) for _ in range(3)] for _ in range(num_requests)]
+    engine.prepare(params)  # measures, for drafts alone, with the times that are slept now
     ids = [engine.add(prompt, params) for prompt in prompts]
     counts, results, times = dict.fromkeys(ids, 0), {}, []
     started = ended = None
@@ -200,7 +200,6 @@ def all_cases(setup: Setup) -> list[Case]:
         Case("early_exit", exits),
         Case("draft_then_verify", verified),
         Case("across_stages", {**drafts, "speculation": "across_stages"}),
-        Case("across_stages_all", {**drafts, "speculation": "across_stages", "draft_length": setup.num_stages - 1}),
         Case("tp_full", {}, is_tensor_parallel=True),
         Case("tp_early_exit", exits, is_tensor_parallel=True),
     ]
@@ -237,7 +236,7 @@ def expect(
     mode = "across_stages" if case.startswith("across_stages") else case
     window = None
     if mode == "across_stages":
-        window = stages if case == "across_stages_all" else setup.window(requests)
+        window = setup.window(requests)
     setting = Setting(
         mode, stages, requests, costs, tuple(shares), acceptance, setup.draft_length, window=window, seed=setup.seed
     )
@@ -377,8 +376,7 @@ def _simulated_row(setup: Setup, costs: Costs, stages: int, requests: int) -> di
         "early_exit_pausing": run("early_exit", pause=pause),
         "draft_then_verify": run("draft_then_verify"),
         "across_stages": run("across_stages"),
-        "across_stages_all": run("across_stages", window=stages),
-        "across_stages_all_pausing": run("across_stages", window=stages, pause=pause),
+        "across_stages_pausing": run("across_stages", pause=pause),
     }
     row: dict[str, Any] = {"stages": stages, "requests": requests, "full_tokens_per_second": full}
     row["early_exit_bound"] = formulas.exit_throughput(costs, exits.shares, requests) / full

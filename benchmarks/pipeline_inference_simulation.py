@@ -17,8 +17,16 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from benchmarks.pipeline_inference_formulas import Costs
+from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
+from megatron.early_exit.inference.engine.draft_length import DraftWindow
 
 Mode = Literal["full", "early_exit", "draft_then_verify", "across_stages"]
+
+
+def window(costs: Costs, num_stages: int, num_requests: int) -> int:
+    """Unverified rows of a request, as the engine chooses them."""
+    seconds = tuple(costs.run(rows) for rows in ROW_COUNTS)
+    return DraftWindow(None, num_stages, StepCosts(seconds, seconds, seconds, seconds)).next(num_requests)
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Setting:
         """That a request may have."""
         if self.mode != "across_stages":
             return 1
-        return self.window or 1 + self.num_stages // self.num_requests
+        return self.window or window(self.costs, self.num_stages, self.num_requests)
 
     @property
     def most_not_exiting(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
-from megatron.early_exit.inference.engine.draft_length import DraftLength
+from megatron.early_exit.inference.engine.draft_length import DraftLength, DraftWindow
 
 SAME = (1.0,) * len(ROW_COUNTS)
 COSTS = StepCosts(SAME, SAME, SAME, SAME)
@@ -58,3 +58,24 @@ def test_drafting_is_tried_again_after_a_while() -> None:
         tries += 1
         assert tries < 1000
     assert tries > 10
+
+
+def window(beta: float, num_requests: int, num_stages: int = 4, fixed: int | None = None) -> int:
+    """Where a layer takes 1 + beta n for n rows."""
+    layers = tuple(1 + beta * rows for rows in ROW_COUNTS)
+    return DraftWindow(fixed, num_stages, replace(COSTS, layer_seconds=layers)).next(num_requests)
+
+
+def test_the_window_follows_load_and_costs() -> None:
+    assert [window(0.0, requests) for requests in (1, 4, 16, 100)] == [4, 4, 4, 4]  # rows cost nothing
+    # As many rows a stage as cost what the weights cost, ten: 40 in all.
+    assert [window(0.1, requests) for requests in (1, 8, 10, 16, 40, 100)] == [4, 4, 4, 2, 1, 1]
+    # Rows cost much: what keeps all stages busy, and no more.
+    assert [window(10.0, requests) for requests in (1, 2, 3, 4, 16)] == [4, 2, 2, 1, 1]
+    assert [window(0.1, requests, fixed=5) for requests in (1, 100)] == [6, 6]
+
+
+def test_rows_that_cost_what_the_weights_cost() -> None:
+    assert replace(COSTS, layer_seconds=tuple(3 + 0.5 * rows for rows in ROW_COUNTS)).balanced_rows == 6.0
+    assert COSTS.balanced_rows == float("inf")
+    assert replace(COSTS, layer_seconds=tuple(2.0 * rows for rows in ROW_COUNTS)).balanced_rows == 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ class StepCosts:
     """To set up a batch of rows: once a step, and again where rows leave."""
     has_approximate_heads: bool = False
     """Whether the exit's own head is needed as well when a token leaves."""
+
+    @property
+    def balanced_rows(self) -> float:
+        """Rows that a layer computes in the time in which it reads its weights: alpha / beta, if n rows take it
+        alpha + beta n. Infinite if rows take no time that was seen."""
+        first, last = self.layer_seconds[0], self.layer_seconds[-1]
+        of_row = (last - first) / (ROW_COUNTS[-1] - ROW_COUNTS[0])
+        return max(first - of_row, 0.0) / of_row if of_row > 0 else math.inf
 
     def layer(self, rows: float) -> float:
         return _interpolate(self.layer_seconds, rows)

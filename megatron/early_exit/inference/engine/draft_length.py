@@ -1,10 +1,12 @@
-"""How many tokens to draft before all layers verify them.
+"""How many tokens to draft before all layers verify them, and how many rows to have under way unverified.
 
 Drafting with the model's own exits and sharing their KV cache: Zhang et al., arXiv:2309.08168, and LayerSkip,
 arXiv:2404.16710.
 """
 
 from __future__ import annotations
+
+import math
 
 from megatron.early_exit.inference.costs import StepCosts
 
@@ -50,3 +52,22 @@ class DraftLength:
         shallow = (length + 1) * self._depth * costs.layer(num_requests) + length * costs.probe(num_requests)
         deep = (self._num_layers - self._depth) * costs.layer(verified) + costs.final_head(verified)
         return tokens / (shallow + deep + (length + 1) * costs.batch_seconds)
+
+
+class DraftWindow:
+    """How many rows of a request may be on their way through the stages before the first of them is verified."""
+
+    def __init__(self, fixed: int | None, num_stages: int, costs: StepCosts) -> None:
+        """fixed: unverified drafts; None: what keeps the stages busy, and more where rows take a pass little time."""
+        self._fixed, self._num_stages, self._costs = fixed, num_stages, costs
+
+    def next(self, num_requests: int = 1) -> int:
+        """Where so many requests run together; 1: nothing is drafted.
+
+        All stages have work with as many rows on the way as there are stages. More rows are nearly free until a pass
+        takes as long for its rows as for the weights, and more than one a stage are of no use to one request."""
+        if self._fixed is not None:
+            return self._fixed + 1
+        least = math.ceil(self._num_stages / num_requests)
+        cheap = self._num_stages * self._costs.balanced_rows / num_requests
+        return max(least, round(min(cheap, self._num_stages)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.costs import StepCosts, guessed_costs
-from megatron.early_exit.inference.engine.draft_length import DraftLength
+from megatron.early_exit.inference.engine.draft_length import DraftLength, DraftWindow
 from megatron.early_exit.inference.engine.exit_selection import ExitSelector
 from megatron.early_exit.inference.engine.generation import GenerationRequest, RunningGeneration
 from megatron.early_exit.inference.engine.request import Progress, Request, Result, RunningRequest
@@ -118,7 +118,7 @@ class Engine:
                 thresholds=thresholds,
                 draft_exit=draft_exit,
                 draft_length=None if draft_exit is None else self._draft_length(params, draft_exit),
-                speculates_across_stages=across_stages,
+                draft_window=DraftWindow(params.draft_length, model.num_stages, self._costs) if across_stages else None,
             )
         )
 
@@ -163,8 +163,7 @@ class Engine:
         """Measure what layers and heads cost, if requests with these settings depend on it and nothing is running.
 
         Until then a guess does: rows are free, a head costs what it reads. If the workers have ended, `add` says so."""
-        drafts = params.mode == "self_speculative" and params.draft_length is None
-        adapts = params.plan_exits or (drafts and not self._speculates_across_stages(params))
+        adapts = params.plan_exits or (params.mode == "self_speculative" and params.draft_length is None)
         if adapts and self._measured_costs is None and not self.has_work:
             self.slots.borrow(1)  # which is overwritten
             try:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron.early_exit.inference.engine.draft_length import DraftLength
+from megatron.early_exit.inference.engine.draft_length import DraftLength, DraftWindow
 from megatron.early_exit.inference.engine.request import Progress, Request, RunningRequest
 from megatron.early_exit.inference.engine.slots import Assignment
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
@@ -45,9 +45,9 @@ class GenerationRequest(Request):
     draft_exit: int | None = None
     """self_speculative: index of the exit that drafts."""
     draft_length: DraftLength | None = None
-    speculates_across_stages: bool = False
-    """self_speculative: whether rows go on through all layers while their drafts are fed, instead of being verified
-    together."""
+    draft_window: DraftWindow | None = None
+    """self_speculative across stages: rows go on through all layers while their drafts are fed, instead of being
+    verified together."""
 
     @cached_property
     def num_prompt_tokens(self) -> int:
@@ -134,7 +134,7 @@ class RunningGeneration(RunningRequest):
             return None  # the next token is not known
         if self.params.echo and self._prompt_rows:
             return None  # an exit might end the answer before the prompt's scores have come
-        if self.request.speculates_across_stages:
+        if self.request.draft_window is not None:
             return self._rows_across_stages(num_running)
         if self.request.draft_exit is not None:
             return self._speculation_rows(num_running)
@@ -171,20 +171,13 @@ class RunningGeneration(RunningRequest):
         """The row of the last token or draft that is known, while those before it are on their way."""
         request, num_unverified = self.request, self.num_rows - (len(self.tokens) - 1)
         remaining = min(request.max_tokens - len(self.generated), request.model.num_positions - len(self.tokens) + 1)
-        window = self._window(num_running)
+        window = request.draft_window.next(num_running)
         if num_unverified >= min(window, remaining):
             return None
         is_drafted = window > 1 and num_unverified + 1 < remaining
         token = (self.drafts[num_unverified - 1 :] if num_unverified else self.tokens[-1:])[:1]
         exits = (ExitThreshold(request.draft_exit, 0.0),) if is_drafted else ()
         return self._rows("speculate", token, exits=exits, sample_from=self.num_rows)
-
-    def _window(self, num_running: int) -> int:
-        """Rows that may be on their way before they are verified. As many requests as stages keep all of them busy;
-        fewer do it with more rows each, and one more, which is on its way between stages and engine."""
-        if self.params.draft_length is not None:
-            return self.params.draft_length + 1
-        return 1 + self.request.model.num_stages // num_running
 
     # What the heads made of them.
 
@@ -202,7 +195,7 @@ class RunningGeneration(RunningRequest):
             self._add_prompt_tokens(scores)
         if is_prefill and not output.tokens:
             return Progress(finish_reason=None if self.is_in_flight else self.finished_without_rows())
-        if self.request.speculates_across_stages and not is_prefill:
+        if self.request.draft_window is not None and not is_prefill:
             return self._compare(output) if output.answers else self._add_draft(output)
         if not output.answers:
             return Progress()  # rows that were answered before have run all layers
