@@ -369,6 +369,15 @@ def test_an_idle_engine_outlives_the_time_limits() -> None:
         assert tokens_of(poll(executor, 1)) == [9]
 
 
+def test_rows_that_are_lost_are_noticed() -> None:
+    with stages(2, limits=replace(QUICK, hang=1.5, ping=0.1, look=0.1)) as executor:
+        assert executor.poll(timeout=0.2) == []
+        started = time.monotonic()
+        with pytest.raises(ExecutorError, match="no answer came for 3 seconds, though all ranks are alive"):
+            executor.poll()  # nothing was submitted, so nothing will come
+        assert 3 <= time.monotonic() - started < 8
+
+
 def test_two_executors_beside_each_other() -> None:
     with stages(2) as one, stages(2) as other:
         one.submit(step(1))

@@ -324,14 +324,19 @@ class DistributedExecutor:
     def poll(self, timeout: float | None = None) -> list[RowsOutput]:
         """Outputs that have come; waits for them while a step is pending, over a pipeline in any case, for at most
         `timeout` seconds. Raises ExecutorError."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline, waited = None if timeout is None else time.monotonic() + timeout, 0.0
         self._look_if_due()
         self._receive()
         while (self._is_pipeline or self._pending) and not self._outputs:
             remaining = self._limits.look if deadline is None else deadline - time.monotonic()
             if remaining <= 0:
                 break
+            started = time.monotonic()
             self._wait(min(remaining, self._limits.look))
+            # As in `_look_if_due`; each stage may take `hang` seconds for what it runs.
+            waited += min(time.monotonic() - started, 2 * self._limits.look)
+            if self._is_pipeline and waited > self._limits.hang * self._layout.pipeline_parallel_size:
+                self._fail(f"no answer came for {waited:.0f} seconds, though all ranks are alive: rows were lost")
         outputs, self._outputs = self._outputs, []
         return outputs
 
