@@ -416,6 +416,7 @@ def test_an_exit_that_no_stage_has(tmp_path: Path) -> None:
         ({"pipeline_parallel_size": 2, "pipeline_layers": "2 2"}, "pipeline_layers is '2 2'; it must be an integer"),
         ({"pipeline_parallel_size": 2, "fill_min_rows": 0}, "fill_min_rows is 0; it must be at least 1"),
         ({"fill_min_rows": 8}, "fill_min_rows has no effect on one stage"),
+        ({"pipeline_parallel_size": 2, "fill_min_rows": 65}, "fill_min_rows is 65; at most 64 rows go on at once"),
         ({"quantize": "int8"}, "quantize is 'int8'"),
         ({"shortlist": True}, "shortlist needs a calibration"),
     ],

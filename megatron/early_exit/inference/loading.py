@@ -91,6 +91,9 @@ class LoadConfig:
             object.__setattr__(self, "pipeline_layers", layers)
         if self.pipeline_parallel_size == 1 and self.fill_min_rows is not None:
             raise ValueError("fill_min_rows has no effect on one stage; leave it out, or raise pipeline_parallel_size")
+        most = FlowControl().fill_credit
+        if self.fill_min_rows is not None and self.fill_min_rows > most:
+            raise ValueError(f"fill_min_rows is {self.fill_min_rows}; at most {most} rows go on at once")
         if self.kv_cache_gib is not None:
             object.__setattr__(self, "kv_cache_gib", checked.number("kv_cache_gib", self.kv_cache_gib))
             if not (0 < self.kv_cache_gib < math.inf):
