@@ -4,7 +4,7 @@ first, and all layers cache what the reference computes."""
 from __future__ import annotations
 
 import functools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.engine.beam_search import Beam, beam_search
-from megatron.early_exit.inference.engine.engine import Engine
+from megatron.early_exit.inference.engine.engine import Engine, Event
 from megatron.early_exit.inference.engine.request import Result
 from megatron.early_exit.inference.engine.slots import Slots
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
 from megatron.early_exit.inference.protocol import Admit, ExitThreshold, Rows, StageInput, StageRows, Step
-from megatron.early_exit.inference.results import RequestResult
+from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.inbox import Inbox
 from megatron.early_exit.inference.worker.stage import FlowControl, Stage
@@ -196,7 +196,7 @@ class Client:
         self.of, self.engine, self.choices, self.num_to_come = of, engine, choices, num_requests
         self.asked: dict[int, Asked] = {}
         self.results: dict[int, Result] = {}
-        self._num_tokens: Counter[int] = Counter()
+        self._tokens: defaultdict[int, list[GeneratedToken]] = defaultdict(list)
 
     def run(self, after_step: Callable[[], None] = lambda: None) -> None:
         self.ask(pick(self.choices, PROMPTS))
@@ -206,7 +206,7 @@ class Client:
             while self.num_to_come and (not self.engine.has_work or self.choices.randrange(3) == 0):
                 self.ask(pick(self.choices, PROMPTS))
             for event in self.engine.step():
-                self._take(event.request_id, len(event.tokens), event.result)
+                self._take(event)
             after_step()
         raise AssertionError("the engine does not come to an end")
 
@@ -218,10 +218,13 @@ class Client:
         request_id = add(self.engine, prompt, params)
         self.asked[request_id] = Asked(list(prompt), params, stops_after, self.choices.randrange(2) == 1)
 
-    def _take(self, request_id: int, num_tokens: int, result: Result | None) -> None:
-        self._num_tokens[request_id] += num_tokens
-        asked = self.asked[request_id]
-        if result is None and asked.stops_after is not None and self._num_tokens[request_id] >= asked.stops_after:
+    def _take(self, event: Event) -> None:
+        request_id, result = event.request_id, event.result
+        tokens, asked = self._tokens[request_id], self.asked[request_id]
+        tokens += event.tokens
+        if isinstance(result, RequestResult):
+            assert tokens == list(result.tokens), "steps bring all tokens of the result, one after the other"
+        if result is None and asked.stops_after is not None and len(tokens) >= asked.stops_after:
             if asked.has_stop_string and asked.stops_after:
                 result = self.engine.stop(request_id, asked.stops_after)
             else:

@@ -347,4 +347,7 @@ class Engine:
         if progress.finish_reason is not None:
             result = self._end(output.request_id, progress.finish_reason, progress.error)
         if progress.tokens or result is not None:
-            events[output.request_id] = Event(output.request_id, list(progress.tokens), result)
+            # Stages answer by themselves, so a step may bring several outputs of one request.
+            event = events.setdefault(output.request_id, Event(output.request_id, []))
+            event.tokens.extend(progress.tokens)
+            event.result = result
