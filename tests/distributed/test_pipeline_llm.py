@@ -86,6 +86,15 @@ def test_statistics_are_of_the_layers_that_tokens_waited_for(whole: LLM, stages:
     assert [one.statistics.runs_saved for one in answers] == [0.25] * 2
 
 
+def test_a_draft_that_is_accepted_waited_for_the_layers_of_its_exit_alone(stages: LLM) -> None:
+    (answer,) = stages.generate("hello", replace(DRAFTS, draft_exit=1))
+    statistics = answer.result.statistics
+    num_accepted = sum(token.is_draft for token in answer.tokens)
+    runs = num_accepted * (1 + 1) + (12 - num_accepted) * 4  # a layer and the exit's block; all layers
+    assert num_accepted == statistics.accepted
+    assert runs <= statistics.layer_runs <= runs + (12 - num_accepted)  # and the block, where there was a draft
+
+
 @pytest.mark.parametrize("params", PARAMS[:4], ids=["full", "early_exit", "first exit", "self_speculative"])
 def test_stop_strings_and_streams(whole: LLM, stages: LLM, params: GenerationParams) -> None:
     (expected,) = whole.generate("hello", params)

@@ -190,7 +190,8 @@ class RunningGeneration(RunningRequest):
         if output.epoch != self.epoch:
             return Progress()  # rows behind a rejected draft
         self.note(output, is_of_prompt=is_prefill)
-        self._layer_runs += 0 if is_prefill else output.layer_runs * (output.answers > 0)
+        if not is_prefill and output.answers and self.request.draft_window is None:
+            self._layer_runs += output.layer_runs
         for scores in output.scores:
             self._add_prompt_tokens(scores)
         if is_prefill and not output.tokens:
@@ -253,6 +254,7 @@ class RunningGeneration(RunningRequest):
             token = self._generated(one, is_draft=one.token == draft)
             tokens.append(token)
             self._num_accepted += token.is_draft
+            self._layer_runs += self._runs_waited_for(draft, token.is_draft)
             reason = self._emit(token)
             if reason is not None or (draft is not None and not token.is_draft):
                 self.drafts.clear()
@@ -260,6 +262,13 @@ class RunningGeneration(RunningRequest):
                 self._roll_back()
                 return Progress(tokens, reason)
         return Progress(tokens)
+
+    def _runs_waited_for(self, draft: int | None, is_accepted: bool) -> int:
+        """Layer runs from a row to its token, with speculation across stages: a draft that is accepted was fed when its
+        exit had given it, whatever the other layers took."""
+        model = self.request.model
+        head = model.exits[self.request.draft_exit]
+        return (head.depth if is_accepted else model.num_layers) + (head.has_block and draft is not None)
 
     def _roll_back(self) -> None:
         """Make rows behind the last token stale: it is as if they never ran, the next ones overwrite their keys and
