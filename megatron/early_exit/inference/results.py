@@ -75,7 +75,7 @@ class Statistics:
     layer_runs: int
     """Times that a layer (or an exit block) ran rows of this request after the prefill. A run serves all deferred
     rows that it reaches and reads the weights once. The full model needs `full_layer_passes` of them. Of pipeline
-    stages those that a token waited for."""
+    stages those that a token waited for; with speculation across stages, for an accepted draft those up to its exit."""
     drafted: int
     """Tokens that an exit drafted for verification."""
     accepted: int
