@@ -35,7 +35,7 @@ from megatron.early_exit.inference.worker.stage import Stage
 from megatron.early_exit.inference.worker.weights import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 
-VOCAB_SIZE, NUM_POSITIONS = 512, 1024
+VOCAB_SIZE, NUM_POSITIONS = 4096, 1024
 THRESHOLD = 0.8
 """Confident exits lie above it, others below."""
 
