@@ -492,6 +492,20 @@ def test_workers_end_with_the_engine(code: str, number: int | None, status: int,
         assert (output, errors) == ("6\n", "")
 
 
+def test_a_fork_is_refused_and_harms_nobody() -> None:
+    with workers() as executor:
+        child = os.fork()
+        if child == 0:
+            try:
+                executor.submit(step(1))
+            except ExecutorError as error:
+                os._exit(7 if "this one is a fork" in str(error) else 8)
+            finally:
+                os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert answer(executor, step(2))[0].error is None
+
+
 # Under torchrun.
 
 

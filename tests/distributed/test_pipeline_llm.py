@@ -10,7 +10,9 @@ import pytest
 
 from megatron.early_exit.checkpoint.store import write_checkpoint
 from megatron.early_exit.config.data import TokenizerConfig
+from megatron.early_exit.config.serialize import LATEST_FILE
 from megatron.early_exit.inference.executor import distributed
+from megatron.early_exit.inference.executor.messages import WorkerFactory
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
 from megatron.early_exit.inference.worker.kv_cache import CacheSize
@@ -157,3 +159,20 @@ def test_a_torchrun_job_of_another_size(checkpoint: Path, monkeypatch: pytest.Mo
 def test_memory_of_a_rank_is_refused_with_one_message(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="^max_requests 16 and max_length 40 need .* of memory are free for them"):
         LLM.load(str(checkpoint), pipeline_parallel_size=2, max_requests=16, max_length=40, kv_cache_gib=1e-5)
+
+
+def test_ranks_load_the_iteration_that_was_found(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training may write another one before the ranks look."""
+
+    class Started(Exception):
+        pass
+
+    def start(factory: WorkerFactory, *_: object) -> None:
+        raise Started(factory.arguments["iteration"])
+
+    monkeypatch.setattr(distributed, "start_workers", start)
+    latest = int((checkpoint / LATEST_FILE).read_text())
+    for layout in ({"pipeline_parallel_size": 2}, {"tensor_parallel_size": 2}):
+        with pytest.raises(Started) as started:
+            LLM.load(str(checkpoint), **layout)
+        assert started.value.args == (latest,)

@@ -398,10 +398,10 @@ def test_an_exit_that_no_stage_has(tmp_path: Path) -> None:
         ({"pipeline_parallel_size": 5}, "pipeline_parallel_size is 5, but the model has 4 layers .*; choose at most 4"),
         (
             {"pipeline_parallel_size": 2, "pipeline_layers": (2, 1, 1)},
-            r"pipeline_layers has 3 numbers \(2 1 1\), but "
+            r"pipeline_layers is 2 1 1, but "
             "pipeline_parallel_size is 2; give one number for each stage",
         ),
-        ({"pipeline_layers": (2, 2)}, "pipeline_layers has 2 numbers .*, but pipeline_parallel_size is 1"),
+        ({"pipeline_layers": (2, 2)}, "pipeline_layers is 2 2, but pipeline_parallel_size is 1"),
         (
             {"pipeline_parallel_size": 2, "pipeline_layers": (2, 3)},
             "pipeline_layers is 2 3, 5 layers in all, but the "

@@ -338,6 +338,11 @@ def finished_iterations(save: Path) -> list[int]:
     return sorted(int(match[1]) for path, match in matches if match and is_checkpoint(path))
 
 
+def iteration_of(folder: Path) -> int:
+    """The iteration of a checkpoint's folder, also of one whose name another is getting."""
+    return int(re.match(r"iter_(\d+)", folder.name)[1])
+
+
 def iteration_folder(load: str | Path, iteration: int) -> Path:
     """Folder of one checkpoint: `LOAD/iter_0000123`."""
     return Path(load) / f"iter_{iteration:07d}"

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.serialize import iteration_of
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.engine import Engine
@@ -250,9 +251,10 @@ def _start_executor(
     checkpoint: InferenceCheckpoint, num_ids: int, limits: distributed.Limits, joins_torchrun: bool
 ) -> Executor:
     """The worker in this process, or workers in processes of their own."""
-    config = checkpoint.config
-    if config.num_ranks == 1:
+    if checkpoint.config.num_ranks == 1:
         return LocalExecutor(Worker(checkpoint.load_decoder(num_ids)))
+    # The last checkpoint may be another one when the ranks look for it.
+    config = replace(checkpoint.config, iteration=iteration_of(checkpoint.folder))
     if config.pipeline_parallel_size > 1:
         log.info("pipeline stages: %s", checkpoint.stages_in_words)
         if config.fill_min_rows is None:

@@ -51,7 +51,7 @@ def usage_table(output: RequestOutput, num_stages: int = 1) -> str:
     if has_exits and statistics.full_layer_passes:  # none for an answer of one token, which comes with the prompt
         of_all = f"{statistics.runs_saved:.1%} of {statistics.full_layer_passes}"
         if num_stages > 1:  # with exact keys and values every row passes every stage in the end
-            lines.append(f"layers that no token waited for: {of_all}; their stages run the rows meanwhile{notes}")
+            lines.append(f"layers that no token waited for: {of_all}{notes}")
         else:
             lines.append(
                 f"layer runs saved: {of_all}, with all deferred rows run at once; row computations saved: "

@@ -21,8 +21,8 @@ def split_layers(num_layers: int, num_stages: int, given: Sequence[int] | None =
         return (least + 1,) * more + (least,) * (num_stages - more)
     if len(given) != num_stages:
         raise ValueError(
-            f"pipeline_layers has {len(given)} numbers ({_words(given)}), but pipeline_parallel_size is {num_stages}; "
-            "give one number for each stage"
+            f"pipeline_layers is {_words(given)}, but pipeline_parallel_size is {num_stages}; give one number for each "
+            "stage"
         )
     if any(count < 1 for count in given):
         raise ValueError(f"pipeline_layers is {_words(given)}; every stage needs at least one layer")

@@ -195,6 +195,11 @@ class WorkerRanks:
             rank: _ending(process.returncode) for rank, process in self.processes.items() if process.poll() is not None
         }
 
+    @property
+    def is_owner(self) -> bool:
+        """Whether this is the process that started them, not a fork of it."""
+        return os.getpid() == self._owner
+
     def forget_address(self) -> None:
         """Let nobody else connect. Nothing is left on the disk then, however this process ends."""
         if self._folder is not None:
@@ -202,7 +207,7 @@ class WorkerRanks:
 
     def close(self, gracefully: bool = True) -> None:
         """End the processes. May be called twice."""
-        if not self._is_open or os.getpid() != self._owner:  # a fork of the engine's process that ends
+        if not self._is_open or not self.is_owner:  # a fork of the engine's process that ends
             return
         self._is_open = False
         try:
@@ -389,6 +394,11 @@ class DistributedExecutor:
             self._fail_for_what_came_first()
 
     def _check(self) -> None:
+        if not self._ranks.is_owner:
+            raise ExecutorError(
+                "the worker processes belong to the process that started them, and this one is a fork of it; load the "
+                "model in the process that uses it"
+            )
         if self._error is not None:
             raise self._error
 
