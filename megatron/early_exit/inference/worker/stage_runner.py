@@ -45,7 +45,7 @@ Answer = Callable[[list[RowsOutput]], None]
 """Takes outputs as soon as they are there."""
 
 
-@dataclass
+@dataclass(eq=False)
 class ScheduledRows:
     """The rows of one slot in one pass, and what the heads have made of them so far."""
 
@@ -57,8 +57,10 @@ class ScheduledRows:
     scores: list[HeadScores] = field(default_factory=list)
     is_answered: bool = False
     """Whether an exit, here or before, has given the token, or something failed: no head is evaluated any more."""
+    goes_on: bool = False
+    """An exit gave its token, and it is not deferred: it goes to the next stage as fill rows, or is catching up."""
     is_catching_up: bool = False
-    """An exit gave its token; it goes on only because no more rows may be deferred."""
+    """It goes on only because no more rows may be deferred."""
     error: str | None = None
 
     def __post_init__(self) -> None:
@@ -282,7 +284,7 @@ class StageRunner:
                 is_complete = is_end and not one.is_draft
                 if is_complete:
                     one.complete()
-                if not self._goes_on(index, one) or is_complete:
+                if not one.goes_on:
                     has_changed = True
                     if not is_complete:
                         slot.defer(index, one.first, batch.hidden[rows])
@@ -302,16 +304,12 @@ class StageRunner:
         attention = self.decoder.attention_metadata([one.segment for one in staying])
         return _Batch(staying, torch.cat(parts), attention)
 
-    def _goes_on(self, index: int, one: ScheduledRows) -> bool:
-        """Whether rows that this exit answered go on with the batch: as fill rows for the next stage, which must take
-        them, or because no more may be deferred."""
-        if one.is_draft:
-            return False
-        if one.is_catching_up or self._is_last:
-            return one.is_catching_up
+    def _may_fill(self, index: int, one: ScheduledRows) -> bool:
+        """Whether rows that this exit answers, and those deferred here before, go on as fill rows: the next stage must
+        take them."""
         deferred = one.slot.deferred.get(index)
         count = one.num_rows + (0 if deferred is None else deferred.hidden.size(0))
-        if count < self._fill_min_rows or count > self._fill_budget:
+        if self._is_last or count < self._fill_min_rows or count > self._fill_budget:
             return False
         self._fill_budget -= count
         return True
@@ -350,8 +348,12 @@ class StageRunner:
         for one, token, log_prob in self._draw(output, [one for one in wanted if self._check_finite(one, output)]):
             rows, slot = one.scheduled, one.scheduled.slot
             if rows.rows.phase != "speculate":
-                may_defer = rows.is_draft or slot.num_deferred + rows.num_rows <= slot.request.max_deferred
-                rows.is_answered, rows.is_catching_up = True, not is_end and not may_defer
+                rows.is_answered = True
+                if not is_end and not rows.is_draft:
+                    rows.goes_on = self._may_fill(index, rows)
+                    may_defer = slot.num_deferred + rows.num_rows <= slot.request.max_deferred
+                    rows.is_catching_up = not rows.goes_on and not may_defer
+                    rows.goes_on |= rows.is_catching_up
             rows.tokens.append(self._drawn_token(one, output, index, token, log_prob))
             answered.append(rows)
         return answered
