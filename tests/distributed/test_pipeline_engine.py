@@ -213,7 +213,7 @@ def test_beams(pair: Pair) -> None:
 def test_requests_come_and_go(pair: Pair) -> None:
     """They come and are cancelled at random; what ends by itself is what one worker answers."""
     engine = pair.stages
-    generator, asked, finished = random.Random(7), {}, 0
+    generator, asked, results = random.Random(7), {}, {}
     for step in range(200):
         if generator.random() < 0.4 and step < 150:
             random.seed(generator.random())
@@ -224,10 +224,11 @@ def test_requests_come_and_go(pair: Pair) -> None:
             engine.cancel(generator.choice(list(engine._running)))
         for event in engine.step():
             if event.result is not None:
-                check_against_reference(pair.cfg, *asked[event.request_id], event.result, VOCAB_SIZE)
-                finished += 1
-    run_all(engine)
-    assert finished > 15
+                results[event.request_id] = event.result
+    results |= run_all(engine)  # how many are left depends on how fast the stages are
+    assert len(results) > 15
+    for request_id, result in results.items():
+        check_against_reference(pair.cfg, *asked[request_id], result, VOCAB_SIZE)
 
 
 def test_costs_are_measured_on_the_stages(pair: Pair) -> None:

@@ -372,7 +372,7 @@ def finish(of: Model, engine: Engine, pipeline: SimulatedPipeline) -> None:
 @pytest.mark.parametrize(("head", "style"), [
     *((head, "llama") for head in HEADS), ("tied", "gpt2"), ("block", "rotary_percent"), ("mlp", "qkv_bias")
 ])  # fmt: skip
-@settings(MANY, max_examples=170)
+@settings(MANY, max_examples=120)
 @given(choices=st.randoms(use_true_random=False))
 def test_in_any_order_requests_are_answered_as_by_one_process(head: str, style: str, choices: Random) -> None:
     run_at_random(model(head, style), choices)
