@@ -316,7 +316,8 @@ def test_a_leader_hands_the_words_of_the_engine_on() -> None:
 ])  # fmt: skip
 def test_steps_are_in_flight_together_and_keep_their_order(num_stages: int, size: int, dtype: str | None) -> None:
     count = 300
-    with stages(num_stages, size, dtype=dtype) as executor:
+    # A rank may import torch in its first pass.
+    with stages(num_stages, size, replace(QUICK, hang=30), dtype=dtype) as executor:
         for number in range(count):
             assert executor.can_submit
             executor.submit(step(number, token=number % 100))
