@@ -162,7 +162,7 @@ class SimulatedPipeline:
 
     def _make_rank(self, decoder: Decoder, number: int, num_stages: int) -> SimulatedRank:
         decoder.cache._cache.zero_()
-        worker = Worker(decoder, self.flow.fill_min_rows)
+        worker = Worker(decoder)
         return SimulatedRank(Stage(worker, number, num_stages, self.flow), StageRecord(decoder))
 
     @property

@@ -21,7 +21,6 @@ from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor import distributed
 from megatron.early_exit.inference.executor.base import Executor
-from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.executor.messages import WorkerFactory
 from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig, default_fill_min_rows, load_worker
@@ -102,7 +101,7 @@ class LLM:
             check_num_ranks({name: getattr(config, name) for name in names})
         else:
             check_world_size()
-        checkpoint = InferenceCheckpoint(config, stage=0 if config.num_ranks == 1 else None)
+        checkpoint = InferenceCheckpoint(config, stage=0 if config.layout.num_ranks == 1 else None)
         description, tokenizer = checkpoint.description, build_tokenizer(checkpoint.description.tokenizer)
         executor = _start_executor(checkpoint, tokenizer.vocab_size, limits, joins_torchrun)
         engine = Engine(
@@ -251,21 +250,19 @@ def _start_executor(
     checkpoint: InferenceCheckpoint, num_ids: int, limits: distributed.Limits, joins_torchrun: bool
 ) -> Executor:
     """The worker in this process, or workers in processes of their own."""
-    if checkpoint.config.num_ranks == 1:
+    if checkpoint.config.layout.num_ranks == 1:
         return LocalExecutor(Worker(checkpoint.load_decoder(num_ids)))
     # The last checkpoint may be another one when the ranks look for it.
     config = replace(checkpoint.config, iteration=iteration_of(checkpoint.folder))
     if config.pipeline_parallel_size > 1:
         log.info("pipeline stages: %s", checkpoint.stages_in_words)
         if config.fill_min_rows is None:
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if joins_torchrun else config.num_ranks
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if joins_torchrun else config.layout.num_ranks
             config = replace(config, fill_min_rows=default_fill_min_rows(here))
     settings = {one.name: getattr(config, one.name) for one in fields(config)}
     factory = WorkerFactory(f"{load_worker.__module__}:{load_worker.__name__}", {"num_ids": num_ids, **settings})
-    layout = Layout(config.tensor_parallel_size, config.pipeline_parallel_size)
-    if joins_torchrun:
-        return distributed.join_torchrun(factory, layout, limits)
-    return distributed.start_workers(factory, layout, limits)
+    start = distributed.join_torchrun if joins_torchrun else distributed.start_workers
+    return start(factory, config.layout, limits)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -20,6 +20,7 @@ from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.serialize import checkpoint_folder, read_description
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.calibration import ExitCalibration
+from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.stage_layers import layer_ranges, split_layers, stages_in_words
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.kv_cache import CacheSize, bytes_per_token, cache_memory, choose_cache_size
@@ -104,8 +105,8 @@ class LoadConfig:
             raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
 
     @property
-    def num_ranks(self) -> int:
-        return self.pipeline_parallel_size * self.tensor_parallel_size
+    def layout(self) -> Layout:
+        return Layout(self.tensor_parallel_size, self.pipeline_parallel_size)
 
 
 class InferenceCheckpoint:
@@ -202,7 +203,7 @@ class InferenceCheckpoint:
         speaks = tp.rank == 0 and self._stage == self._largest_stage
         size = self._agreed_cache_size(placement, speaks)
         if speaks:
-            log.info("keys and values: %s%s", size, " on each rank" if self.config.num_ranks > 1 else "")
+            log.info("keys and values: %s%s", size, " on each rank" if self.config.layout.num_ranks > 1 else "")
         return Decoder(
             weights,
             num_slots=size.num_slots,
@@ -251,7 +252,7 @@ def load_worker(placement: Placement, num_ids: int, **settings: Any) -> tuple[Wo
     config = LoadConfig(**settings)
     checkpoint = InferenceCheckpoint(config, placement.stage)
     flow = FlowControl(fill_min_rows=config.fill_min_rows or 1)
-    worker = Worker(checkpoint.load_decoder(num_ids, placement), flow.fill_min_rows)
+    worker = Worker(checkpoint.load_decoder(num_ids, placement))
     num_stages, digits = config.pipeline_parallel_size, fingerprint(checkpoint.folder)
     return worker if num_stages == 1 else Stage(worker, placement.stage, num_stages, flow), digits
 

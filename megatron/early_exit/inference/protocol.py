@@ -282,13 +282,27 @@ class StageRows(msgspec.Struct, frozen=True, tag=True):
     layer_passes: int = 0
     layer_runs: int = 0
 
+    @classmethod
+    def of(cls, rows: Rows) -> StageRows:
+        """Rows as they come from the engine."""
+        return cls(rows, rows.first, rows.tokens)
+
     @property
     def stop(self) -> int:
         return self.rows.stop
 
     @property
+    def num_rows(self) -> int:
+        return self.stop - self.first
+
+    @property
     def is_fill(self) -> bool:
         return self.answers == 0
+
+    @property
+    def num_fill_rows(self) -> int:
+        """Rows of it that are owed no token, of those that come by themselves."""
+        return self.num_rows if self.is_fill else 0
 
 
 class StageInput(msgspec.Struct, frozen=True):

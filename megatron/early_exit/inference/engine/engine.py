@@ -99,14 +99,14 @@ class Engine:
         model, prompt_ids = self.description, list(prompt_ids)
         check_prompt(prompt_ids, model.num_positions, model.vocab_size)
         check_ids("stop_tokens", params.stop_tokens, model.vocab_size)
-        draft_layer = params.drafting_exit(self.exits)
+        draft_exit = self._draft_exit(params)
         self._check_room()
         thresholds = self._thresholds(params)
         if params.plan_exits:
             num_requests = min(len(self._running) + len(self._queue) + 1, model.num_slots)
             thresholds = self._selector.select(thresholds, num_requests, self._costs)
-        draft_exit = None if draft_layer is None else model.index_of(draft_layer)
-        across_stages = self._speculates_across_stages(params)
+        across_stages = self._speculates_across_stages(params, draft_exit)
+        verifies_together = draft_exit is not None and not across_stages
         return self._enqueue(
             GenerationRequest(
                 request_id=next(self._request_ids),
@@ -117,7 +117,7 @@ class Engine:
                 ends=self.ends,
                 thresholds=thresholds,
                 draft_exit=draft_exit,
-                draft_length=None if draft_exit is None else self._draft_length(params, draft_exit),
+                draft_length=self._draft_length(params, draft_exit) if verifies_together else None,
                 draft_window=DraftWindow(params.draft_length, model.num_stages, self._costs) if across_stages else None,
             )
         )
@@ -157,7 +157,7 @@ class Engine:
     def check(self, params: GenerationParams) -> None:
         """Raise ValueError if the model or its layout cannot do what these settings ask for."""
         params.exit_policy(self.exits)
-        self._speculates_across_stages(params)
+        self._speculates_across_stages(params, self._draft_exit(params))
 
     def prepare(self, params: GenerationParams) -> None:
         """Measure what layers and heads cost, if requests with these settings depend on it and nothing is running.
@@ -204,14 +204,18 @@ class Engine:
             params.draft_length, params.max_draft_length, model.exits[draft_exit].depth, model.num_layers, self._costs
         )
 
-    def _speculates_across_stages(self, params: GenerationParams) -> bool:
-        """Raises ValueError if that is asked for and no stage lies behind the draft exit."""
+    def _draft_exit(self, params: GenerationParams) -> int | None:
+        """Index of the exit that drafts, None: nothing is drafted. Raises ValueError if the model has it not."""
         layer = params.drafting_exit(self.exits)
-        if layer is None:
+        return None if layer is None else self.description.index_of(layer)
+
+    def _speculates_across_stages(self, params: GenerationParams, draft_exit: int | None) -> bool:
+        """Raises ValueError if that is asked for and no stage lies behind the draft exit."""
+        if draft_exit is None:
             return False
-        draft_exit = self.description.index_of(layer)
         is_possible = self.description.stage_of(draft_exit) < self.description.num_stages - 1
         if params.speculation == "across_stages" and not is_possible:
+            layer = self.description.exits[draft_exit].layer_number
             raise ValueError(
                 f"speculation 'across_stages' needs a pipeline stage behind that of the draft exit {layer}, and the "
                 f"model has {self.description.num_stages} in all; choose an earlier exit, more stages or 'auto'"

@@ -45,6 +45,7 @@ class GenerationRequest(Request):
     draft_exit: int | None = None
     """self_speculative: index of the exit that drafts."""
     draft_length: DraftLength | None = None
+    """Where drafts are verified together."""
     draft_window: DraftWindow | None = None
     """self_speculative across stages: rows go on through all layers while their drafts are fed, instead of being
     verified together."""

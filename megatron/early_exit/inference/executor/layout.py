@@ -39,15 +39,22 @@ class Layout(msgspec.Struct, frozen=True):
         """The first rank of each stage, in the order of stages."""
         return range(0, self.num_ranks, self.tensor_parallel_size)
 
+    def following(self, rank: int) -> list[int]:
+        """The rank that gets this one's rows: its like in the next stage; none in the last."""
+        return [rank + self.tensor_parallel_size] if self.stage_of(rank) + 1 < self.pipeline_parallel_size else []
+
+    def followers(self, rank: int) -> list[int]:
+        """The others of its stage, which do what a leader says; none of another rank."""
+        return list(self.ranks_of(self.stage_of(rank))[1:]) if self.is_leader(rank) else []
+
+    def leader_before(self, rank: int) -> list[int]:
+        """The leader that gets a leader's credit, of the stage before; none in the first, and of another rank."""
+        has_one = self.is_leader(rank) and self.stage_of(rank) > 0
+        return [rank - self.tensor_parallel_size] if has_one else []
+
     def targets(self, rank: int) -> list[int]:
-        """The ranks that a rank sends to by itself: its like in the next stage, and from a leader the others of its
-        stage and the leader before."""
-        stage = self.stage_of(rank)
-        targets = [rank + self.tensor_parallel_size] if stage + 1 < self.pipeline_parallel_size else []
-        if self.is_leader(rank):
-            targets += self.ranks_of(stage)[1:]
-            targets += [rank - self.tensor_parallel_size] if stage > 0 else []
-        return targets
+        """The ranks that a rank sends to by itself."""
+        return [*self.following(rank), *self.followers(rank), *self.leader_before(rank)]
 
     def sources(self, rank: int) -> list[int]:
         """The ranks that send to a rank."""

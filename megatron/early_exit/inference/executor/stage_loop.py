@@ -46,11 +46,8 @@ class StageLoop:
 
     def __init__(self, stage: Stage, engine: WorkerChannel, peers: PeerChannel, layout: Layout) -> None:
         self._stage, self._engine, self._peers = stage, engine, peers
-        rank, number, size = peers.rank, layout.stage_of(peers.rank), layout.tensor_parallel_size
-        self._leads = layout.is_leader(rank)
-        self._followers = layout.ranks_of(number)[1:] if self._leads else range(0)
-        self._next = [rank + size] if number + 1 < layout.pipeline_parallel_size else []
-        self._before = [rank - size] if self._leads and number > 0 else []
+        self._leads, self._followers = layout.is_leader(peers.rank), layout.followers(peers.rank)
+        self._next, self._before = layout.following(peers.rank), layout.leader_before(peers.rank)
         self._orders: deque[Order] = deque()
         """Of the engine to a leader, of a leader to the others."""
         self._inputs: deque[tuple[StageInput | Step, Tensor | None]] = deque()

@@ -30,14 +30,6 @@ class Inbox:
         self._entries: dict[int, deque[_Entry]] = {}
         self._num_added = 0
 
-    def __len__(self) -> int:
-        return sum(map(len, self._entries.values()))
-
-    @property
-    def num_fill_rows(self) -> int:
-        """Rows that are owed no token."""
-        return _num_fill_rows(entry for entries in self._entries.values() for entry in entries)
-
     def add(self, rows: StageRows, hidden: Tensor | None) -> int:
         """Add what has come. hidden: [rows, h], None at the first stage.
 
@@ -69,7 +61,7 @@ class Inbox:
         candidates = [(slot, list(_next_of(entries))) for slot, entries in self._entries.items() if entries]
         for slot, entries in sorted(candidates, key=lambda one: _priority(one[1])):
             last = entries[-1].rows
-            count = last.stop - entries[0].rows.first
+            count = sum(entry.rows.num_rows for entry in entries)
             if chosen and num_rows + count > max_rows:
                 continue
             if last.is_fill:
@@ -107,7 +99,7 @@ _PROMPT_PHASES = ("prefill", "score")
 
 
 def _num_fill_rows(entries: Iterable[_Entry]) -> int:
-    return sum(entry.rows.stop - entry.rows.first for entry in entries if entry.rows.is_fill)
+    return sum(entry.rows.num_fill_rows for entry in entries)
 
 
 def _next_of(entries: Iterable[_Entry]) -> Iterator[_Entry]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,11 +95,10 @@ class Stage:
         offset = 0
         for rows in message.rows:
             if isinstance(message, Step):
-                rows = StageRows(rows, rows.first, rows.tokens)
-            count = rows.stop - rows.first
-            mine = None if hidden is None else hidden[offset : offset + count]
+                rows = StageRows.of(rows)
+            mine = None if hidden is None else hidden[offset : offset + rows.num_rows]
             self._dropped_fill_rows += self._inbox.add(rows, mine)
-            offset += count
+            offset += rows.num_rows
 
     def add_credit(self, rows: int) -> None:
         """The next stage has taken so many fill rows out of its inbox."""
@@ -126,14 +125,16 @@ class Stage:
         taken = [one for one in taken if not self.worker.slots[one[0].rows.slot].has_failed]
         scheduled = [self.worker.schedule(rows) for rows, _ in taken]
         hidden = torch.cat([one for _, one in taken]) if taken and self.stage > 0 else None
-        budget = 0 if self.is_last else chosen.fill_budget - _num_fill_rows(rows for rows, _ in taken)
-        reached, hidden = self.worker.run(scheduled, hidden, budget, answer)
+        budget = 0 if self.is_last else chosen.fill_budget - sum(rows.num_fill_rows for rows, _ in taken)
+        reached: list[ScheduledRows] = []
+        if scheduled:
+            reached, hidden = self.worker.runner.run(scheduled, hidden, budget, self._flow.fill_min_rows, answer)
         if outputs := self._late_outputs(scheduled, reached):
             answer(outputs)
         if self.is_last:
             return StageOutput(None, None, credit)
         following = StageInput(operations, tuple(one.following() for one in reached))
-        self._num_fills_sent += _num_fill_rows(following.rows)
+        self._num_fills_sent += sum(rows.num_fill_rows for rows in following.rows)
         if not operations and not reached:
             return StageOutput(None, None, credit)
         return StageOutput(following, hidden if reached else None, credit)
@@ -143,7 +144,3 @@ class Stage:
         was lost. reached: those that have run the layers of this stage."""
         ended = [one for one in scheduled if one.slot.has_failed] or (reached if self.is_last else [])
         return [one.output(one.answers) for one in ended]
-
-
-def _num_fill_rows(rows: Iterable[StageRows]) -> int:
-    return sum(one.stop - one.first for one in rows if one.is_fill)

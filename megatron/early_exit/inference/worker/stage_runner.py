@@ -175,13 +175,12 @@ class _Wanted(NamedTuple):
 class StageRunner:
     """Runs rows through the layers of one decoder, which has all layers of the model, or those of a stage."""
 
-    def __init__(self, decoder: Decoder, fill_min_rows: int = 1) -> None:
-        """fill_min_rows: rows of a slot that must have exited before they go on to the next stage."""
-        self.decoder, self._fill_min_rows = decoder, fill_min_rows
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
         # By depth; of two exits at one depth the one with the smaller index comes first.
         self._exits = [one.index for one in sorted(decoder.exits, key=lambda one: (one.depth, one.index))]
         self._is_last = decoder.last_layer == decoder.num_layers
-        self._fill_budget = 0
+        self._fill_budget, self._fill_min_rows = 0, 1
         self._answer: Answer | None = None
 
     def run(
@@ -189,16 +188,34 @@ class StageRunner:
         scheduled: list[ScheduledRows],
         hidden: Tensor | None = None,
         fill_budget: int = 0,
+        fill_min_rows: int = 1,
         answer: Answer | None = None,
-    ) -> tuple[list[ScheduledRows], Tensor]:
+    ) -> tuple[list[ScheduledRows], Tensor | None]:
         """Run the rows of `scheduled`, in the order of slots, until all have left or reached the end.
 
         Fills in what the heads make of each, and keeps rows that are deferred with their slots.
         hidden: [rows, h], what comes from the stage before; None: tokens are embedded. fill_budget: rows that may go
-        on to the next stage after they were answered. answer: gets outputs of exits at once; None: the caller takes
-        them from `scheduled` at the end. Returns the rows that reached the end of these layers, and their hidden
-        states."""
-        self._fill_budget, self._answer = fill_budget, answer
+        on to the next stage after they were answered. fill_min_rows: of one slot, or else they are deferred. answer:
+        gets outputs of exits at once; None: the caller takes them from `scheduled` at the end.
+
+        Returns the rows that reached the end of these layers, and their hidden states. What fails for one request is
+        noted with it. What fails for all is noted with all; a tensor-parallel rank raises it, since the others may not
+        have failed."""
+        self._fill_budget, self._fill_min_rows, self._answer = fill_budget, fill_min_rows, answer
+        try:
+            batch = self._run_layers(scheduled, hidden)
+        except Exception as error:
+            if self.decoder.weights.tp.size > 1:
+                raise
+            log.warning("rows of %d requests failed", len(scheduled), exc_info=True)
+            for one in scheduled:
+                one.fail(f"the step that it was part of failed ({type(error).__name__}: {error})")
+                one.slot.has_failed = True
+            return [], None
+        return batch.scheduled, batch.hidden
+
+    def _run_layers(self, scheduled: list[ScheduledRows], hidden: Tensor | None) -> _Batch:
+        """The rows that reach the end of these layers."""
         attention = self.decoder.attention_metadata([one.segment for one in scheduled])
         if hidden is None:
             hidden = self.decoder.embed([token for one in scheduled for token in one.arrived.tokens], attention)
@@ -219,7 +236,7 @@ class StageRunner:
             batch = self._at_exit(exits.pop(0), batch, residual)
         if self._is_last:
             self._at_end(batch)
-        return batch.scheduled, batch.hidden
+        return batch
 
     def _has_business(self, one: ScheduledRows, exit_index: int) -> bool:
         """Whether something happens to these rows at an exit."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
-from torch import Tensor
 
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.protocol import (
@@ -24,20 +21,16 @@ from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.kv_cache import largest_bytes_per_token
 from megatron.early_exit.inference.worker.slot_state import SlotState
-from megatron.early_exit.inference.worker.stage_runner import Answer, ScheduledRows, StageRunner
+from megatron.early_exit.inference.worker.stage_runner import ScheduledRows, StageRunner
 from megatron.early_exit.platform.device import to_device
-
-log = logging.getLogger(__name__)
 
 
 class Worker:
     """Weights, keys and values, deferred rows and sampling of one rank. Tensor-parallel ranks run the same steps."""
 
-    def __init__(self, decoder: Decoder, fill_min_rows: int = 1) -> None:
-        """fill_min_rows: as of `StageRunner`."""
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.runner = decoder, StageRunner(decoder)
         self.slots: dict[int, SlotState] = {}
-        self._runner = StageRunner(decoder, fill_min_rows)
 
     @property
     def description(self) -> WorkerDescription:
@@ -67,8 +60,9 @@ class Worker:
         for operation in step.operations:
             self.operate(operation)
         in_order = sorted(step.rows, key=lambda rows: rows.slot)
-        scheduled = [self.schedule(StageRows(rows, rows.first, rows.tokens)) for rows in in_order]
-        self.run(scheduled)
+        scheduled = [self.schedule(StageRows.of(rows)) for rows in in_order]
+        if scheduled:
+            self.runner.run(scheduled)
         return [one.output(one.answers) for one in scheduled]
 
     def schedule(self, rows: StageRows) -> ScheduledRows:
@@ -76,29 +70,6 @@ class Worker:
         slot = self.slots[rows.rows.slot]
         slot.begin(rows.first, rows.tokens)
         return ScheduledRows(rows, slot)
-
-    @torch.inference_mode()
-    def run(
-        self,
-        scheduled: list[ScheduledRows],
-        hidden: Tensor | None = None,
-        fill_budget: int = 0,
-        answer: Answer | None = None,
-    ) -> tuple[list[ScheduledRows], Tensor | None]:
-        """`StageRunner.run`. What fails for one request is noted with it. What fails for all is noted with all; a
-        tensor-parallel rank raises it, since the others may not have failed."""
-        if not scheduled:
-            return [], None
-        try:
-            return self._runner.run(scheduled, hidden, fill_budget, answer)
-        except Exception as error:
-            if self.decoder.weights.tp.size > 1:
-                raise
-            log.warning("rows of %d requests failed", len(scheduled), exc_info=True)
-            for one in scheduled:
-                one.fail(f"the step that it was part of failed ({type(error).__name__}: {error})")
-                one.slot.has_failed = True
-            return [], None
 
     def operate(self, operation: SlotOperation) -> None:
         """Do what is to be done to slots."""
