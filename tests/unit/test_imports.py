@@ -15,7 +15,7 @@ PACKAGE = "megatron.early_exit"
 
 LEVELS = (
     {"config"}, {"platform"}, {"data"}, {"model"}, {"checkpoint", "schedules"}, {"training", "inference"},
-    {"evaluation"},
+    {"evaluation", "server"},
 )  # fmt: skip
 """Folders from the lowest level up; a folder imports from itself and from lower levels alone."""
 

@@ -39,6 +39,7 @@ class ScriptedEngine:
 
     def __init__(self, *scripts: list[list[int]], is_remote: bool = False, num_slots: int = 9) -> None:
         self.description = SimpleNamespace(num_positions=40, vocab_size=99)
+        self.checks = self
         self.scripts = list(scripts)
         self.running: dict[int, Script] = {}
         self.stopped: list[tuple[int, int]] = []

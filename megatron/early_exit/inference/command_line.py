@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.early_exit.data.text_files import read_text_lines, replace_surrogates, split_lines
+from megatron.early_exit.inference.model_flags import add_model_flags, check_torchrun, engine_settings
 from megatron.early_exit.platform.command_line import add_verbose_flag
 from megatron.early_exit.platform.failures import in_words
-from megatron.early_exit.platform.world import check_num_ranks, world_size
+from megatron.early_exit.platform.world import world_size
 
 # What needs core is imported in the functions: --help and wrong flags should not wait for it.
 if TYPE_CHECKING:
@@ -30,50 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Continue prompts with a trained early-exit model, all at once. Without --prompt and --prompt-file "
         "it reads one prompt a line from standard input; with --chat it keeps the conversation.",
     )
-    model = parser.add_argument_group("model")
-    model.add_argument("--load", required=True, metavar="DIR", help="folder of checkpoints (--save of the training)")
-    model.add_argument("--load-iteration", type=int, help="checkpoint to load; default: the last one")
-    model.add_argument(
-        "--tensor-model-parallel-size", type=int, default=1, metavar="N",
-        help="worker processes that share the weights of each stage; over several machines start the program with "
-        "torchrun",
-    )  # fmt: skip
-    model.add_argument(
-        "--pipeline-model-parallel-size", type=int, default=1, metavar="N",
-        help="stages of worker processes, each with some of the layers",
-    )  # fmt: skip
-    model.add_argument(
-        "--pipeline-layers", type=int, nargs="+", metavar="N",
-        help="layers of each stage; default: as many on each, as far as that comes out even",
-    )  # fmt: skip
-    model.add_argument(
-        "--fill-min-rows", type=int, metavar="N",
-        help="rows of a request that must have exited on a stage before they go on to the next ones; default 1, or 8 "
-        "on a CPU with more workers than cores",
-    )  # fmt: skip
-    model.add_argument(
-        "--worker-timeout", type=float, default=60.0, metavar="SECONDS",
-        help="without progress for so long, worker processes count as dead; default 60",
-    )  # fmt: skip
-    model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: that of the training")
-    model.add_argument("--quantize", choices=("exits", "all"), help="int8 weights: to probe exits, or for everything")
-    model.add_argument(
-        "--shortlist", action=argparse.BooleanOptionalAction,
-        help="probe exits with frequent tokens only; default: if the checkpoint is calibrated",
-    )  # fmt: skip
-    model.add_argument("--max-requests", type=int, metavar="N", help="prompts that run at once; default: at most 16")
-    model.add_argument(
-        "--max-length",
-        type=int,
-        metavar="N",
-        help="longest prompt and answer, whose last token takes no place; default: the model's, at most 4096",
-    )
-    model.add_argument(
-        "--kv-cache-gib", type=float, metavar="F",
-        help="memory of each rank for keys and values; default: 90%% of what the weights leave free on a GPU; on a "
-        "CPU 4, or half of what is free",
-    )  # fmt: skip
-    model.add_argument("--no-cuda-graphs", action="store_true", help="start every kernel by itself (on one GPU)")
+    add_model_flags(parser)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line; empty lines are skipped")
@@ -153,10 +111,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         # torchrun ends all ranks with the first: rank 0 alone finds fault, or it might be ended before it has spoken.
         if not (is_served and "TORCHELASTIC_RUN_ID" in os.environ):
-            check_num_ranks({
-                "--tensor-model-parallel-size": args.tensor_model_parallel_size,
-                "--pipeline-model-parallel-size": args.pipeline_model_parallel_size,
-            })  # fmt: skip
+            check_torchrun(args)
         if is_served and world_size() > 1:
             from megatron.early_exit.inference.executor.worker_process import serve_torchrun_rank
 
@@ -221,24 +176,8 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
     from megatron.early_exit.inference.llm import LLM
     from megatron.early_exit.inference.stage_layers import stages_in_words
 
-    llm = LLM.load(
-        args.load,
-        iteration=args.load_iteration,
-        tensor_parallel_size=args.tensor_model_parallel_size,
-        pipeline_parallel_size=args.pipeline_model_parallel_size,
-        pipeline_layers=args.pipeline_layers,
-        fill_min_rows=args.fill_min_rows,
-        dtype=args.dtype,
-        max_requests=args.max_requests,
-        max_length=args.max_length,
-        kv_cache_gib=args.kv_cache_gib,
-        quantize=args.quantize,
-        shortlist=args.shortlist,
-        cuda_graphs=not args.no_cuda_graphs,
-        join_torchrun=True,
-        worker_timeout=args.worker_timeout,
-    )
-    llm.engine.check(params)
+    llm = LLM.load(args.load, **engine_settings(args), join_torchrun=True, worker_timeout=args.worker_timeout)
+    llm.engine.checks.check(params)
     model = llm.engine.description
     has_stages = model.num_stages > 1
     if has_stages:

@@ -8,28 +8,21 @@ for output in llm.generate(["import os", "def main"], GenerationParams(mode="ear
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.config.serialize import iteration_of
-from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.engine import Engine
+from megatron.early_exit.inference.engine_loading import load_engine
 from megatron.early_exit.inference.executor import distributed
-from megatron.early_exit.inference.executor.base import Executor
-from megatron.early_exit.inference.executor.local import LocalExecutor
-from megatron.early_exit.inference.executor.messages import WorkerFactory
-from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig, default_fill_min_rows, load_worker
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, request_error
 from megatron.early_exit.inference.worker.kv_cache import CacheSize
-from megatron.early_exit.inference.worker.worker import Worker
-from megatron.early_exit.platform.world import check_num_ranks, check_world_size, world_size
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +72,8 @@ class LLM:
 
         Raises ValueError or FileNotFoundError if there is no checkpoint, ValueError for settings that cannot work,
         among them sizes that no memory holds; ExecutorError if a worker process fails."""
-        config = LoadConfig(
-            path=str(path),
+        loaded = load_engine(
+            path,
             iteration=iteration,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
@@ -93,26 +86,12 @@ class LLM:
             quantize=quantize,
             shortlist=shortlist,
             cuda_graphs=cuda_graphs,
-        )
-        limits = distributed.Limits(hang=checked.number("worker_timeout", worker_timeout))
-        joins_torchrun = join_torchrun and world_size() > 1
-        if joins_torchrun:
-            names = ("tensor_parallel_size", "pipeline_parallel_size")
-            check_num_ranks({name: getattr(config, name) for name in names})
-        else:
-            check_world_size()
-        checkpoint = InferenceCheckpoint(config, stage=0 if config.layout.num_ranks == 1 else None)
-        description, tokenizer = checkpoint.description, build_tokenizer(checkpoint.description.tokenizer)
-        executor = _start_executor(checkpoint, tokenizer.vocab_size, limits, joins_torchrun)
-        engine = Engine(
-            executor,
-            description.exits,
-            ends=tokenizer.ends,
             max_waiting=max_waiting,
             prefill_chunk=prefill_chunk,
-            calibration=checkpoint.calibration,
+            join_torchrun=join_torchrun,
+            worker_timeout=worker_timeout,
         )
-        return cls(engine, tokenizer, description.exits)
+        return cls(loaded.engine, loaded.tokenizer, loaded.engine.exits)
 
     @property
     def cache_size(self) -> CacheSize:
@@ -216,7 +195,7 @@ class LLM:
             if not isinstance(settings, GenerationParams):
                 raise ValueError(f"params holds {settings!r}; it must be GenerationParams(...), or a list of them")
         for settings in each:
-            self._text_engine.check(settings)
+            self.engine.checks.check(settings)
             self.engine.prepare(settings)
         return each
 
@@ -244,25 +223,6 @@ class _Mailbox:
     open: set[int] = field(default_factory=set)
     """Requests that have not ended."""
     news: deque[OutputDelta | ScoreResult] = field(default_factory=deque)
-
-
-def _start_executor(
-    checkpoint: InferenceCheckpoint, num_ids: int, limits: distributed.Limits, joins_torchrun: bool
-) -> Executor:
-    """The worker in this process, or workers in processes of their own."""
-    if checkpoint.config.layout.num_ranks == 1:
-        return LocalExecutor(Worker(checkpoint.load_decoder(num_ids)))
-    # The last checkpoint may be another one when the ranks look for it.
-    config = replace(checkpoint.config, iteration=iteration_of(checkpoint.folder))
-    if config.pipeline_parallel_size > 1:
-        log.info("pipeline stages: %s", checkpoint.stages_in_words)
-        if config.fill_min_rows is None:
-            here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if joins_torchrun else config.layout.num_ranks
-            config = replace(config, fill_min_rows=default_fill_min_rows(here))
-    settings = {one.name: getattr(config, one.name) for one in fields(config)}
-    factory = WorkerFactory(f"{load_worker.__module__}:{load_worker.__name__}", {"num_ids": num_ids, **settings})
-    start = distributed.join_torchrun if joins_torchrun else distributed.start_workers
-    return start(factory, config.layout, limits)
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -97,10 +97,6 @@ class TextEngine:
     def has_work(self) -> bool:
         return self._engine.has_work
 
-    def check(self, params: GenerationParams) -> None:
-        """Raise ValueError if the model or its layout cannot do what these settings ask for."""
-        self._engine.check(params)
-
     def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Ids of a prompt. Raises ValueError if it is none; PromptTooLong, before any work, if it cannot fit."""
         num_positions = self._num_positions
@@ -119,7 +115,7 @@ class TextEngine:
         output.
 
         Raises ValueError if the prompt cannot be answered with these settings, QueueFull if too many requests wait."""
-        self.check(params)
+        self._engine.checks.check(params)
         ids = self.encode(prompt, params.add_special_tokens)
         request_id = self._engine.add(ids, params, seed_offset=sample_index)
         output = RequestOutput(request_id, ids, sample_index, prompt_index)
@@ -143,13 +139,14 @@ class TextEngine:
 
     def step(self) -> list[OutputDelta | ScoreResult]:
         """Run a step of the engine. Returns what is new of outputs, and the scores that are complete."""
-        return self._news(self._engine.step())
+        return self.take(self._engine.step())
 
     def fail_all(self, error: str) -> list[OutputDelta | ScoreResult]:
         """End every request of the engine with an error."""
-        return self._news(self._engine.fail_all(error))
+        return self.take(self._engine.fail_all(error))
 
-    def _news(self, events: list[Event]) -> list[OutputDelta | ScoreResult]:
+    def take(self, events: list[Event]) -> list[OutputDelta | ScoreResult]:
+        """What events of the engine bring, as of `step`; for an engine in another process, which steps by itself."""
         news = []
         for event in events:
             if event.request_id in self._growing:

@@ -19,14 +19,14 @@ from megatron.early_exit.inference.engine.draft_length import DraftLength, Draft
 from megatron.early_exit.inference.engine.exit_selection import ExitSelector
 from megatron.early_exit.inference.engine.generation import GenerationRequest, RunningGeneration
 from megatron.early_exit.inference.engine.request import Progress, Request, Result, RunningRequest
+from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.engine.scoring import ScoringRequest
 from megatron.early_exit.inference.engine.slots import Slots
 from megatron.early_exit.inference.executor.base import Executor, ExecutorError
-from megatron.early_exit.inference.params import GenerationParams, ScoreParams, check_ids, check_prompt
+from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.protocol import (
     FINAL_HEAD,
     CopyPrefix,
-    ExitThreshold,
     Free,
     Rows,
     RowsOutput,
@@ -77,6 +77,7 @@ class Engine:
         self.description = executor.description
         self.max_waiting, self.prefill_chunk = max_waiting, prefill_chunk
         self.slots = Slots(self.description.num_slots)
+        self.checks = RequestChecks(self.description, exits, is_calibrated=calibration is not None)
         self._selector = ExitSelector(self.description, calibration)
         self._measured_costs = costs
         self._request_ids, self._step_numbers = itertools.count(), itertools.count()
@@ -97,15 +98,14 @@ class Engine:
         Raises ValueError if the model cannot do what is asked, QueueFull if too many requests wait, ExecutorError if
         the workers have ended."""
         model, prompt_ids = self.description, list(prompt_ids)
-        check_prompt(prompt_ids, model.num_positions, model.vocab_size)
-        check_ids("stop_tokens", params.stop_tokens, model.vocab_size)
-        draft_exit = self._draft_exit(params)
+        self.checks.check_generation(prompt_ids, params)
+        draft_exit = self.checks.draft_exit(params)
         self._check_room()
-        thresholds = self._thresholds(params)
+        thresholds = self.checks.thresholds(params)
         if params.plan_exits:
             num_requests = min(len(self._running) + len(self._queue) + 1, model.num_slots)
             thresholds = self._selector.select(thresholds, num_requests, self._costs)
-        across_stages = self._speculates_across_stages(params, draft_exit)
+        across_stages = self.checks.speculates_across_stages(params, draft_exit)
         verifies_together = draft_exit is not None and not across_stages
         return self._enqueue(
             GenerationRequest(
@@ -126,7 +126,7 @@ class Engine:
         """Queue a request for what heads predict over `ids`; returns its id. The result is a `ScoreResult`. Raises as
         `add`."""
         model, ids = self.description, list(ids)
-        params.check_tokens(ids, model.num_positions, model.vocab_size)
+        self.checks.check_scoring(ids, params)
         heads = tuple(FINAL_HEAD if layer is None else model.index_of(layer) for layer in params.heads(self.exits))
         self._check_room()
         return self._enqueue(
@@ -153,11 +153,6 @@ class Engine:
         """End every request with an error."""
         ids = [*self._running, *self._queue]
         return [Event(request_id, [], self._end(request_id, "error", error)) for request_id in ids]
-
-    def check(self, params: GenerationParams) -> None:
-        """Raise ValueError if the model or its layout cannot do what these settings ask for."""
-        params.exit_policy(self.exits)
-        self._speculates_across_stages(params, self._draft_exit(params))
 
     def prepare(self, params: GenerationParams) -> None:
         """Measure what layers and heads cost, if requests with these settings depend on it and nothing is running.
@@ -187,40 +182,20 @@ class Engine:
         return len(self._queue)
 
     @property
+    def kv_cache_usage(self) -> float:
+        """Share of all positions of all slots that running requests have filled."""
+        num_rows = sum(request.num_rows for request in self._running.values())
+        return num_rows / (self.description.num_slots * self.description.num_positions)
+
+    @property
     def _costs(self) -> StepCosts:
         return self._measured_costs or guessed_costs(self.description)
-
-    def _thresholds(self, params: GenerationParams) -> tuple[ExitThreshold, ...]:
-        """Exits that these settings enable, in the order of layers."""
-        policy = params.exit_policy(self.exits)
-        if policy is None:
-            return ()
-        pairs = zip(policy.exit_layers, policy.thresholds, strict=True)
-        return tuple(ExitThreshold(self.description.index_of(layer), threshold) for layer, threshold in pairs)
 
     def _draft_length(self, params: GenerationParams, draft_exit: int) -> DraftLength:
         model = self.description
         return DraftLength(
             params.draft_length, params.max_draft_length, model.exits[draft_exit].depth, model.num_layers, self._costs
         )
-
-    def _draft_exit(self, params: GenerationParams) -> int | None:
-        """Index of the exit that drafts, None: nothing is drafted. Raises ValueError if the model has it not."""
-        layer = params.drafting_exit(self.exits)
-        return None if layer is None else self.description.index_of(layer)
-
-    def _speculates_across_stages(self, params: GenerationParams, draft_exit: int | None) -> bool:
-        """Raises ValueError if that is asked for and no stage lies behind the draft exit."""
-        if draft_exit is None:
-            return False
-        is_possible = self.description.stage_of(draft_exit) < self.description.num_stages - 1
-        if params.speculation == "across_stages" and not is_possible:
-            layer = self.description.exits[draft_exit].layer_number
-            raise ValueError(
-                f"speculation 'across_stages' needs a pipeline stage behind that of the draft exit {layer}, and the "
-                f"model has {self.description.num_stages} in all; choose an earlier exit, more stages or 'auto'"
-            )
-        return is_possible and params.speculation != "draft_then_verify"
 
     def _check_room(self) -> None:
         if self.failure is not None:
@@ -317,7 +292,7 @@ class Engine:
         self._num_planned_for = num_running
         for request in self._running.values():
             if isinstance(request, RunningGeneration) and request.params.plan_exits:
-                candidates = self._thresholds(request.params)
+                candidates = self.checks.thresholds(request.params)
                 request.thresholds = self._selector.select(candidates, num_running, self._costs)
 
     def _submit(self) -> bool:

@@ -89,10 +89,9 @@ class ExitSelector:
     def select(
         self, candidates: tuple[ExitThreshold, ...], num_requests: int, costs: StepCosts
     ) -> tuple[ExitThreshold, ...]:
-        """Those of `candidates` that pay when so many requests run, possibly none. Raises ValueError without a
-        calibration."""
-        if self._calibration is None:
-            raise ValueError("plan_exits needs a calibration of the exits; tools/calibrate_exits.py makes it")
+        """Those of `candidates` that pay when so many requests run, possibly none. The model is calibrated
+        (`RequestChecks`)."""
+        assert self._calibration is not None, "a request that plans exits was not checked"
         key = (candidates, num_requests, costs)
         if key not in self._selected:
             indices = select_exits(

@@ -1,0 +1,65 @@
+"""What can be refused before a request is queued. It knows the model and no workers, so that the process that takes
+requests can ask as well as the engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.inference.params import GenerationParams, ScoreParams, check_ids, check_prompt
+from megatron.early_exit.inference.protocol import ExitThreshold, WorkerDescription
+
+
+@dataclass(frozen=True)
+class RequestChecks:
+    """Checks of requests against a model and its layout. All raise ValueError."""
+
+    model: WorkerDescription
+    exits: ExitConfig
+    is_calibrated: bool
+    """Whether exits can be planned."""
+
+    def check(self, params: GenerationParams) -> None:
+        """Refuse settings that the model or its layout cannot do."""
+        params.exit_policy(self.exits)
+        self.speculates_across_stages(params, self.draft_exit(params))
+
+    def check_generation(self, prompt_ids: Sequence[int], params: GenerationParams) -> None:
+        """Refuse a request for an answer."""
+        check_prompt(prompt_ids, self.model.num_positions, self.model.vocab_size)
+        check_ids("stop_tokens", params.stop_tokens, self.model.vocab_size)
+        if params.plan_exits and not self.is_calibrated:
+            raise ValueError("plan_exits needs a calibration of the exits; tools/calibrate_exits.py makes it")
+        self.check(params)
+
+    def check_scoring(self, ids: Sequence[int], params: ScoreParams) -> None:
+        """Refuse a request for scores."""
+        params.check_tokens(ids, self.model.num_positions, self.model.vocab_size)
+        params.heads(self.exits)
+
+    def thresholds(self, params: GenerationParams) -> tuple[ExitThreshold, ...]:
+        """Exits that these settings enable, in the order of layers."""
+        policy = params.exit_policy(self.exits)
+        if policy is None:
+            return ()
+        pairs = zip(policy.exit_layers, policy.thresholds, strict=True)
+        return tuple(ExitThreshold(self.model.index_of(layer), threshold) for layer, threshold in pairs)
+
+    def draft_exit(self, params: GenerationParams) -> int | None:
+        """Index of the exit that drafts, None: nothing is drafted."""
+        layer = params.drafting_exit(self.exits)
+        return None if layer is None else self.model.index_of(layer)
+
+    def speculates_across_stages(self, params: GenerationParams, draft_exit: int | None) -> bool:
+        """Refuse that if it is asked for and no stage lies behind the draft exit."""
+        if draft_exit is None:
+            return False
+        is_possible = self.model.stage_of(draft_exit) < self.model.num_stages - 1
+        if params.speculation == "across_stages" and not is_possible:
+            layer = self.model.exits[draft_exit].layer_number
+            raise ValueError(
+                f"speculation 'across_stages' needs a pipeline stage behind that of the draft exit {layer}, and the "
+                f"model has {self.model.num_stages} in all; choose an earlier exit, more stages or 'auto'"
+            )
+        return is_possible and params.speculation != "draft_then_verify"

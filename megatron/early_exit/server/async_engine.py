@@ -1,0 +1,378 @@
+"""The engine for asynchronous callers: it starts the engine's process, admits requests, sorts what comes into
+mailboxes, and notices when the process dies or hangs.
+
+Everything runs in one event loop; text is made of tokens there, prompts are tokenized in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.early_exit.inference.executor.base import ExecutorError
+from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, TextEngine
+from megatron.early_exit.server import engine_process
+from megatron.early_exit.server.config import EngineConfig
+from megatron.early_exit.server.engine_client import EngineClient
+from megatron.early_exit.server.engine_messages import (
+    EngineLoad,
+    Failed,
+    FromEngine,
+    Ping,
+    Pong,
+    ProcessSettings,
+    Ready,
+    Shutdown,
+    StepEvents,
+    ToEngine,
+)
+from megatron.early_exit.server.errors import NotReady, Overloaded
+from megatron.early_exit.server.mailbox import Answers
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_PINGS = 1.0
+_SECONDS_TO_END = 5.0
+_SECONDS_FOR_WORKERS = 5.0
+"""That the engine's process has to notice a dead worker before it counts as hung itself."""
+_SECONDS_FOR_LAST_WORDS = 1.0
+_RECENT = 32
+"""Answers from whose durations the time to wait is estimated."""
+
+
+class EngineObserver(Protocol):
+    """Who wants to know what happens, for metrics."""
+
+    def on_delta(self, delta: OutputDelta, params: GenerationParams) -> None:
+        """Something new of an answer, the last of it included."""
+
+    def on_cancel(self, params: GenerationParams) -> None:
+        """An answer that was cancelled, of which there will be no more deltas."""
+
+    def on_load(self, load: EngineLoad) -> None:
+        """How busy the engine is, after each step."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What is there while the engine is ready."""
+
+    ready: Ready
+    tokenizer: Tokenizer
+    client: EngineClient
+    text_engine: TextEngine
+
+
+@dataclass
+class _OpenAnswer:
+    """An answer that the engine works on."""
+
+    answers: Answers
+    params: GenerationParams
+    started: float
+
+
+class AsyncEngine:
+    """An engine in another process. One event loop uses it."""
+
+    def __init__(self, config: EngineConfig, max_waiting: int, observer: EngineObserver | None = None) -> None:
+        """max_waiting: answers that may wait for a slot."""
+        self._config, self._max_waiting, self._observer = config, max_waiting, observer
+        self.model: LoadedModel | None = None
+        """None while there is no engine that can serve."""
+        self.failure: str | None = None
+        """Why the last engine has ended by itself; None while one is loaded or serves."""
+        self.load = EngineLoad()
+        self.num_admitted = 0
+        """Answers that were promised and have not ended: waiting, running or being tokenized."""
+        self._process: _EngineProcess | None = None
+        self._open: dict[int, _OpenAnswer] = {}
+        self._durations: deque[float] = deque(maxlen=_RECENT)
+        self._is_closing = False
+
+    @property
+    def is_ready(self) -> bool:
+        return self.model is not None
+
+    async def start(self) -> LoadedModel:
+        """Start the engine's process and wait until its model is loaded, however long that takes.
+
+        Raises ValueError or OSError if it says that the user can mend it, ExecutorError if it fails otherwise."""
+        self.failure = None
+        self._process = await _EngineProcess.start(self._config)
+        message = await self._process.receive_or_end()
+        if not isinstance(message, Ready):
+            error = await self._ended(message)
+            kinds = {"ValueError": ValueError, "OSError": OSError}
+            raise kinds.get(error.kind, ExecutorError)(error.error)
+        tokenizer = await asyncio.to_thread(build_tokenizer, message.tokenizer)
+        client = EngineClient(message, self._process.send)
+        self.model = LoadedModel(message, tokenizer, client, TextEngine(client, tokenizer))
+        return self.model
+
+    async def run(self) -> None:
+        """Serve until `close`, or until the engine ends by itself: raises ExecutorError then, when every request has
+        been told. Where the engine restarts, that goes on for ever."""
+        while True:
+            error = await self._serve()
+            if error is None:
+                return
+            self._fail(error)
+            if not self._config.restart:
+                raise ExecutorError(error)
+            log.warning("%s; the model is loaded again", error)
+            await self.start()
+            log.warning("the model is loaded again and serves")
+
+    async def close(self) -> None:
+        """End the engine's process; requests that are open end with an error."""
+        self._is_closing = True
+        if self._process is not None:
+            process, self._process = self._process, None
+            self._fail("the server ends")
+            self.failure = None
+            await process.end()
+
+    # Requests.
+
+    async def answer(
+        self, prompts: Sequence[Prompt], params: GenerationParams, *, add_special_tokens: bool | None = None
+    ) -> Answers:
+        """Queue `params.n` answers to each prompt, all or none.
+
+        Raises ValueError if one cannot be answered with these settings, Overloaded if too many answers wait, NotReady
+        if there is no engine."""
+        model = self._ready_model()
+        model.client.checks.check(params)
+        num_answers = len(prompts) * params.n
+        self._reserve(num_answers)
+        try:
+            if add_special_tokens is None:
+                add_special_tokens = params.add_special_tokens
+            encode = lambda: [model.text_engine.encode(prompt, add_special_tokens) for prompt in prompts]
+            prompt_ids = await asyncio.to_thread(encode)
+            for ids in prompt_ids:
+                model.client.checks.check_generation(ids, params)
+            if self.model is not model:
+                raise NotReady(self._why_not_ready())
+        except BaseException:
+            self.num_admitted -= num_answers
+            raise
+        answers = Answers(num_answers, prompt_ids, self._close_answers)
+        for prompt_index, ids in enumerate(prompt_ids):
+            for sample_index in range(params.n):
+                request_id = model.text_engine.add(ids, params, sample_index, prompt_index)
+                self._open[request_id] = _OpenAnswer(answers, params, time.monotonic())
+                answers.request_ids.add(request_id)
+        return answers
+
+    def _ready_model(self) -> LoadedModel:
+        if self.model is None:
+            raise NotReady(self._why_not_ready(), retry_after=5)
+        return self.model
+
+    def _why_not_ready(self) -> str:
+        if self.failure is not None:
+            return f"the engine has ended: {self.failure}"
+        return "the server ends" if self._is_closing else "the model is being loaded"
+
+    def _reserve(self, num_answers: int) -> None:
+        num_slots = self.model.client.description.num_slots
+        most = num_slots + self._max_waiting
+        if num_answers > most:
+            raise ValueError(
+                f"the request asks for {num_answers} answers; at most {most} may run and wait at once (prompts times n)"
+            )
+        if self.num_admitted + num_answers > most:
+            raise Overloaded(
+                f"{self.num_admitted} answers run or wait, and {num_answers} more are too many; try again later",
+                retry_after=self._seconds_to_wait(num_answers),
+            )
+        self.num_admitted += num_answers
+
+    def _seconds_to_wait(self, num_answers: int) -> int:
+        """Until so many answers have ended, by what the last ones took."""
+        if not self._durations:
+            return 1
+        mean = sum(self._durations) / len(self._durations)
+        return min(max(math.ceil(mean * num_answers / self.model.client.description.num_slots), 1), 60)
+
+    def _close_answers(self, answers: Answers) -> None:
+        for request_id in sorted(answers.request_ids):
+            one = self._open.pop(request_id)
+            self.num_admitted -= 1
+            if self.model is not None:
+                self.model.text_engine.cancel(request_id)
+            if self._observer is not None:
+                self._observer.on_cancel(one.params)
+        answers.request_ids.clear()
+
+    def _deliver(self, deltas: Sequence[OutputDelta]) -> None:
+        for delta in deltas:
+            one = self._open[delta.request_id]
+            one.answers.mailbox.put(delta)
+            if delta.is_finished:
+                del self._open[delta.request_id]
+                one.answers.request_ids.remove(delta.request_id)
+                self.num_admitted -= 1
+                self._durations.append(time.monotonic() - one.started)
+            if self._observer is not None:
+                self._observer.on_delta(delta, one.params)
+
+    # The engine's process.
+
+    async def _serve(self) -> str | None:
+        """Take messages until the engine ends. Returns why; None if it was told to."""
+        process, model = self._process, self.model
+        limit = self._config.worker_timeout * model.ready.description.num_stages + _SECONDS_FOR_WORKERS
+        watch = asyncio.create_task(process.watch(limit))
+        try:
+            while True:
+                message = await process.receive_or_end()
+                if self._is_closing:
+                    return None
+                match message:
+                    case StepEvents():
+                        self.load = message.load
+                        self._deliver(model.text_engine.take(model.client.take(message.events)))
+                        if self._observer is not None:
+                            self._observer.on_load(message.load)
+                    case Pong():
+                        pass
+                    case Failed() | None:
+                        return (await self._ended(message)).error
+        finally:
+            watch.cancel()
+
+    async def _ended(self, last: FromEngine | None) -> Failed:
+        """What became of the process."""
+        process, self._process = self._process, None
+        status = await process.end()
+        if isinstance(last, Failed):
+            return last
+        return Failed(process.why_killed or f"the engine's process {_ending(status)}")
+
+    def _fail(self, error: str) -> None:
+        """Tell everybody."""
+        model, self.model, self.failure, self.load = self.model, None, error, EngineLoad()
+        if model is not None:
+            self._deliver(model.text_engine.fail_all(error))
+
+
+class _EngineProcess:
+    """The process and this end of the link to it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, folder: Path) -> None:
+        self._process, self._socket, self._folder = process, socket, folder
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
+        self._last_message = time.monotonic()
+        self.why_killed: str | None = None
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> _EngineProcess:
+        folder = Path(tempfile.mkdtemp(prefix="early_exit_", dir=_short_temporary_folder()))
+        socket = zmq.asyncio.Context().socket(zmq.PAIR)
+        socket.linger = 0
+        socket.setsockopt(zmq.SNDHWM, 0)  # admission bounds what is sent
+        try:
+            endpoint = f"ipc://{folder}/engine"
+            socket.bind(endpoint)
+            environment = dict(os.environ)
+            # What this process can import, the engine can.
+            environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", engine_process.__name__,
+                env=environment, stdin=asyncio.subprocess.PIPE, stdout=2,
+                process_group=0,  # Ctrl-C is for this process alone
+            )  # fmt: skip
+        except BaseException:
+            socket.context.destroy(linger=0)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        settings = ProcessSettings(
+            endpoint, os.getpid(), logging.getLogger().isEnabledFor(logging.INFO), config.path,
+            {"worker_timeout": config.worker_timeout, **config.settings},
+        )  # fmt: skip
+        process.stdin.write(msgspec.msgpack.encode(settings))
+        process.stdin.close()
+        return cls(process, socket, folder)
+
+    def send(self, message: ToEngine) -> None:
+        """Without waiting: the queue has no limit, and messages leave in order."""
+        with contextlib.suppress(zmq.ZMQError):  # the process has ended, as `receive_or_end` tells
+            self._socket.send(self._encode(message))
+
+    async def receive_or_end(self) -> FromEngine | None:
+        """The next message; None when the process has ended and has said nothing more."""
+        receiving = asyncio.ensure_future(self._socket.recv())
+        ending = asyncio.ensure_future(self._process.wait())
+        try:
+            await asyncio.wait({receiving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not receiving.done():  # its last words may be on the way
+                await asyncio.wait({receiving}, timeout=_SECONDS_FOR_LAST_WORDS)
+            if not receiving.done():
+                return None
+            self._last_message = time.monotonic()
+            return self._decode(receiving.result())
+        finally:
+            receiving.cancel()
+            ending.cancel()
+
+    async def watch(self, limit: float) -> None:
+        """Kill the process if it is silent for `limit` seconds."""
+        silent, before = 0.0, time.monotonic()
+        while True:
+            self.send(Ping())
+            await asyncio.sleep(_SECONDS_BETWEEN_PINGS)
+            now = time.monotonic()
+            # While this process was suspended nobody was silent.
+            silent = 0.0 if self._last_message > before else silent + min(now - before, 2 * _SECONDS_BETWEEN_PINGS)
+            before = now
+            if silent > limit:
+                self.why_killed = f"the engine made no progress for {limit:.0f} seconds"
+                self._process.kill()
+                return
+
+    async def end(self) -> int:
+        """End the process, by force if it does not listen. Returns its status."""
+        try:
+            if self._process.returncode is None:
+                self.send(Shutdown())
+                try:
+                    await asyncio.wait_for(self._process.wait(), _SECONDS_TO_END)
+                except TimeoutError:
+                    self._process.kill()
+            return await self._process.wait()
+        finally:
+            self._socket.context.destroy(linger=0)
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"has ended with status {status}"
+    return f"was ended by signal {-status}" + (" (was there too little memory?)" if status == -9 else "")
+
+
+def _short_temporary_folder() -> str | None:
+    """Where paths of sockets are short enough: the system allows 107 characters."""
+    return None if len(tempfile.gettempdir()) < 60 else "/tmp"
