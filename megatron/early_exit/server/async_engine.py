@@ -29,7 +29,6 @@ from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, TextEngine
-from megatron.early_exit.server import engine_process
 from megatron.early_exit.server.config import EngineConfig
 from megatron.early_exit.server.engine_client import EngineClient
 from megatron.early_exit.server.engine_messages import (
@@ -48,6 +47,9 @@ from megatron.early_exit.server.errors import NotReady, Overloaded
 from megatron.early_exit.server.mailbox import Answers
 
 log = logging.getLogger(__name__)
+
+# Not imported: it needs torch, and this process does not.
+_ENGINE_PROCESS = "megatron.early_exit.server.engine_process"
 
 _SECONDS_BETWEEN_PINGS = 1.0
 _SECONDS_TO_END = 5.0
@@ -160,7 +162,7 @@ class AsyncEngine:
 
         Raises ValueError if one cannot be answered with these settings, Overloaded if too many answers wait, NotReady
         if there is no engine."""
-        model = self._ready_model()
+        model = self.ready_model()
         model.client.checks.check(params)
         num_answers = len(prompts) * params.n
         self._reserve(num_answers)
@@ -184,7 +186,8 @@ class AsyncEngine:
                 answers.request_ids.add(request_id)
         return answers
 
-    def _ready_model(self) -> LoadedModel:
+    def ready_model(self) -> LoadedModel:
+        """The model that serves. Raises NotReady."""
         if self.model is None:
             raise NotReady(self._why_not_ready(), retry_after=5)
         return self.model
@@ -284,6 +287,7 @@ class _EngineProcess:
         self._process, self._socket, self._folder = process, socket, folder
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
+        self._ending = asyncio.ensure_future(process.wait())
         self._last_message = time.monotonic()
         self.why_killed: str | None = None
 
@@ -300,7 +304,7 @@ class _EngineProcess:
             # What this process can import, the engine can.
             environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", engine_process.__name__,
+                sys.executable, "-P", "-m", _ENGINE_PROCESS,
                 env=environment, stdin=asyncio.subprocess.PIPE, stdout=2,
                 process_group=0,  # Ctrl-C is for this process alone
             )  # fmt: skip
@@ -323,19 +327,15 @@ class _EngineProcess:
 
     async def receive_or_end(self) -> FromEngine | None:
         """The next message; None when the process has ended and has said nothing more."""
-        receiving = asyncio.ensure_future(self._socket.recv())
-        ending = asyncio.ensure_future(self._process.wait())
-        try:
-            await asyncio.wait({receiving, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done():  # its last words may be on the way
-                await asyncio.wait({receiving}, timeout=_SECONDS_FOR_LAST_WORDS)
-            if not receiving.done():
-                return None
-            self._last_message = time.monotonic()
-            return self._decode(receiving.result())
-        finally:
+        receiving = self._socket.recv()
+        await asyncio.wait({receiving, self._ending}, return_when=asyncio.FIRST_COMPLETED)
+        if not receiving.done():  # its last words may be on the way
+            await asyncio.wait({receiving}, timeout=_SECONDS_FOR_LAST_WORDS)
+        if not receiving.done():
             receiving.cancel()
-            ending.cancel()
+            return None
+        self._last_message = time.monotonic()
+        return self._decode(receiving.result())
 
     async def watch(self, limit: float) -> None:
         """Kill the process if it is silent for `limit` seconds."""
@@ -358,10 +358,10 @@ class _EngineProcess:
             if self._process.returncode is None:
                 self.send(Shutdown())
                 try:
-                    await asyncio.wait_for(self._process.wait(), _SECONDS_TO_END)
+                    await asyncio.wait_for(asyncio.shield(self._ending), _SECONDS_TO_END)
                 except TimeoutError:
                     self._process.kill()
-            return await self._process.wait()
+            return await self._ending
         finally:
             self._socket.context.destroy(linger=0)
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -151,20 +151,21 @@ class _EngineLoop:
         """The other way round."""
         self._others: list[RequestEvent] = []
         """Those that no step brings."""
+        self._sent_load = EngineLoad()
 
     def run(self) -> None:
         """Until the HTTP process says that it is over. Raises ExecutorError if the workers have ended."""
         while self._take_messages():
             events = self._others + [self._named(event) for event in self._engine.step()]
-            self._others = []
-            self._channel.send(StepEvents(events, self._load()))
+            self._others, self._sent_load = [], self._load
+            self._channel.send(StepEvents(events, self._sent_load))
             if self._engine.failure is not None:
                 raise ExecutorError(self._engine.failure)
 
     def _take_messages(self) -> bool:
         """Whether to go on."""
         while True:
-            waits = not (self._engine.has_work or self._others)
+            waits = not (self._engine.has_work or self._others or self._load != self._sent_load)
             message = self._channel.receive(waits)
             if message is None:
                 return True
@@ -211,6 +212,7 @@ class _EngineLoop:
             del self._names[event.request_id], self._ids[name]
         return RequestEvent(name, event.tokens, event.result)
 
+    @property
     def _load(self) -> EngineLoad:
         return EngineLoad(self._engine.num_running, self._engine.num_waiting, self._engine.kv_cache_usage)
 

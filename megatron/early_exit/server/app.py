@@ -1,0 +1,55 @@
+"""The application: routes of all APIs, and how errors are written."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from megatron.early_exit import __version__
+from megatron.early_exit.server.context import ServerContext
+from megatron.early_exit.server.errors import ApiError, BadRequest
+from megatron.early_exit.server.responses import ClientGone
+
+_MEGATRON_PATHS = ("/api",)
+
+
+def build_app(context: ServerContext) -> FastAPI:
+    """The application over an engine, which may still be loading."""
+    app = FastAPI(title="Megatron Early Exit", version=__version__)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _invalid_fields)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientGone, _client_gone)
+    return app
+
+
+def error_body(path: str, error: ApiError) -> dict:
+    """An error in the form of the API that a path belongs to."""
+    if path.rstrip("/") in _MEGATRON_PATHS:
+        return {"message": error.message}
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
+
+
+async def _api_error(request: Request, error: ApiError) -> JSONResponse:
+    return JSONResponse(error_body(request.url.path, error), error.status, error.headers)
+
+
+async def _invalid_fields(request: Request, error: RequestValidationError) -> JSONResponse:
+    """The first field that is wrong, in words."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    message = first["msg"].removeprefix("Value error, ")
+    return await _api_error(request, BadRequest(f"{field}: {message}" if field else message, param=field))
+
+
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    """Unknown paths and methods."""
+    wrapped = ApiError(f"{error.detail}: {request.method} {request.url.path}")
+    wrapped.kind = "invalid_request_error"
+    return JSONResponse(error_body(request.url.path, wrapped), error.status_code, error.headers)
+
+
+async def _client_gone(request: Request, error: ClientGone) -> Response:
+    return Response(status_code=499)  # nobody reads it but the access log

@@ -1,0 +1,10 @@
+#!/usr/bin/env python3
+"""Serve an early-exit model over HTTP: tools/run_text_generation_server.py --help."""
+
+import sys
+
+from megatron.early_exit.platform.command_line import run_program
+from megatron.early_exit.server.command_line import main
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
