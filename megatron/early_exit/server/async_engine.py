@@ -155,9 +155,7 @@ class AsyncEngine:
 
     # Requests.
 
-    async def answer(
-        self, prompts: Sequence[Prompt], params: GenerationParams, *, add_special_tokens: bool | None = None
-    ) -> Answers:
+    async def answer(self, prompts: Sequence[Prompt], params: GenerationParams) -> Answers:
         """Queue `params.n` answers to each prompt, all or none.
 
         Raises ValueError if one cannot be answered with these settings, Overloaded if too many answers wait, NotReady
@@ -167,9 +165,7 @@ class AsyncEngine:
         num_answers = len(prompts) * params.n
         self._reserve(num_answers)
         try:
-            if add_special_tokens is None:
-                add_special_tokens = params.add_special_tokens
-            encode = lambda: [model.text_engine.encode(prompt, add_special_tokens) for prompt in prompts]
+            encode = lambda: [model.text_engine.encode(prompt, params.add_special_tokens) for prompt in prompts]
             prompt_ids = await asyncio.to_thread(encode)
             for ids in prompt_ids:
                 model.client.checks.check_generation(ids, params)
@@ -181,6 +177,7 @@ class AsyncEngine:
         answers = Answers(num_answers, prompt_ids, self._close_answers)
         for prompt_index, ids in enumerate(prompt_ids):
             for sample_index in range(params.n):
+                # It has been checked, so that all are added.
                 request_id = model.text_engine.add(ids, params, sample_index, prompt_index)
                 self._open[request_id] = _OpenAnswer(answers, params, time.monotonic())
                 answers.request_ids.add(request_id)
