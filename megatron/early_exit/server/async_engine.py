@@ -114,19 +114,24 @@ class AsyncEngine:
     def is_ready(self) -> bool:
         return self.model is not None
 
+    @property
+    def process_id(self) -> int | None:
+        """Of the engine's process; None if there is none."""
+        return None if self._process is None else self._process.process_id
+
     async def start(self) -> LoadedModel:
         """Start the engine's process and wait until its model is loaded, however long that takes.
 
         Raises ValueError or OSError if it says that the user can mend it, ExecutorError if it fails otherwise."""
         self.failure = None
-        self._process = await _EngineProcess.start(self._config)
-        message = await self._process.receive_or_end()
+        self._process = process = await _EngineProcess.start(self._config)
+        message = await process.receive_or_end()
         if not isinstance(message, Ready):
-            error = await self._ended(message)
+            error = await self._ended(process, message)
             kinds = {"ValueError": ValueError, "OSError": OSError}
             raise kinds.get(error.kind, ExecutorError)(error.error)
         tokenizer = await asyncio.to_thread(build_tokenizer, message.tokenizer)
-        client = EngineClient(message, self._process.send)
+        client = EngineClient(message, process.send)
         self.model = LoadedModel(message, tokenizer, client, TextEngine(client, tokenizer))
         return self.model
 
@@ -258,13 +263,13 @@ class AsyncEngine:
                     case Pong():
                         pass
                     case Failed() | None:
-                        return (await self._ended(message)).error
+                        return (await self._ended(process, message)).error
         finally:
             watch.cancel()
 
-    async def _ended(self, last: FromEngine | None) -> Failed:
+    async def _ended(self, process: _EngineProcess, last: FromEngine | None) -> Failed:
         """What became of the process."""
-        process, self._process = self._process, None
+        self._process = None
         status = await process.end()
         if isinstance(last, Failed):
             return last
@@ -317,6 +322,10 @@ class _EngineProcess:
         process.stdin.close()
         return cls(process, socket, folder)
 
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
     def send(self, message: ToEngine) -> None:
         """Without waiting: the queue has no limit, and messages leave in order."""
         with contextlib.suppress(zmq.ZMQError):  # the process has ended, as `receive_or_end` tells
@@ -328,7 +337,7 @@ class _EngineProcess:
         await asyncio.wait({receiving, self._ending}, return_when=asyncio.FIRST_COMPLETED)
         if not receiving.done():  # its last words may be on the way
             await asyncio.wait({receiving}, timeout=_SECONDS_FOR_LAST_WORDS)
-        if not receiving.done():
+        if not receiving.done() or receiving.cancelled():  # cancelled by `end`, which closes the socket
             receiving.cancel()
             return None
         self._last_message = time.monotonic()
