@@ -6,20 +6,20 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-INFERENCE = ROOT / "megatron/early_exit/inference"
+FOLDERS = [ROOT / "megatron/early_exit" / name for name in ("inference", "server")]
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 
 def test_files_of_the_page_are_there() -> None:
     names = set(re.findall(r"[\w/]+\.py\b", PAGE))
     assert len(names) > 30
-    places = [ROOT, INFERENCE, *(path for path in INFERENCE.iterdir() if path.is_dir())]
+    places = [ROOT, *FOLDERS, *(path for folder in FOLDERS for path in folder.iterdir() if path.is_dir())]
     assert [name for name in sorted(names) if not any((place / name).is_file() for place in places)] == []
 
 
 def test_names_of_the_page_are_in_the_code() -> None:
     """`Class`, `Class.method`, `function` and `field` are defined somewhere; other quoted words at least occur."""
-    code = "\n".join(path.read_text(encoding="utf-8") for path in INFERENCE.rglob("*.py"))
+    code = "\n".join(path.read_text(encoding="utf-8") for folder in FOLDERS for path in folder.rglob("*.py"))
     quoted = set(re.findall(r"`([A-Za-z_]+(?:\.[a-z_]+)?)(?:\(.*?\))?`", PAGE))
     quoted = {name for name in quoted if not name.endswith(".py")}
     assert len(quoted) > 50
