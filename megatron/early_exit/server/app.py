@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from megatron.early_exit import __version__
+from megatron.early_exit.server import operation
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import ApiError, BadRequest
 from megatron.early_exit.server.responses import ClientGone
@@ -22,6 +23,8 @@ def build_app(context: ServerContext) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid_fields)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
+    for api in (operation,):
+        app.include_router(api.router(context))
     return app
 
 

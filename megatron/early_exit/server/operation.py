@@ -1,0 +1,45 @@
+"""What operates the server asks of it: whether it lives, and whether it can serve."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+
+from megatron.early_exit.server.context import ServerContext
+from megatron.early_exit.server.errors import NotReady
+
+
+class Health(BaseModel):
+    """The answer of the routes for health."""
+
+    status: str
+    """live, ready or not ready"""
+    reason: str | None = None
+    """Why it is not ready."""
+
+
+def router(context: ServerContext) -> APIRouter:
+    """Routes for health; they need no key."""
+    routes = APIRouter(tags=["operation"])
+    methods = ["GET", "HEAD"]
+
+    @routes.api_route("/health/live", methods=methods)
+    async def live() -> Health:
+        """200 while this process lives: a server that loads its model, or has lost its engine, must not be killed for
+        that."""
+        return Health(status="live")
+
+    @routes.api_route("/health", methods=methods, responses={503: {"model": Health}})
+    @routes.api_route("/health/ready", methods=methods, responses={503: {"model": Health}})
+    async def ready(response: Response) -> Health:
+        """200 only if requests can be served; 503 while the model is loaded, when the engine has ended, and when the
+        server is about to."""
+        try:
+            context.ready_model()
+        except NotReady as error:
+            response.status_code = error.status
+            response.headers.update(error.headers)
+            return Health(status="not ready", reason=error.message)
+        return Health(status="ready")
+
+    return routes
