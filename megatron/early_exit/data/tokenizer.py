@@ -9,7 +9,8 @@ import hashlib
 import importlib.util
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +37,10 @@ class Library(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; special tokens leave no text."""
+
+    def spelling(self, token: int) -> str:
+        """An id as the vocabulary writes it, special tokens too. Bytes that are no text: `<0xE2>`, or in the alphabet
+        of byte-level vocabularies."""
 
 
 class Tokenizer:
@@ -87,15 +92,25 @@ class Tokenizer:
         """Whether decoding removes a space again when what comes after it is known ("a ." becomes "a.")."""
         return getattr(self.library, "cleans_up_spaces", False)
 
-    def chat(self, messages: list[dict[str, str]], add_special_tokens: bool = True) -> list[int]:
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer says how conversations are written."""
+        return isinstance(self.library, HuggingFaceLibrary) and self.library.has_chat_template
+
+    def chat(
+        self, messages: list[dict[str, str]], add_special_tokens: bool = True, template: str | None = None
+    ) -> list[int]:
         """The ids that ask for an answer to a conversation of {"role": ..., "content": ...}: by the tokenizer's chat
-        template, which writes all special tokens itself, or the contents one after the other if it has none.
+        template, or one in Jinja in its place, which writes all special tokens itself, or the contents one after the
+        other if there is none. A template in front of a tokenizer that is not of transformers writes text alone.
 
         Raises ValueError if the template refuses the conversation."""
-        if isinstance(self.library, HuggingFaceLibrary) and self.library.has_chat_template:
-            for message in messages:
-                check_unicode(message["content"])
-            return self.library.chat(messages)
+        for message in messages:
+            check_unicode(message["content"])
+        if isinstance(self.library, HuggingFaceLibrary) and (template or self.library.has_chat_template):
+            return self.library.chat(messages, template)
+        if template:
+            return self.encode_prompt(_render(template, messages), add_special_tokens)
         text = "\n".join(message["content"] for message in messages) + "\n"
         return self.encode_prompt(text, add_special_tokens)
 
@@ -121,6 +136,9 @@ class ByteLibrary:
     def decode(self, ids: list[int]) -> str:
         return bytes(token for token in ids if token < self.eod).decode("utf-8", errors="replace")
 
+    def spelling(self, token: int) -> str:
+        return f"<0x{token:02X}>" if token < self.eod else "<eod>"
+
 
 class NumberLibrary:
     """Text that is numbers between spaces."""
@@ -130,6 +148,9 @@ class NumberLibrary:
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
+
+    def spelling(self, token: int) -> str:
+        return str(token)
 
 
 class SentencePieceLibrary:
@@ -147,6 +168,9 @@ class SentencePieceLibrary:
 
     def decode(self, ids: list[int]) -> str:
         return self.model.decode(ids)
+
+    def spelling(self, token: int) -> str:
+        return self.model.id_to_piece(token)
 
 
 class HuggingFaceLibrary:
@@ -167,22 +191,44 @@ class HuggingFaceLibrary:
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def spelling(self, token: int) -> str:
+        return self.tokenizer.convert_ids_to_tokens(token) or f"<{token}>"  # ids may have holes
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self.tokenizer.chat_template)
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation that asks for an answer. Raises ValueError if the template refuses it."""
-        try:
-            return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except Exception as error:  # a template is a program of its own
-            raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from error
+    def chat(self, messages: list[dict[str, str]], template: str | None = None) -> list[int]:
+        """Ids of a conversation that asks for an answer, by the tokenizer's template or another one. Raises ValueError
+        if the template refuses it."""
+        with _refusals_of_template():
+            return list(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=template, add_generation_prompt=True, return_dict=False
+                )
+            )
 
     def _cleans_up_spaces(self) -> bool:
         # Asked by example: the setting alone does not say, since transformers ignores it for some models.
         ids = self.tokenizer.encode("a . a , a", add_special_tokens=False)
         kept = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return self.tokenizer.decode(ids) != kept
+
+
+def _render(template: str, messages: list[dict[str, str]]) -> str:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with _refusals_of_template():
+        rendered, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True)
+        return rendered[0]
+
+
+@contextmanager
+def _refusals_of_template() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a template is a program of its own
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
 def build_tokenizer(data: TokenizerConfig) -> Tokenizer:

@@ -125,6 +125,8 @@ class StopStrings:
         self._num_characters = 0
         self.found_at: int | None = None
         """Characters before the stop string, once one is found; what comes after it is ignored."""
+        self.found: str | None = None
+        """The stop string itself."""
 
     @property
     def num_settled(self) -> int:
@@ -142,9 +144,10 @@ class StopStrings:
             return
         for character in piece:
             self._num_characters += 1
-            lengths = [len(search.stop) for search in self._searches if search.add(character)]
-            if lengths:
-                self.found_at = self._num_characters - max(lengths)
+            complete = [search.stop for search in self._searches if search.add(character)]
+            if complete:
+                self.found = max(complete, key=len)
+                self.found_at = self._num_characters - len(self.found)
                 return
 
 

@@ -46,6 +46,8 @@ class RequestOutput:
     """Those whose text is whole and can no longer be taken back; in the end those of the result."""
     result: RequestResult | None = None
     """Set when the request has ended; None also for a prompt that was refused."""
+    stop_string: str | None = None
+    """The one that ended the answer, if one did."""
     error: str | None = None
     """Why the prompt was refused or the request failed."""
 
@@ -227,6 +229,7 @@ class _GrowingOutput:
         if self._is_stopped:
             self._cut(self._stops.found_at - self._num_taken)
             result = result.stopped_after(self.num_tokens)
+            self._output.stop_string = self._stops.found
         self._output.result, self._output.error = result, result.error
         return self._take(len(self._held), is_finished=True)
 

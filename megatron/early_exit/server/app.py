@@ -11,6 +11,8 @@ from megatron.early_exit import __version__
 from megatron.early_exit.server import operation
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import ApiError, BadRequest
+from megatron.early_exit.server.openai_api import routes as openai_api
+from megatron.early_exit.server.openai_api.errors import error_document
 from megatron.early_exit.server.responses import ClientGone
 
 _MEGATRON_PATHS = ("/api",)
@@ -23,7 +25,7 @@ def build_app(context: ServerContext) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid_fields)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
-    for api in (operation,):
+    for api in (operation, openai_api):
         app.include_router(api.router(context))
     return app
 
@@ -32,7 +34,7 @@ def error_body(path: str, error: ApiError) -> dict:
     """An error in the form of the API that a path belongs to."""
     if path.rstrip("/") in _MEGATRON_PATHS:
         return {"message": error.message}
-    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
+    return error_document(error).model_dump()
 
 
 async def _api_error(request: Request, error: ApiError) -> JSONResponse:

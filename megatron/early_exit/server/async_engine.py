@@ -16,8 +16,9 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from megatron.early_exit.data.token_text import TokenTexts
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.params import GenerationParams
@@ -60,6 +62,10 @@ _RECENT = 32
 """Answers from whose durations the time to wait is estimated."""
 
 
+PromptMaker = Callable[[Tokenizer], list[int]]
+"""Makes the ids of a prompt, by a chat template for instance. It is called in a thread, and raises ValueError."""
+
+
 class EngineObserver(Protocol):
     """Who wants to know what happens, for metrics."""
 
@@ -81,6 +87,11 @@ class LoadedModel:
     tokenizer: Tokenizer
     client: EngineClient
     text_engine: TextEngine
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """The text of each id by itself."""
+        return TokenTexts(self.tokenizer)
 
 
 @dataclass
@@ -160,31 +171,41 @@ class AsyncEngine:
 
     # Requests.
 
-    async def answer(self, prompts: Sequence[Prompt], params: GenerationParams) -> Answers:
-        """Queue `params.n` answers to each prompt, all or none.
+    async def answer(
+        self,
+        prompts: Sequence[Prompt | PromptMaker],
+        params: GenerationParams | Sequence[GenerationParams],
+        *,
+        must_fit: bool = False,
+    ) -> Answers:
+        """Queue `n` answers to each prompt, all or none.
 
-        Raises ValueError if one cannot be answered with these settings, Overloaded if too many answers wait, NotReady
-        if there is no engine."""
+        params: of all prompts, or of each. must_fit: refuse answers that cannot have `max_tokens`; else they end where
+        the model takes no longer sequence. Raises ValueError if one cannot be answered with these settings,
+        PromptTooLong among them, Overloaded if too many answers wait, NotReady if there is no engine."""
         model = self.ready_model()
-        model.client.checks.check(params)
-        num_answers = len(prompts) * params.n
+        each = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
+        for one in each:
+            model.client.checks.check(one)
+        num_answers = sum(one.n for one in each)
         self._reserve(num_answers)
         try:
-            encode = lambda: [model.text_engine.encode(prompt, params.add_special_tokens) for prompt in prompts]
-            prompt_ids = await asyncio.to_thread(encode)
-            for ids in prompt_ids:
-                model.client.checks.check_generation(ids, params)
+            prompt_ids = await asyncio.to_thread(_encode, model, prompts, each)
+            for ids, one in zip(prompt_ids, each, strict=True):
+                model.client.checks.check_generation(ids, one)
+                if must_fit:
+                    model.client.checks.check_room(ids, one)
             if self.model is not model:
                 raise NotReady(self._why_not_ready())
         except BaseException:
             self.num_admitted -= num_answers
             raise
         answers = Answers(num_answers, prompt_ids, self._close_answers)
-        for prompt_index, ids in enumerate(prompt_ids):
-            for sample_index in range(params.n):
+        for prompt_index, (ids, one) in enumerate(zip(prompt_ids, each, strict=True)):
+            for sample_index in range(one.n):
                 # It has been checked, so that all are added.
-                request_id = model.text_engine.add(ids, params, sample_index, prompt_index)
-                self._open[request_id] = _OpenAnswer(answers, params, time.monotonic())
+                request_id = model.text_engine.add(ids, one, sample_index, prompt_index)
+                self._open[request_id] = _OpenAnswer(answers, one, time.monotonic())
                 answers.request_ids.add(request_id)
         return answers
 
@@ -280,6 +301,16 @@ class AsyncEngine:
         model, self.model, self.failure, self.load = self.model, None, error, EngineLoad()
         if model is not None:
             self._deliver(model.text_engine.fail_all(error))
+
+
+def _encode(
+    model: LoadedModel, prompts: Sequence[Prompt | PromptMaker], params: Sequence[GenerationParams]
+) -> list[list[int]]:
+    """Ids of each prompt."""
+    return [
+        model.text_engine.encode(prompt(model.tokenizer) if callable(prompt) else prompt, one.add_special_tokens)
+        for prompt, one in zip(prompts, params, strict=True)
+    ]
 
 
 class _EngineProcess:

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.inference.params import GenerationParams, ScoreParams, check_ids, check_prompt
+from megatron.early_exit.inference.params import (
+    GenerationParams,
+    PromptTooLong,
+    ScoreParams,
+    check_ids,
+    check_prompt,
+)
 from megatron.early_exit.inference.protocol import ExitThreshold, WorkerDescription
 
 
@@ -32,6 +38,16 @@ class RequestChecks:
         if params.plan_exits and not self.is_calibrated:
             raise ValueError("plan_exits needs a calibration of the exits; tools/calibrate_exits.py makes it")
         self.check(params)
+
+    def check_room(self, prompt_ids: Sequence[int], params: GenerationParams) -> None:
+        """Refuse an answer that would end before it has `max_tokens`, as the model takes no longer sequence."""
+        num_tokens, num_positions = len(prompt_ids), self.model.num_positions
+        most = num_positions - num_tokens + 1  # the last token is not fed back
+        if params.max_tokens > most:
+            raise PromptTooLong(
+                f"the prompt has {num_tokens} tokens and the answer may have {params.max_tokens} (max_tokens); the "
+                f"model takes {num_positions} positions, so that at most {most} tokens fit behind this prompt"
+            )
 
     def check_scoring(self, ids: Sequence[int], params: ScoreParams) -> None:
         """Refuse a request for scores."""

@@ -1,0 +1,115 @@
+"""Early exit in request and response bodies, the same in every API that has fields for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from megatron.early_exit.inference.params import LONGEST_DRAFT, GenerationParams, Mode, Speculation
+from megatron.early_exit.inference.results import GeneratedToken, RequestResult
+from megatron.early_exit.server.request_fields import RequestBody, in_words
+
+_MAX_EXITS = 1024
+_Threshold = Annotated[float, Field(ge=0, le=1)]
+_Layer = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+_EXIT_SETTINGS = (
+    "mode", "exit_thresholds", "exit_layers", "max_deferred", "plan_exits", "draft_exit", "draft_length", "speculation",
+)  # fmt: skip
+
+
+class EarlyExitFields(RequestBody):
+    """Settings of early exit. What a request leaves out is as the server was told at its start; fields of other modes
+    have no effect."""
+
+    mode: Mode | None = None
+    """full: all layers for every token. early_exit: take a token from the first exit that is confident.
+    self_speculative: an exit drafts tokens, all layers verify them."""
+    exit_thresholds: Annotated[
+        _Threshold | Annotated[list[_Threshold], Field(min_length=1, max_length=_MAX_EXITS)] | None,
+        in_words("a number from 0 to 1, or a list of them, one for each exit"),
+    ] = None
+    """early_exit: take an exit from this probability of its best token on; one for all exits, or one for each."""
+    exit_layers: Annotated[list[_Layer], Field(max_length=_MAX_EXITS)] | None = None
+    """early_exit: exits that may be taken, by the numbers of their layers; empty: all."""
+    max_deferred: Annotated[int, Field(ge=0)] | None = None
+    """early_exit: tokens whose remaining layers may wait."""
+    plan_exits: bool | None = None
+    """early_exit: only exits that pay on this machine; needs a calibration."""
+    draft_exit: _Layer | None = None
+    """self_speculative: the exit that drafts."""
+    draft_length: Annotated[int, Field(ge=1, le=LONGEST_DRAFT)] | None = None
+    """self_speculative: tokens to draft at once; left out: it adapts."""
+    speculation: Speculation | None = None
+    """self_speculative, over pipeline stages: how drafts are verified."""
+    return_exit_details: bool | None = None
+    """Say of each token which head gave it and how confident it was."""
+
+    def with_exits(self, params: GenerationParams) -> GenerationParams:
+        """`params` with what this request sets. Raises ValueError."""
+        given = {name: getattr(self, name) for name in _EXIT_SETTINGS if getattr(self, name) is not None}
+        return replace(params, **given)
+
+
+class TokenExit(BaseModel):
+    """Where one token came from."""
+
+    text: str
+    """What it adds to the text; all of them together are the text of the answer."""
+    token_id: int
+    exit_layer: int
+    """The number of layers for the final head."""
+    is_final: bool
+    """Whether all layers gave or verified it."""
+    is_draft: bool
+    """Whether an exit drafted it and all layers accepted it."""
+    confidence: float
+    """Largest probability of the head that gave it."""
+
+
+class EarlyExitUsage(BaseModel):
+    """What early exit did for the answers to a request."""
+
+    mode: Mode
+    layers_saved: float
+    """Share of the full model's layer computations that was not run."""
+    runs_saved: float
+    """Share of the full model's passes over layers that was not needed: deferred rows run together."""
+    tokens_by_exit: dict[str, int]
+    """By the layer of the exit; `final` for the final head."""
+    drafted: int
+    accepted: int
+
+
+def exit_details(pieces: Sequence[str], tokens: Sequence[GeneratedToken]) -> list[TokenExit]:
+    """Of each token."""
+    return [
+        TokenExit(
+            text=piece, token_id=token.token, exit_layer=token.exit_layer, is_final=token.is_final,
+            is_draft=token.is_draft, confidence=token.confidence,
+        )
+        for piece, token in zip(pieces, tokens, strict=True)
+    ]  # fmt: skip
+
+
+def early_exit_usage(mode: Mode, results: Sequence[RequestResult]) -> EarlyExitUsage:
+    """Of all answers together."""
+    statistics = [result.statistics for result in results]
+    full = sum(one.full_layer_passes for one in statistics)
+    saved = lambda run: 1.0 - run / full if full else 0.0
+    tokens: Counter[str] = Counter()
+    for result in results:
+        for usage in result.usage:
+            tokens["final" if usage.is_final else str(usage.exit_layer)] += usage.tokens
+    return EarlyExitUsage(
+        mode=mode,
+        layers_saved=saved(sum(one.layer_passes for one in statistics)),
+        runs_saved=saved(sum(one.layer_runs for one in statistics)),
+        tokens_by_exit=dict(tokens),
+        drafted=sum(one.drafted for one in statistics),
+        accepted=sum(one.accepted for one in statistics),
+    )

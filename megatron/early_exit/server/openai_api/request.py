@@ -1,0 +1,155 @@
+"""What completions and chat completions have in common: fields of the request, and settings of the engine from them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from megatron.early_exit.inference.params import (
+    MAX_SAMPLES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    GenerationParams,
+    SamplingSettings,
+)
+from megatron.early_exit.server.config import RequestLimits
+from megatron.early_exit.server.early_exit_fields import EarlyExitFields
+from megatron.early_exit.server.errors import BadRequest
+from megatron.early_exit.server.request_fields import NEUTRAL, Id, Nothing, RequestBody, in_words
+
+MAX_LOG_PROBS = 20
+"""Beside each token."""
+
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class StreamOptions(RequestBody):
+    """Of a streamed answer."""
+
+    include_usage: bool | None = None
+    """Send the usage as the last chunk."""
+    include_obfuscation: Annotated[Literal[False] | None, NEUTRAL] = None
+    continuous_usage_stats: Annotated[Literal[False] | None, NEUTRAL] = None
+
+
+class AnswerRequest(EarlyExitFields):
+    """Fields of both kinds of requests. Those that nothing is done with accept the values that ask for nothing."""
+
+    model: Annotated[str, Field(max_length=1024)] | None = None
+    """Left out: the one that is served."""
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """0: the most probable token, whatever top_p and the others are; default 1."""
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Choose among the fewest most probable tokens with this probability; default 1: all."""
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    """Choose among so many most probable tokens; 0 and -1: all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Leave out what is below this share of the most probable token's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    """Of tokens that the prompt or the answer holds; 1: none."""
+    frequency_penalty: _Penalty | None = None
+    """Subtracted from a token's logit as often as the answer holds it."""
+    presence_penalty: _Penalty | None = None
+    """Subtracted from the logits of tokens that the answer holds."""
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    """The same seed gives the same answer; left out: another one each time."""
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    """Answers to each prompt; answer i is drawn with seed + i."""
+    stop: Annotated[
+        _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOP_STRINGS)] | None,
+        in_words(
+            f"a text of 1 to {MAX_STOP_CHARACTERS} characters, or a list of at most {MAX_STOP_STRINGS} of them"
+        ),
+    ] = None  # fmt: skip
+    """The answer ends before these texts."""
+    stop_token_ids: Annotated[list[Id], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    """The answer ends with one of these tokens, which leaves no text."""
+    ignore_eos: bool | None = None
+    """Go on after the model's own end."""
+    stream: bool | None = None
+    """Send the answer as it grows."""
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    """Send the ids of prompts and answers as well."""
+    return_tokens_as_token_ids: bool | None = None
+    """In log-probabilities, write tokens as `token_id:N`."""
+
+    user: str | None = None
+    request_id: str | None = None
+    skip_special_tokens: Annotated[Literal[True] | None, NEUTRAL] = None
+    spaces_between_special_tokens: Annotated[Literal[True] | None, NEUTRAL] = None
+    include_stop_str_in_output: Annotated[Literal[False] | None, NEUTRAL] = None
+    use_beam_search: Annotated[Literal[False] | None, NEUTRAL] = None
+    length_penalty: Annotated[Annotated[float, Field(ge=1, le=1)] | None, NEUTRAL] = None
+    truncate_prompt_tokens: Annotated[None, NEUTRAL] = None
+    prompt_logprobs: Annotated[None, NEUTRAL] = None
+    allowed_token_ids: Annotated[Nothing | None, NEUTRAL] = None
+    bad_words: Annotated[Nothing | None, NEUTRAL] = None
+    priority: Annotated[Literal[0] | None, NEUTRAL] = None
+    structured_outputs: Annotated[None, NEUTRAL] = None
+    guided_json: Annotated[None, NEUTRAL] = None
+    guided_regex: Annotated[None, NEUTRAL] = None
+    guided_choice: Annotated[None, NEUTRAL] = None
+    guided_grammar: Annotated[None, NEUTRAL] = None
+
+    @property
+    def num_samples(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def wants_usage(self) -> bool:
+        """In a stream."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def check(self, num_prompts: int, limits: RequestLimits) -> None:
+        """What depends on several fields, or on the server. Raises BadRequest that names the field."""
+        if self.stream_options is not None and not self.stream:
+            raise BadRequest("stream_options is given, but stream is not true", param="stream_options")
+        if num_prompts > limits.max_prompts:
+            message = f"prompt holds {num_prompts} prompts; one request may hold {limits.max_prompts}"
+            raise BadRequest(message, param="prompt")
+        num_answers = num_prompts * self.num_samples
+        if num_answers > limits.max_answers:
+            message = f"the request asks for {num_answers} answers (prompts times n); it may for {limits.max_answers}"
+            raise BadRequest(message, param="n")
+
+    def params(self, defaults: GenerationParams, **settings: Any) -> GenerationParams:
+        """Settings of the engine. settings: those that the kinds of requests call differently. Raises ValueError."""
+        stop = self.stop or []
+        params = replace(
+            defaults,
+            sampling=self._sampling(),
+            n=self.num_samples,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop_tokens=tuple(self.stop_token_ids or ()),
+            ignore_eod=bool(self.ignore_eos),
+            **settings,
+        )
+        return self.with_exits(params)
+
+    def seeded(self, params: GenerationParams, num_prompts: int) -> list[GenerationParams]:
+        """The settings of each prompt. Without a seed equal prompts have other answers too."""
+        if self.seed is not None or params.sampling.is_greedy:
+            return [params] * num_prompts
+        first = params.sampling
+        return [replace(params, sampling=first.of_sample(index * params.n)) for index in range(num_prompts)]
+
+    def _sampling(self) -> SamplingSettings:
+        given: Callable[[Any, Any], Any] = lambda value, default: default if value is None else value
+        top_p, top_k = given(self.top_p, 1.0), max(given(self.top_k, 0), 0)
+        return SamplingSettings(
+            temperature=given(self.temperature, 1.0),
+            top_p=0.0 if top_p == 1.0 else top_p,
+            top_k=1 if top_p == 0.0 else top_k,  # the fewest tokens with a probability of 0: the best one
+            min_p=given(self.min_p, 0.0),
+            repetition_penalty=given(self.repetition_penalty, 1.0),
+            frequency_penalty=given(self.frequency_penalty, 0.0),
+            presence_penalty=given(self.presence_penalty, 0.0),
+            seed=secrets.randbits(63) if self.seed is None else self.seed,
+        )
