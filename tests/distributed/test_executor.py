@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -68,7 +69,12 @@ from tests.distributed import fake_workers
 from tests.distributed.fake_workers import CRASH, EXIT, FLOOD, HANG, KILL, RAISE, SUSPEND
 
 ROOT = Path(__file__).parents[2]
-QUICK = Limits(hello=60, link=10, hang=2, ping=0.2, look=0.1, end=5)
+SOON = 30.0
+"""Seconds. What ends in a fraction of one takes ten or more where many programs share few cores."""
+QUICK = Limits(link=10, ping=0.2, look=0.1, hang=2 * SOON, end=2 * SOON)
+"""Looks often. What only a limit ends does not end soon."""
+IMPATIENT = replace(QUICK, hang=2)
+"""For ranks that hang."""
 TWO_RANKS = Layout(tensor_parallel_size=2)
 FACTORY = "tests.distributed.fake_workers:make_fake"
 
@@ -100,7 +106,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float = 5.0) -> list[int]:
+def wait_until_gone(pids: list[int], seconds: float = SOON) -> list[int]:
     """Those that are still there."""
     deadline = time.monotonic() + seconds
     while any(map(is_alive, pids)) and time.monotonic() < deadline:
@@ -116,7 +122,7 @@ def step(number: int, token: int = 5, slot: int = 0, seed: int | None = None) ->
 
 def answer(executor: DistributedExecutor, one: Step) -> list[RowsOutput]:
     executor.submit(one)
-    return executor.poll(20)
+    return executor.poll(SOON)
 
 
 # Messages.
@@ -149,7 +155,7 @@ def engine(tmp_path: Path) -> Iterator[EngineChannel]:
         channel.close()
 
 
-def receive(channel: EngineChannel, seconds: float = 5.0) -> tuple[int, FromWorker] | None:
+def receive(channel: EngineChannel, seconds: float = SOON) -> tuple[int, FromWorker] | None:
     deadline = time.monotonic() + seconds
     while (received := channel.receive()) is None and time.monotonic() < deadline:
         channel.wait(0.05)
@@ -246,7 +252,7 @@ def test_steps_keep_their_order_under_load() -> None:
             executor.submit(step(number, token=number % 800, seed=number))
         outputs = []
         while len(outputs) < count:
-            new = executor.poll(20)
+            new = executor.poll(SOON)
             assert new
             outputs += new
         assert [one.request_id for one in outputs] == list(range(count))
@@ -258,18 +264,18 @@ def test_steps_keep_their_order_under_load() -> None:
 
 
 def test_polling_waits_for_a_pending_step_alone() -> None:
-    with workers(1) as executor:
+    with workers(1, replace(QUICK, end=1)) as executor:
         started = time.monotonic()
         assert executor.poll() == []
         executor.submit(Step(1))  # no rows, no outputs
         assert not executor.can_submit
-        assert executor.poll(10) == []
+        assert executor.poll(2 * SOON) == []
         assert executor.can_submit
         assert executor.measure_costs() == fake_workers.COSTS
         assert executor.description == fake_workers.DESCRIPTION
         executor.submit(step(2, HANG))
         assert executor.poll(0.3) == []
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < SOON
 
 
 def test_two_executors_beside_each_other_and_collectives() -> None:
@@ -277,8 +283,8 @@ def test_two_executors_beside_each_other_and_collectives() -> None:
         for number in range(5):
             one.submit(step(number))
             other.submit(step(number, token=7))
-            assert one.poll(20)[0].layer_passes == 2 * (number + 1)  # summed over two ranks
-            assert other.poll(20)[0].tokens[0].token == 8
+            assert one.poll(SOON)[0].layer_passes == 2 * (number + 1)  # summed over two ranks
+            assert other.poll(SOON)[0].tokens[0].token == 8
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -301,9 +307,9 @@ def test_an_output_that_is_too_large_is_an_error_of_its_request() -> None:
 
 
 def test_an_idle_engine_outlives_the_time_limits() -> None:
-    with workers(uses_collectives=True, limits=Limits(hang=1, ping=0.1, look=0.1)) as executor:
+    with workers(uses_collectives=True, limits=IMPATIENT) as executor:
         answer(executor, step(1))
-        time.sleep(3)
+        time.sleep(2 * IMPATIENT.hang)
         assert answer(executor, step(2))[0].tokens[0].token == 6
 
 
@@ -335,7 +341,7 @@ def test_an_engine_goes_on_after_an_interrupted_step() -> None:
 
 
 def results_of(engine: Engine) -> list[RequestResult]:
-    deadline, results = time.monotonic() + 20, []
+    deadline, results = time.monotonic() + SOON, []
     while engine.has_work:
         assert time.monotonic() < deadline
         results += [event.result for event in engine.step() if event.result is not None]
@@ -353,7 +359,7 @@ def test_all_requests_end_with_an_error_when_a_rank_is_killed() -> None:
             engine.add(prompt, GenerationParams(max_tokens=20))
         started = time.monotonic()
         results = results_of(engine)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < SOON
         assert len(results) == 6
         assert {one.error for one in results} == {"worker rank 1 was ended by SIGKILL (was there too little memory?)"}
         with pytest.raises(ExecutorError, match="worker rank 1 was ended"):
@@ -370,17 +376,21 @@ MISDEEDS = {
 }
 
 
+def limits_of(misdeed: int) -> Limits:
+    return IMPATIENT if misdeed in (HANG, SUSPEND) else QUICK
+
+
 @needs_proc
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("misdeed", MISDEEDS)
 def test_a_step_that_a_rank_does_not_survive(misdeed: int, rank: int) -> None:
-    with workers() as executor:
+    with workers(limits=limits_of(misdeed)) as executor:
         answer(executor, step(1))
         pids, started = pids_of(executor), time.monotonic()
         with pytest.raises(ExecutorError, match=f"^worker rank {rank} {MISDEEDS[misdeed]}$") as caught:
             for number in range(2, 10**6):  # rank 0 may go on for a while
                 answer(executor, step(number, misdeed if number == 2 else 5, slot=rank))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < SOON
         assert not any(map(is_alive, pids))
         for again in (lambda: executor.submit(step(9)), executor.poll, executor.measure_costs):
             with pytest.raises(ExecutorError) as second:
@@ -484,7 +494,7 @@ def test_workers_end_with_the_engine(code: str, number: int | None, status: int,
         time.sleep(0.5)
         os.killpg(process.pid, number)  # as a terminal sends Ctrl-C: to the whole group
     output, errors = process.stdout.read(), process.stderr.read()
-    assert process.wait(timeout=20) == status, errors
+    assert process.wait(timeout=SOON) == status, errors
     assert wait_until_gone(pids) == []
     assert list(tmp_path.iterdir()) == []  # however it ended
     assert "worker_process" not in errors, errors  # no traceback of a worker
@@ -568,6 +578,6 @@ def test_ranks_without_torchrun_notice_each_others_end(victim: int) -> None:
     assert all(map(is_alive, pids))
     ranks[victim].kill()
     assert wait_until_gone(pids) == []
-    outputs = [rank.communicate(timeout=20) for rank in ranks]
+    outputs = [rank.communicate(timeout=SOON) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [-9 if rank == victim else 1 for rank in (0, 1)]
     assert victim == 0 or "error: worker rank 1 has closed its connection" in outputs[0][0], outputs

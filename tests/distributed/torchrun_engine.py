@@ -1,12 +1,10 @@
-"""A torchrun job with fake workers, for tests of executors: python torchrun_engine.py CODE STAGES RANKS [SECONDS].
-RANKS: of each stage. CODE finds `executor`, and `answer` and `step` of `test_executor.py`; limits are quick. SECONDS:
-without progress until a rank counts as dead."""
+"""A torchrun job with fake workers, for tests of executors: python torchrun_engine.py CODE STAGES RANKS.
+RANKS: of each stage. CODE finds `executor`, and `answer` and `step` of `test_executor.py`."""
 
 from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.executor.distributed import join_torchrun
@@ -22,11 +20,10 @@ def main() -> int:
     sys.stdout.flush()
     if os.environ["RANK"] != "0":
         return serve_torchrun_rank()
-    num_stages, size = map(int, sys.argv[2:4])
-    limits = QUICK if len(sys.argv) == 4 else replace(QUICK, hang=float(sys.argv[4]))
+    num_stages, size = map(int, sys.argv[2:])
     arguments = {"uses_collectives": size > 1, "num_stages": num_stages}
     try:
-        executor = join_torchrun(WorkerFactory(FACTORY, arguments), Layout(size, num_stages), limits)
+        executor = join_torchrun(WorkerFactory(FACTORY, arguments), Layout(size, num_stages), QUICK)
     except OSError as error:
         print(f"error: {error}", flush=True)
         return 1

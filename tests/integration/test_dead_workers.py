@@ -15,7 +15,7 @@ import pytest
 
 from tests.distributed.engines import decoding_config
 from tests.distributed.test_added_exits import save
-from tests.distributed.test_executor import wait_until_gone
+from tests.distributed.test_executor import SOON, wait_until_gone
 from tests.distributed.workers import run_distributed
 from tests.integration.test_training_program import ROOT, environment, torchrun
 
@@ -94,7 +94,7 @@ def test_workers_wait_for_what_is_typed(checkpoint: Path) -> None:
         process.stdin.flush()
         assert len(json.loads(process.stdout.readline())["tokens"]) == 3
     process.stdin.close()
-    assert (process.wait(timeout=30), complaints(process.stderr.read())) == (0, "")
+    assert (process.wait(timeout=SOON), complaints(process.stderr.read())) == (0, "")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -107,8 +107,8 @@ def test_a_killed_worker_ends_the_program(checkpoint: Path, prompts: Path, rank:
     os.kill(victim, signal.SIGKILL)
     # Not `communicate`, which does not see what `readline` has read ahead.
     output, errors = process.stdout.read(), process.stderr.read()
-    assert process.wait(timeout=30) == 1
-    assert time.monotonic() - killed < 5
+    assert process.wait(timeout=SOON) == 1
+    assert time.monotonic() - killed < SOON
     errors = complaints(errors)
     assert errors == f"generate.py: worker rank {rank} was ended by SIGKILL (was there too little memory?)\n"
     answers = [json.loads(line) for line in output.splitlines()]
@@ -131,7 +131,7 @@ def test_workers_end_with_the_program(
         process.stdout.close()
     else:
         process.send_signal(number)
-    assert process.wait(timeout=20) == status
+    assert process.wait(timeout=SOON) == status
     assert complaints(process.stderr.read()) == ("interrupted\n" if number == signal.SIGINT else "")
     assert wait_until_gone(everyone) == []
 
@@ -169,7 +169,7 @@ def test_a_killed_rank_of_torchrun_ends_the_job(checkpoint: Path, prompts: Path,
     killed = time.monotonic()
     os.kill({"worker of rank 0": worker, "engine": engine, "rank 1": other}[victim], signal.SIGKILL)
     process.communicate(timeout=60)
-    assert time.monotonic() - killed < 15  # torchrun takes its time; the ranks do not
+    assert time.monotonic() - killed < SOON
     assert process.returncode == 1
     assert wait_until_gone(everyone) == []
 
