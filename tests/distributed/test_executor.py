@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -67,6 +66,7 @@ from megatron.early_exit.inference.protocol import (
 from megatron.early_exit.inference.results import RequestResult
 from tests.distributed import fake_workers
 from tests.distributed.fake_workers import CRASH, EXIT, FLOOD, HANG, KILL, RAISE, SUSPEND
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 SOON = 30.0
@@ -523,8 +523,7 @@ def start_torchrun(code: str, with_agent: bool = True, layout: Layout = TWO_RANK
     """torchrun over the ranks of a layout, or the ranks without it."""
     sizes = [str(layout.pipeline_parallel_size), str(layout.tensor_parallel_size)]
     program, count = ["-m", "tests.distributed.torchrun_engine", code, *sizes], layout.num_ranks
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     each = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     start = lambda words, environment: subprocess.Popen(
         [sys.executable, *words], env=os.environ | environment, cwd=ROOT, stdout=subprocess.PIPE,

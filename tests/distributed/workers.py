@@ -13,7 +13,6 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -23,16 +22,11 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from megatron.early_exit.platform.processes import die_with_parent
+from tests.ports import free_port
 
 COLLECTIVE_TIMEOUT_SECONDS = 60
 _CASE_TIMEOUT_SECONDS = 240
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _serve(rank: int, world_size: int, port: int, stack_file: str, tests: int, connection: Any) -> None:
@@ -96,7 +90,7 @@ class WorkerPool:
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
-        port = _free_port()
+        port = free_port()
         self.connections, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from megatron.early_exit.config.serialize import checkpoint_folder
 from tests.data_files import write_documents
 from tests.distributed.test_conversion import random_model
 from tests.integration.test_training_program import ROOT, environment
+from tests.ports import free_port
 
 # Script, its variables (ranks that stay few), layers with exits.
 RECIPES = {
@@ -34,7 +34,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     data = write_documents(folder / "text", [[(5 * i + j * j) % 92 for j in range(40)] for i in range(30)])
     return {
         "MODEL": str(folder / "model"), "DATA": data, "SEQ_LENGTH": "16", "MICRO_BATCH_SIZE": "2", "LR": "1e-2",
-        "GLOBAL_BATCH_SIZE": "4", "ITERATIONS": "3", "MASTER_PORT": str(20000 + os.getpid() % 20000),
+        "GLOBAL_BATCH_SIZE": "4", "ITERATIONS": "3", "MASTER_PORT": str(free_port()),
         "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
 

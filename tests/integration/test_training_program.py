@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 MODEL = [
@@ -54,9 +55,6 @@ def run_tool(*words: str, timeout: int = 120) -> subprocess.CompletedProcess:
 
 
 def torchrun(world_size: int) -> list[str]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     return [
         sys.executable,
         "-m",
@@ -64,7 +62,7 @@ def torchrun(world_size: int) -> list[str]:
         "--nproc_per_node",
         str(world_size),
         "--master_port",
-        str(port),
+        str(free_port()),
     ]
 
 

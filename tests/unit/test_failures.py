@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pretrain_early_exit_gpt
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.platform.failures import lost_loader, lost_peer
 from tests.configs import make_config
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,21 +51,11 @@ for child in children:
 """
 
 
-def free_ports(count: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [str(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def sentences() -> dict[str, str]:
     """What rank 0 says in each case."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, "-W", "ignore", "-c", RANKS, *free_ports(3)]
+    command = [sys.executable, "-W", "ignore", "-c", RANKS, *(str(free_port()) for _ in range(3))]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=True)
     return dict(line.split(" ", 1) for line in result.stdout.splitlines())
 
