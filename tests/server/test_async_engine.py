@@ -294,22 +294,131 @@ def test_a_silent_engine_counts_as_dead(monkeypatch: pytest.MonkeyPatch, tmp_pat
     asyncio.run(run())
 
 
-def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither a process nor a folder, when the engine does not listen."""
+def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, folders: Path) -> None:
+    """Neither a process, when the engine does not listen, nor a folder, however the HTTP process ends."""
 
     async def run() -> None:
         engine = AsyncEngine(EngineConfig("folder"), 0)
-        await engine.start()
+        starting = asyncio.create_task(engine.start())
+        await until(lambda: len(list(folders.glob("early_exit_*"))) == 1)
+        await starting
+        assert not list(folders.glob("early_exit_*"))
         process = engine.process_id
-        assert list(tmp_path.glob("early_exit_*"))
         await engine.close()
-        with pytest.raises(ProcessLookupError):
-            os.kill(process, 0)
+        assert has_ended(process)
 
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr(async_engine, "_short_temporary_folder", lambda: str(tmp_path))
     monkeypatch.setattr(async_engine, "_SECONDS_TO_END", 0.3)
-    misbehaving(monkeypatch, tmp_path, "send(ready); time.sleep(60)")
+    misbehaving(monkeypatch, folders, "send(ready); time.sleep(60)")
     asyncio.run(run())
-    assert not list(tmp_path.glob("early_exit_*"))
+
+
+@pytest.mark.parametrize("how", ["closed", "cancelled"])
+def test_an_engine_that_loads_is_ended_at_once(monkeypatch: pytest.MonkeyPatch, folders: Path, how: str) -> None:
+    async def run() -> None:
+        engine = AsyncEngine(EngineConfig("folder"), 0)
+        starting = asyncio.create_task(engine.start())
+        await until(lambda: engine.process_id is not None)
+        process, started = engine.process_id, time.monotonic()
+        if how == "closed":
+            await engine.close()
+        else:
+            starting.cancel()
+        (error,) = await asyncio.gather(starting, return_exceptions=True)
+        assert isinstance(error, ExecutorError if how == "closed" else asyncio.CancelledError)
+        assert time.monotonic() - started < 4
+        assert has_ended(process)
+
+    misbehaving(monkeypatch, folders, "send(Pong()); time.sleep(60)")
+    asyncio.run(run())
+    assert not list(folders.glob("early_exit_*"))
+
+
+def test_an_engine_that_is_closed_while_its_process_starts_is_ended(
+    monkeypatch: pytest.MonkeyPatch, folders: Path
+) -> None:
+    async def run() -> None:
+        engine = AsyncEngine(EngineConfig("folder"), 0)
+        starting = asyncio.create_task(engine.start())
+        await asyncio.sleep(0)
+        await engine.close()
+        with pytest.raises(ExecutorError):
+            await starting
+        assert (engine.process_id, engine.is_ready) == (None, False)
+
+    misbehaving(monkeypatch, folders, "send(Pong()); time.sleep(60)")
+    asyncio.run(run())
+    assert not list(folders.glob("early_exit_*"))
+
+
+def test_sigterm_to_all_processes_of_a_service_lets_requests_finish(bench: Bench) -> None:
+    """The HTTP process alone decides when the engine ends."""
+
+    async def run() -> None:
+        async with await bench.engine.answer(PROMPTS[:1], LONG) as answers:
+            await anext(answers)
+            os.kill(bench.engine.process_id, signal.SIGTERM)
+            assert [one.finish_reason for one in await outputs_of_rest(answers)] == ["max_tokens"]
+
+    bench.run(run())
+
+
+def test_nobody_waits_for_an_engine_that_is_not_listened_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Broken(Recorder):
+        def on_load(self, load: object) -> None:
+            raise LookupError("no such gauge")
+
+    async def run() -> None:
+        engine = AsyncEngine(EngineConfig("folder"), 0, Broken())
+        await engine.start()
+        process, running = engine.process_id, asyncio.create_task(engine.run())
+        (output,) = await outputs_of(await engine.answer([[1, 2]], LONG))
+        assert "LookupError: no such gauge" in output.error
+        with pytest.raises(ExecutorError, match="no such gauge"):
+            await running
+        assert has_ended(process)
+        await engine.close()
+
+    monkeypatch.setattr(async_engine, "_SECONDS_TO_END", 0.3)
+    step = "socket.recv(); send(StepEvents([], EngineLoad())); time.sleep(60)"
+    misbehaving(monkeypatch, tmp_path, f"send(ready); {step}")
+    asyncio.run(run())
+
+
+def test_an_engine_that_cannot_be_loaded_again_ends_the_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the status of a failure, not that of a wrong setting."""
+
+    async def run() -> None:
+        engine = AsyncEngine(EngineConfig("folder", restart=True), 0)
+        await engine.start()
+        with pytest.raises(ExecutorError, match="has ended with status 1; the model cannot be loaded again: it is gone"):
+            await engine.run()
+        await engine.close()
+
+    first = tmp_path / "first"
+    what = f"""
+        import pathlib
+        if pathlib.Path({str(first)!r}).exists():
+            send(Failed("it is gone", "OSError")); time.sleep(60)
+        pathlib.Path({str(first)!r}).touch()
+        send(ready); socket.close(linger=1000); zmq.Context.instance().term(); sys.exit(1)
+    """
+    misbehaving(monkeypatch, tmp_path, textwrap.dedent(what))
+    monkeypatch.setattr(async_engine, "_SECONDS_TO_END", 0.3)
+    asyncio.run(run())
+
+
+@pytest.fixture
+def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where temporary folders are made."""
+    monkeypatch.setattr(async_engine, "_short_temporary_folder", lambda: str(tmp_path))
+    return tmp_path
+
+
+def has_ended(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return False

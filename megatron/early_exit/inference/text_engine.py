@@ -119,10 +119,11 @@ class TextEngine:
         Raises ValueError if the prompt cannot be answered with these settings, QueueFull if too many requests wait."""
         self._engine.checks.check(params)
         ids = self.encode(prompt, params.add_special_tokens)
-        request_id = self._engine.add(ids, params, seed_offset=sample_index)
-        output = RequestOutput(request_id, ids, sample_index, prompt_index)
-        self._growing[request_id] = _GrowingOutput(output, self._tokenizer, params)
-        return request_id
+        output = RequestOutput(None, ids, sample_index, prompt_index)
+        growing = _GrowingOutput(output, self._tokenizer, params)
+        output.request_id = self._engine.add(ids, params, seed_offset=sample_index)
+        self._growing[output.request_id] = growing
+        return output.request_id
 
     def add_scoring(self, prompt: Prompt, params: ScoreParams) -> int:
         """Queue a request for what heads predict over a prompt; returns its id. Raises as `add`."""

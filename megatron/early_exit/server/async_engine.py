@@ -136,8 +136,13 @@ class AsyncEngine:
         Raises ValueError or OSError if it says that the user can mend it, ExecutorError if it fails otherwise."""
         self.failure = None
         self._process = process = await _EngineProcess.start(self._config)
-        message = await process.receive_or_end()
-        if not isinstance(message, Ready):
+        try:
+            while isinstance(message := await process.receive_or_end(), Pong) and not self._is_closing:
+                pass
+        except BaseException:  # cancelled
+            await self._ended(process, None)
+            raise
+        if not isinstance(message, Ready) or self._is_closing:
             error = await self._ended(process, message)
             kinds = {"ValueError": ValueError, "OSError": OSError}
             raise kinds.get(error.kind, ExecutorError)(error.error)
@@ -148,16 +153,16 @@ class AsyncEngine:
 
     async def run(self) -> None:
         """Serve until `close`, or until the engine ends by itself: raises ExecutorError then, when every request has
-        been told. Where the engine restarts, that goes on for ever."""
-        while True:
-            error = await self._serve()
-            if error is None:
-                return
+        been told. Where the engine restarts, that goes on until it cannot be loaded."""
+        while (error := await self._serve()) is not None:
             self._fail(error)
             if not self._config.restart:
                 raise ExecutorError(error)
             log.warning("%s; the model is loaded again", error)
-            await self.start()
+            try:
+                await self.start()
+            except (ValueError, OSError) as problem:  # it could be loaded before: no setting is at fault
+                raise ExecutorError(f"{error}; the model cannot be loaded again: {problem}") from problem
             log.warning("the model is loaded again and serves")
 
     async def close(self) -> None:
@@ -271,22 +276,22 @@ class AsyncEngine:
         limit = self._config.worker_timeout * model.ready.description.num_stages + _SECONDS_FOR_WORKERS
         watch = asyncio.create_task(process.watch(limit))
         try:
-            while True:
-                message = await process.receive_or_end()
-                if self._is_closing:
-                    return None
-                match message:
-                    case StepEvents():
-                        self.load = message.load
-                        self._deliver(model.text_engine.take(model.client.take(message.events)))
-                        if self._observer is not None:
-                            self._observer.on_load(message.load)
-                    case Pong():
-                        pass
-                    case Failed() | None:
-                        return (await self._ended(process, message)).error
+            while isinstance(message := await process.receive_or_end(), StepEvents | Pong):
+                if isinstance(message, StepEvents) and not self._is_closing:
+                    self._take(message, model)
+        except Exception as error:
+            # Nobody may wait for an engine that is no longer listened to.
+            log.exception("the engine's messages cannot be used")
+            message = Failed(f"what the engine has sent could not be used ({type(error).__name__}: {error})")
         finally:
             watch.cancel()
+        return None if self._is_closing else (await self._ended(process, message)).error
+
+    def _take(self, step: StepEvents, model: LoadedModel) -> None:
+        self.load = step.load
+        self._deliver(model.text_engine.take(model.client.take(step.events)))
+        if self._observer is not None:
+            self._observer.on_load(step.load)
 
     async def _ended(self, process: _EngineProcess, last: FromEngine | None) -> Failed:
         """What became of the process."""
@@ -322,6 +327,7 @@ class _EngineProcess:
         self._decode = msgspec.msgpack.Decoder(FromEngine).decode
         self._ending = asyncio.ensure_future(process.wait())
         self._last_message = time.monotonic()
+        self._is_loaded = False
         self.why_killed: str | None = None
 
     @classmethod
@@ -333,6 +339,10 @@ class _EngineProcess:
         try:
             endpoint = f"ipc://{folder}/engine"
             socket.bind(endpoint)
+            settings = msgspec.msgpack.encode(ProcessSettings(
+                endpoint, os.getpid(), logging.getLogger().isEnabledFor(logging.INFO), config.path,
+                {"worker_timeout": config.worker_timeout, **config.settings},
+            ))  # fmt: skip
             environment = dict(os.environ)
             # What this process can import, the engine can.
             environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -345,11 +355,7 @@ class _EngineProcess:
             socket.context.destroy(linger=0)
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        settings = ProcessSettings(
-            endpoint, os.getpid(), logging.getLogger().isEnabledFor(logging.INFO), config.path,
-            {"worker_timeout": config.worker_timeout, **config.settings},
-        )  # fmt: skip
-        process.stdin.write(msgspec.msgpack.encode(settings))
+        process.stdin.write(settings)
         process.stdin.close()
         return cls(process, socket, folder)
 
@@ -372,7 +378,10 @@ class _EngineProcess:
             receiving.cancel()
             return None
         self._last_message = time.monotonic()
-        return self._decode(receiving.result())
+        self._forget_address()
+        message = self._decode(receiving.result())
+        self._is_loaded |= isinstance(message, Ready)
+        return message
 
     async def watch(self, limit: float) -> None:
         """Kill the process if it is silent for `limit` seconds."""
@@ -393,7 +402,10 @@ class _EngineProcess:
         """End the process, by force if it does not listen. Returns its status."""
         try:
             if self._process.returncode is None:
-                self.send(Shutdown())
+                if self._is_loaded:
+                    self.send(Shutdown())
+                else:  # it reads no messages yet
+                    self._process.terminate()
                 try:
                     await asyncio.wait_for(asyncio.shield(self._ending), _SECONDS_TO_END)
                 except TimeoutError:
@@ -401,7 +413,11 @@ class _EngineProcess:
             return await self._ending
         finally:
             self._socket.context.destroy(linger=0)
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._forget_address()
+
+    def _forget_address(self) -> None:
+        """Remove what the process needs to connect. When it has, nothing is left on the disk, however this one ends."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _ending(status: int) -> str:

@@ -107,7 +107,7 @@ class StepEvents(msgspec.Struct, frozen=True, tag=True):
 
 
 class Pong(msgspec.Struct, frozen=True, tag=True):
-    """The answer to `Ping`."""
+    """The answer to `Ping`; also the first word of the process, before it loads anything."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

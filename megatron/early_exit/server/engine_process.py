@@ -48,6 +48,9 @@ from megatron.early_exit.server.engine_messages import (
 
 log = logging.getLogger(__name__)
 
+_SECONDS_BETWEEN_LOOKS = 0.25
+"""At the workers, while there is nothing to run."""
+
 _NOTHING = Statistics(0, 0, 0, 0, 0, 0.0, None, 0.0)
 
 
@@ -56,20 +59,28 @@ def main() -> NoReturn:
     settings = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ProcessSettings)
     die_with_parent(settings.parent)
     configure_output(is_verbose=settings.is_verbose)
-    # Ctrl-C and SIGTERM are for the HTTP process, which tells this one to end.
+    # Ctrl-C is for the HTTP process, which tells this one to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
-    status = _run(settings)
+    try:
+        status = _run(settings)
+    except SystemExit as end:
+        status = end.code
     sys.stderr.flush()
     os._exit(status)  # libraries take a second to be taken down
 
 
 def _run(settings: ProcessSettings) -> int:
     channel = _Channel(settings.endpoint)
+    channel.send(Pong())
+    signal.signal(signal.SIGTERM, _end_loading)
     try:
         loaded = load_engine(settings.path, join_torchrun=True, **settings.settings)
         try:
             _prepare(loaded.engine)
+            # From now on the HTTP process says when it is over: some send SIGTERM to all processes of a service, and
+            # the requests that run may finish.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             channel.send(_ready(loaded))
             _EngineLoop(loaded.engine, channel).run()
         finally:
@@ -80,6 +91,11 @@ def _run(settings: ProcessSettings) -> int:
         return 1
     channel.close()
     return 0
+
+
+def _end_loading(*_: object) -> NoReturn:
+    """End what is being loaded, wherever it is, and the ranks that load it."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _prepare(engine: Engine) -> None:
@@ -124,10 +140,12 @@ class _Channel:
     def send(self, message: FromEngine) -> None:
         self._socket.send(self._encode(message))
 
-    def receive(self, waits: bool) -> ToEngine | None:
-        """The next message; None if there is none and it shall not wait."""
+    def receive(self, seconds: float) -> ToEngine | None:
+        """The next message; None if none comes within `seconds`."""
+        if seconds and not self._socket.poll(round(1000 * seconds)):
+            return None
         try:
-            return self._decode(self._socket.recv(0 if waits else zmq.NOBLOCK))
+            return self._decode(self._socket.recv(zmq.NOBLOCK))
         except zmq.Again:
             return None
 
@@ -165,13 +183,21 @@ class _EngineLoop:
     def _take_messages(self) -> bool:
         """Whether to go on."""
         while True:
-            waits = not (self._engine.has_work or self._others or self._load != self._sent_load)
-            message = self._channel.receive(waits)
-            if message is None:
-                return True
+            message = self._channel.receive(_SECONDS_BETWEEN_LOOKS if self._is_idle else 0)
             if isinstance(message, Shutdown):
                 return False
-            self._take(message)
+            if message is not None:
+                self._take(message)
+            elif self._is_idle:
+                self._engine.look_after_workers()
+            else:
+                return True
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether there is nothing to run and nothing to tell."""
+        engine = self._engine
+        return not (engine.has_work or engine.failure or self._others) and self._load == self._sent_load
 
     def _take(self, message: ToEngine) -> None:
         match message:

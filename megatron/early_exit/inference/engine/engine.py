@@ -168,6 +168,13 @@ class Engine:
             finally:
                 self.slots.free(0, is_clean=False)
 
+    def look_after_workers(self) -> None:
+        """Notice workers that have ended while there is nothing to run: `failure` says so then, as after a step."""
+        try:
+            self.executor.poll(timeout=0)  # what may come is of requests that have ended
+        except ExecutorError as error:
+            self.failure = str(error)
+
     @property
     def has_work(self) -> bool:
         return bool(self._queue or self._running)

@@ -107,7 +107,10 @@ def torchrun_store() -> tuple[torch.distributed.Store, int, int]:
 
 def serve(connection: ConnectionInfo, rank: int) -> int:
     """Make the worker that the engine asks for, and run its steps until it says that they end. Returns the status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine, which tells the ranks to end
+    # Ctrl-C and SIGTERM, which torchrun and service managers send to all processes, are for the engine: it may have
+    # requests to finish, and tells the ranks to end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     if not faulthandler.is_enabled():
         faulthandler.enable()
     rank_process = _RankProcess(WorkerChannel(connection, on_lost=_end_without_engine), rank)
