@@ -364,6 +364,18 @@ def test_workers_that_end_end_all_requests() -> None:
         engine.add(PROMPT, FULL)
 
 
+def test_workers_that_end_are_noticed_while_there_is_nothing_to_run() -> None:
+    executor = FakeExecutor(num_slots=1)
+    engine = make_engine(executor)
+    engine.look_after_workers()
+    assert engine.failure is None
+    executor.has_ended = True
+    engine.look_after_workers()
+    assert engine.failure == "rank 1 has ended"
+    with pytest.raises(ExecutorError, match="rank 1 has ended"):
+        engine.add(PROMPT, FULL)
+
+
 def test_a_request_whose_rows_fail_ends_alone_and_is_no_donor() -> None:
     def fail_late(rows: Rows, output: RowsOutput) -> RowsOutput:
         return msgspec.structs.replace(output, tokens=(), error="not finite") if 18 in rows.tokens else output
