@@ -176,6 +176,26 @@ def test_a_request_that_is_cancelled_while_it_is_tokenized_leaves_nothing(
     bench.run(run())
 
 
+def test_a_request_of_which_one_answer_cannot_be_added_leaves_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text_engine = bench.engine.model.text_engine
+    add = text_engine.add_checked
+
+    def add_or_fail(ids: list[int], params: GenerationParams, sample_index: int, prompt_index: int) -> int:
+        if prompt_index == 1:
+            raise LookupError("no such id")
+        return add(ids, params, sample_index, prompt_index)
+
+    async def run() -> None:
+        monkeypatch.setattr(text_engine, "add_checked", add_or_fail)
+        with pytest.raises(LookupError):
+            await bench.engine.answer(PROMPTS, LONG)
+        assert (bench.engine.num_admitted, bench.engine.model.client.has_work) == (0, False)
+
+    bench.run(run())
+
+
 @pytest.mark.parametrize("prompts, params, error, words", [
     (["a" * 100_000], LONG, PromptTooLong, "at most 256 tokens fit"),
     (["a ", ""], LONG, None, None),
@@ -384,15 +404,13 @@ def test_nobody_waits_for_an_engine_that_is_not_listened_to(monkeypatch: pytest.
     asyncio.run(run())
 
 
-def test_an_engine_that_cannot_be_loaded_again_ends_the_server(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_engine_that_cannot_be_loaded_again_ends_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With the status of a failure, not that of a wrong setting."""
 
     async def run() -> None:
         engine = AsyncEngine(EngineConfig("folder", restart=True), 0)
         await engine.start()
-        with pytest.raises(ExecutorError, match="has ended with status 1; the model cannot be loaded again: it is gone"):
+        with pytest.raises(ExecutorError, match="with status 1; the model cannot be loaded again: it is gone"):
             await engine.run()
         await engine.close()
 

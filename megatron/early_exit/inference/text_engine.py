@@ -119,6 +119,12 @@ class TextEngine:
         Raises ValueError if the prompt cannot be answered with these settings, QueueFull if too many requests wait."""
         self._engine.checks.check(params)
         ids = self.encode(prompt, params.add_special_tokens)
+        return self.add_checked(ids, params, sample_index, prompt_index)
+
+    def add_checked(
+        self, ids: list[int], params: GenerationParams, sample_index: int = 0, prompt_index: int = 0
+    ) -> int:
+        """`add` for ids that `encode` has made, and settings that have been checked."""
         output = RequestOutput(None, ids, sample_index, prompt_index)
         growing = _GrowingOutput(output, self._tokenizer, params)
         output.request_id = self._engine.add(ids, params, seed_offset=sample_index)

@@ -194,24 +194,21 @@ class AsyncEngine:
             model.client.checks.check(one)
         num_answers = sum(one.n for one in each)
         self._reserve(num_answers)
+        answers = Answers(num_answers, [], self._close_answers)
         try:
-            prompt_ids = await asyncio.to_thread(_encode, model, prompts, each)
-            for ids, one in zip(prompt_ids, each, strict=True):
-                model.client.checks.check_generation(ids, one)
-                if must_fit:
-                    model.client.checks.check_room(ids, one)
+            # In a thread, since long prompts take long.
+            answers.prompt_ids = await asyncio.to_thread(_prepare, model, prompts, each, must_fit)
             if self.model is not model:
                 raise NotReady(self._why_not_ready())
+            for prompt_index, (ids, one) in enumerate(zip(answers.prompt_ids, each, strict=True)):
+                for sample_index in range(one.n):
+                    request_id = model.text_engine.add_checked(ids, one, sample_index, prompt_index)
+                    self._open[request_id] = _OpenAnswer(answers, one, time.monotonic())
+                    answers.request_ids.add(request_id)
         except BaseException:
-            self.num_admitted -= num_answers
+            self.num_admitted -= num_answers - len(answers.request_ids)
+            answers.close()
             raise
-        answers = Answers(num_answers, prompt_ids, self._close_answers)
-        for prompt_index, (ids, one) in enumerate(zip(prompt_ids, each, strict=True)):
-            for sample_index in range(one.n):
-                # It has been checked, so that all are added.
-                request_id = model.text_engine.add(ids, one, sample_index, prompt_index)
-                self._open[request_id] = _OpenAnswer(answers, one, time.monotonic())
-                answers.request_ids.add(request_id)
         return answers
 
     def ready_model(self) -> LoadedModel:
@@ -308,14 +305,19 @@ class AsyncEngine:
             self._deliver(model.text_engine.fail_all(error))
 
 
-def _encode(
-    model: LoadedModel, prompts: Sequence[Prompt | PromptMaker], params: Sequence[GenerationParams]
+def _prepare(
+    model: LoadedModel, prompts: Sequence[Prompt | PromptMaker], params: Sequence[GenerationParams], must_fit: bool
 ) -> list[list[int]]:
-    """Ids of each prompt."""
-    return [
-        model.text_engine.encode(prompt(model.tokenizer) if callable(prompt) else prompt, one.add_special_tokens)
-        for prompt, one in zip(prompts, params, strict=True)
-    ]
+    """Ids of each prompt. Raises ValueError unless the model can answer all of them."""
+    all_ids = []
+    for prompt, one in zip(prompts, params, strict=True):
+        made = prompt(model.tokenizer) if callable(prompt) else prompt
+        ids = model.text_engine.encode(made, one.add_special_tokens)
+        model.client.checks.check_generation(ids, one)
+        if must_fit:
+            model.client.checks.check_room(ids, one)
+        all_ids.append(ids)
+    return all_ids
 
 
 class _EngineProcess:

@@ -29,8 +29,8 @@ class EngineClient:
         return bool(self._open)
 
     def add(self, prompt_ids: Sequence[int], params: GenerationParams, *, seed_offset: int = 0) -> int:
-        """As `Engine.add`. Raises ValueError; how many wait is the caller's business."""
-        self.checks.check_generation(prompt_ids, params)
+        """As `Engine.add`, for a request that has been checked (`checks.check_generation`): for long prompts that takes
+        too long here. How many wait is the caller's business as well."""
         request_id = next(self._request_ids)
         self._open.add(request_id)
         self._send(Add(request_id, list(prompt_ids), params, seed_offset))
