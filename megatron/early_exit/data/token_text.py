@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron.early_exit.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
+_BYTE_LEVEL_SPACE = "\u0120"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,19 @@ class TokenTexts:
         """The first token of a text may lose its space."""
         before, whole = (self._tokenizer.detokenize(ids) for ids in (self._before, [*self._before, token]))
         return whole[len(before) :] if whole.startswith(before) else self._tokenizer.detokenize([token])
+
+
+def segments(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Ids as the vocabulary spells them, special tokens too: "▁the" of SentencePiece; of byte-level vocabularies the
+    text, with U+FFFD for bytes that are none."""
+    spellings = [tokenizer.library.spelling(token) for token in ids]
+    if not any(_BYTE_LEVEL_SPACE in tokenizer.library.spelling(token) for token in tokenizer.tokenize("0 0")):
+        return spellings
+    contents = [_bytes_of_spelling(spelling) for spelling in spellings]
+    return [
+        spelling if content is None else content.decode(errors="replace")
+        for spelling, content in zip(spellings, contents, strict=True)
+    ]
 
 
 def _bytes_of_spelling(spelling: str) -> bytes | None:

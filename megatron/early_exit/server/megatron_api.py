@@ -5,7 +5,6 @@ The answer is whole, never streamed. Fields that are not known are ignored, as t
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from megatron.early_exit.data.token_text import segments
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference.params import (
     MAX_STOP_CHARACTERS,
@@ -23,14 +23,13 @@ from megatron.early_exit.inference.params import (
 )
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.inference.text import pieces
-from megatron.early_exit.inference.text_engine import Prompt, RequestOutput
-from megatron.early_exit.server.async_engine import LoadedModel
+from megatron.early_exit.inference.text_engine import RequestOutput, TextEngine
+from megatron.early_exit.server.async_engine import PromptMaker
 from megatron.early_exit.server.context import ServerContext
-from megatron.early_exit.server.errors import BadRequest, EngineFailed
+from megatron.early_exit.server.errors import BadRequest
+from megatron.early_exit.server.openai_api.answers import whole_outputs
+from megatron.early_exit.server.openai_api.log_probs import finite
 from megatron.early_exit.server.responses import unless_disconnected
-
-_SMALLEST_LOG_PROB = -9999.0
-"""JSON has no infinity."""
 
 _RENAMED = {"max_len": "tokens_to_generate", "sentences": "prompts"}
 
@@ -162,14 +161,13 @@ async def _generate(context: ServerContext, body: GenerateRequest) -> GenerateRe
     most = context.config.limits.max_prompts
     if len(body.prompts) > most:
         raise BadRequest(f"prompts has {len(body.prompts)} texts; give at most {most}", param="prompts")
+    prompts = [_with_begin(model.text_engine, prompt) if body.add_BOS else prompt for prompt in body.prompts]
     try:
         params = generation_params(body, context.config.defaults)
-        prompts: Sequence[Prompt] = body.prompts
-        if body.add_BOS:
-            prompts = await asyncio.to_thread(lambda: [_with_begin(model, prompt) for prompt in body.prompts])
-        outputs = await _answer(context, model, prompts, params)
+        answers = await context.engine.answer(prompts, params, must_fit=True)
     except ValueError as error:
         raise BadRequest(str(error)) from error
+    outputs = await whole_outputs(answers)
     seconds = time.perf_counter() - start
     return _response(model.tokenizer, body, params, outputs, seconds)
 
@@ -200,34 +198,15 @@ def generation_params(body: GenerateRequest, defaults: GenerationParams) -> Gene
     )  # fmt: skip
 
 
-def _with_begin(model: LoadedModel, prompt: str) -> list[int]:
-    tokenizer, ids = model.tokenizer, model.text_engine.encode(prompt)
-    begin = tokenizer.eod if tokenizer.bos is None else tokenizer.bos
-    return ids if ids[:1] == [begin] else [begin, *ids]
+def _with_begin(text_engine: TextEngine, prompt: str) -> PromptMaker:
+    """The ids of a prompt behind one begin of text."""
 
+    def make(tokenizer: Tokenizer) -> list[int]:
+        ids = text_engine.encode(prompt)
+        begin = tokenizer.eod if tokenizer.bos is None else tokenizer.bos
+        return ids if ids[:1] == [begin] else [begin, *ids]
 
-async def _answer(
-    context: ServerContext, model: LoadedModel, prompts: Sequence[Prompt], params: GenerationParams
-) -> list[RequestOutput]:
-    """One for each prompt. Raises ValueError, and what the engine raises."""
-    outputs = {}
-    async with await context.engine.answer(prompts, params) as answers:
-        for ids in answers.prompt_ids:
-            _check_length(len(ids), params.max_tokens, model.ready.description.num_positions)
-        async for deltas in answers:
-            for output in (delta.output for delta in deltas if delta.is_finished):
-                if output.error is not None:
-                    raise EngineFailed(output.error)
-                outputs[output.prompt_index] = output
-    return [outputs[index] for index in range(len(prompts))]
-
-
-def _check_length(num_tokens: int, num_new: int, num_positions: int) -> None:
-    most = num_positions + 1  # the last token takes no place
-    if num_new and num_tokens + num_new > most:
-        raise ValueError(
-            f"the prompt has {num_tokens} tokens and tokens_to_generate is {num_new}; together they may have {most}"
-        )
+    return make
 
 
 def _response(
@@ -243,13 +222,10 @@ def _response(
     return GenerateResponse(
         text=[_text(tokenizer, output, params.echo) for output in outputs],
         segments=[
-            [tokenizer.segment(token) for token in [*before, *result.token_ids]]
+            segments(tokenizer, [*before, *result.token_ids])
             for before, result in zip(prompt_ids, results, strict=True)
         ],
-        logprobs=[
-            [max(token.log_prob, _SMALLEST_LOG_PROB) for token in (*result.prompt[1:], *result.tokens)]
-            for result in results
-        ]
+        logprobs=[[finite(token.log_prob) for token in (*result.prompt[1:], *result.tokens)] for result in results]
         if has_log_probs
         else None,
         exit_layers=[[token.exit_layer for token in result.tokens] for result in results],
@@ -276,7 +252,8 @@ def _text(tokenizer: Tokenizer, output: RequestOutput, echo: bool) -> str:
 
 
 def _predictions(tokenizer: Tokenizer, token: GeneratedToken) -> list[dict[str, Any]]:
+    texts = segments(tokenizer, [one.token for one in token.predictions])
     return [
-        {"exit_layer": one.exit_layer, "token": tokenizer.segment(one.token), "prob": one.confidence}
-        for one in token.predictions
+        {"exit_layer": one.exit_layer, "token": text, "prob": one.confidence}
+        for one, text in zip(token.predictions, texts, strict=True)
     ]
