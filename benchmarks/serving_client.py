@@ -159,4 +159,4 @@ def take_event(answer: Answer, event: bytes, now: float) -> None:
         answer.token_ids += token_ids
         # Servers that say nothing of tokens send each as an event.
         answer.token_times += [now] * (len(choice["exit_layers"]) if "exit_layers" in choice else bool(text))
-        answer.finish_reason = choice["finish_reason"] or answer.finish_reason
+        answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
