@@ -99,7 +99,8 @@ class LoadRun:
         case = self._cases[index]
         if name in MODES:
             return case.body(MODES[name])
-        return {"model": self.transformers_model, "prompt": case.prompt, "max_tokens": case.num_tokens, "temperature": 0}
+        fields = {"prompt": case.prompt, "max_tokens": case.num_tokens, "temperature": 0}
+        return {"model": self.transformers_model, **fields}
 
     def _judge(self, name: str, answer: Answer, index: int) -> str:
         if name in MODES:
@@ -166,9 +167,7 @@ def over_full(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     pairs: dict[tuple[str, float], list[tuple[dict, dict]]] = {}
     for run in runs:
         pairs.setdefault((run["case"], run["share"]), []).append((run, full[run["round"], run["share"]]))
-    return [
-        {"case": case, "share": share, **_ratios(some)} for (case, share), some in pairs.items() if case != "full"
-    ]
+    return [{"case": case, "share": share, **_ratios(some)} for (case, share), some in pairs.items() if case != "full"]
 
 
 _FIRST, _BETWEEN, _END = "seconds_to_first_token", "seconds_between_tokens", "seconds_to_end"
@@ -297,7 +296,7 @@ def _cost_round(
         http_after, engine_after = server.cpu_seconds()
         texts = [output.text for output in right]
         equal = statistics.fmean(answer.text == text for answer, text in zip(answers, texts, strict=True))
-        assert all(len(a.token_times) == case.num_tokens for a, case in zip(answers, chosen, strict=True)), "lost tokens"
+        assert sum(len(answer.token_times) for answer in answers) == num_tokens, [answer.error for answer in answers]
         return {
             "http_seconds": seconds,
             "http_us_a_token": seconds / num_tokens * 1e6,

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-
 from benchmarks import common
 from benchmarks.serving import MODES, a_model
 from benchmarks.serving_abusers import ABUSERS, is_expected
@@ -115,9 +114,7 @@ class Abuse:
         http, engine = self._server.http_process, self._server.engine_process
         tasks = await asyncio.to_thread(self._server.num_tasks)
         memory = [process.memory_info().rss / MIB for process in (http, engine)]
-        return Sample(
-            now - self._start, status, now - before, tasks, http.num_fds(), engine.num_fds(), *memory
-        )
+        return Sample(now - self._start, status, now - before, tasks, http.num_fds(), engine.num_fds(), *memory)
 
     async def settle(self, calm: Sample) -> Sample:
         """The server when all that has been left is cleared away: as in `calm`, or as it is after 20 seconds."""
@@ -167,7 +164,9 @@ async def _open_answers(server: Server) -> float:
     await asyncio.sleep(0.5)
     _, text = await fetch(server.address, "GET", "/metrics")
     lines = [line.split() for line in text.decode().splitlines()]
-    return sum(float(line[1]) for line in lines if line[:1] and line[0].startswith("early_exit_num_requests_"))
+    values = [float(line[1]) for line in lines if line[:1] and line[0].startswith("early_exit_num_requests_")]
+    assert len(values) == 2, text  # running and waiting
+    return sum(values)
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, float]:

@@ -98,7 +98,8 @@ async def huge_body(address: Address, draw: random.Random) -> str:
     try:
         is_announced = draw.random() < 0.5
         length = f"Content-Length: {64 << 20}" if is_announced else "Transfer-Encoding: chunked"
-        writer.write(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{length}\r\n\r\n".encode())
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
+        writer.write(head.encode())
         status = asyncio.ensure_future(_status(reader))
         for _ in range(64):
             if status.done():
@@ -176,7 +177,8 @@ async def no_http(address: Address, draw: random.Random) -> str:
 
 ABUSERS: tuple[Abuser, ...] = (
     malformed_json, bad_utf8, lone_surrogate, not_a_number, deep_nesting, many_prompts, wrong_values, huge_body,
-    half_headers, half_body, leaves_in_stream, leaves_before_the_answer, slow_reader, wrong_paths, wrong_headers, no_http,
+    half_headers, half_body, leaves_in_stream, leaves_before_the_answer, slow_reader, wrong_paths, wrong_headers,
+    no_http,
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """An HTTP client for loads: one connection a request, server-sent events as they come, the time of every token.
 
-It costs little, so that a server on the same cores is measured and not its client, and it sees connections that are cut.
-It knows nothing of what is asked.
+It costs little, so that a server on the same cores is measured and not its client, and it sees connections that are
+cut. It knows nothing of what is asked.
 """
 
 from __future__ import annotations

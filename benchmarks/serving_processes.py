@@ -78,7 +78,7 @@ def serve_transformers(folder: Path, *flags: str) -> Iterator[Address]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = Address("127.0.0.1", free.getsockname()[1])
     program = str(Path(sys.executable).parent / "transformers")
-    words = [program, "serve", str(folder), "--device", "cpu", "--dtype", "float32", "--port", str(address.port), *flags]
+    words = [program, "serve", str(folder), *"--device cpu --dtype float32 --port".split(), str(address.port), *flags]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
