@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from megatron.early_exit import __version__
-from megatron.early_exit.server import megatron_api, operation
+from megatron.early_exit.server import megatron_api, operation, page
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import ApiError, BadRequest
 from megatron.early_exit.server.openai_api import routes as openai_api
@@ -25,7 +25,7 @@ def build_app(context: ServerContext) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid_fields)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
-    for api in (operation, openai_api, megatron_api):
+    for api in (operation, openai_api, megatron_api, page):
         app.include_router(api.router(context))
     return app
 

@@ -1,0 +1,119 @@
+"""The web page at `/`, and what it asks the server about the model.
+
+The page is one response with its styles and scripts in it. Its content security policy names them by their hashes, so
+nothing else runs, and it reaches no other host.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel
+
+from megatron.early_exit.data.tokenizer import HuggingFaceLibrary
+from megatron.early_exit.server.context import ServerContext
+
+_FOLDER = Path(__file__).parent
+_STYLE = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">')
+_SCRIPT = re.compile(r'<script src="(\w+\.js)"></script>')
+
+
+class PageDefaults(BaseModel):
+    """What the server does where a request says nothing."""
+
+    mode: str
+    exit_thresholds: list[float]
+    """One for all exits, or one for each."""
+    exit_layers: list[int]
+    """Those that are evaluated."""
+    draft_exit: int | None
+    """None for a model without exits."""
+
+
+class PageModel(BaseModel):
+    """What the page needs to know of the model."""
+
+    name: str
+    """In the OpenAI API."""
+    num_layers: int
+    exit_layers: list[int]
+    """Layer numbers of the exits, ascending."""
+    num_positions: int
+    """Longest prompt and answer together, in tokens."""
+    has_chat_template: bool
+    defaults: PageDefaults
+
+
+def router(context: ServerContext) -> APIRouter:
+    """Routes of the page. It holds nothing secret, so `/` needs no key; `/page/model` does."""
+    routes = APIRouter()
+    html, policy = _assemble()
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    @routes.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(html, headers=headers)
+
+    @routes.get("/page/model")
+    async def model() -> PageModel:
+        return _describe(context)
+
+    return routes
+
+
+def _describe(context: ServerContext) -> PageModel:
+    """Raises NotReady while there is no model."""
+    model, defaults = context.ready_model(), context.config.defaults
+    exits = [one.layer_number for one in model.ready.description.exits]
+    library = model.tokenizer.library
+    return PageModel(
+        name=context.model_name,
+        num_layers=model.ready.description.num_layers,
+        exit_layers=exits,
+        num_positions=model.ready.description.num_positions,
+        has_chat_template=context.config.chat_template is not None
+        or (isinstance(library, HuggingFaceLibrary) and library.has_chat_template),
+        defaults=PageDefaults(
+            mode=defaults.mode,
+            exit_thresholds=list(defaults.exit_thresholds),
+            exit_layers=list(defaults.exit_layers) or exits,
+            draft_exit=exits[0] if exits and defaults.draft_exit is None else defaults.draft_exit,
+        ),
+    )
+
+
+def _assemble() -> tuple[str, str]:
+    """The page with its styles and scripts in it, and the policy that allows these alone."""
+    hashes: dict[str, list[str]] = {"style": [], "script": []}
+
+    def inlined(match: re.Match, tag: str) -> str:
+        source = (_FOLDER / match[1]).read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        hashes[tag].append(f"'sha256-{digest}'")
+        return f"<{tag}>{source}</{tag}>"
+
+    html = (_FOLDER / "index.html").read_text(encoding="utf-8")
+    html = _STYLE.sub(lambda match: inlined(match, "style"), html)
+    html = _SCRIPT.sub(lambda match: inlined(match, "script"), html)
+    policy = [
+        "default-src 'none'",
+        f"style-src {' '.join(hashes['style'])}",
+        f"script-src {' '.join(hashes['script'])}",
+        "connect-src 'self'",
+        "img-src data:",  # the icon
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+    ]
+    return html, "; ".join(policy)
