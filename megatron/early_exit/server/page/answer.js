@@ -10,8 +10,8 @@ function element(name, properties = {}, children = []) {
 const percent = (share) => `${(100 * share).toFixed(0)} %`;
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
-/** Kinds of tokens by the exit that they left through, in the order of depth; `draft` are those that an exit drafted and
- * all layers accepted. */
+/** Kinds of tokens by the exit that they left through, in the order of depth; `draft` are those that an exit drafted
+ * and all layers accepted. */
 class Exits {
   constructor(numLayers, layers) {
     this.numLayers = numLayers;
@@ -31,8 +31,8 @@ class Exits {
   }
 
   /** An element in the colour of a kind. */
-  coloured(kind, properties, tag = "span") {
-    const made = element(tag, properties);
+  coloured(kind, properties) {
+    const made = element("span", properties);
     made.dataset.exit = kind.name;
     if (kind.depth !== undefined) made.style.setProperty("--depth", `${100 * kind.depth}%`);
     return made;
@@ -40,7 +40,8 @@ class Exits {
 
   /** An entry of a legend. */
   entry(kind, words) {
-    return element("li", {}, [this.coloured(kind, { className: "swatch", textContent: "a", ariaHidden: "true" }), words]);
+    const swatch = this.coloured(kind, { className: "swatch", textContent: "a", ariaHidden: "true" });
+    return element("li", {}, [swatch, words]);
   }
 }
 
@@ -108,7 +109,7 @@ class Answer {
 
   showFigures() {
     const figures = [["Tokens", this.tokens.length]];
-    if (this.firstToken !== undefined) figures.push(["First token", `${(this.firstToken - this.started).toFixed(0)} ms`]);
+    if (this.tokens.length) figures.push(["First token", `${(this.firstToken - this.started).toFixed(0)} ms`]);
     if (this.speed !== null) figures.push(["Tokens per second", this.speed.toFixed(1)]);
     if (this.usage) {
       figures.push(["Layer runs saved", percent(this.usage.runs_saved)]);

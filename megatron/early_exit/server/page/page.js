@@ -153,6 +153,7 @@ async function send() {
   } else {
     at("turns").replaceChildren(turn);
   }
+  turn.scrollIntoView({ block: "nearest" });
   const question = { role: "user", content: prompt };
   running = new AbortController();
   showRunning();

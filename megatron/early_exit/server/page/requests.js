@@ -14,9 +14,10 @@ async function request(path, { key, body, signal } = {}) {
   const headers = {};
   if (key) headers["Authorization"] = `Bearer ${key}`;
   if (body) headers["Content-Type"] = "application/json";
+  const method = body ? "POST" : "GET";
   let response;
   try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+    response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal });
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new RequestError(0, "");
@@ -31,14 +32,15 @@ async function request(path, { key, body, signal } = {}) {
  * connection ends before [DONE]. */
 async function* events(path, options) {
   const response = await request(path, options);
-  let rest = "";
+  let rest = "", isDone = false; // behind [DONE] only the end of the body comes; read, it frees the connection
   try {
     for await (const text of decoded(response.body)) {
       const blocks = (rest + text).split(/\r?\n\r?\n/);
       rest = blocks.pop();
       for (const block of blocks) {
         const data = block.replace(/^data: ?/, "");
-        if (data === "[DONE]") return;
+        if (data === "[DONE]") isDone = true;
+        if (isDone) continue;
         const event = JSON.parse(data);
         if (event.error) throw new RequestError(500, event.error.message, { isMidStream: true });
         yield event;
@@ -47,7 +49,7 @@ async function* events(path, options) {
   } catch (error) {
     if (error instanceof RequestError || options.signal?.aborted) throw error;
   }
-  throw new RequestError(0, "the connection ended", { isMidStream: true });
+  if (!isDone) throw new RequestError(0, "the connection ended", { isMidStream: true });
 }
 
 /** The text of a stream of bytes, which is let go when the loop over it ends. */
@@ -69,8 +71,8 @@ function inWords(error) {
   const said = error.message ? `: ${error.message.replace(/[.\s]+$/, "")}.` : ".";
   const later = error.retryAfter ? `Try again in ${error.retryAfter} s.` : "Try again in a moment.";
   if (error.isMidStream) return `The answer broke off${said} What has come is kept; send the request again.`;
-  if (error.status === 0) return "The server cannot be reached. See whether it still runs, then send the request again.";
-  if (error.status === 401) return "The server asks for an API key. Enter it under “API key”, then send the request again.";
+  if (error.status === 0) return "The server cannot be reached. See whether it still runs, then try again.";
+  if (error.status === 401) return "The server asks for an API key. Enter it under “API key”, then try again.";
   if (error.status === 429) return `The server has too many requests${said} ${later}`;
   if (error.status === 503) return `The server is not ready${said} ${later}`;
   if (error.code === "context_length_exceeded") {
