@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from tests.distributed.engines import (
     COSTS,
     check_against_reference,
     check_invariants,
+    decoding_config,
     reference_over,
     reference_weights,
     run_all,
@@ -32,7 +34,6 @@ from tests.distributed.engines import (
 )
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
-from tests.reference_checkpoint import decoding_config
 
 PROMPT = [5, 17, 80, 3, 41]
 SHORTLIST = tuple(range(0, 96, 3))
@@ -132,9 +133,33 @@ def test_cheap_drafts_give_the_full_model_s_tokens(kind: str, world_size: int) -
         for mode in ("full", "self_speculative")
         for sampling in (SamplingSettings(), SamplingSettings(repetition_penalty=1.4))
     ]
+    # Drafts may be one token alone, whatever the shortlist: it is biased, and the others of the smallest one are ends.
+    chosen = CHEAP[kind].shortlist[-1] if CHEAP[kind].shortlist else 40
+    biased = SamplingSettings(logit_bias={chosen: 100})
+    params += [
+        replace(one, sampling=biased, min_tokens=20, stop_tokens=(1, 2), max_tokens=20)
+        for one in (params[0], params[2])
+    ]
     for rank in run_distributed(world_size, answer_and_check, cfg=cfg, params=params, exit_probe=CHEAP[kind]):
-        full, penalised, drafted, penalised_drafted = (result.token_ids for result in rank)
+        full, penalised, drafted, penalised_drafted, forced, forced_drafted = (result.token_ids for result in rank)
         assert (full, penalised) == (drafted, penalised_drafted)
+        assert forced == forced_drafted == [chosen] * 20
+        assert rank[-1].statistics.accepted == rank[-1].statistics.drafted > 10
+
+
+@pytest.mark.parametrize("kind", CHEAP)
+def test_no_exit_is_taken_because_of_a_bias(kind: str) -> None:
+    cfg = decoding_config(use_exit_norm=True, untie_exit_output_weights=True)
+    common = {"max_tokens": 20, "mode": "early_exit", "sampling": SamplingSettings(logit_bias={3: 100})}
+    params = [GenerationParams(**common, exit_thresholds=(threshold,)) for threshold in (0.0122, 0.9)]
+    params += [GenerationParams(**common | {"mode": "full"})]
+    own = run_distributed(1, answer_and_check, cfg=cfg, params=params, exit_probe=None)[0]
+    cheap = run_distributed(1, answer, cfg=cfg, params=params, exit_probe=CHEAP[kind])[0]
+    for mine, theirs in zip(cheap, own, strict=True):
+        assert mine.token_ids == theirs.token_ids == [3] * 20
+        for token, of_own_heads in zip(mine.tokens, theirs.tokens, strict=True):
+            assert token.exit_layer >= of_own_heads.exit_layer
+    assert all(token.is_final for token in cheap[1].tokens)
 
 
 def answer_and_check(cfg: RunConfig, params: list[GenerationParams], exit_probe: ExitProbe) -> list[RequestResult]:

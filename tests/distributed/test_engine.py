@@ -25,12 +25,16 @@ from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.worker.attention import Segment
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import (
+    HEADS,
+    MAX_POSITIONS,
+    STYLES,
     Request,
     add_random_request,
     answer,
     answer_and_check,
     check_invariants,
     decoder_of,
+    decoding_config,
     make_engine,
     reference_over,
     run_all,
@@ -38,7 +42,6 @@ from tests.distributed.engines import (
 )
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
-from tests.reference_checkpoint import HEADS, MAX_POSITIONS, STYLES, decoding_config
 
 PROMPT = [5, 17, 80, 3, 41]
 TP2 = {"tensor_model_parallel_size": 2}
@@ -469,6 +472,33 @@ def test_log_probs_of_a_prompt_alone(mode: str) -> None:
     assert [len(one.top_log_probs) for one in result.prompt] == [0] + [2] * 19
 
 
+# Biases, and ends that may not come yet.
+
+
+@pytest.mark.parametrize("head", ["untied_norm", "pre_exit_block"])
+@pytest.mark.parametrize("sampling", [SamplingSettings(), SAMPLED], ids=["greedy", "sampled"])
+def test_biases_and_min_tokens_in_all_modes(sampling: SamplingSettings, head: str) -> None:
+    """Of three tokens that are all but forced, two end the answer."""
+    biased = replace(sampling, logit_bias={3: 98.0, 7: 100.0, 11: 99.9})
+    full = GenerationParams(max_tokens=20, min_tokens=9, stop_tokens=(7, 11), ignore_eod=True, sampling=biased)
+    changes = [
+        {}, {"mode": "early_exit", "exit_thresholds": (0.0108,)}, {"mode": "early_exit", "exit_thresholds": (0.0,)},
+        *({"mode": "self_speculative", "draft_length": 2, "draft_exit": layer} for layer in (1, 3)),
+        {"min_tokens": 0}, {"stop_tokens": (7,)},
+    ]  # fmt: skip
+    cfg, requests = decoding_config(**HEADS[head]), [(PROMPT, replace(full, **one)) for one in changes]
+    results = on_one(answer_and_check, cfg=cfg, requests=requests)
+    for result in results[:5]:
+        assert (set(result.token_ids[:9]), result.finish_reason) == ({3}, "stop")
+    assert len({tuple(results[index].token_ids) for index in (0, 3, 4)}) == 1
+    assert all(result.statistics.accepted >= 6 for result in results[3:5]), "drafts are biased as well"
+    assert len(results[5].tokens) < 9 and 11 in results[6].token_ids[:9]
+    # The model's own ends are no others than those of the request.
+    requests = [(prompt, replace(params, stop_tokens=(7,), ignore_eod=False)) for prompt, params in requests[:5]]
+    for result, same in zip(on_one(answer, cfg=cfg, requests=requests, ends={11, 200}), results, strict=False):
+        assert result.token_ids == same.token_ids
+
+
 def refusal(cfg: RunConfig, prompt: list[int], params: GenerationParams) -> str:
     with layout(cfg), pytest.raises(ValueError) as caught:
         make_engine(cfg).add(prompt, params)
@@ -483,6 +513,13 @@ def refusal(cfg: RunConfig, prompt: list[int], params: GenerationParams) -> str:
         ({}, [1, VOCAB_SIZE], {}, "outside of the vocabulary of 96: [96]"),
         ({}, [1, -1], {}, "outside of the vocabulary"),
         ({}, PROMPT, {"stop_tokens": (96,)}, "stop_tokens has ids outside of the vocabulary of 96: [96]"),
+        (
+            {},
+            PROMPT,
+            {"sampling": SamplingSettings(logit_bias={9: 1, 96: 1})},
+            "logit_bias has ids outside of the voca",
+        ),
+        ({}, PROMPT, {"min_tokens": 2, "stop_tokens": range(96)}, "min_tokens is 2, but each of the 96 ids ends the"),
         ({}, PROMPT, {"mode": "early_exit", "exit_layers": (2, 9)}, "no exit named 9; its exits are 1 2 3"),
         ({}, PROMPT, {"mode": "self_speculative", "draft_exit": 9}, "draft_exit is 9, but the model's exits are 1, 2"),
         ({"exit_layer_nums": ()}, PROMPT, {"mode": "self_speculative"}, "the model has none"),

@@ -130,12 +130,12 @@ def answer(executor: DistributedExecutor, one: Step) -> list[RowsOutput]:
 
 SAMPLING = SamplingSettings(
     temperature=0.7, top_k=40, top_p=0.9, top_p_decay=0.99, top_p_bound=0.5, min_p=0.1, repetition_penalty=1.2,
-    frequency_penalty=0.3, presence_penalty=-0.3, seed=2**63 - 1,
+    frequency_penalty=0.3, presence_penalty=-0.3, logit_bias={7: 1.5, 3: -100}, seed=2**63 - 1,
 )  # fmt: skip
 
 
 def test_messages_come_out_as_they_went_in() -> None:
-    admit = Admit(2**40, 3, 7, 5, (1, 2), SAMPLING, (0, 1), 32, 20)
+    admit = Admit(2**40, 3, 7, 5, (1, 2), SAMPLING, (0, 1), 32, 20, 6, (0, 9))
     rows = Rows(
         2**40, 3, 7, 2, "score", 11, (1, 2), (ExitThreshold(0, 0.5),), 12, (0, -1), 11, (4, 5), 3, score_logits=True
     )

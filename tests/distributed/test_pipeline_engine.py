@@ -101,6 +101,17 @@ def test_draws_in_all_modes(pair: Pair, sampling: SamplingSettings) -> None:
     pair.answers([(PROMPT, GenerationParams(**common, **mode)) for mode in MODES])
 
 
+@pytest.mark.parametrize("sampling", [SamplingSettings(), SAMPLED], ids=["greedy", "sampled"])
+def test_biases_and_min_tokens(pair: Pair, sampling: SamplingSettings) -> None:
+    biased = replace(sampling, logit_bias={7: 12.0, 70: 11.8, 12: 7.0, 71: 9.0, 1: -100.0})
+    common = {"max_tokens": 14, "min_tokens": 6, "stop_tokens": (7, 70), "sampling": biased}
+    results = pair.answers([(PROMPT, GenerationParams(**common, **mode)) for mode in MODES])
+    assert all(len(result.tokens) >= 6 and result.finish_reason == "stop" for result in results)
+    full, drafted = results[0], results[3:]
+    assert all(result.token_ids == full.token_ids for result in drafted)
+    assert min(result.statistics.accepted for result in drafted[:2]) > 0
+
+
 @pytest.mark.parametrize("draft_exit", [1, 3])
 def test_sampled_speculation_draws_the_full_model_s_tokens(pair: Pair, draft_exit: int) -> None:
     full = GenerationParams(max_tokens=20, sampling=SAMPLED)

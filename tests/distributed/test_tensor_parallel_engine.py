@@ -29,6 +29,8 @@ from tests.distributed.test_scores import check_scores
 MODELS = [("untied_norm", "llama", VOCAB_SIZE), ("block", "gpt2", VOCAB_SIZE), ("mlp", "llama", 40)]
 """40 ids: the second rank holds padding alone."""
 SAMPLED = SamplingSettings(temperature=1.0, top_p=0.9, seed=5)
+BIASES = {7: 12.0, 70: 11.8, 12: 7.0, 71: 9.0, 1: -100.0}
+"""On both ranks."""
 
 
 @dataclass
@@ -117,6 +119,20 @@ def test_sampled_speculation_draws_the_full_model_s_tokens(pair: Pair) -> None:
     _, (plain, speculative) = pair.answers(requests)
     assert plain.token_ids == speculative.token_ids
     assert speculative.statistics.drafted > 0
+
+
+@pytest.mark.parametrize("sampling", [SamplingSettings(), SAMPLED], ids=["greedy", "sampled"])
+def test_biases_and_min_tokens(pair: Pair, sampling: SamplingSettings) -> None:
+    biases = {token % pair.vocab_size: bias for token, bias in BIASES.items()}
+    common = {"max_tokens": 14, "min_tokens": 6, "stop_tokens": (7, 70 % pair.vocab_size)}
+    modes = [
+        {}, {"mode": "early_exit", "exit_thresholds": (0.0,)}, {"mode": "self_speculative", "draft_length": 3},
+    ]  # fmt: skip
+    params = [GenerationParams(**common, **mode, sampling=replace(sampling, logit_bias=biases)) for mode in modes]
+    local, parallel = pair.answers(within(pair.vocab_size, [(PROMPT, one) for one in params]))
+    compare(local, parallel)
+    assert all(len(result.tokens) >= 6 and result.finish_reason == "stop" for result in parallel)
+    assert parallel[2].token_ids == parallel[0].token_ids and parallel[2].statistics.accepted > 0
 
 
 def test_the_cap_keeps_the_exit_s_tokens(pair: Pair) -> None:

@@ -265,8 +265,8 @@ MISBEHAVING = """
     socket = zmq.Context().socket(zmq.PAIR)
     socket.connect(settings.endpoint)
     send = lambda message: socket.send(msgspec.msgpack.encode(message))
-    ready = Ready(WorkerDescription(2, 8, 257, (), 2, 64), ExitConfig(), TokenizerConfig("ByteLevelTokenizer"), False,
-                  "folder", 0, "none", "one")
+    ready = Ready(WorkerDescription(2, 8, 257, (), 2, 64), ExitConfig(), (), TokenizerConfig("ByteLevelTokenizer"),
+                  False, "folder", 0, "none", "one")
 """
 
 

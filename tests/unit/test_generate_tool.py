@@ -123,6 +123,9 @@ def test_where_the_full_model_would_run_nothing_nothing_is_saved() -> None:
         (["--top-p", "0.9", "--top-p-decay", "2"], "top_p_decay is 2"),
         (["--min-p", "2"], "min_p is 2.0; it must lie between 0 (off) and 1"),
         (["--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (["--logit-bias", "5:1", "7:200"], "logit_bias of token 7 is 200.0; it must lie between -100 and 100"),
+        (["--logit-bias", "5:-1.5", "5:2"], "logit_bias has token 5 twice"),
+        (["--min-tokens", "65"], "min_tokens is 65; it must lie between 0 and max_tokens (64)"),
         (["--tokens-to-generate", "0"], "max_tokens is 0"),
         (["--worker-timeout", "0"], "worker_timeout is 0"),
         (["--max-requests", "0"], "max_requests is 0"),
@@ -138,6 +141,12 @@ def test_flags_are_checked_before_loading(flags, message, capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert main(["--load", "nowhere", "--prompt", "x", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_bias_that_is_none_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--load", "nowhere", "--prompt", "x", "--logit-bias", "5=3"])
+    assert "'5=3' is no ID:BIAS, as in 5:-100" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--top-k", "5"], ["--top-p", "0.9"], ["--seed", str(-(2**63))]])

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.llm import as_list
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams, check_prompt
+from megatron.early_exit.inference.protocol import WorkerDescription
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,9 @@ def test_values_are_what_their_fields_say(name: str, given: Any, expected: Any) 
         ("exit_layers", [1.5], "exit_layers is 1.5; it must be an integer"),
         ("max_tokens", 1e9, "max_tokens is 1000000000.0; it must be an integer"),
         ("max_tokens", None, "max_tokens is None; it must be an integer"),
+        ("min_tokens", 1.5, "min_tokens is 1.5; it must be an integer"),
+        ("min_tokens", -1, "min_tokens is -1; it must lie between 0 and max_tokens (64)"),
+        ("min_tokens", 65, "min_tokens is 65; it must lie between 0 and max_tokens (64)"),
         ("n", True, "n is True; it must be an integer"),
         ("echo", "no", "echo is 'no'; it must be True or False"),
         ("draft_length", "2", "draft_length is '2'; it must be an integer"),
@@ -86,6 +91,15 @@ def test_settings_at_their_bounds() -> None:
         stop=["b" * 256] * 16, stop_tokens=range(1024), top_log_probs=512, n=128, sampling=SamplingSettings(1.0)
     )
     assert (len(params.stop), len(params.stop_tokens)) == (16, 1024)
+
+
+def test_min_tokens_need_an_id_that_does_not_end_the_answer() -> None:
+    checks = RequestChecks(WorkerDescription(2, 8, 96, (), 1, 40), ExitConfig(), ends={95, 200}, is_calibrated=False)
+    params = GenerationParams(min_tokens=2, stop_tokens=range(95))
+    with pytest.raises(ValueError, match="^min_tokens is 2, but each of the 96 ids ends the answer"):
+        checks.check_generation([1], params)
+    for changes in ({"ignore_eod": True}, {"min_tokens": 0}, {"stop_tokens": range(94)}):
+        checks.check_generation([1], replace(params, **changes))
 
 
 EXITS = ExitConfig(exit_layer_nums=(2, 4))

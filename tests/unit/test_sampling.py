@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,12 +32,14 @@ def draw(
     history: Sequence[int] = (),
     num_prompt_tokens: int = 0,
     batch: int = 500,
+    excluded: Sequence[int] = (),
     **settings: object,
 ) -> list[int]:
     """One token for each index, from [vocabulary] logits."""
     output, chosen, tokens = head(logits), SamplingSettings(**settings), []
     for first in range(0, len(indices), batch):
-        draws = [Draw(0, chosen, index, history, num_prompt_tokens) for index in indices[first : first + batch]]
+        of_batch = indices[first : first + batch]
+        draws = [Draw(0, chosen, index, history, num_prompt_tokens, excluded) for index in of_batch]
         tokens += [token for token, _ in output.draw(draws)]
     return tokens
 
@@ -90,6 +93,8 @@ def distribution(
 ) -> torch.Tensor:
     """[vocabulary] fp64: what a token is drawn from, by sorting everything and plain loops."""
     logits = logits.double().clone()
+    for token, bias in settings.logit_bias:
+        logits[token] += bias
     for token in set(history):
         old = logits[token]
         logits[token] = old / settings.repetition_penalty if old > 0 else old * settings.repetition_penalty
@@ -136,6 +141,7 @@ def in_bins(values: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
 LEVEL = 1e-6
 VOCABULARY, DRAWS = 8000, 2000
 ZIPF = -1.1 * torch.arange(1.0, VOCABULARY + 1).log()[torch.randperm(VOCABULARY, generator=torch.manual_seed(1))]
+BIASES = {int(token): 2.0 - rank for rank, token in enumerate(ZIPF.topk(40).indices[::8])} | {4321: 6.0}
 PENALTIES = {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": -0.7}
 
 
@@ -162,7 +168,8 @@ def fit(**settings: object) -> float:
         {"top_k": 1000, "top_p": 0.8},
         {"temperature": 1.2, "min_p": 0.001},
         PENALTIES,
-        {"temperature": 0.8, "top_k": 700, "top_p": 0.95, "min_p": 0.002, **PENALTIES},
+        {"logit_bias": BIASES},
+        {"temperature": 0.8, "top_k": 700, "top_p": 0.95, "min_p": 0.002, **PENALTIES, "logit_bias": BIASES},
     ],
 )
 def test_draws_follow_the_exact_distribution(settings: dict) -> None:
@@ -423,6 +430,60 @@ def test_penalties_change_what_is_drawn_and_not_the_log_probability() -> None:
     assert torch.equal(output.logits(0), logits)
 
 
+# Biases, and tokens that cannot be drawn.
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}], ids=["biases", "penalised"])
+def test_biases_and_exclusions_are_those_of_transformers(settings: dict) -> None:
+    from transformers import (
+        MinNewTokensLengthLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        SequenceBiasLogitsProcessor,
+    )
+
+    logits = torch.randn(1, 50, generator=torch.manual_seed(0)) * 4
+    biases, ends, history = {3: 7.5, 40: -2.25, 9: -100.0, 12: 100.0, 5: 1.0}, [3, 0, 41], [3, 3, 12, 7]
+    processors = [SequenceBiasLogitsProcessor({(token,): bias for token, bias in biases.items()})]
+    processors += [RepetitionPenaltyLogitsProcessor(penalty) for penalty in settings.values()]
+    processors += [MinNewTokensLengthLogitsProcessor(2, 3, ends)]
+    for num_tokens in (2, 3, 4, 5):  # 3 are wanted behind the first 2
+        ids, expected = torch.tensor([(history * 2)[:num_tokens]]), logits.clone()
+        for processor in processors:
+            expected = processor(ids, expected)
+        excluded = ends if num_tokens < 5 else []
+        one = Draw(0, SamplingSettings(logit_bias=biases, **settings), num_tokens, ids[0].tolist(), 2, excluded)
+        mine = logits.clone()
+        sampling._bias(mine, torch.arange(50), [one])
+        sampling._penalise(mine, torch.arange(50), [one])
+        assert torch.equal(mine, expected)
+        assert head(logits).draw([one])[0][0] == expected.argmax().item()
+
+
+def test_biases_change_what_is_drawn_and_not_the_log_probability() -> None:
+    output = head(LOGITS)
+    for settings, excluded, expected in (
+        ({"logit_bias": {2: 100}}, (), {2}),
+        ({"logit_bias": {2: 100}}, (2,), {1}),
+        ({"logit_bias": {1: -100, 3: -100}, "temperature": 1.0}, (), {0, 2, 4}),
+        ({"temperature": 1.0, "top_p": 0.99}, (0, 1, 2, 3), {4}),
+        ({"temperature": 1e30}, (1, 3), {0, 2, 4}),
+    ):
+        draws = [Draw(0, SamplingSettings(**settings), index, (), 0, excluded) for index in range(60)]
+        drawn = output.draw(draws)
+        assert {token for token, _ in drawn} == expected
+        assert [log_prob for _, log_prob in drawn] == pytest.approx([LOGITS[token].item() for token, _ in drawn])
+    assert torch.equal(output.logits(0), LOGITS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}], ids=str)
+def test_of_a_shortlist_that_is_excluded_a_token_is_drawn_all_the_same(settings: dict) -> None:
+    """A draft, which is then rejected."""
+    columns = torch.tensor([1, 3, 0, 0])  # two of padding
+    short = HeadOutput(LOGITS[columns][None], vocab_size=5, tp=TensorParallel(), ids=columns, num_ids=2)
+    ((token, _),) = short.draw([Draw(0, SamplingSettings(**settings), 0, (), 0, (1, 3))])
+    assert token in (1, 3)
+
+
 # One call for many rows.
 
 
@@ -431,9 +492,10 @@ def mixed_draws() -> list[Draw]:
         {}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 30}, {"temperature": 1.0, "top_p": 0.9},
         {"repetition_penalty": 1.5}, {"temperature": 2.0, "top_p": 0.99}, {"temperature": 1.0, **PENALTIES},
         {"temperature": 1.0, "top_k": 900}, {"temperature": 1.0, "min_p": 0.05}, {"temperature": 3.0, "top_k": 1},
+        {"logit_bias": {77: 9.0}}, {"logit_bias": {3: 8, 78: 8, 4: 8}, "temperature": 1.0, "top_p": 0.9},
     ]  # fmt: skip
     chosen = [SamplingSettings(seed=seed, **one) for seed, one in enumerate(settings)]
-    return [Draw(i % 4, one, i, [5, 6, 7 + i, 5], 2) for i, one in enumerate(chosen * 2)]
+    return [Draw(i % 4, one, i, [5, 6, 7 + i, 5], 2, [78] * (i % 3)) for i, one in enumerate(chosen * 2)]
 
 
 def test_draws_do_not_depend_on_what_is_drawn_beside_them() -> None:
@@ -496,7 +558,7 @@ def test_little_leaves_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     output.draw(mixed_draws())
     output.top([0, 1], 5)
     output.log_probs_of([0, 1], [7, 8])
-    assert max(numbers[1:]) == 2 * 16  # four of the draws are plain argmax
+    assert max(numbers[1:]) == 2 * 20  # four of the draws are plain argmax
 
 
 def test_greedy_draws_make_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,6 +593,17 @@ def test_greedy_draws_make_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"frequency_penalty": 2.5}, "frequency_penalty is 2.5; it must lie between -2 and 2"),
         ({"presence_penalty": float("nan")}, "presence_penalty is nan"),
         ({"presence_penalty": None}, "presence_penalty is None; it must be a number"),
+        ({"logit_bias": {5: 100.5}}, "logit_bias of token 5 is 100.5; it must lie between -100 and 100"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias of token 5 is nan"),
+        ({"logit_bias": {"5": 1}}, "an id of logit_bias is '5'; it must be an integer"),
+        ({"logit_bias": {5: "1"}}, "logit_bias is '1'; it must be a number"),
+        ({"logit_bias": [(5, 1), (5, 2)]}, "logit_bias has token 5 twice"),
+        ({"logit_bias": [5, 1]}, "logit_bias has 5; its entries are pairs"),
+        ({"logit_bias": ["51"]}, "logit_bias has '51'; its entries are pairs"),
+        ({"logit_bias": [(5, 1, 2)]}, "its entries are pairs"),
+        ({"logit_bias": 5}, "logit_bias is 5; give pairs"),
+        ({"logit_bias": "5"}, "logit_bias is '5'; give pairs"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias has 1025 entries; give at most 1024"),
     ],
 )
 def test_bad_settings(settings: dict, message: str) -> None:
@@ -544,7 +617,25 @@ def test_greedy_with_settings_that_change_nothing() -> None:
     for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
         settings = SamplingSettings(**{name: 1.5})
         assert settings.is_greedy and not settings.is_plain_argmax
+    settings = SamplingSettings(logit_bias={1: 0.5})
+    assert settings.is_greedy and not settings.is_plain_argmax
     assert not SamplingSettings(1e-5).is_greedy
+
+
+@pytest.mark.parametrize(
+    "given", [{7: 1, 2: -100.0}, [(7, 1.0), [2, -100]], ((2, -100), (7, 1)), {np.int64(2): np.float32(-100), 7: 1}],
+    ids=["mapping", "lists", "tuples", "numpy"],
+)  # fmt: skip
+def test_forms_of_biases(given: object) -> None:
+    settings = SamplingSettings(logit_bias=given)
+    assert settings.logit_bias == ((2, -100.0), (7, 1.0))
+    assert [type(number) for number in settings.logit_bias[1]] == [int, float]
+    assert hash(settings) == hash(replace(settings)) and settings.of_sample(1).logit_bias == settings.logit_bias
+
+
+def test_no_biases_and_as_many_as_may_be() -> None:
+    assert SamplingSettings(logit_bias=None) == SamplingSettings(logit_bias={}) == SamplingSettings()
+    assert len(SamplingSettings(logit_bias=dict.fromkeys(range(1024), 1)).logit_bias) == 1024
 
 
 def test_seeds_of_several_answers() -> None:

@@ -196,6 +196,28 @@ def test_tokens_beyond_a_stop_string_are_dropped_and_not_counted(steps: list[lis
     assert engine.stopped == ([] if has_ended else [(request_id, 3)])
 
 
+@pytest.mark.parametrize("is_remote", [False, True])
+@pytest.mark.parametrize(
+    ("min_tokens", "text", "num_tokens"),
+    [(0, "", 2), (1, "", 2), (3, "ab", 4), (4, "ababc", 7), (6, "ababc", 7), (7, "ababcabc", 8)],
+)
+def test_a_stop_string_within_the_first_tokens_does_not_count(
+    min_tokens: int, text: str, num_tokens: int, is_remote: bool
+) -> None:
+    """One that ends behind them does, wherever it begins."""
+    ids = [A, B, A, B, C, A, B, C]
+    deltas = deltas_of([[token] for token in ids], is_remote=is_remote, stop=("ab",), min_tokens=min_tokens)
+    output = deltas[-1].output
+    assert (output.text, len(output.tokens)) == (text, num_tokens)
+    assert output.finish_reason == ("stop" if num_tokens < 8 else "max_tokens")
+
+
+def test_text_that_is_no_stop_string_any_more_is_given_out() -> None:
+    assert seen(deltas_of([[A], [B], [C], [B]], stop=("ab", "bcx"), min_tokens=2)) == [
+        ("a", [A]), ("bcb", [B, C, B]),
+    ]  # fmt: skip
+
+
 def test_a_result_that_comes_later_is_that_of_the_stop() -> None:
     deltas = deltas_of([[A], [B], [C], [A], [A]], is_remote=True, stop=("bc",))
     assert ("".join(delta.text for delta in deltas), deltas[-1].output.finish_reason) == ("a", "stop")

@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     prompts.add_argument("--chat", action="store_true", help="talk: each answer sees the conversation before it")
     sampling = parser.add_argument_group("sampling (the default is greedy)")
     sampling.add_argument("--tokens-to-generate", type=int, default=64, metavar="N", help="at most; default 64")
+    sampling.add_argument("--min-tokens", type=int, default=0, metavar="N", help="no end and no stop before; default 0")
     sampling.add_argument("--temperature", type=float, help="0: greedy; default: 1 with --top-k, --top-p or --min-p")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K most probable; 0: all")
     sampling.add_argument(
@@ -55,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="F", help="1: off")
     sampling.add_argument("--frequency-penalty", type=float, default=0.0, metavar="F", help="as OpenAI's; 0: off")
     sampling.add_argument("--presence-penalty", type=float, default=0.0, metavar="F", help="as OpenAI's; 0: off")
+    sampling.add_argument(
+        "--logit-bias", type=_bias, nargs="+", default=[], metavar="ID:BIAS",
+        help="add to the logits of these tokens; -100 all but bans one, 100 all but forces it",
+    )  # fmt: skip
     sampling.add_argument("--seed", type=int, default=1234, help="the same seed for every prompt")
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this; repeatable")
     sampling.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt")
@@ -90,6 +95,14 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="colour text by exit")
     add_verbose_flag(parser)
     return parser
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition(":")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no ID:BIAS, as in 5:-100") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,6 +161,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
         temperature = 1.0 if args.top_k > 1 or args.top_p > 0 or args.min_p > 0 else 0.0
     params = GenerationParams(
         max_tokens=args.tokens_to_generate,
+        min_tokens=args.min_tokens,
         mode=mode,
         sampling=SamplingSettings(
             temperature=temperature,
@@ -159,6 +173,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
             repetition_penalty=args.repetition_penalty,
             frequency_penalty=args.frequency_penalty,
             presence_penalty=args.presence_penalty,
+            logit_bias=args.logit_bias,
             seed=args.seed,
         ),
         exit_thresholds=(0.8,) if args.early_exit_thres is None else tuple(args.early_exit_thres),

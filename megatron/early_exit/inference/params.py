@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.data.tokenizer import check_unicode
@@ -24,6 +24,7 @@ MAX_TOP_LOG_PROBS = 512
 MAX_SAMPLES = 128
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MAX_STOP_TOKENS = 1024
+MAX_LOGIT_BIASES, LARGEST_LOGIT_BIAS = 1024, 100.0
 
 
 # Below this temperature the most probable token is taken: nothing else has a probability to speak of.
@@ -39,7 +40,7 @@ class SamplingSettings:
 
     temperature: float = 0.0
     """Divide the logits by this; 0, and values so small that they do the same: take the most probable token, whatever
-    the other settings but the penalties are."""
+    the other settings but biases and penalties are."""
 
     top_k: int = 0
     """Choose among the k most probable tokens only; 0: among all."""
@@ -65,6 +66,10 @@ class SamplingSettings:
     presence_penalty: float = 0.0
     """Subtract this from the logits of tokens that the answer holds."""
 
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids and what is added to their logits, before penalties and everything else: from -100, which all but bans
+    a token, to 100, which all but forces it. Pairs in any order, or a mapping, may be given."""
+
     seed: int = 1234
     """The same seed, prompt and settings give the same tokens; from -2**63 to 2**63 - 1."""
 
@@ -77,6 +82,7 @@ class SamplingSettings:
             object.__setattr__(self, name, checked.number(name, getattr(self, name)))
         for name in ("top_k", "seed"):
             object.__setattr__(self, name, checked.integer(name, getattr(self, name)))
+        object.__setattr__(self, "logit_bias", _sorted_biases(self.logit_bias))
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
         if self.top_k < 0:
@@ -103,13 +109,13 @@ class SamplingSettings:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most probable token (after penalties) is always taken."""
+        """Whether the most probable token (after biases and penalties) is always taken."""
         return self.temperature < GREEDY_BELOW or self.top_k == 1
 
     @property
     def is_plain_argmax(self) -> bool:
         """Whether the head's most probable token is taken as it is: no logits need to be looked at."""
-        return self.is_greedy and not self.has_penalty
+        return self.is_greedy and not self.has_penalty and not self.logit_bias
 
     @property
     def has_penalty(self) -> bool:
@@ -133,6 +139,10 @@ class GenerationParams:
 
     max_tokens: int = 64
     """Stop after this many tokens."""
+
+    min_tokens: int = 0
+    """Until the answer has so many tokens, none that ends it can be drawn, and no stop string ends it: one that is
+    complete within their text is part of the answer."""
 
     mode: Mode = "full"
     """full: all layers for every token. early_exit: take a token from the first exit that is confident.
@@ -200,6 +210,10 @@ class GenerationParams:
             raise ValueError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
         if self.max_tokens < (0 if self.echo else 1):
             raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1 (0 with echo)")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}; it must lie between 0 and max_tokens ({self.max_tokens})"
+            )
         if not self.exit_thresholds:
             raise ValueError("exit_thresholds is empty; give one value for all exits, or one for each")
         for threshold in self.exit_thresholds:
@@ -240,8 +254,8 @@ class GenerationParams:
     def _normalise(self) -> None:
         """Make every field what its annotation says. One value stands for a list of one; NumPy's and torch's numbers
         are numbers. Raises ValueError that names the field."""
-        checks = {name: checked.integer for name in ("max_tokens", "max_deferred", "max_draft_length")}
-        checks |= {name: checked.integer for name in ("top_log_probs", "n")}
+        checks = {name: checked.integer for name in ("max_tokens", "min_tokens", "max_deferred")}
+        checks |= {name: checked.integer for name in ("max_draft_length", "top_log_probs", "n")}
         checks |= {name: checked.truth for name in ("plan_exits", "add_special_tokens", "ignore_eod", "echo")}
         for name in ("draft_exit", "draft_length"):
             if getattr(self, name) is not None:
@@ -256,6 +270,10 @@ class GenerationParams:
             object.__setattr__(self, name, value)
         if not isinstance(self.sampling, SamplingSettings):
             raise ValueError(f"sampling is {self.sampling!r}; it must be SamplingSettings(...)")
+
+    def all_ends(self, ends: Collection[int]) -> frozenset[int]:
+        """Ids that end the answer, of a model whose answers end at `ends`."""
+        return frozenset(self.stop_tokens).union(() if self.ignore_eod else ends)
 
     def exit_policy(self, exits: ExitConfig) -> ExitPolicy | None:
         """When to exit, or None if this request never does. Raises ValueError if the model has no such exits."""
@@ -354,6 +372,28 @@ def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if outside:
         raise ValueError(f"{name} has ids outside of the vocabulary of {vocab_size}: {outside[:5]}")
+
+
+def _sorted_biases(biases: Any) -> tuple[tuple[int, float], ...]:
+    """Raises ValueError that names the field."""
+    if biases is None:
+        return ()
+    pairs = biases.items() if isinstance(biases, Mapping) else biases
+    if not hasattr(pairs, "__len__") or isinstance(pairs, (str, bytes)):
+        raise ValueError(f"logit_bias is {biases!r}; give pairs of a token id and its bias, or a mapping")
+    if len(pairs) > MAX_LOGIT_BIASES:
+        raise ValueError(f"logit_bias has {len(pairs)} entries; give at most {MAX_LOGIT_BIASES}")
+    result: dict[int, float] = {}
+    for pair in pairs:
+        if not hasattr(pair, "__len__") or isinstance(pair, (str, bytes)) or len(pair) != 2:
+            raise ValueError(f"logit_bias has {pair!r}; its entries are pairs of a token id and its bias")
+        token, bias = checked.integer("an id of logit_bias", pair[0]), checked.number("logit_bias", pair[1])
+        if not -LARGEST_LOGIT_BIAS <= bias <= LARGEST_LOGIT_BIAS:
+            raise ValueError(f"logit_bias of token {token} is {bias}; it must lie between -100 and 100")
+        if token in result:
+            raise ValueError(f"logit_bias has token {token} twice; give one bias")
+        result[token] = bias
+    return tuple(sorted(result.items()))
 
 
 def _check_top_log_probs(count: int) -> None:

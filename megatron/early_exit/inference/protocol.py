@@ -97,6 +97,10 @@ class Admit(msgspec.Struct, frozen=True, tag=True):
     """Rows that may be deferred; one more, and they run the remaining layers."""
     top_log_probs: int = 0
     """Report this many of the most probable tokens with each token."""
+    min_tokens: int = 0
+    """Tokens of the answer before one of `ends` may be drawn."""
+    ends: tuple[int, ...] = ()
+    """Ids that end the answer; they are needed with `min_tokens` alone."""
 
 
 class CopyPrefix(msgspec.Struct, frozen=True, tag=True):

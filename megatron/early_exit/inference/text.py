@@ -135,8 +135,8 @@ class StopStrings:
             return self.found_at
         return self._num_characters - max((search.matched for search in self._searches), default=0)
 
-    def add(self, piece: str) -> None:
-        """Look at the text that follows."""
+    def add(self, piece: str, may_end: bool = True) -> None:
+        """Look at the text that follows. may_end: whether a string that is complete in it counts."""
         if self.found_at is not None:
             return
         if not self._searches:
@@ -145,7 +145,7 @@ class StopStrings:
         for character in piece:
             self._num_characters += 1
             complete = [search.stop for search in self._searches if search.add(character)]
-            if complete:
+            if complete and may_end:
                 self.found = max(complete, key=len)
                 self.found_at = self._num_characters - len(self.found)
                 return
@@ -157,7 +157,7 @@ class _Search:
     def __init__(self, stop: str) -> None:
         self.stop = stop
         self.matched = 0
-        """Characters of the string that the text ends with."""
+        """Characters of the string that the text ends with, fewer than it has."""
         self._shorter = [0, 0]
         """For each number of matched characters: the next smaller one that the text then ends with as well."""
         for character in stop[1:]:
@@ -167,7 +167,10 @@ class _Search:
     def add(self, character: str) -> bool:
         """Whether the text ends with the string now."""
         self.matched = self._step(self.matched, character)
-        return self.matched == len(self.stop)
+        is_complete = self.matched == len(self.stop)
+        if is_complete:
+            self.matched = self._shorter[-1]
+        return is_complete
 
     def _step(self, matched: int, character: str) -> int:
         while matched and self.stop[matched] != character:

@@ -194,7 +194,7 @@ class _GrowingOutput:
     def __init__(self, output: RequestOutput, tokenizer: Tokenizer, params: GenerationParams) -> None:
         self._output = output
         self._stream = TextStream(tokenizer, output.prompt_ids)
-        self._stops = StopStrings(params.stop)
+        self._stops, self._min_tokens = StopStrings(params.stop), params.min_tokens
         self._held: deque[tuple[GeneratedToken, str]] = deque()
         """With their pieces of text."""
         self._num_taken = 0
@@ -259,7 +259,7 @@ class _GrowingOutput:
         if text:
             token, piece = self._held.pop()
             self._held.append((token, piece + text))
-            self._stops.add(text)
+            self._stops.add(text, may_end=self.num_tokens > self._min_tokens)
 
     def _cut(self, num_characters: int) -> None:
         """Keep so much of the text of held tokens."""

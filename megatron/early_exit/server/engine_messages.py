@@ -70,6 +70,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
     description: WorkerDescription
     exits: ExitConfig
+    ends: tuple[int, ...]
+    """Ids that end an answer."""
     tokenizer: TokenizerConfig
     is_calibrated: bool
     """Whether exits can be planned."""

@@ -110,6 +110,7 @@ def _ready(loaded: LoadedEngine) -> Ready:
     return Ready(
         description=model,
         exits=engine.exits,
+        ends=tuple(engine.ends),
         tokenizer=checkpoint.description.tokenizer,
         is_calibrated=engine.checks.is_calibrated,
         checkpoint=str(checkpoint.folder),

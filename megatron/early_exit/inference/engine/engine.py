@@ -77,7 +77,7 @@ class Engine:
         self.description = executor.description
         self.max_waiting, self.prefill_chunk = max_waiting, prefill_chunk
         self.slots = Slots(self.description.num_slots)
-        self.checks = RequestChecks(self.description, exits, is_calibrated=calibration is not None)
+        self.checks = RequestChecks(self.description, exits, self.ends, is_calibrated=calibration is not None)
         self._selector = ExitSelector(self.description, calibration)
         self._measured_costs = costs
         self._request_ids, self._step_numbers = itertools.count(), itertools.count()

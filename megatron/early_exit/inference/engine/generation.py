@@ -120,6 +120,8 @@ class RunningGeneration(RunningRequest):
             exits=self.request.enabled_exits,
             max_deferred=self.params.max_deferred,
             top_log_probs=self.params.top_log_probs,
+            min_tokens=self.params.min_tokens,
+            ends=tuple(self.params.all_ends(self.request.ends)) if self.params.min_tokens else (),
         )
 
     def finished_without_rows(self) -> FinishReason | None:

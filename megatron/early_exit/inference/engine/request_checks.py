@@ -3,7 +3,7 @@ requests can ask as well as the engine's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron.early_exit.config.exits import ExitConfig
@@ -23,6 +23,8 @@ class RequestChecks:
 
     model: WorkerDescription
     exits: ExitConfig
+    ends: Collection[int]
+    """Ids that end an answer."""
     is_calibrated: bool
     """Whether exits can be planned."""
 
@@ -34,10 +36,17 @@ class RequestChecks:
     def check_generation(self, prompt_ids: Sequence[int], params: GenerationParams) -> None:
         """Refuse a request for an answer."""
         check_prompt(prompt_ids, self.model.num_positions, self.model.vocab_size)
-        check_ids("stop_tokens", params.stop_tokens, self.model.vocab_size)
+        self._check_ids(params)
         if params.plan_exits and not self.is_calibrated:
             raise ValueError("plan_exits needs a calibration of the exits; tools/calibrate_exits.py makes it")
         self.check(params)
+
+    def _check_ids(self, params: GenerationParams) -> None:
+        vocab_size = self.model.vocab_size
+        check_ids("stop_tokens", params.stop_tokens, vocab_size)
+        check_ids("logit_bias", [token for token, _ in params.sampling.logit_bias], vocab_size)
+        if params.min_tokens and params.all_ends(self.ends).issuperset(range(vocab_size)):
+            raise ValueError(f"min_tokens is {params.min_tokens}, but each of the {vocab_size} ids ends the answer")
 
     def check_room(self, prompt_ids: Sequence[int], params: GenerationParams) -> None:
         """Refuse an answer that would end before it has `max_tokens`, as the model takes no longer sequence."""

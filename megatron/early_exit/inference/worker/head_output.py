@@ -109,18 +109,15 @@ class HeadOutput:
 
         A row that is not finite gives token 0 and NaN."""
         results = [(self.token(draw.row), self.max_log_prob(draw.row)) for draw in draws]
-        numbers = [
-            number
-            for number, draw in enumerate(draws)
-            if self.is_finite(draw.row) and not draw.settings.is_plain_argmax
-        ]
+        numbers = [number for number, draw in enumerate(draws) if self.is_finite(draw.row) and not draw.is_plain_argmax]
         if numbers:
             sampled = [draws[number] for number in numbers]
             rows = [draw.row for draw in sampled]
             tokens = draw_tokens(rows_of(self._local_logits, rows), self._ids, sampled, self._tp)
             pairs = torch.stack([tokens.double(), self._logits_of(rows, tokens).double()], 1).tolist()
             for number, row, (token, logit) in zip(numbers, rows, pairs, strict=True):
-                results[number] = int(token), self._log_prob(row, logit)
+                if token < self._vocab_size:  # else all of a shortlist is excluded, and its best one is as good as any
+                    results[number] = int(token), self._log_prob(row, logit)
         return results
 
     def logits(self, row: int) -> Tensor:

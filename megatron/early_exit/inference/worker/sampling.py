@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, temperature, top-k, top-p, min-p, and noise from a hash.
+"""From logits to tokens: biases, penalties, temperature, top-k, top-p, min-p, and noise from a hash.
 
 A token is the argmax of logits plus Gumbel noise, which draws from softmax(logits) (Maddison et al., arXiv:1411.0030).
 The noise of an id depends on the seed, the number of the token in the answer and the id alone. So there is no generator
@@ -49,12 +49,20 @@ class Draw:
     """Ids of the prompt and the answer, up to and with this row's."""
     num_prompt_tokens: int
     """How many ids of `history` are the prompt's."""
+    excluded: Sequence[int] = ()
+    """Ids that cannot be drawn, whatever their logits are."""
+
+    @property
+    def is_plain_argmax(self) -> bool:
+        """Whether it is the head's most probable token."""
+        return self.settings.is_plain_argmax and not self.excluded
 
 
 def draw_tokens(logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorParallel) -> Tensor:
     """[n] ids, equal on all ranks.
 
     logits: [n, c] fp32 as the head gave them, finite or -inf (never drawn), overwritten; ids: [c]"""
+    _bias(logits, ids, draws)
     _penalise(logits, ids, draws)
     logits = _temper(logits, draws, tp)
     is_limited = [_Limits.of(draw) is not None for draw in draws]
@@ -105,7 +113,20 @@ def _best(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, T
     return logits.max(1)
 
 
-# Penalties and temperature.
+# Biases, penalties and temperature.
+
+
+def _bias(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> None:
+    """Add the biases of the settings, and -inf for what is excluded, in place."""
+    biases = [(row, token, bias) for row, draw in enumerate(draws) for token, bias in draw.settings.logit_bias]
+    biases += [(row, token, -math.inf) for row, draw in enumerate(draws) for token in draw.excluded]
+    if not biases:
+        return
+    rows, tokens, values = zip(*biases, strict=True)
+    rows, tokens = to_device(rows, logits.device), to_device(tokens, logits.device)
+    columns, is_here = columns_of(tokens, ids)
+    values = torch.tensor(values, device=logits.device)
+    logits.index_put_((rows[is_here], columns[is_here]), values[is_here], accumulate=True)
 
 
 def _penalise(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> None:

@@ -47,6 +47,10 @@ class SlotState:
     def num_deferred(self) -> int:
         return sum(rows.hidden.size(0) for rows in self.deferred.values())
 
+    def excluded(self, index: int) -> tuple[int, ...]:
+        """Ids that cannot be drawn as token number `index` of the answer, from 0."""
+        return self.request.ends if index < self.request.min_tokens else ()
+
     def begin(self, first: int, tokens: tuple[int, ...]) -> None:
         """Note the ids of new rows. Rows from `first` on that ran before are as if they never had: they were drafts
         that were rejected."""

@@ -160,15 +160,27 @@ class _Wanted(NamedTuple):
     """Of an exit that is evaluated."""
 
     @property
+    def token_index(self) -> int:
+        """Number in the answer of the token behind this position, from 0."""
+        return self.position + 1 - self.scheduled.slot.request.num_prompt_tokens
+
+    @property
+    def is_plain_argmax(self) -> bool:
+        """Whether that token is the head's most probable one."""
+        request = self.scheduled.slot.request
+        return request.sampling.is_plain_argmax and self.token_index >= request.min_tokens
+
+    @property
     def draw(self) -> Draw:
         """The draw of the token behind this position."""
-        request = self.scheduled.slot.request
+        slot, request = self.scheduled.slot, self.scheduled.slot.request
         return Draw(
             row=self.row,
             settings=request.sampling,
-            index=self.position + 1 - request.num_prompt_tokens,
-            history=self.scheduled.slot.ids[: self.position + 1],
+            index=self.token_index,
+            history=slot.ids[: self.position + 1],
             num_prompt_tokens=request.num_prompt_tokens,
+            excluded=slot.excluded(self.token_index),
         )
 
 
@@ -427,7 +439,7 @@ class StageRunner:
 
     def _draw(self, output: HeadOutput, wanted: list[_Wanted]) -> list[tuple[_Wanted, int, float]]:
         """(wanted, token, its log-probability) of each. What fails for one slot's rows ends that request alone."""
-        if all(one.scheduled.slot.request.sampling.is_plain_argmax for one in wanted):
+        if all(one.is_plain_argmax for one in wanted):
             return [(one, output.token(one.row), output.max_log_prob(one.row)) for one in wanted]
         try:
             return [(one, *drawn) for one, drawn in zip(wanted, output.draw([one.draw for one in wanted]), strict=True)]
