@@ -25,36 +25,14 @@ from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 from megatron.early_exit.inference.worker.weights import DecoderWeights, decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
-from tests.configs import VOCAB_SIZE, make_config
-from tests.distributed.parallel_model import layout, reference_description, reference_tensors
+from tests.configs import VOCAB_SIZE
+from tests.distributed.parallel_model import layout
 from tests.reference import ReferenceBatch, ReferenceModel
+from tests.reference_checkpoint import reference_description, reference_tensors
 
-MAX_POSITIONS = 40
 COSTS = StepCosts((1.0,) * 5, (1.0,) * 5, (1.0,) * 5, (1.0,) * 5)
 
-HEADS = {
-    "tied": {},
-    "untied_norm": {"untie_exit_output_weights": True, "use_exit_norm": True},
-    "mlp": {"use_exit_mlp": True, "use_exit_norm": True},
-    "block": {"use_exit_block": True, "use_exit_norm": True, "untie_exit_output_weights": True},
-    "pre_exit": {"pre_exit": True, "use_exit_norm": True},
-    "pre_exit_block": {"pre_exit": True, "use_exit_block": True},
-}
-STYLES = {
-    "llama": {},
-    "rotary_percent": {"rotary_percent": 0.5, "untie_embeddings_and_output_weights": True},
-    "gpt2": {
-        "swiglu": False, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute",
-        "add_bias_linear": True, "group_query_attention": False, "num_query_groups": 1,
-    },
-    "qkv_bias": {"add_qkv_bias": True},
-}  # fmt: skip
-
 Request = tuple[list[int], GenerationParams]
-
-
-def decoding_config(**changes: Any) -> RunConfig:
-    return make_config(**{"max_position_embeddings": MAX_POSITIONS, "exit_layer_nums": (1, 2, 3), **changes})
 
 
 def reference_weights(cfg: RunConfig, **changes: Any) -> DecoderWeights:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron.early_exit.checkpoint.parameters import expected_shapes
-from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
-from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.model.build import Model, build_model, params_dtype
+from megatron.early_exit.model.build import Model, build_model
 from megatron.early_exit.platform.distributed import initialize_model_parallel
 from megatron.early_exit.schedules.links import StageLinks
 from megatron.early_exit.schedules.plan import Plan
@@ -27,20 +22,6 @@ from megatron.early_exit.training.forward_step import forward_step
 from megatron.early_exit.training.step import connect_gradient_reduction, run_schedule
 from tests.configs import VOCAB_SIZE
 from tests.reference import ReferenceBatch, ReferenceModel, make_batches, parameter_value
-
-
-def reference_description(cfg: RunConfig) -> ModelDescription:
-    """The model whose parameters are the reference's."""
-    return replace(cfg, model=replace(cfg.model, padded_vocab_size=VOCAB_SIZE)).describe(VOCAB_SIZE)
-
-
-def reference_tensors(cfg: RunConfig) -> Tensors:
-    """The reference's parameters as those of a checkpoint; no processes are needed."""
-    description = reference_description(cfg)
-    return {
-        name: LazyTensor(shape, torch.float32, functools.partial(parameter_value, name, shape)).to(params_dtype(cfg))
-        for name, shape in expected_shapes(description.model, description.exits).items()
-    }
 
 
 @contextmanager

@@ -13,8 +13,7 @@ from megatron.early_exit.inference.worker.stage import FlowControl, Stage
 from megatron.early_exit.inference.worker.weights import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
-from tests.distributed.engines import HEADS, STYLES, decoding_config
-from tests.distributed.parallel_model import reference_description, reference_tensors
+from tests.reference_checkpoint import HEADS, STYLES, decoding_config, reference_description, reference_tensors
 
 NUM_SLOTS = 4
 

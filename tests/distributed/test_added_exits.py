@@ -17,9 +17,10 @@ from megatron.early_exit.checkpoint.tensors import Tensors
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.run import RunConfig
 from tests.configs import make_config
-from tests.distributed.engines import HEADS, STYLES, head_logits
+from tests.distributed.engines import head_logits
 from tests.distributed.test_conversion import EXIT_FLAGS, MODELS, random_model
 from tests.distributed.workers import run_distributed
+from tests.reference_checkpoint import HEADS, STYLES
 
 TOKENS = [[(5 * i + j * j) % 95 for j in range(12)] for i in range(2)]
 

@@ -26,7 +26,6 @@ from tests.distributed.engines import (
     COSTS,
     check_against_reference,
     check_invariants,
-    decoding_config,
     reference_over,
     reference_weights,
     run_all,
@@ -34,6 +33,7 @@ from tests.distributed.engines import (
 )
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
+from tests.reference_checkpoint import decoding_config
 
 PROMPT = [5, 17, 80, 3, 41]
 SHORTLIST = tuple(range(0, 96, 3))

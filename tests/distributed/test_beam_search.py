@@ -10,9 +10,10 @@ import torch
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.engine.beam_search import Beam, beam_search
 from megatron.early_exit.inference.params import GenerationParams
-from tests.distributed.engines import decoding_config, make_engine, reference_over, run_all
+from tests.distributed.engines import make_engine, reference_over, run_all
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
+from tests.reference_checkpoint import decoding_config
 
 PROMPT = [3, 1, 4]
 VOCABULARY = 5

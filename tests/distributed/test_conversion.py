@@ -14,8 +14,9 @@ from megatron.early_exit.checkpoint.convert_command import main
 from megatron.early_exit.checkpoint.tensors import LazyTensor
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.parallel import ParallelConfig
-from tests.distributed.engines import STYLES, head_logits
+from tests.distributed.engines import head_logits
 from tests.distributed.workers import run_distributed
+from tests.reference_checkpoint import STYLES
 
 SIZES = {
     "vocab_size": 93, "hidden_size": 42, "intermediate_size": 72, "num_hidden_layers": 4, "num_attention_heads": 6,

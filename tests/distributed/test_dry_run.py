@@ -10,8 +10,8 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.training.dry_run import describe, stages
 from tests.configs import VOCAB_SIZE, make_config
-from tests.distributed.engines import HEADS, STYLES
 from tests.distributed.workers import run_distributed
+from tests.reference_checkpoint import HEADS, STYLES
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 

@@ -25,16 +25,12 @@ from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.worker.attention import Segment
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import (
-    HEADS,
-    MAX_POSITIONS,
-    STYLES,
     Request,
     add_random_request,
     answer,
     answer_and_check,
     check_invariants,
     decoder_of,
-    decoding_config,
     make_engine,
     reference_over,
     run_all,
@@ -42,6 +38,7 @@ from tests.distributed.engines import (
 )
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
+from tests.reference_checkpoint import HEADS, MAX_POSITIONS, STYLES, decoding_config
 
 PROMPT = [5, 17, 80, 3, 41]
 TP2 = {"tensor_model_parallel_size": 2}

@@ -20,9 +20,10 @@ from megatron.early_exit.inference.worker import graphs
 from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.decoder import Decoder
 from tests.configs import VOCAB_SIZE
-from tests.distributed.engines import HEADS, STYLES, answer, decoder_of, decoding_config, make_engine, walk_at_random
+from tests.distributed.engines import answer, decoder_of, make_engine, walk_at_random
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
+from tests.reference_checkpoint import HEADS, STYLES, decoding_config
 
 
 class RecordedKernels(TorchDispatchMode):

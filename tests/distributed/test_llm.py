@@ -18,10 +18,11 @@ from megatron.early_exit.inference.text_engine import RequestOutput
 from megatron.early_exit.inference.worker.head_output import HeadOutput
 from megatron.early_exit.inference.worker.sampling import Draw
 from tests.configs import VOCAB_SIZE
-from tests.distributed.engines import check_invariants, decoder_of, decoding_config, make_engine, reference_over
+from tests.distributed.engines import check_invariants, decoder_of, make_engine, reference_over
 from tests.distributed.parallel_model import layout
 from tests.distributed.test_added_exits import save
 from tests.distributed.workers import run_distributed
+from tests.reference_checkpoint import decoding_config
 
 SAMPLED = GenerationParams(max_tokens=20, sampling=SamplingSettings(temperature=1.0, seed=3))
 MODES = ("full", "early_exit", "self_speculative")

@@ -16,9 +16,8 @@ from megatron.early_exit.inference.executor.messages import WorkerFactory
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
 from megatron.early_exit.inference.worker.kv_cache import CacheSize
-from tests.distributed.engines import decoding_config
-from tests.distributed.parallel_model import reference_description, reference_tensors
 from tests.distributed.test_llm import Characters
+from tests.reference_checkpoint import decoding_config, reference_description, reference_tensors
 
 SAMPLED = SamplingSettings(temperature=1.0, seed=3)
 FULL = GenerationParams(max_tokens=12, ignore_eod=True)

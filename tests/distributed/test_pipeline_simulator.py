@@ -31,18 +31,10 @@ from megatron.early_exit.inference.worker.stage import FlowControl, Stage
 from megatron.early_exit.inference.worker.weights import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
-from tests.distributed.engines import (
-    COSTS,
-    HEADS,
-    STYLES,
-    check_against_reference,
-    decoding_config,
-    reference_over,
-    run_all,
-)
-from tests.distributed.parallel_model import reference_description, reference_tensors
+from tests.distributed.engines import COSTS, check_against_reference, reference_over, run_all
 from tests.distributed.pipeline_simulator import Part, SimulatedPipeline, SimulatedRank, StageRecord
 from tests.distributed.test_scores import check_scores
+from tests.reference_checkpoint import HEADS, STYLES, decoding_config, reference_description, reference_tensors
 
 NUM_SLOTS = 3
 BLOCK_SIZE = 4

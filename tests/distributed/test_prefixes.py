@@ -14,17 +14,16 @@ from megatron.early_exit.inference.params import GenerationParams, SamplingSetti
 from megatron.early_exit.inference.results import RequestResult
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import (
-    HEADS,
     check_against_reference,
     check_caches,
     check_invariants,
     decoder_of,
-    decoding_config,
     make_engine,
     run_all,
 )
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
+from tests.reference_checkpoint import HEADS, decoding_config
 
 NUM_POSITIONS = 120
 CHUNK = 7

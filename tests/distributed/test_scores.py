@@ -11,19 +11,10 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
 from tests.configs import VOCAB_SIZE
-from tests.distributed.engines import (
-    HEADS,
-    STYLES,
-    check_invariants,
-    decoding_config,
-    make_engine,
-    reference_over,
-    run_all,
-    score_all,
-    worker_of,
-)
+from tests.distributed.engines import check_invariants, make_engine, reference_over, run_all, score_all, worker_of
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
+from tests.reference_checkpoint import HEADS, STYLES, decoding_config
 
 SEQUENCES = [[5, 17, 80, 3, 41] * 4, [7], list(range(30)), [9, 9], [5, 17, 80, 3, 41] * 4 + [1]]
 

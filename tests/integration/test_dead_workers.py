@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.engines import decoding_config
 from tests.distributed.test_added_exits import save
 from tests.distributed.test_executor import SOON, wait_until_gone
 from tests.distributed.workers import run_distributed
 from tests.integration.test_training_program import ROOT, environment, torchrun
+from tests.reference_checkpoint import decoding_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks at /proc")]
 

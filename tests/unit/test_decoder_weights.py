@@ -29,8 +29,7 @@ from megatron.early_exit.inference.worker.weights import (
     shapes_of_layers,
 )
 from tests.configs import VOCAB_SIZE
-from tests.distributed.engines import HEADS, STYLES, decoding_config
-from tests.distributed.parallel_model import reference_description, reference_tensors
+from tests.reference_checkpoint import HEADS, STYLES, decoding_config, reference_description, reference_tensors
 
 TOKENS = [5, 17, 80, 3, 41, 8]
 

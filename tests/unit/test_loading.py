@@ -40,8 +40,7 @@ from megatron.early_exit.inference.worker.placement import AlonePlacement
 from megatron.early_exit.inference.worker.stage import Stage
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE, make_config
-from tests.distributed.engines import decoding_config
-from tests.distributed.parallel_model import reference_description, reference_tensors
+from tests.reference_checkpoint import decoding_config, reference_description, reference_tensors
 
 T = TypeVar("T")
 
