@@ -15,23 +15,9 @@ import pytest
 from megatron.early_exit.checkpoint.checksums import CHECKSUMS_FILE
 from megatron.early_exit.checkpoint.convert_command import main
 from megatron.early_exit.config.run import RunConfig
-from tests.configs import VOCAB_SIZE, make_training_config
-from tests.data_files import write_token_files
+from tests.configs import make_training_config
 from tests.distributed.training_runs import training_run
 from tests.distributed.workers import run_distributed
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_token_files(tmp_path_factory.mktemp("data"), VOCAB_SIZE)
-
-
-@pytest.fixture(scope="module")
-def trained(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    cfg = make_training_config(data, folder, save=str(folder / "ck"), train_iters=1, lr_decay_iters=9)
-    run_distributed(1, training_run, cfg=cfg)
-    return folder / "ck"
 
 
 def outcome(call: Callable, **kwargs: object) -> str:

@@ -11,17 +11,11 @@ import torch
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.config.validate import problems
-from tests.configs import VOCAB_SIZE, make_config, make_training_config
-from tests.data_files import write_token_files
+from tests.configs import make_config, make_training_config
 from tests.distributed.test_tuning import HEADS, TP2, UNTIED, base_model, tune, weights_of
 from tests.distributed.workers import run_distributed
 
 POINTS = {"mlp": "attention"}  # what exits read; all others the layer's output
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_token_files(tmp_path_factory.mktemp("data"), VOCAB_SIZE)
 
 
 @pytest.mark.parametrize(("head", "world_size", "changes"), [

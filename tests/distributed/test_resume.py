@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron.early_exit.data.tokenizer import load_tokenizer
-from tests.configs import VOCAB_SIZE, make_training_config
+from tests.configs import make_training_config
 from tests.data_files import write_token_files
 from tests.distributed.training_runs import training_run
 from tests.distributed.workers import run_distributed
@@ -20,11 +20,6 @@ VP2 = {**PP2, "num_layers_per_virtual_pipeline_stage": 1}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 BF16 = {"bf16": True}
 UNTIED = {"untie_embeddings_and_output_weights": True}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_token_files(tmp_path_factory.mktemp("data"), VOCAB_SIZE)
 
 
 def records(folder: Path, kind: str = "train") -> list[dict]:

@@ -14,8 +14,7 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import DESCRIPTION_FILE, RUN_CONFIG_FILE
 from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.training.dry_run import describe
-from tests.configs import VOCAB_SIZE, make_training_config
-from tests.data_files import write_token_files
+from tests.configs import make_training_config
 from tests.distributed.test_resume import comparable, records
 from tests.distributed.training_runs import training_run
 from tests.distributed.workers import run_distributed
@@ -23,11 +22,6 @@ from tests.distributed.workers import run_distributed
 BF16, FP16 = {"bf16": True}, {"fp16": True, "initial_loss_scale": 256.0}
 SGD, DISTRIBUTED = {"optimizer": "sgd"}, {"use_distributed_optimizer": True}
 TUNING = {"tune_exit": True, "use_exit_norm": True}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_token_files(tmp_path_factory.mktemp("data"), VOCAB_SIZE)
 
 
 def refusal(cfg: RunConfig) -> str | None:

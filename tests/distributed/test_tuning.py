@@ -16,7 +16,6 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.config.validate import problems, warnings
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
-from tests.data_files import write_token_files
 from tests.distributed.engines import head_logits
 from tests.distributed.training_runs import training_run
 from tests.distributed.workers import run_distributed
@@ -210,11 +209,6 @@ def compare_distillation(cfg: RunConfig) -> None:
 def test_exits_follow_the_final_head(world_size: int, changes: dict) -> None:
     cfg = tuning_config(**HEADS["mlp"], **changes)
     run_distributed(world_size, compare_distillation, cfg=cfg)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_token_files(tmp_path_factory.mktemp("data"), VOCAB_SIZE)
 
 
 def base_model(data: str, folder: Path, **changes: Any) -> str:
