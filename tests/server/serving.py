@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS_TO_START = 60.0
@@ -68,15 +69,11 @@ class RunningServer:
         return httpx.get(f"{self.url}/health").status_code == 200
 
     def children(self) -> list[int]:
-        """Processes below it: the engine's, and its ranks'."""
-        found, rest = [], [self.process.pid]
-        while rest:
-            parent = rest.pop()
-            path = Path(f"/proc/{parent}/task/{parent}/children")
-            below = [int(word) for word in path.read_text().split()] if path.exists() else []
-            found += below
-            rest += below
-        return found
+        """Processes below it: the engine's, then its ranks'."""
+        try:
+            return [process.pid for process in psutil.Process(self.process.pid).children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
     def end(self, seconds: float = 20.0) -> int:
         """SIGTERM; returns the status. A process that does not end by itself is killed, and that is an error."""
