@@ -21,6 +21,8 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import save_description
 from megatron.early_exit.config.validate import LATEST_FILE
 from megatron.early_exit.data.tokenizer import save_tokenizer
+from megatron.early_exit.server.command_line import build_parser as build_server_parser
+from megatron.early_exit.server.command_line import server_config
 from megatron.early_exit.training.dry_run import describe, stages
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +123,37 @@ def test_tuning_recipes(tmp_path: Path, name: str) -> None:
     )
     # It fits into 80 GB with room for what is not counted.
     assert all(one.total_bytes < 64 * 2**30 for one in stages(cfg.resolved(1000), world_size))
+
+
+SERVERS = {"cpu": (1, 1, 1), "1gpu": (1, 1, 1), "tp8": (8, 1, 1), "pp4": (1, 4, 1), "tp2_pp4": (2, 4, 1),
+           "2nodes": (8, 2, 2)}  # fmt: skip
+"""Ranks of a stage, stages, machines."""
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_servers(tmp_path: Path, name: str) -> None:
+    """The flags are the server's, and as many ranks are started as they ask for."""
+    for program in ("torchrun", "python"):
+        fake = tmp_path / program
+        fake.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" {program} "$@"\n')
+        fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CHECKPOINTS": "a folder"}
+    words = subprocess.run(
+        ["bash", str(ROOT / "examples/ee_inference" / f"{name}.sh"), "--max-requests", "7"],
+        env=environment, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    program = words.index("tools/run_text_generation_server.py")
+    launcher, args = words[:program], build_server_parser().parse_args(words[program + 1 :])
+    tensor, stages, nodes = SERVERS[name]
+    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (tensor, stages)
+    assert args.load == "a folder" and args.max_requests == 7
+    server_config(args)  # which refuses settings that cannot be
+    if nodes == 1:
+        assert launcher == ["python"]
+    else:
+        per_node = int(launcher[launcher.index("--nproc_per_node") + 1])
+        assert launcher[0] == "torchrun" and per_node * nodes == tensor * stages
+        assert launcher[launcher.index("--nnodes") + 1] == str(nodes)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.s[hb]*")), ids=lambda path: path.name)
