@@ -274,6 +274,23 @@ def test_chats_have_one_begin_of_text_at_most(
             ours.chat([{"role": "user", "content": "cut \ud83d"}])
 
 
+@pytest.mark.parametrize("name", ["HuggingFaceTokenizer", "Llama2Tokenizer", "ByteLevelTokenizer"])
+def test_a_template_in_place_of_the_tokenizers(name: str, tmp_path: Path) -> None:
+    llama(tmp_path, chat_template=CHAT)
+    file = tmp_path / "tokenizer.model" if name == "Llama2Tokenizer" else tmp_path
+    ours = build_tokenizer(DataConfig(tokenizer_type=name, tokenizer_model=str(file)))
+    assert ours.chat_template == (CHAT if name == "HuggingFaceTokenizer" else None)
+    template = "{% for m in messages %}{{ m['content'] }};{% endfor %}{{ bos_token or '' }}"
+    messages = [{"role": "tool", "content": "a small"}, {"role": "user", "content": "model"}]
+    written = "a small;model;" + ("<s>" if name == "HuggingFaceTokenizer" else "")
+    begins = name == "Llama2Tokenizer"  # its templates cannot write special tokens
+    assert ours.chat(messages, template=template) == ours.encode_prompt(written, add_special_tokens=begins)
+    with pytest.raises(ValueError, match="chat template refuses the conversation: no"):
+        ours.chat(messages, template="{{ raise_exception('no') }}")
+    with pytest.raises(ValueError, match="chat template refuses the conversation"):
+        ours.chat(messages, template="{% for")
+
+
 @pytest.mark.parametrize(
     ("generation_config", "config", "expected"),
     [

@@ -93,9 +93,9 @@ class Tokenizer:
         return getattr(self.library, "cleans_up_spaces", False)
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether the tokenizer says how conversations are written."""
-        return isinstance(self.library, HuggingFaceLibrary) and self.library.has_chat_template
+    def chat_template(self) -> str | None:
+        """How conversations are written, in Jinja; None if the tokenizer does not say."""
+        return self.library.chat_template if isinstance(self.library, HuggingFaceLibrary) else None
 
     def chat(
         self, messages: list[dict[str, str]], add_special_tokens: bool = True, template: str | None = None
@@ -107,7 +107,8 @@ class Tokenizer:
         Raises ValueError if the template refuses the conversation."""
         for message in messages:
             check_unicode(message["content"])
-        if isinstance(self.library, HuggingFaceLibrary) and (template or self.library.has_chat_template):
+        template = template or self.chat_template
+        if template and isinstance(self.library, HuggingFaceLibrary):
             return self.library.chat(messages, template)
         if template:
             return self.encode_prompt(_render(template, messages), add_special_tokens)
@@ -195,12 +196,12 @@ class HuggingFaceLibrary:
         return self.tokenizer.convert_ids_to_tokens(token) or f"<{token}>"  # ids may have holes
 
     @property
-    def has_chat_template(self) -> bool:
-        return bool(self.tokenizer.chat_template)
+    def chat_template(self) -> str | None:
+        templates = self.tokenizer.chat_template
+        return templates.get("default") if isinstance(templates, dict) else templates
 
-    def chat(self, messages: list[dict[str, str]], template: str | None = None) -> list[int]:
-        """Ids of a conversation that asks for an answer, by the tokenizer's template or another one. Raises ValueError
-        if the template refuses it."""
+    def chat(self, messages: list[dict[str, str]], template: str) -> list[int]:
+        """Ids of a conversation that asks for an answer. Raises ValueError if the template refuses it."""
         with _refusals_of_template():
             return list(
                 self.tokenizer.apply_chat_template(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from megatron.early_exit import __version__
-from megatron.early_exit.server import megatron_api, operation, page
+from megatron.early_exit.server import megatron_api, operation, page, tokenizer_api
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import ApiError, BadRequest
 from megatron.early_exit.server.openai_api import routes as openai_api
@@ -25,9 +29,20 @@ def build_app(context: ServerContext) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid_fields)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
-    for api in (operation, openai_api, megatron_api, page):
+    for api in (operation, openai_api, tokenizer_api, megatron_api, page):
         app.include_router(api.router(context))
+    app.openapi = functools.cache(lambda: _schema(app))
     return app
+
+
+def _schema(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's, without the status of invalid fields that it adds: they give 400 here."""
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    for operation_schema in (one for path in schema["paths"].values() for one in path.values()):
+        operation_schema["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
+    return schema
 
 
 def error_body(path: str, error: ApiError) -> dict:
@@ -45,7 +60,8 @@ async def _invalid_fields(request: Request, error: RequestValidationError) -> JS
     """The first field that is wrong, in words."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"] if part != "body") or None
-    message = first["msg"].removeprefix("Value error, ")
+    is_unknown = first["type"] == "extra_forbidden"
+    message = "there is no such field" if is_unknown else first["msg"].removeprefix("Value error, ")
     return await _api_error(request, BadRequest(f"{field}: {message}" if field else message, param=field))
 
 

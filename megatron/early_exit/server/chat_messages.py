@@ -10,7 +10,7 @@ from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.server.async_engine import PromptMaker
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import BadRequest
-from megatron.early_exit.server.request_fields import NEUTRAL, Nothing, RequestBody, in_words
+from megatron.early_exit.server.request_fields import NEUTRAL, Nothing, RequestBody, otherwise
 
 
 class TextPart(RequestBody):
@@ -27,7 +27,7 @@ class Message(RequestBody):
     """The chat template says which there are."""
     content: Annotated[
         str | Annotated[list[TextPart], Field(max_length=1024)] | None,
-        in_words("a text, or a list of parts like {'type': 'text', 'text': ...}"),
+        otherwise("it must be a text, or a list of parts like {'type': 'text', 'text': ...}"),
     ] = None
     """Parts are joined by line ends."""
     name: str | None = None
@@ -48,13 +48,18 @@ class Message(RequestBody):
         return {"role": self.role, "content": text, **named}
 
 
+NoTemplate = Annotated[
+    None, otherwise("templates are not taken from requests; start the server with --chat-template FILE")
+]  # fmt: skip
+"""A template is a program."""
+
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
 
 def prompt_of(context: ServerContext, messages: list[Message]) -> PromptMaker:
     """What makes the ids that ask for the next answer; it takes a while. Raises BadRequest if there is no template."""
-    template = context.config.chat_template
-    if template is None and not context.ready_model().tokenizer.has_chat_template:
+    template = context.config.chat_template or context.ready_model().tokenizer.chat_template
+    if template is None:
         raise BadRequest(
             "the model's tokenizer has no chat template, so conversations cannot be written as prompts; start the "
             "server with --chat-template FILE, or use /v1/completions",

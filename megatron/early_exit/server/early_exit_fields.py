@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from megatron.early_exit.inference.params import LONGEST_DRAFT, GenerationParams, Mode, Speculation
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
-from megatron.early_exit.server.request_fields import RequestBody, in_words
+from megatron.early_exit.server.request_fields import RequestBody, otherwise
 
 _MAX_EXITS = 1024
 _Threshold = Annotated[float, Field(ge=0, le=1)]
@@ -31,7 +31,7 @@ class EarlyExitFields(RequestBody):
     self_speculative: an exit drafts tokens, all layers verify them."""
     exit_thresholds: Annotated[
         _Threshold | Annotated[list[_Threshold], Field(min_length=1, max_length=_MAX_EXITS)] | None,
-        in_words("a number from 0 to 1, or a list of them, one for each exit"),
+        otherwise("it must be a number from 0 to 1, or a list of them, one for each exit"),
     ] = None
     """early_exit: take an exit from this probability of its best token on; one for all exits, or one for each."""
     exit_layers: Annotated[list[_Layer], Field(max_length=_MAX_EXITS)] | None = None

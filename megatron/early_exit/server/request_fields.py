@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 
@@ -15,26 +15,23 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-def in_words(words: str) -> WrapValidator:
-    """One sentence for whatever is wrong with a field of several types."""
+class NoFields(RequestBody):
+    """An empty object."""
+
+
+def otherwise(words: str) -> WrapValidator:
+    """One sentence for whatever is wrong with a field."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
             return handler(value)
         except ValidationError:
-            raise ValueError(f"it must be {words}") from None
+            raise ValueError(words) from None
 
     return WrapValidator(check)
 
 
-def _refuse(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-    try:
-        return handler(value)
-    except ValidationError:
-        raise ValueError(f"{info.field_name} is not supported; leave it out") from None
-
-
-NEUTRAL = WrapValidator(_refuse)
+NEUTRAL = otherwise("it is not supported; leave it out")
 """Of a field that is accepted only with the value that changes nothing."""
 
 Nothing = Annotated[list[None], Field(max_length=0)]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
-from megatron.early_exit.server.chat_messages import Messages, prompt_of
+from megatron.early_exit.server.chat_messages import Messages, NoTemplate, prompt_of
 from megatron.early_exit.server.config import RequestLimits
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import BadRequest
@@ -28,7 +28,7 @@ from megatron.early_exit.server.openai_api.errors import ERROR_RESPONSES
 from megatron.early_exit.server.openai_api.log_probs import ChatLogProbs
 from megatron.early_exit.server.openai_api.request import MAX_LOG_PROBS, AnswerRequest
 from megatron.early_exit.server.openai_api.writer import AnswerWriter, Choice, Usage, all_of
-from megatron.early_exit.server.request_fields import NEUTRAL, Nothing, RequestBody
+from megatron.early_exit.server.request_fields import NEUTRAL, NoFields, Nothing, RequestBody
 
 _MOST_TOKENS = 2**31 - 1
 
@@ -37,10 +37,6 @@ class TextFormat(RequestBody):
     """The only form of an answer."""
 
     type: Literal["text"]
-
-
-class NoArguments(RequestBody):
-    """An empty object."""
 
 
 class ChatRequest(AnswerRequest):
@@ -77,9 +73,8 @@ class ChatRequest(AnswerRequest):
     add_generation_prompt: Annotated[Literal[True] | None, NEUTRAL] = None
     continue_final_message: Annotated[Literal[False] | None, NEUTRAL] = None
     documents: Annotated[Nothing | None, NEUTRAL] = None
-    chat_template: Annotated[None, NEUTRAL] = None
-    """The server's own is used: --chat-template, or the tokenizer's."""
-    chat_template_kwargs: Annotated[NoArguments | None, NEUTRAL] = None
+    chat_template: NoTemplate = None
+    chat_template_kwargs: Annotated[NoFields | None, NEUTRAL] = None
 
     @property
     def max_new_tokens(self) -> int | None:

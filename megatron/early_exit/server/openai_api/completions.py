@@ -29,7 +29,7 @@ from megatron.early_exit.server.openai_api.errors import ERROR_RESPONSES
 from megatron.early_exit.server.openai_api.log_probs import CompletionLogProbs
 from megatron.early_exit.server.openai_api.request import MAX_LOG_PROBS, AnswerRequest
 from megatron.early_exit.server.openai_api.writer import AnswerWriter, Choice, Usage, all_of
-from megatron.early_exit.server.request_fields import NEUTRAL, Ids, Nothing, in_words
+from megatron.early_exit.server.request_fields import NEUTRAL, Ids, Nothing, otherwise
 
 _MAX_PROMPTS = 2048
 _DEFAULT_MAX_TOKENS = 16
@@ -43,7 +43,7 @@ class CompletionRequest(AnswerRequest):
 
     prompt: Annotated[
         str | _Texts | Annotated[Ids, Field(min_length=1)] | _ManyIds,
-        in_words("a text, a list of texts, a list of token ids, or a list of such lists, and not empty"),
+        otherwise("it must be a text, a list of texts, a list of token ids, or a list of such lists, and not empty"),
     ]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     """Default 16, or what fits; 0 with echo alone."""

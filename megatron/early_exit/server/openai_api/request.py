@@ -20,7 +20,7 @@ from megatron.early_exit.inference.params import (
 from megatron.early_exit.server.config import RequestLimits
 from megatron.early_exit.server.early_exit_fields import EarlyExitFields
 from megatron.early_exit.server.errors import BadRequest
-from megatron.early_exit.server.request_fields import NEUTRAL, Id, Nothing, RequestBody, in_words
+from megatron.early_exit.server.request_fields import NEUTRAL, Id, NoFields, Nothing, RequestBody, otherwise
 
 MAX_LOG_PROBS = 20
 """Beside each token."""
@@ -63,10 +63,8 @@ class AnswerRequest(EarlyExitFields):
     """Answers to each prompt; answer i is drawn with seed + i."""
     stop: Annotated[
         _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOP_STRINGS)] | None,
-        in_words(
-            f"a text of 1 to {MAX_STOP_CHARACTERS} characters, or a list of at most {MAX_STOP_STRINGS} of them"
-        ),
-    ] = None  # fmt: skip
+        otherwise(f"it must be 1 to {MAX_STOP_CHARACTERS} characters of text, or a list of {MAX_STOP_STRINGS} at most"),
+    ] = None
     """The answer ends before these texts."""
     stop_token_ids: Annotated[list[Id], Field(max_length=MAX_STOP_TOKENS)] | None = None
     """The answer ends with one of these tokens, which leaves no text."""
@@ -80,6 +78,8 @@ class AnswerRequest(EarlyExitFields):
     return_tokens_as_token_ids: bool | None = None
     """In log-probabilities, write tokens as `token_id:N`."""
 
+    logit_bias: Annotated[NoFields | None, NEUTRAL] = None
+    min_tokens: Annotated[Literal[0] | None, NEUTRAL] = None
     user: str | None = None
     request_id: str | None = None
     skip_special_tokens: Annotated[Literal[True] | None, NEUTRAL] = None
