@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,10 @@ class _ScriptedEngine(AsyncEngine):
         self._script, self._running = script, {}
         exits = (ExitDescription(EXIT, EXIT, False),)
         model = WorkerDescription(NUM_LAYERS, 48, tokenizer.vocab_size, exits, 4, NUM_POSITIONS)
-        ready = Ready(model, ExitConfig((EXIT,)), DataConfig(), False, "scripted", 0, "none", "")
+        ready = Ready(
+            description=model, exits=ExitConfig((EXIT,)), ends=(tokenizer.eod,), tokenizer=DataConfig(),
+            is_calibrated=False, checkpoint="scripted", iteration=0, memory="", stages="",
+        )  # fmt: skip
         client = EngineClient(ready, self._take)
         self.model = LoadedModel(ready, tokenizer, client, TextEngine(client, tokenizer))
 
@@ -132,13 +136,14 @@ def scripted_server(folder: Path, save_tokenizer: Callable[[Path], None], **conf
     """A server in a thread, with the tokenizer that is saved. config: fields of `ServerConfig`."""
     save_tokenizer(folder)
     server = ScriptedServer(build_tokenizer(DataConfig(tokenizer_model=str(folder))), **config)
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    while server.http is None or not server.http.started:
-        thread.join(0.01)
-        assert thread.is_alive()
-    try:
-        yield server
-    finally:
-        server.http.should_exit = True
-        thread.join(10)
+    with ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(asyncio.run, server.serve())
+        while server.http is None or not server.http.started:
+            if serving.done():
+                serving.result()
+            time.sleep(0.01)
+        try:
+            yield server
+        finally:
+            server.http.should_exit = True
+            serving.result(10)

@@ -115,13 +115,16 @@ def test_temperature_0_is_greedy(also: dict, server: RunningServer, offline: LLM
         ({"top_k": -1, "top_p": 1}, {}),
         ({"min_p": 0.2}, {"min_p": 0.2}),
         ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+        ({"logit_bias": {"43": 100, "50": -100, "044": 3.5}}, {"logit_bias": {43: 100, 50: -100, 44: 3.5}}),
+        ({"logit_bias": {"43": 4.5}, "mode": "early_exit"}, {"logit_bias": {43: 4.5}}),
         ({"frequency_penalty": 1.5, "presence_penalty": -0.5}, {"frequency_penalty": 1.5, "presence_penalty": -0.5}),
     ],
 )
 def test_sampling(fields: dict, settings: dict, server: RunningServer, offline: LLM) -> None:
     got = answered(server, max_tokens=12, seed=-3, temperature=0.8, **fields)
     sampling = SamplingSettings(**{"temperature": 0.8, "seed": -3, **settings})
-    assert got["choices"][0]["text"] == greedy(offline, max_tokens=12, sampling=sampling).text
+    expected = greedy(offline, max_tokens=12, sampling=sampling, mode=fields.get("mode", "full"))
+    assert got["choices"][0]["text"] == expected.text
 
 
 @pytest.mark.parametrize("mode", ["full", "self_speculative"])
@@ -151,6 +154,16 @@ def test_stop_strings(server: RunningServer, offline: LLM) -> None:
     assert (got["text"], got["finish_reason"], got["stop_reason"]) == (text[: text.index(stop)], "stop", stop)
     with_one = answered(server, temperature=0, max_tokens=12, stop=stop)["choices"][0]
     assert with_one == got
+
+
+@pytest.mark.parametrize("path", NEEDED)
+def test_min_tokens(path: str, server: RunningServer, offline: LLM) -> None:
+    """Neither the model's end nor a stop string ends the answer before."""
+    end = {"logit_bias": {str(offline.tokenizer.eod): 100}, "temperature": 0, "max_tokens": 6}
+    assert answered(server, path, **end)["usage"]["completion_tokens"] == 1
+    got = answered(server, path, **end, min_tokens=4, return_token_ids=True)
+    assert (got["usage"]["completion_tokens"], got["choices"][0]["finish_reason"]) == (5, "stop")
+    assert offline.tokenizer.eod not in got["choices"][0]["token_ids"][:4]
 
 
 def test_prompt_log_probs_alone(server: RunningServer, offline: LLM) -> None:
@@ -318,13 +331,18 @@ def test_requests_and_httpx(server: RunningServer, offline: LLM) -> None:
         (COMPLETIONS, "prompt", "prompt", {"prompt": [1, -1]}),
         (COMPLETIONS, "stop_token_ids", "stop_token_ids has ids outside", {"stop_token_ids": [99999]}),
         (CHAT, "stop_token_ids", "outside of the vocabulary", {"stop_token_ids": [99999]}),
+        (CHAT, "logit_bias", "outside of the vocabulary", {"logit_bias": {"99999": 1}}),
+        (COMPLETIONS, "logit_bias", "-100 to 100", {"logit_bias": {"1": 101}}),
+        (COMPLETIONS, "logit_bias", "token ids", {"logit_bias": {"-1": 1}}),
+        (COMPLETIONS, "logit_bias", "twice", {"logit_bias": {"1": 1, "01": 2}}),
+        (COMPLETIONS, "min_tokens", "max_tokens", {"min_tokens": 17}),
         # Row 16: as much as anyone likes.
         (COMPLETIONS, "prompt", "one request may hold 128", {"prompt": ["a"] * 129}),
         (COMPLETIONS, "prompt", "prompt", {"prompt": ["a"] * 5000}),
         (COMPLETIONS, "n", "it may for 256", {"prompt": ["a"] * 100, "n": 3}),
         (COMPLETIONS, "n", "128", {"n": 129}),
         (CHAT, "n", "1", {"n": 0}),
-        (COMPLETIONS, "stop", "at most 16", {"stop": ["a"] * 17}),
+        (COMPLETIONS, "stop", "16 at most", {"stop": ["a"] * 17}),
         (COMPLETIONS, "stop", "256 characters", {"stop": "a" * 257}),
         (CHAT, "stop", "1 to 256", {"stop": [""]}),
         (COMPLETIONS, "logprobs", "20", {"logprobs": 21}),

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megatron.early_exit.inference.params import (
+    LARGEST_LOGIT_BIAS,
+    MAX_LOGIT_BIASES,
     MAX_SAMPLES,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
@@ -20,12 +22,14 @@ from megatron.early_exit.inference.params import (
 from megatron.early_exit.server.config import RequestLimits
 from megatron.early_exit.server.early_exit_fields import EarlyExitFields
 from megatron.early_exit.server.errors import BadRequest
-from megatron.early_exit.server.request_fields import NEUTRAL, Id, NoFields, Nothing, RequestBody, otherwise
+from megatron.early_exit.server.request_fields import NEUTRAL, Id, Nothing, RequestBody, otherwise
 
 MAX_LOG_PROBS = 20
 """Beside each token."""
 
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+_IdAsText = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
+_Bias = Annotated[float, Field(ge=-LARGEST_LOGIT_BIAS, le=LARGEST_LOGIT_BIAS)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -57,6 +61,13 @@ class AnswerRequest(EarlyExitFields):
     """Subtracted from a token's logit as often as the answer holds it."""
     presence_penalty: _Penalty | None = None
     """Subtracted from the logits of tokens that the answer holds."""
+    logit_bias: Annotated[
+        Annotated[dict[_IdAsText, _Bias], Field(max_length=MAX_LOGIT_BIASES)] | None,
+        otherwise(f"it must have a number from -100 to 100 for each of at most {MAX_LOGIT_BIASES} token ids"),
+    ] = None
+    """By token id: added to its logit. -100 all but bans a token, 100 all but forces it."""
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Nothing ends the answer before it has so many tokens."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     """The same seed gives the same answer; left out: another one each time."""
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
@@ -78,8 +89,6 @@ class AnswerRequest(EarlyExitFields):
     return_tokens_as_token_ids: bool | None = None
     """In log-probabilities, write tokens as `token_id:N`."""
 
-    logit_bias: Annotated[NoFields | None, NEUTRAL] = None
-    min_tokens: Annotated[Literal[0] | None, NEUTRAL] = None
     user: str | None = None
     request_id: str | None = None
     skip_special_tokens: Annotated[Literal[True] | None, NEUTRAL] = None
@@ -129,6 +138,7 @@ class AnswerRequest(EarlyExitFields):
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_tokens=tuple(self.stop_token_ids or ()),
             ignore_eod=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
             **settings,
         )
         return self.with_exits(params)
@@ -151,5 +161,6 @@ class AnswerRequest(EarlyExitFields):
             repetition_penalty=given(self.repetition_penalty, 1.0),
             frequency_penalty=given(self.frequency_penalty, 0.0),
             presence_penalty=given(self.presence_penalty, 0.0),
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             seed=secrets.randbits(63) if self.seed is None else self.seed,
         )
