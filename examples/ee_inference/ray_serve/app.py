@@ -30,7 +30,7 @@ class _AppOfReplica:
                 await receive()
                 await send({"type": f"lifespan.{event}.complete"})
             return
-        await serve.get_replica_context().servable_object.app(scope, receive, send)
+        await serve.get_replica_context().servable_object.api(scope, receive, send)
 
 
 @serve.deployment
@@ -45,7 +45,7 @@ class TextGeneration:
             EngineConfig(load, engine), defaults=GenerationParams(**defaults), limits=RequestLimits(max_waiting)
         )
         self._engine = AsyncEngine(config.engine, max_waiting)
-        self.app = build_app(ServerContext(config, self._engine))
+        self.api = build_app(ServerContext(config, self._engine))
         await self._engine.start()
         self._running = asyncio.create_task(self._engine.run())
 
