@@ -609,6 +609,19 @@ def test_rows_that_will_not_exit_are_capped_and_others_are_not() -> None:
     assert [one.rows.slot for one, _ in chosen] == [0, 1, 3, 4]
 
 
+def test_a_prompt_is_not_kept_waiting_by_those_that_decode() -> None:
+    inbox, passes = Inbox(), []
+    inbox.add(arrived(3, 0, count=8, phase="prefill"), None)
+    inbox.add(arrived(4, 0, count=2, phase="prefill"), None)
+    for position in range(5, 8):
+        for slot in range(3):
+            inbox.add(arrived(slot, position), None)
+        taken, _ = inbox.take(inbox.choose(8, 64))
+        passes.append([(one.rows.slot, one.num_rows) for one, _ in taken])
+    decoding = [(0, 1), (1, 1), (2, 1)]
+    assert passes == [[*decoding, (3, 8)], [*decoding, (4, 2)], decoding]
+
+
 @pytest.mark.parametrize("credit", [1, 3])
 def test_a_first_stage_that_outruns_the_others_keeps_to_its_credit(credit: int) -> None:
     """All tokens come from its exit, and the cap on deferred rows is far away."""

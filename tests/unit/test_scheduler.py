@@ -6,8 +6,11 @@ import random
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 import pytest
 
+from megatron.early_exit.inference.calibration import ExitCalibration
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.engine.engine import Engine, QueueFull
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
@@ -405,6 +408,40 @@ def test_a_request_whose_outputs_cannot_be_used_ends_alone(mode: str) -> None:
     assert results[bad].finish_reason == "error"
     assert "its tokens could not be used" in results[bad].error
     assert results[good].token_ids == expected(engine, [1, 2], params)
+
+
+# What layers and heads cost.
+
+
+class Timed(FakeExecutor):
+    """Counts how often costs are measured."""
+
+    num_measured = 0
+
+    def measure_costs(self) -> StepCosts:
+        self.num_measured += 1
+        return super().measure_costs()
+
+
+@pytest.mark.parametrize("params", [
+    GenerationParams(max_tokens=4, mode="self_speculative"),
+    GenerationParams(max_tokens=4, mode="early_exit", plan_exits=True),
+], ids=["drafts that adapt", "planned exits"])  # fmt: skip
+def test_costs_are_measured_when_an_idle_engine_is_told_to_and_never_by_add(params: GenerationParams) -> None:
+    executor, confidences = Timed(), np.full((4, len(EXITS.exit_layer_nums)), 0.5, np.float32)
+    calibration = ExitCalibration(np.arange(3), 0.5, EXITS.exit_layer_nums, confidences, confidences > 0)
+    engine = make_engine(executor, costs=None, calibration=calibration)
+    engine.prepare(FULL)
+    engine.add(PROMPT, params)
+    engine.prepare(params)  # something is to be run
+    run_all(engine)
+    assert executor.num_measured == 0
+    for _ in range(2):
+        engine.prepare(params)
+        assert executor.num_measured == 1
+    engine.add(PROMPT, params)
+    run_all(engine)
+    assert executor.num_measured == 1
 
 
 def test_a_prompt_without_an_answer() -> None:

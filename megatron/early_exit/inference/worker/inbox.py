@@ -52,23 +52,27 @@ class Inbox:
         """Numbers of the rows to run next, in the order of slots.
 
         Rows that a request's next token depends on come first, then those of prompts, then fill rows, each in the order
-        in which they came; what comes first runs, however many rows it has. max_rows: in all. fill_budget: fill rows
-        that may run by themselves, for the next stage must take them; those before another row of their slot always
-        may, and so may the first ones where no fill row is on its way to the next stage (`is_link_free`).
-        max_not_exiting: rows in the phases of decoding that no exit may answer; None: any number."""
+        in which they came. max_rows: in all. What comes first runs, however many rows it has, and so do the first rows
+        of a prompt, or others that decode could keep it waiting for ever. fill_budget: fill rows that may run by
+        themselves, for the next stage must take them; those before another row of their slot always may, and so may the
+        first ones where no fill row is on its way to the next stage (`is_link_free`). max_not_exiting: rows in the
+        phases of decoding that no exit may answer; None: any number."""
         chosen: list[tuple[int, _Entry]] = []
         num_rows = num_not_exiting = 0
+        has_prompt = False
         candidates = [(slot, list(_next_of(entries))) for slot, entries in self._entries.items() if entries]
         for slot, entries in sorted(candidates, key=lambda one: _priority(one[1])):
             last = entries[-1].rows
             count = sum(entry.rows.num_rows for entry in entries)
-            if chosen and num_rows + count > max_rows:
+            is_prompt = _is_prompt(last)
+            if num_rows + count > max_rows and chosen and (has_prompt or not is_prompt):
                 continue
+            has_prompt |= is_prompt
             if last.is_fill:
                 if count > fill_budget and not is_link_free:
                     continue
                 fill_budget, is_link_free = fill_budget - count, False
-            if last.rows.phase not in _PROMPT_PHASES and not last.is_fill and not last.rows.exits:
+            if not is_prompt and not last.is_fill and not last.rows.exits:
                 if num_not_exiting == max_not_exiting:
                     continue
                 num_not_exiting += 1
@@ -95,7 +99,8 @@ class Inbox:
         return taken, num_fill_rows
 
 
-_PROMPT_PHASES = ("prefill", "score")
+def _is_prompt(rows: StageRows) -> bool:
+    return rows.rows.phase in ("prefill", "score") and not rows.is_fill
 
 
 def _num_fill_rows(entries: Iterable[_Entry]) -> int:
@@ -123,8 +128,7 @@ def _can_follow(before: StageRows, rows: StageRows) -> bool:
 
 def _priority(entries: Sequence[_Entry]) -> tuple[int, int]:
     last = entries[-1].rows
-    kind = 2 if last.is_fill else last.rows.phase in _PROMPT_PHASES
-    return int(kind), entries[0].number
+    return 2 if last.is_fill else int(_is_prompt(last)), entries[0].number
 
 
 def _merged(entries: Sequence[_Entry]) -> tuple[StageRows, Tensor | None]:
