@@ -95,7 +95,7 @@ class GenerateRequest(BaseModel):
         if self.beam_width is not None and self.beam_width > 1:
             raise ValueError(
                 f"beam_width is {self.beam_width}, and beams are not served, as each needs the whole engine; use "
-                "LLM.beam_search without a server, or leave the field out"
+                "beam_search (docs/generation.md) without a server, or leave the field out"
             )
         if self.prevent_newline_after_colon:
             raise ValueError(
