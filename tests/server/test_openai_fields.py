@@ -439,13 +439,15 @@ NEUTRAL: dict[str, dict[str, Any]] = {
         "min_tokens": 0, "skip_special_tokens": True, "spaces_between_special_tokens": True, "length_penalty": 1.0,
         "include_stop_str_in_output": False, "use_beam_search": False, "truncate_prompt_tokens": None, "priority": 0,
         "stream_options": None, "presence_penalty": 0.0, "seed": None, "stop_token_ids": [], "exit_layers": [],
+        "no_stop_trim": False, "return_hidden_states": False,
     },
     CHAT: {
         "tools": [], "tool_choice": "none", "parallel_tool_calls": True, "functions": None, "store": False,
         "metadata": {"a": "b"}, "response_format": {"type": "text"}, "modalities": ["text"], "service_tier": "auto",
         "logprobs": False, "top_logprobs": None, "logit_bias": None, "chat_template": None, "documents": None,
         "chat_template_kwargs": {}, "add_generation_prompt": True, "continue_final_message": False, "echo": False,
-        "reasoning_effort": None, "min_tokens": 0, "stream": False,
+        "reasoning_effort": None, "min_tokens": 0, "stream": False, "separate_reasoning": True,
+        "stream_reasoning": True, "include_reasoning": True, "no_stop_trim": False, "return_hidden_states": False,
         "messages": [
             {"role": "user", "content": PROMPT, "type": "text"},
             {"role": "assistant", "content": "reads", "tool_calls": None, "refusal": None, "annotations": [],

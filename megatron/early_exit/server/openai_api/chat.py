@@ -72,6 +72,9 @@ class ChatRequest(AnswerRequest):
     add_special_tokens: Annotated[Literal[False] | None, NEUTRAL] = None
     add_generation_prompt: Annotated[Literal[True] | None, NEUTRAL] = None
     continue_final_message: Annotated[Literal[False] | None, NEUTRAL] = None
+    separate_reasoning: bool | None = None  # vllm-router adds these three; no answer has a part for reasoning
+    stream_reasoning: bool | None = None
+    include_reasoning: bool | None = None
     documents: Annotated[Nothing | None, NEUTRAL] = None
     chat_template: NoTemplate = None
     chat_template_kwargs: Annotated[NoFields | None, NEUTRAL] = None

@@ -101,6 +101,8 @@ class AnswerRequest(EarlyExitFields):
     allowed_token_ids: Annotated[Nothing | None, NEUTRAL] = None
     bad_words: Annotated[Nothing | None, NEUTRAL] = None
     priority: Annotated[Literal[0] | None, NEUTRAL] = None
+    no_stop_trim: Annotated[Literal[False] | None, NEUTRAL] = None  # this and the next one: vllm-router adds them
+    return_hidden_states: Annotated[Literal[False] | None, NEUTRAL] = None
     structured_outputs: Annotated[None, NEUTRAL] = None
     guided_json: Annotated[None, NEUTRAL] = None
     guided_regex: Annotated[None, NEUTRAL] = None
