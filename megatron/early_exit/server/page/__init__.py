@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from megatron.early_exit.data.tokenizer import HuggingFaceLibrary
 from megatron.early_exit.server.context import ServerContext
+from megatron.early_exit.server.openai_api.errors import ERROR_RESPONSES
 
 _FOLDER = Path(__file__).parent
 _STYLE = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">')
@@ -50,8 +51,8 @@ class PageModel(BaseModel):
 
 
 def router(context: ServerContext) -> APIRouter:
-    """Routes of the page. It holds nothing secret, so `/` needs no key; `/page/model` does."""
-    routes = APIRouter()
+    """The page, and what it asks before its first request."""
+    routes = APIRouter(tags=["page"])
     html, policy = _assemble()
     headers = {
         "Content-Security-Policy": policy,
@@ -64,8 +65,9 @@ def router(context: ServerContext) -> APIRouter:
     async def page() -> HTMLResponse:
         return HTMLResponse(html, headers=headers)
 
-    @routes.get("/page/model")
+    @routes.get("/page/model", responses={status: ERROR_RESPONSES[status] for status in (401, 503)})
     async def model() -> PageModel:
+        """What the page needs to know of the model."""
         return _describe(context)
 
     return routes
