@@ -272,6 +272,16 @@ def test_what_an_exit_drafts_is_shown(page: Page, server: RunningServer) -> None
     assert kinds == ["draft" if one["is_draft"] else "final" for one in right]
     assert text_of(answer(page, "Self-speculative")) == complete(server, prompt="the quick brown", mode="full")["text"]
 
+    drafted = {"exit_layer": models.NUM_LAYERS, "is_final": True, "is_draft": True}
+    page.route(COMPLETIONS, lambda route: respond(route, [token("one", **drafted), token("two", is_final=True)]))
+    generate(page, "the")
+    shown = answer(page, "Self-speculative").locator(".token")
+    assert shown.evaluate_all("all => all.map((one) => one.dataset.exit)") == ["draft", "final"]
+    lines = shown.evaluate_all("all => all.map((one) => getComputedStyle(one).borderBottomStyle)")
+    assert lines == ["dashed", "none"]
+    shown.first.hover()
+    expect(answer(page, "Self-speculative").locator(".detail")).to_contain_text("drafted by an exit")
+
 
 def respond(route: Route, tokens: list[dict[str, Any]], last: str = "data: [DONE]\n\n") -> None:
     """A stream of the server's form."""
