@@ -110,3 +110,18 @@ def test_a_row_that_is_not_finite_on_one_rank_is_so_on_all(bad: float) -> None:
     first, second = run_distributed(2, one_bad_rank, bad=bad)
     assert first == second
     assert first[:2] == [True, False] and first[3] == 0 and first[2][1] < 0
+
+
+def of_an_excluded_shortlist() -> list[tuple[int, float]]:
+    """Both of its ids are the second rank's; the first one has columns of padding alone."""
+    tp = TensorParallel(torch.distributed.group.WORLD)
+    ids = torch.tensor([[0, 0], [60, 70]][tp.rank])
+    output = HeadOutput(torch.tensor([[1.0, 2.0]]), vocab_size=100, tp=tp, ids=ids, num_ids=2 * tp.rank)
+    settings = [SamplingSettings(), SamplingSettings(1.0), SamplingSettings(1.0, top_p=0.5), SamplingSettings(2.0, 9)]
+    return [output.draw([Draw(0, one, 0, (), 0, (60, 70))])[0] for one in settings]
+
+
+def test_of_a_shortlist_that_is_excluded_one_of_its_ids_is_drawn() -> None:
+    first, second = run_distributed(2, of_an_excluded_shortlist)
+    assert first == second
+    assert {token for token, _ in first} <= {60, 70}
