@@ -422,7 +422,7 @@ def test_numbers_that_are_none(text: str, path: str, server: RunningServer) -> N
 
 @pytest.mark.parametrize("body", [
     {"prompt": "cut \ud83d"}, {"prompt": ["a", "\udc00"]}, {"stop": ["\ud83d"]}, {"model": "\ud83d"},
-    {"mode": "\ud83d"}, {"user": "\ud83d"},
+    {"mode": "\ud83d"}, {"user": "\ud83d"}, {"\ud83d": 1},
 ])  # fmt: skip
 def test_half_characters(body: dict, server: RunningServer) -> None:
     """Row 12: echoing them must not fail either."""

@@ -40,4 +40,4 @@ Nothing = Annotated[list[None], Field(max_length=0)]
 Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
 """Of a token; whether the vocabulary has it is checked against the model."""
 
-Ids = Annotated[list[Id], Field(max_length=2**20)]
+Ids = Annotated[list[Id], Field(max_length=2**20, fail_fast=True)]

@@ -34,8 +34,8 @@ from megatron.early_exit.server.request_fields import NEUTRAL, Ids, Nothing, oth
 _MAX_PROMPTS = 2048
 _DEFAULT_MAX_TOKENS = 16
 
-_Texts = Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS)]
-_ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=_MAX_PROMPTS)]
+_Texts = Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS, fail_fast=True)]
+_ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=_MAX_PROMPTS, fail_fast=True)]
 
 
 class CompletionRequest(AnswerRequest):
