@@ -121,7 +121,7 @@ class FakeStage:
             DESCRIPTION, layers_per_stage=(2,) * num_stages, num_layers=2 * num_stages, bytes_per_token=10 + stage,
             has_approximate_heads=stage == 1,
         )  # fmt: skip
-        self.num_inputs = self.credit = 0
+        self.num_inputs = self.credit = self.num_waiting_rows = 0
         self._came: list[tuple[StageRows, Any]] = []
         self._num_taken = 0
         self._operations: list[SlotOperation] = []

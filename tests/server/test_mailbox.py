@@ -42,13 +42,13 @@ def test_answers_end_when_all_have_ended() -> None:
         closed = []
         answers = Answers(2, [[1], [2]], closed.append)
         outputs = [RequestOutput(9, [1], sample_index=0), RequestOutput(7, [1], sample_index=1)]
-        answers.mailbox.put(delta(outputs[0], "a", is_finished=True))
+        answers.put(delta(outputs[0], "a", is_finished=True))
         seen = []
         async with answers:
             async for deltas in answers:
                 seen += [one.text for one in deltas]
                 if len(seen) == 1:
-                    answers.mailbox.put(delta(outputs[1], "b", is_finished=True))
+                    answers.put(delta(outputs[1], "b", is_finished=True))
         assert seen == ["a", "b"]
         assert closed == [answers]
 

@@ -188,6 +188,10 @@ class Step(msgspec.Struct, frozen=True):
     operations: tuple[SlotOperation, ...] = ()
     rows: tuple[Rows, ...] = ()
 
+    @property
+    def num_rows(self) -> int:
+        return sum(len(rows.tokens) for rows in self.rows)
+
 
 # What comes back.
 
@@ -316,6 +320,19 @@ class StageInput(msgspec.Struct, frozen=True):
     operations: tuple[SlotOperation, ...] = ()
     """To be done when they arrive, before these rows and before others that wait."""
     rows: tuple[StageRows, ...] = ()
+
+
+class StageLoad(msgspec.Struct, frozen=True):
+    """What one pipeline stage has done since it was loaded; a model on one stage has one of these."""
+
+    busy_seconds: float = 0.0
+    """That it has run rows."""
+    passes: int = 0
+    """Batches that it has run."""
+    rows: int = 0
+    """In all of them."""
+    backlog: int = 0
+    """Rows that have come to it and have not run."""
 
 
 class Pass(msgspec.Struct, frozen=True):

@@ -14,12 +14,9 @@ from starlette.exceptions import HTTPException
 from megatron.early_exit import __version__
 from megatron.early_exit.server import megatron_api, operation, page, tokenizer_api
 from megatron.early_exit.server.context import ServerContext
-from megatron.early_exit.server.errors import ApiError, BadRequest
+from megatron.early_exit.server.errors import ApiError, BadRequest, error_body, error_response
 from megatron.early_exit.server.openai_api import routes as openai_api
-from megatron.early_exit.server.openai_api.errors import error_document
 from megatron.early_exit.server.responses import ClientGone
-
-_MEGATRON_PATHS = ("/api",)
 
 
 def build_app(context: ServerContext) -> FastAPI:
@@ -45,15 +42,8 @@ def _schema(app: FastAPI) -> dict[str, Any]:
     return schema
 
 
-def error_body(path: str, error: ApiError) -> dict:
-    """An error in the form of the API that a path belongs to."""
-    if path.rstrip("/") in _MEGATRON_PATHS:
-        return {"message": error.message}
-    return error_document(error).model_dump()
-
-
 async def _api_error(request: Request, error: ApiError) -> JSONResponse:
-    return JSONResponse(error_body(request.url.path, error), error.status, error.headers)
+    return error_response(request.url.path, error)
 
 
 async def _invalid_fields(request: Request, error: RequestValidationError) -> JSONResponse:

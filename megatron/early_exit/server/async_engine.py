@@ -30,6 +30,7 @@ from megatron.early_exit.data.token_text import TokenTexts
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.protocol import StageLoad
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, TextEngine
 from megatron.early_exit.server.config import EngineConfig
 from megatron.early_exit.server.engine_client import EngineClient
@@ -47,6 +48,7 @@ from megatron.early_exit.server.engine_messages import (
 )
 from megatron.early_exit.server.errors import NotReady, Overloaded
 from megatron.early_exit.server.mailbox import Answers
+from megatron.early_exit.server.request_record import current_record
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ _SECONDS_TO_END = 5.0
 _SECONDS_FOR_WORKERS = 5.0
 """That the engine's process has to notice a dead worker before it counts as hung itself."""
 _SECONDS_FOR_LAST_WORDS = 1.0
+_MOST_DEATHS = 3
+"""Of engines in a row that have finished no answer, after which loading another makes no sense."""
 _RECENT = 32
 """Answers from whose durations the time to wait is estimated."""
 
@@ -69,14 +73,14 @@ PromptMaker = Callable[[Tokenizer], list[int]]
 class EngineObserver(Protocol):
     """Who wants to know what happens, for metrics."""
 
-    def on_delta(self, delta: OutputDelta, params: GenerationParams) -> None:
+    def on_answers(self, answers: Answers) -> None:
+        """A request that was admitted, whose prompts are ids now."""
+
+    def on_delta(self, delta: OutputDelta, answer: OpenAnswer) -> None:
         """Something new of an answer, the last of it included."""
 
     def on_cancel(self, params: GenerationParams) -> None:
         """An answer that was cancelled, of which there will be no more deltas."""
-
-    def on_load(self, load: EngineLoad) -> None:
-        """How busy the engine is, after each step."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,15 @@ class LoadedModel:
 
 
 @dataclass
-class _OpenAnswer:
+class OpenAnswer:
     """An answer that the engine works on."""
 
     answers: Answers
     params: GenerationParams
     started: float
+    """When the request came (`time.monotonic`)."""
+    last_token: float | None = None
+    """When its last tokens came; for the observer, who sets it."""
 
 
 class AsyncEngine:
@@ -114,16 +121,21 @@ class AsyncEngine:
         self.failure: str | None = None
         """Why the last engine has ended by itself; None while one is loaded or serves."""
         self.load = EngineLoad()
+        self.stage_loads: tuple[StageLoad, ...] = ()
+        """What each pipeline stage has done since it was loaded, as of a second ago."""
+        self.is_draining = False
+        """About to end: what runs may finish, nothing new is taken."""
         self.num_admitted = 0
         """Answers that were promised and have not ended: waiting, running or being tokenized."""
         self._process: _EngineProcess | None = None
-        self._open: dict[int, _OpenAnswer] = {}
+        self._open: dict[int, OpenAnswer] = {}
+        self._num_finished = 0
         self._durations: deque[float] = deque(maxlen=_RECENT)
         self._is_closing = False
 
     @property
     def is_ready(self) -> bool:
-        return self.model is not None
+        return self.model is not None and not self.is_draining
 
     @property
     def process_id(self) -> int | None:
@@ -153,17 +165,28 @@ class AsyncEngine:
 
     async def run(self) -> None:
         """Serve until `close`, or until the engine ends by itself: raises ExecutorError then, when every request has
-        been told. Where the engine restarts, that goes on until it cannot be loaded."""
-        while (error := await self._serve()) is not None:
+        been told. Where the engine restarts, that goes on until engines end, or cannot be loaded, time after time."""
+        num_deaths = 0
+        while True:
+            num_finished = self._num_finished
+            if (error := await self._serve()) is None:
+                return
             self._fail(error)
-            if not self._config.restart:
-                raise ExecutorError(error)
-            log.warning("%s; the model is loaded again", error)
-            try:
-                await self.start()
-            except (ValueError, OSError) as problem:  # it could be loaded before: no setting is at fault
-                raise ExecutorError(f"{error}; the model cannot be loaded again: {problem}") from problem
-            log.warning("the model is loaded again and serves")
+            num_deaths = 1 if self._num_finished > num_finished else num_deaths + 1
+            while self.model is None:
+                if not self._config.restart or self.is_draining:
+                    raise ExecutorError(error)
+                if num_deaths >= _MOST_DEATHS:
+                    raise ExecutorError(f"{error}; so it went {num_deaths} times, and no answer was finished meanwhile")
+                log.warning("%s; the model is loaded again", error)
+                try:
+                    await self.start()
+                    log.warning("the model is loaded again and serves")
+                except (ValueError, OSError, ExecutorError) as problem:  # memory that is not yet free, for instance
+                    if self._is_closing:
+                        return
+                    self.failure = error = str(problem)
+                    num_deaths += 1
 
     async def close(self) -> None:
         """End the engine's process; requests that are open end with an error."""
@@ -188,7 +211,7 @@ class AsyncEngine:
         params: of all prompts, or of each. must_fit: refuse answers that cannot have `max_tokens`; else they end where
         the model takes no longer sequence. Raises ValueError if one cannot be answered with these settings,
         PromptTooLong among them, Overloaded if too many answers wait, NotReady if there is no engine."""
-        model = self.ready_model()
+        started, model = time.monotonic(), self.ready_model()
         each = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
         for one in each:
             model.client.checks.check(one)
@@ -203,24 +226,30 @@ class AsyncEngine:
             for prompt_index, (ids, one) in enumerate(zip(answers.prompt_ids, each, strict=True)):
                 for sample_index in range(one.n):
                     request_id = model.text_engine.add_checked(ids, one, sample_index, prompt_index)
-                    self._open[request_id] = _OpenAnswer(answers, one, time.monotonic())
+                    self._open[request_id] = OpenAnswer(answers, one, started)
                     answers.request_ids.add(request_id)
         except BaseException:
             self.num_admitted -= num_answers - len(answers.request_ids)
             answers.close()
             raise
+        if (record := current_record.get()) is not None:
+            record.answers.append(answers)
+        if self._observer is not None:
+            self._observer.on_answers(answers)
         return answers
 
     def ready_model(self) -> LoadedModel:
         """The model that serves. Raises NotReady."""
-        if self.model is None:
+        if self.model is None or self.is_draining:
             raise NotReady(self._why_not_ready(), retry_after=5)
         return self.model
 
     def _why_not_ready(self) -> str:
         if self.failure is not None:
             return f"the engine has ended: {self.failure}"
-        return "the server ends" if self._is_closing else "the model is being loaded"
+        if self.is_draining or self._is_closing:
+            return "the server is about to end; send the request to another one"
+        return "the model is being loaded"
 
     def _reserve(self, num_answers: int) -> None:
         num_slots = self.model.client.description.num_slots
@@ -256,14 +285,15 @@ class AsyncEngine:
     def _deliver(self, deltas: Sequence[OutputDelta]) -> None:
         for delta in deltas:
             one = self._open[delta.request_id]
-            one.answers.mailbox.put(delta)
+            one.answers.put(delta)
             if delta.is_finished:
                 del self._open[delta.request_id]
                 one.answers.request_ids.remove(delta.request_id)
                 self.num_admitted -= 1
+                self._num_finished += delta.output.error is None
                 self._durations.append(time.monotonic() - one.started)
             if self._observer is not None:
-                self._observer.on_delta(delta, one.params)
+                self._observer.on_delta(delta, one)
 
     # The engine's process.
 
@@ -274,7 +304,9 @@ class AsyncEngine:
         watch = asyncio.create_task(process.watch(limit))
         try:
             while isinstance(message := await process.receive_or_end(), StepEvents | Pong):
-                if isinstance(message, StepEvents) and not self._is_closing:
+                if isinstance(message, Pong):
+                    self.stage_loads = message.stages
+                elif not self._is_closing:
                     self._take(message, model)
         except Exception as error:
             # Nobody may wait for an engine that is no longer listened to.
@@ -287,8 +319,6 @@ class AsyncEngine:
     def _take(self, step: StepEvents, model: LoadedModel) -> None:
         self.load = step.load
         self._deliver(model.text_engine.take(model.client.take(step.events)))
-        if self._observer is not None:
-            self._observer.on_load(step.load)
 
     async def _ended(self, process: _EngineProcess, last: FromEngine | None) -> Failed:
         """What became of the process."""
@@ -301,6 +331,7 @@ class AsyncEngine:
     def _fail(self, error: str) -> None:
         """Tell everybody."""
         model, self.model, self.failure, self.load = self.model, None, error, EngineLoad()
+        self.stage_loads = ()
         if model is not None:
             self._deliver(model.text_engine.fail_all(error))
 

@@ -5,18 +5,36 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 
 from megatron.early_exit.inference.model_flags import add_model_flags, check_torchrun, engine_settings
 from megatron.early_exit.inference.params import GenerationParams
-from megatron.early_exit.platform.command_line import add_verbose_flag
+from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.processes import die_with_torchrun
 from megatron.early_exit.platform.world import world_size
 from megatron.early_exit.server.config import EngineConfig, RequestLimits, ServerConfig
 
 PROGRAM = "run_text_generation_server.py"
+KEY_VARIABLE = "EARLY_EXIT_API_KEY"
+
+_LIMITS = {
+    "max_waiting": "answers that may wait for a slot; more get 429",
+    "max_connections": "open at once; more get 503",
+    "max_body_bytes": "of one request; larger ones get 413",
+    "max_total_body_bytes": "of all requests at once; more get 429",
+    "max_prompts": "in one request",
+    "max_answers": "prompts times n of one request",
+    "header_seconds": "until the headers of a request are complete",
+    "body_seconds": "until its body is",
+    "reader_seconds": "that a client may leave what was sent to it unread",
+    "keep_alive_seconds": "that a connection may be idle between requests",
+}
+"""Fields of `RequestLimits`, which are flags of the same names."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,26 +45,58 @@ def build_parser() -> argparse.ArgumentParser:
         "it.",
     )
     add_model_flags(parser)
+    _add_server_flags(parser)
+    _add_early_exit_flags(parser)
+    limits = parser.add_argument_group("limits")
+    for field in fields(RequestLimits):
+        kind = float if isinstance(field.default, float) else int
+        limits.add_argument(
+            f"--{field.name.replace('_', '-')}", type=kind, default=field.default, metavar="F" if kind is float else "N",
+            help=f"{_LIMITS[field.name]}; default {field.default:g}" if kind is float
+            else f"{_LIMITS[field.name]}; default {field.default}",
+        )  # fmt: skip
     ignored = parser.add_argument_group("accepted from EE-LLM's scripts (the checkpoint says all this)")
     ignored.add_argument("--use-checkpoint-args", action="store_true", help="always so")
     ignored.add_argument("--tokenizer-type", metavar="TYPE", help="ignored: the checkpoint has its tokenizer")
     ignored.add_argument("--tokenizer-model", metavar="FILE", help="ignored: the checkpoint has its tokenizer")
+    add_verbose_flag(parser)
+    return parser
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
     server.add_argument("--port", type=int, default=5000, help="0: any free one; default 5000")
     server.add_argument("--served-model-name", metavar="NAME", help="in the OpenAI API; default: the folder's name")
     server.add_argument("--chat-template", metavar="FILE", help="Jinja template for chats; default: the tokenizer's")
+    server.add_argument(
+        "--api-key-file", type=Path, metavar="FILE",
+        help=f"keys, one a line, of which requests must bring one; or one key in the variable {KEY_VARIABLE}",
+    )  # fmt: skip
+    server.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY", help="a key; other users of this machine can see it"
+    )
+    server.add_argument(
+        "--allowed-origins", nargs="+", default=[], metavar="ORIGIN",
+        help="web sites whose pages may call the server, as https://host:port, or *; default: none",
+    )  # fmt: skip
     server.add_argument("--restart-workers", action="store_true", help="load the model again if the engine dies")
     server.add_argument("--drain-seconds", type=float, default=30.0, help="for running requests at the end; default 30")
-    server.add_argument("--max-waiting", type=int, default=256, help="answers that may wait for a slot; default 256")
+    server.add_argument("--no-access-log", action="store_true", help="no line on standard output for each request")
+
+
+def _add_early_exit_flags(parser: argparse.ArgumentParser) -> None:
     exits = parser.add_argument_group("early exit (for requests that do not say)")
     exits.add_argument("--mode", choices=("full", "early_exit", "self_speculative"), help="default: full")
     exits.add_argument("--early-exit-thres", type=float, nargs="+", metavar="F", help="one, or one for each exit")
     exits.add_argument("--exit-layers", type=int, nargs="+", metavar="N", help="exits to evaluate; default: all")
+    exits.add_argument("--max-deferred", type=int, metavar="N", help="rows of a request that may be deferred")
+    exits.add_argument("--plan-exits", action="store_true", default=None, help="only exits that pay (calibrate)")
     exits.add_argument("--draft-exit", type=int, metavar="N", help="self_speculative: exit that drafts")
     exits.add_argument("--draft-length", type=int, metavar="N", help="self_speculative: tokens to draft at once")
-    add_verbose_flag(parser)
-    return parser
+    exits.add_argument(
+        "--speculation", choices=("auto", "draft_then_verify", "across_stages"), help="as in generate.py; default: auto"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,19 +125,61 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def run() -> int:
+    """The console command `early-exit-server`. Returns the exit status."""
+    return run_program(main)
+
+
 def server_config(args: argparse.Namespace) -> ServerConfig:
-    """The settings that the flags say. Raises ValueError."""
-    given = {
-        "exit_thresholds": args.early_exit_thres, "exit_layers": args.exit_layers, "draft_exit": args.draft_exit,
-        "draft_length": args.draft_length, "mode": args.mode,
-    }  # fmt: skip
-    defaults = GenerationParams(**{name: value for name, value in given.items() if value is not None})
+    """The settings that the flags say. Raises ValueError or OSError."""
+    if args.restart_workers and world_size() > 1:
+        raise ValueError(
+            "--restart-workers cannot start torchrun's processes again; have torchrun do it (--max-restarts)"
+        )
     return ServerConfig(
         engine=EngineConfig(args.load, engine_settings(args), args.worker_timeout, args.restart_workers),
         host=args.host,
         port=args.port,
         served_model_name=args.served_model_name,
-        defaults=defaults,
-        limits=RequestLimits(max_waiting=args.max_waiting),
+        defaults=_defaults(args),
+        chat_template=None if args.chat_template is None else _chat_template(Path(args.chat_template)),
+        limits=RequestLimits(**{field.name: getattr(args, field.name) for field in fields(RequestLimits)}),
+        api_keys=_api_keys(args),
+        allowed_origins=tuple(args.allowed_origins),
         drain_seconds=args.drain_seconds,
+        access_log=not args.no_access_log,
     )
+
+
+def _defaults(args: argparse.Namespace) -> GenerationParams:
+    names = ("exit_layers", "draft_exit", "draft_length", "mode", "max_deferred", "plan_exits", "speculation")
+    given = {"exit_thresholds": args.early_exit_thres, **{name: getattr(args, name) for name in names}}
+    return GenerationParams(**{name: value for name, value in given.items() if value is not None})
+
+
+def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
+    keys = [*args.api_key, *([os.environ[KEY_VARIABLE]] if KEY_VARIABLE in os.environ else [])]
+    if args.api_key_file is not None:
+        from_file = [line.strip() for line in args.api_key_file.read_text().splitlines() if line.strip()]
+        if not from_file:
+            raise ValueError(f"--api-key-file {args.api_key_file} has no keys; give one a line")
+        keys += from_file
+    if not all(key.strip() for key in keys):
+        raise ValueError(f"an API key is empty; see --api-key and {KEY_VARIABLE}")
+    return tuple(keys)
+
+
+def _chat_template(path: Path) -> str:
+    """The text of a template. Raises OSError if it cannot be read, ValueError if it is not Jinja."""
+    import jinja2
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        # {% generation %} is transformers' own tag, for training.
+        without = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(without)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--chat-template {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"--chat-template {path} is no Jinja template: line {error.lineno}: {error.message}") from None
+    return text

@@ -19,6 +19,8 @@ class RequestLimits:
     """Open at once; more are told to try again (503)."""
     max_body_bytes: int = 8 << 20
     """Of one request."""
+    max_total_body_bytes: int = 128 << 20
+    """Of all requests that have not been answered; more are told to try again (429)."""
     max_prompts: int = 128
     """In one request."""
     max_answers: int = 256
@@ -33,7 +35,8 @@ class RequestLimits:
     """That a connection may be idle between two requests: longer than gateways keep theirs."""
 
     def __post_init__(self) -> None:
-        for name in ("max_connections", "max_body_bytes", "max_prompts", "max_answers", "keep_alive_seconds"):
+        counts = ("max_connections", "max_body_bytes", "max_total_body_bytes", "max_prompts", "max_answers")
+        for name in (*counts, "keep_alive_seconds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_waiting < 0:

@@ -8,17 +8,16 @@ from pathlib import Path
 
 from megatron.early_exit.server.async_engine import AsyncEngine, LoadedModel
 from megatron.early_exit.server.config import ServerConfig
-from megatron.early_exit.server.errors import NotReady
+from megatron.early_exit.server.metrics import ServerMetrics
 
 
 @dataclass
 class ServerContext:
-    """The settings, the engine, and whether requests are taken."""
+    """The settings, the engine, and what is counted."""
 
     config: ServerConfig
     engine: AsyncEngine
-    is_draining: bool = False
-    """Told to end: what runs may finish, nothing new is taken."""
+    metrics: ServerMetrics
     started: float = field(default_factory=time.time)
     """Seconds since 1970."""
 
@@ -29,10 +28,8 @@ class ServerContext:
 
     @property
     def is_ready(self) -> bool:
-        return self.engine.is_ready and not self.is_draining
+        return self.engine.is_ready
 
     def ready_model(self) -> LoadedModel:
         """The model. Raises NotReady."""
-        if self.is_draining:
-            raise NotReady("the server is about to end; send the request to another one", retry_after=5)
         return self.engine.ready_model()

@@ -211,7 +211,7 @@ class _EngineLoop:
                 if result is not None:
                     self._others.append(RequestEvent(message.request_id, [], result))
             case Ping():
-                self._channel.send(Pong())
+                self._channel.send(Pong(self._engine.executor.stage_loads()))
 
     def _add(self, message: Add) -> None:
         try:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from starlette.responses import JSONResponse
+
+_MEGATRON_PATHS = ("/api",)
+
 
 class ApiError(Exception):
     """An answer to a request that is no success."""
@@ -34,10 +38,34 @@ class Unauthorized(ApiError):
     status, kind = 401, "authentication_error"
 
 
+class Forbidden(ApiError):
+    """A web page of somebody else sent it."""
+
+    status, kind = 403, "permission_error"
+
+
 class NotFound(ApiError):
     """There is no such thing, a model of another name for instance."""
 
     status, kind = 404, "not_found_error"
+
+
+class TooLate(ApiError):
+    """The headers or the body of a request have not come in time."""
+
+    status, kind = 408, "invalid_request_error"
+
+
+class BodyTooLarge(ApiError):
+    """The body of a request is larger than the server takes."""
+
+    status, kind = 413, "invalid_request_error"
+
+
+class NoJson(ApiError):
+    """The body of a request is said to be something else than JSON."""
+
+    status, kind = 415, "invalid_request_error"
 
 
 class Overloaded(ApiError):
@@ -56,3 +84,15 @@ class EngineFailed(ApiError):
     """An answer ended with an error of the engine."""
 
     status, kind = 500, "server_error"
+
+
+def error_response(path: str, error: ApiError) -> JSONResponse:
+    """An error in the form of the API that a path belongs to."""
+    return JSONResponse(error_body(path, error), error.status, error.headers)
+
+
+def error_body(path: str, error: ApiError) -> dict:
+    """The JSON of `error_response`."""
+    if path.rstrip("/") in _MEGATRON_PATHS:
+        return {"message": error.message}
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}

@@ -48,12 +48,19 @@ class Answers:
     def __init__(self, num_answers: int, prompt_ids: list[list[int]], close: Callable[[Answers], None]) -> None:
         self.prompt_ids = prompt_ids
         """Of each prompt."""
-        self.mailbox = Mailbox()
+        self.num_generated = 0
+        """Tokens of all answers so far."""
+        self._mailbox = Mailbox()
         self.request_ids: set[int] = set()
         """In the engine, of answers that have not ended."""
         self.num_unfinished = num_answers
         """Of those that the reader has seen."""
         self._close = close
+
+    def put(self, delta: OutputDelta) -> None:
+        """Add what is new of one of them."""
+        self.num_generated += len(delta.tokens)
+        self._mailbox.put(delta)
 
     def __aiter__(self) -> Answers:
         return self
@@ -61,7 +68,7 @@ class Answers:
     async def __anext__(self) -> list[OutputDelta]:
         if self.num_unfinished == 0:
             raise StopAsyncIteration
-        deltas = await self.mailbox.take()
+        deltas = await self._mailbox.take()
         self.num_unfinished -= sum(delta.is_finished for delta in deltas)
         return deltas
 

@@ -1,12 +1,17 @@
-"""What operates the server asks of it: whether it lives, and whether it can serve."""
+"""What operates the server asks of it: whether it lives, whether it can serve, and how it is doing."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import NotReady
+
+LIVE_PATH = "/health/live"
+HEALTH_PATHS = frozenset({"/health", "/health/ready", LIVE_PATH})
+"""They need no key."""
 
 
 class Health(BaseModel):
@@ -19,11 +24,11 @@ class Health(BaseModel):
 
 
 def router(context: ServerContext) -> APIRouter:
-    """Routes for health; they need no key."""
+    """Routes for health and metrics."""
     routes = APIRouter(tags=["operation"])
     methods = ["GET", "HEAD"]
 
-    @routes.api_route("/health/live", methods=methods)
+    @routes.api_route(LIVE_PATH, methods=methods)
     async def live() -> Health:
         """200 while this process lives: a server that loads its model, or has lost its engine, must not be killed for
         that."""
@@ -41,5 +46,10 @@ def router(context: ServerContext) -> APIRouter:
             response.headers.update(error.headers)
             return Health(status="not ready", reason=error.message)
         return Health(status="ready")
+
+    @routes.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(context.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return routes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -15,12 +17,20 @@ import uvicorn
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.server.app import build_app
 from megatron.early_exit.server.async_engine import AsyncEngine, LoadedModel
-from megatron.early_exit.server.config import ServerConfig
+from megatron.early_exit.server.config import RequestLimits, ServerConfig
 from megatron.early_exit.server.context import ServerContext
+from megatron.early_exit.server.metrics import ServerMetrics
+from megatron.early_exit.server.middleware import is_loopback, protect
+from megatron.early_exit.server.protocol import DeadlineProtocol
 
 log = logging.getLogger(__name__)
 
 STATUS_ENGINE_FAILED = 1
+
+_NUM_OTHER_FILES = 256
+"""That this process may have open beside connections."""
+_SECONDS_FOR_LAST_RESPONSES = 5.0
+"""To be written when nothing is computed any more."""
 
 
 class _HttpServer(uvicorn.Server):
@@ -31,29 +41,46 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
+class _Ending:
+    """Signals that the server is to end: the first one lets requests finish, the second one does not."""
+
+    def __init__(self) -> None:
+        self.begins, self.is_urgent = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._take_signal)
+
+    def _take_signal(self) -> None:
+        (self.is_urgent if self.begins.is_set() else self.begins).set()
+
+
 async def serve(config: ServerConfig) -> int:
     """Serve until a signal says that it is over. Returns the exit status: 1 if the engine has ended by itself.
 
-    Raises OSError if the port is taken, and what `AsyncEngine.start` raises."""
+    Raises OSError if the port is taken, ValueError if the settings do not suit this machine or the model, and what
+    `AsyncEngine.start` raises."""
+    _allow_connections(config.limits)
     listener = _bind(config.host, config.port)
-    engine = AsyncEngine(config.engine, config.limits.max_waiting)
-    context = ServerContext(config, engine)
+    _warn_if_open(config)
+    metrics = ServerMetrics()
+    engine = AsyncEngine(config.engine, config.limits.max_waiting, metrics)
+    metrics.watch(engine)
+    context = ServerContext(config, engine, metrics)
     http = _HttpServer(uvicorn.Config(
-        build_app(context), log_config=None, access_log=False, server_header=False, lifespan="off",
+        protect(build_app(context), context), http=functools.partial(DeadlineProtocol, limits=config.limits), ws="none",
+        log_config=None, access_log=False, server_header=False, lifespan="off", proxy_headers=False,
         timeout_keep_alive=config.limits.keep_alive_seconds,
     ))  # fmt: skip
-    told_to_end = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, told_to_end.set)
+    end = _Ending()
     serving = asyncio.create_task(http.serve(sockets=[listener]))
-    ending = asyncio.create_task(told_to_end.wait())
+    beginning_to_end = asyncio.create_task(end.begins.wait())
     running = asyncio.create_task(_load_and_run(context, _url(listener, config.host)))
     try:
-        await asyncio.wait({serving, ending, running}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({serving, beginning_to_end, running}, return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             running.result()
-        await _drain(context)
+        await _drain(context, running, end.is_urgent)
+        if running.done():
+            running.result()
         return 0
     except ExecutorError as error:
         print(f"the server ends: {error}", file=sys.stderr, flush=True)
@@ -62,21 +89,36 @@ async def serve(config: ServerConfig) -> int:
         await engine.close()
         running.cancel()
         http.should_exit = True
-        await asyncio.wait({serving}, timeout=5)
+        await asyncio.wait({serving}, timeout=0 if end.is_urgent.is_set() else _SECONDS_FOR_LAST_RESPONSES)
 
 
 async def _load_and_run(context: ServerContext, url: str) -> None:
     print(f"loading {context.config.engine.path}; {url}/health says when it is ready", file=sys.stderr, flush=True)
     model = await context.engine.start()
+    try:
+        model.client.checks.check(context.config.defaults)
+    except ValueError as error:
+        raise ValueError(f"requests could not be answered with the defaults of the flags: {error}") from error
     print(_in_words(model, context.model_name), f"ready: {url}", sep="\n", file=sys.stderr, flush=True)
     await context.engine.run()
 
 
-async def _drain(context: ServerContext) -> None:
-    """Give what runs the time to finish."""
-    context.is_draining = True
-    deadline = asyncio.get_running_loop().time() + context.config.drain_seconds
-    while context.engine.num_admitted and asyncio.get_running_loop().time() < deadline:
+async def _drain(context: ServerContext, running: asyncio.Task, is_urgent: asyncio.Event) -> None:
+    """Take nothing new, and give what runs the time to finish."""
+    engine, seconds = context.engine, context.config.drain_seconds
+    engine.is_draining = True
+    if engine.num_admitted:
+        print(f"ending; {engine.num_admitted} answers may take {seconds:g} seconds", file=sys.stderr, flush=True)
+    waiting = [asyncio.create_task(is_urgent.wait()), asyncio.create_task(_until_idle(engine)), running]
+    try:
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting[:2]:
+            task.cancel()
+
+
+async def _until_idle(engine: AsyncEngine) -> None:
+    while engine.num_admitted:
         await asyncio.sleep(0.05)
 
 
@@ -92,6 +134,19 @@ def _in_words(model: LoadedModel, name: str) -> str:
     return "\n".join(lines)
 
 
+def _allow_connections(limits: RequestLimits) -> None:
+    """Let this process have a file open for each connection. Raises ValueError if the system does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = limits.max_connections + _NUM_OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise ValueError(
+                f"--max-connections {limits.max_connections} needs {needed} open files, and this process may have "
+                f"{hard} (ulimit -n); lower the flag or raise the limit"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def _bind(host: str, port: int) -> socket.socket:
     """Raises OSError that says what to do if the port cannot be had."""
     try:
@@ -102,6 +157,11 @@ def _bind(host: str, port: int) -> socket.socket:
             f"--host {host} --port {port} cannot be bound ({error.strerror or error}); choose another port, or 0 for "
             "any free one"
         ) from error
+
+
+def _warn_if_open(config: ServerConfig) -> None:
+    if not config.api_keys and not is_loopback(config.host):
+        log.warning("everybody who reaches --host %s may use this server; --api-key-file asks for a key", config.host)
 
 
 def _url(listener: socket.socket, host: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from megatron.early_exit.inference.costs import StepCosts
-from megatron.early_exit.inference.protocol import RowsOutput, Step, WorkerDescription
+from megatron.early_exit.inference.protocol import RowsOutput, StageLoad, Step, WorkerDescription
 
 
 class ExecutorError(RuntimeError):
@@ -30,6 +30,9 @@ class Executor(Protocol):
 
     def measure_costs(self) -> StepCosts:
         """Time layers and heads; no request may be running. Raises ExecutorError."""
+
+    def stage_loads(self) -> tuple[StageLoad, ...]:
+        """What each stage has done, as far as it has told. Raises ExecutorError."""
 
     def close(self) -> None:
         """End the workers and give back what they hold. May be called twice."""

@@ -57,7 +57,7 @@ from megatron.early_exit.inference.executor.messages import (
     ToWorker,
     WorkerFactory,
 )
-from megatron.early_exit.inference.protocol import RowsOutput, Step, WorkerDescription
+from megatron.early_exit.inference.protocol import RowsOutput, StageLoad, Step, WorkerDescription
 from megatron.early_exit.platform.processes import LastingThread, die_with_torchrun
 from megatron.early_exit.platform.world import world_size
 
@@ -253,6 +253,8 @@ class DistributedExecutor:
         self._outputs: list[RowsOutput] = []
         self._costs: dict[int, StepCosts] = {}
         """By rank."""
+        self._loads: dict[int, StageLoad] = {}
+        """By rank."""
         self._ready: dict[int, Ready] = {}
         self._inboxes: dict[int, str] = {}
         """Addresses by rank."""
@@ -355,6 +357,12 @@ class DistributedExecutor:
         costs = [self._costs[rank] for rank in self._layout.leaders]
         return merged_costs(costs, self.description.layers_per_stage) if self._is_pipeline else costs[0]
 
+    def stage_loads(self) -> tuple[StageLoad, ...]:
+        """What each stage has done, as of its last answer to a ping. Raises ExecutorError."""
+        self._look_if_due()
+        self._receive()
+        return tuple(self._loads.get(rank, StageLoad()) for rank in self._layout.leaders)
+
     def close(self) -> None:
         """End the workers."""
         self._error = self._error or ExecutorError("the executor is closed")
@@ -410,6 +418,7 @@ class DistributedExecutor:
                 self._outputs += message.outputs
             case Pong():
                 self._silent_seconds[rank] = 0.0
+                self._loads[rank] = message.load
             case CostsMeasured():
                 self._costs[rank] = message.costs
             case RowsAnswered():

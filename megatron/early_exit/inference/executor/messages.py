@@ -9,7 +9,7 @@ import msgspec
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.executor.hidden_states import HiddenStates
 from megatron.early_exit.inference.executor.layout import Layout
-from megatron.early_exit.inference.protocol import Pass, RowsOutput, StageInput, Step, WorkerDescription
+from megatron.early_exit.inference.protocol import Pass, RowsOutput, StageInput, StageLoad, Step, WorkerDescription
 
 
 class WorkerFactory(msgspec.Struct, frozen=True):
@@ -136,6 +136,9 @@ class CostsMeasured(msgspec.Struct, frozen=True, tag=True):
 
 class Pong(msgspec.Struct, frozen=True, tag=True):
     """The answer to `Ping`."""
+
+    load: StageLoad = StageLoad()
+    """Of the rank's stage."""
 
 
 ErrorKind = Literal["ValueError", "OSError", "other"]

@@ -6,6 +6,7 @@ the others do what it says, in that order, also about the end. Pings are answere
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ from megatron.early_exit.inference.executor.messages import (
     ToWorker,
 )
 from megatron.early_exit.inference.executor.peer_channel import PeerChannel
+from megatron.early_exit.inference.executor.stage_meter import StageMeter
 from megatron.early_exit.inference.protocol import Pass, RowsOutput, StageInput, Step
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class StageLoop:
         self._inputs: deque[tuple[StageInput | Step, Tensor | None]] = deque()
         """That have come; a rank that follows takes in as many as a pass says."""
         self._is_over = False
+        self._meter = StageMeter()
         self._poller = zmq.Poller()
         engine.register(self._poller)
         peers.register(self._poller)
@@ -80,7 +83,7 @@ class StageLoop:
     def _take_from_engine(self, message: ToWorker) -> None:
         match message:
             case Ping():
-                self._engine.send(Pong())
+                self._engine.send(Pong(self._meter.load(self._stage.num_waiting_rows)))
             case RunStep():
                 self._inputs.append((message.step, None))
             case MeasureCosts() | Shutdown() if self._leads:
@@ -138,9 +141,11 @@ class StageLoop:
                 self._is_over = True
 
     def _run_pass(self, chosen: Pass) -> None:
+        started = time.perf_counter()
         done = self._stage.run(chosen, self._answer)
+        described, data = (None, None) if done.hidden is None else hidden_states.to_bytes(done.hidden)
+        self._meter.add(started, done.num_rows)
         if done.following is not None:
-            described, data = (None, None) if done.hidden is None else hidden_states.to_bytes(done.hidden)
             self._peers.send(NextInput(done.following, described), self._next, data)
         if done.credit:
             self._peers.send(GiveCredit(done.credit), self._before)

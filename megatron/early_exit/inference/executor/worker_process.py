@@ -49,6 +49,7 @@ from megatron.early_exit.inference.executor.messages import (
 )
 from megatron.early_exit.inference.executor.peer_channel import PeerChannel, PeerUnreachable
 from megatron.early_exit.inference.executor.stage_loop import StageLoop, send_outputs
+from megatron.early_exit.inference.executor.stage_meter import StageMeter
 from megatron.early_exit.platform.command_line import configure_output
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.processes import die_with_parent, die_with_torchrun
@@ -133,6 +134,7 @@ class _RankProcess:
     def __init__(self, channel: WorkerChannel, rank: int) -> None:
         self.channel, self.rank = channel, rank
         self._peers: PeerChannel | None = None
+        self._meter = StageMeter()
 
     def run(self) -> None:
         """Until the engine says that it is over. Raises what the worker raises."""
@@ -183,9 +185,12 @@ class _RankProcess:
         self.channel.send(Pong())
 
     def _run_steps(self, worker: Any) -> None:
+        """Of a model that is not spread over pipeline stages."""
         while not isinstance(message := self._receive(), Shutdown):
             if isinstance(message, RunStep):
+                started = time.perf_counter()
                 outputs = worker.execute(message.step)
+                self._meter.add(started, message.step.num_rows)
                 if self.rank == 0:
                     number = message.step.number
                     send_outputs(outputs, lambda those, number=number: self.channel.send(StepDone(number, those)))
@@ -196,7 +201,7 @@ class _RankProcess:
 
     def _receive(self) -> ToWorker:
         while isinstance(message := self.channel.receive(), Ping):
-            self.channel.send(Pong())
+            self.channel.send(Pong(self._meter.load()))
         return message
 
     def expect(self, kind: type[T]) -> T:

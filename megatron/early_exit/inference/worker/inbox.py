@@ -30,6 +30,10 @@ class Inbox:
         self._entries: dict[int, deque[_Entry]] = {}
         self._num_added = 0
 
+    @property
+    def num_rows(self) -> int:
+        return sum(entry.rows.num_rows for entries in self._entries.values() for entry in entries)
+
     def add(self, rows: StageRows, hidden: Tensor | None) -> int:
         """Add what has come. hidden: [rows, h], None at the first stage.
 

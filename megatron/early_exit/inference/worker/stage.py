@@ -47,6 +47,8 @@ class StageOutput(NamedTuple):
     """[rows, h]; None: no rows"""
     credit: int
     """Fill rows that the stage before may send for those that have left the inbox."""
+    num_rows: int = 0
+    """That ran."""
 
 
 class Stage:
@@ -73,6 +75,11 @@ class Stage:
     @property
     def is_last(self) -> bool:
         return self.stage == self.num_stages - 1
+
+    @property
+    def num_waiting_rows(self) -> int:
+        """That have come and have not run."""
+        return self._inbox.num_rows
 
     def measure_costs(self) -> StepCosts:
         """Time the layers and heads that are here. Overwrites slot 0."""
@@ -126,18 +133,19 @@ class Stage:
         scheduled = [self.worker.schedule(rows) for rows, _ in taken]
         hidden = torch.cat([one for _, one in taken]) if taken and self.stage > 0 else None
         budget = 0 if self.is_last else chosen.fill_budget - sum(rows.num_fill_rows for rows, _ in taken)
+        num_rows = sum(one.num_rows for one in scheduled)
         reached: list[ScheduledRows] = []
         if scheduled:
             reached, hidden = self.worker.runner.run(scheduled, hidden, budget, self._flow.fill_min_rows, answer)
         if outputs := self._late_outputs(scheduled, reached):
             answer(outputs)
         if self.is_last:
-            return StageOutput(None, None, credit)
+            return StageOutput(None, None, credit, num_rows)
         following = StageInput(operations, tuple(one.following() for one in reached))
         self._num_fills_sent += sum(rows.num_fill_rows for rows in following.rows)
         if not operations and not reached:
-            return StageOutput(None, None, credit)
-        return StageOutput(following, hidden if reached else None, credit)
+            return StageOutput(None, None, credit, num_rows)
+        return StageOutput(following, hidden if reached else None, credit, num_rows)
 
     def _late_outputs(self, scheduled: list[ScheduledRows], reached: list[ScheduledRows]) -> list[RowsOutput]:
         """What is reported at the end of a pass: what the final head gave, which rows have run all layers now, and what

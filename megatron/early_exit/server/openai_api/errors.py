@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from megatron.early_exit.server.errors import ApiError
+from megatron.early_exit.server.errors import ApiError, error_body
 
 
 class ErrorBody(BaseModel):
@@ -25,9 +25,7 @@ class ErrorDocument(BaseModel):
 
 def error_document(error: ApiError) -> ErrorDocument:
     """The body for an error."""
-    return ErrorDocument(
-        error=ErrorBody(message=error.message, type=error.kind, param=error.param, code=error.code),
-    )
+    return ErrorDocument.model_validate(error_body("", error))
 
 
 ERROR_RESPONSES = {
