@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from typing import Any
 
 import h11
@@ -23,6 +24,8 @@ SURPLUS_KEY = "is_surplus"
 
 _NUM_TOLD = 64
 """Connections beyond `max_connections` that are told so; still more are closed at once."""
+_SEND_BUFFER = 256 << 10
+"""Bytes of the system's memory for what a client has not read; by itself it takes 4 MB for each."""
 _SECONDS_FOR_REST = 5.0
 """For the rest of a body that is not read any more since the request has been answered."""
 
@@ -37,6 +40,7 @@ class DeadlineProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         if len(self.connections) > self._limits.max_connections + _NUM_TOLD:
             transport.abort()
         elif len(self.connections) > self._limits.max_connections:

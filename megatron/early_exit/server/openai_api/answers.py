@@ -115,7 +115,7 @@ async def respond(
 ) -> Response:
     """The answers as a whole or as they grow. Raises ClientGone if nobody waits for the whole."""
     if is_streamed:
-        return EventStream(_AnswerEvents(answers, writer), context.config.limits.reader_seconds)
+        return EventStream(_AnswerEvents(answers, writer))
     outputs = await unless_disconnected(request, whole_outputs(answers))
     document = await asyncio.to_thread(writer.whole, outputs)
     return Response(document.model_dump_json(exclude_unset=True), media_type="application/json")
