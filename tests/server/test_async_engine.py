@@ -439,3 +439,23 @@ def has_ended(process: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+@pytest.mark.parametrize("what", ["send(ready); time.sleep(0.3)", "if not mark.exists(): send(ready); time.sleep(0.3)"])
+def test_engines_that_end_time_after_time_are_given_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+) -> None:
+    """Whether they end when they are loaded, or cannot be loaded any more."""
+
+    async def run() -> None:
+        engine = AsyncEngine(EngineConfig("folder", restart=True), 0)
+        await engine.start()
+        with pytest.raises(ExecutorError, match="so it went 3 times"):
+            await engine.run()
+        assert not engine.is_ready
+        await engine.close()
+
+    mark = tmp_path / "mark"
+    prefix = f"from pathlib import Path; mark = Path({str(mark)!r})\n"
+    misbehaving(monkeypatch, tmp_path, prefix + what + "\nmark.touch()\nsys.exit(3)")
+    asyncio.run(run())

@@ -51,9 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     for field in fields(RequestLimits):
         kind = float if isinstance(field.default, float) else int
         limits.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, default=field.default, metavar="F" if kind is float else "N",
-            help=f"{_LIMITS[field.name]}; default {field.default:g}" if kind is float
-            else f"{_LIMITS[field.name]}; default {field.default}",
+            f"--{field.name.replace('_', '-')}", type=kind, default=field.default, metavar="N",
+            help=f"{_LIMITS[field.name]}; default {field.default}",
         )  # fmt: skip
     ignored = parser.add_argument_group("accepted from EE-LLM's scripts (the checkpoint says all this)")
     ignored.add_argument("--use-checkpoint-args", action="store_true", help="always so")

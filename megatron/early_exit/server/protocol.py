@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import struct
 from typing import Any
 
 import h11
@@ -26,6 +27,8 @@ _NUM_TOLD = 64
 """Connections beyond `max_connections` that are told so; still more are closed at once."""
 _SEND_BUFFER = 256 << 10
 """Bytes of the system's memory for what a client has not read; by itself it takes 4 MB for each."""
+_NO_LINGER = struct.pack("ii", 1, 0)
+"""Closing a connection drops what has not been sent."""
 _SECONDS_FOR_REST = 5.0
 """For the rest of a body that is not read any more since the request has been answered."""
 
@@ -90,7 +93,8 @@ class DeadlineProtocol(H11Protocol):
     def _reads_nothing(self) -> None:
         if self.transport.get_write_buffer_size() > 0:
             log.info("a client read nothing for %g seconds; its connection is closed", self._limits.reader_seconds)
-            # With `close` the system would wait for the client to read. What it waits for ends with the connection.
+            # Else the system would keep what it has for the client to read.
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:

@@ -60,7 +60,7 @@ async def serve(config: ServerConfig) -> int:
     `AsyncEngine.start` raises."""
     _allow_connections(config.limits)
     listener = _bind(config.host, config.port)
-    _warn_if_open(config)
+    warn_if_open(config)
     metrics = ServerMetrics()
     engine = AsyncEngine(config.engine, config.limits.max_waiting, metrics)
     metrics.watch(engine)
@@ -159,7 +159,8 @@ def _bind(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _warn_if_open(config: ServerConfig) -> None:
+def warn_if_open(config: ServerConfig) -> None:
+    """Say so if other machines reach the server and no key is asked for."""
     if not config.api_keys and not is_loopback(config.host):
         log.warning("everybody who reaches --host %s may use this server; --api-key-file asks for a key", config.host)
 
