@@ -45,7 +45,7 @@ REQUESTS = [
         "ignore_eos": True,
     },
     {"prompt": ["a small model", "b"], "n": 2, "max_tokens": 7, "ignore_eos": True},
-    {"prompt": "one of four words", "max_tokens": 20, "mode": "self_speculative", "draft_exit": 4, "ignore_eos": True},
+    {"prompt": "one of four", "max_tokens": 20, "mode": "self_speculative", "draft_length": 3, "ignore_eos": True},
     {"prompt": "stops at once", "max_tokens": 20, "temperature": 1.5, "seed": 5},
 ]
 
