@@ -41,6 +41,7 @@ class StageOutput(NamedTuple):
     following: StageInput | None
     hidden: Any
     credit: int
+    num_rows: int = 0
 
 
 MISBEHAVE = 900

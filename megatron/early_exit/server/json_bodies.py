@@ -131,14 +131,14 @@ def _check_value(value: dict) -> None:
         for container, path in level:
             for key, item in _items(container):
                 if isinstance(key, str) and not _is_unicode(key):
-                    raise _fault(path, "a name has half of a surrogate pair, which is no character")
+                    raise _fault(path, "a name is not valid Unicode: it has half of a surrogate pair")
                 if isinstance(item, dict | list):
                     following.append((item, (*path, key)))
                 elif isinstance(item, float):
                     if not math.isfinite(item):
                         raise _fault((*path, key), "NaN, infinite and larger numbers than 1.8e308 are not taken")
                 elif isinstance(item, str) and not _is_unicode(item):
-                    raise _fault((*path, key), "the text has half of a surrogate pair, which is no character")
+                    raise _fault((*path, key), "the text is not valid Unicode: it has half of a surrogate pair")
         level = following
         if not level:
             return
