@@ -15,13 +15,13 @@ CHAT = (
 ROLES = ("<system>", "<user>", "<assistant>", "<end of turn>")
 
 
-def chat_model(folder: Path) -> Path:
+def chat_model(folder: Path, max_positions: int = MAX_POSITIONS) -> Path:
     """A Llama whose tokenizer adds a begin of text to prompts and has a chat template. Returns the checkpoint."""
     backend = byte_pairs()
     begin(backend)
     backend.add_special_tokens([special(name) for name in ROLES])
     save(backend, folder / "hf", chat_template=CHAT)
-    return _llama(folder)
+    return _llama(folder, max_positions)
 
 
 def plain_model(folder: Path) -> Path:
@@ -37,7 +37,7 @@ def sentencepiece_chat_model(folder: Path) -> Path:
     return _llama(folder)
 
 
-def _llama(folder: Path) -> Path:
+def _llama(folder: Path, max_positions: int = MAX_POSITIONS) -> Path:
     import torch
     import transformers
 
@@ -48,7 +48,7 @@ def _llama(folder: Path) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=NUM_LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=96, max_position_embeddings=MAX_POSITIONS, initializer_range=0.3,
+        num_key_value_heads=2, intermediate_size=96, max_position_embeddings=max_positions, initializer_range=0.3,
         tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(hf)
