@@ -73,7 +73,8 @@ def log_likelihood(offline: LLM, context: list[int], whole: list[int]) -> float:
     return sum(final.log_probs[len(context) - 1 :])
 
 
-def test_log_likelihoods(server: RunningServer, offline: LLM, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["huggingface", "remote"])
+def test_log_likelihoods(server: RunningServer, offline: LLM, checkpoint: Path, tmp_path: Path, backend: str) -> None:
     tokenize = offline.tokenizer.tokenize
     expected = [
         [log_likelihood(offline, tokenize(question), tokenize(question + choice)) for choice in CHOICES]
@@ -82,7 +83,9 @@ def test_log_likelihoods(server: RunningServer, offline: LLM, checkpoint: Path, 
     best = [values.index(max(values)) for values in expected]
     right = [best[0], best[1], best[2], (best[3] + 1) % len(CHOICES)]
     documents = [{"question": q, "choices": CHOICES, "choice": c} for q, c in zip(QUESTIONS, right, strict=True)]
-    tokenizer = f"tokenizer_backend=huggingface,tokenizer={checkpoint.parent / 'hf'}"
+    tokenizer = f"tokenizer_backend={backend}"
+    if backend == "huggingface":
+        tokenizer += f",tokenizer={checkpoint.parent / 'hf'}"
     url = f"{server.url}/v1/completions"
     score, samples = evaluate("local-completions", url, CHOICE_TASK, tokenizer, tmp_path, documents)
     assert score == 0.75
