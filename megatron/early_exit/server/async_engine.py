@@ -382,7 +382,7 @@ class _EngineProcess:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", _ENGINE_PROCESS,
                 env=environment, stdin=asyncio.subprocess.PIPE, stdout=2,
-                process_group=0,  # Ctrl-C is for this process alone
+                start_new_session=True,  # Ctrl-C is for this process alone; uvloop knows no process_group
             )  # fmt: skip
         except BaseException:
             socket.context.destroy(linger=0)
