@@ -26,16 +26,18 @@ class Health(BaseModel):
 def router(context: ServerContext) -> APIRouter:
     """Routes for health and metrics."""
     routes = APIRouter(tags=["operation"])
-    methods = ["GET", "HEAD"]
 
-    @routes.api_route(LIVE_PATH, methods=methods)
+    @routes.head(LIVE_PATH, include_in_schema=False)
+    @routes.get(LIVE_PATH)
     async def live() -> Health:
         """200 while this process lives: a server that loads its model, or has lost its engine, must not be killed for
         that."""
         return Health(status="live")
 
-    @routes.api_route("/health", methods=methods, responses={503: {"model": Health}})
-    @routes.api_route("/health/ready", methods=methods, responses={503: {"model": Health}})
+    @routes.head("/health", include_in_schema=False)
+    @routes.head("/health/ready", include_in_schema=False)
+    @routes.get("/health", responses={503: {"model": Health}}, operation_id="health")
+    @routes.get("/health/ready", responses={503: {"model": Health}})
     async def ready(response: Response) -> Health:
         """200 only if requests can be served; 503 while the model is loaded, when the engine has ended, and when the
         server is about to."""
