@@ -15,7 +15,6 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 
-from megatron.early_exit.data.tokenizer import HuggingFaceLibrary
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.openai_api.errors import ERROR_RESPONSES
 
@@ -77,14 +76,12 @@ def _describe(context: ServerContext) -> PageModel:
     """Raises NotReady while there is no model."""
     model, defaults = context.ready_model(), context.config.defaults
     exits = [one.layer_number for one in model.ready.description.exits]
-    library = model.tokenizer.library
     return PageModel(
         name=context.model_name,
         num_layers=model.ready.description.num_layers,
         exit_layers=exits,
         num_positions=model.ready.description.num_positions,
-        has_chat_template=context.config.chat_template is not None
-        or (isinstance(library, HuggingFaceLibrary) and library.has_chat_template),
+        has_chat_template=bool(context.config.chat_template or model.tokenizer.chat_template),
         defaults=PageDefaults(
             mode=defaults.mode,
             exit_thresholds=list(defaults.exit_thresholds),
