@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -281,6 +282,45 @@ def test_what_an_exit_drafts_is_shown(page: Page, server: RunningServer) -> None
     assert lines == ["dashed", "none"]
     shown.first.hover()
     expect(answer(page, "Self-speculative").locator(".detail")).to_contain_text("drafted by an exit")
+
+
+def metric(server: RunningServer, name: str) -> float:
+    """The value of a metric with its labels; 0 before there is one."""
+    metrics = httpx.get(f"{server.url}/metrics").text
+    match = re.search(rf"^\w+{re.escape(name)} (\S+)$", metrics, re.MULTILINE)
+    return float(match[1]) if match else 0.0
+
+
+@pytest.mark.parametrize("way", ["button", "Escape"])
+def test_stop_ends_the_request_on_the_server(page: Page, server: RunningServer, way: str) -> None:
+    cancelled = 'request_success_total{finished_reason="cancelled"}'
+    num_cancelled = metric(server, cancelled)
+    page.get_by_label("Most tokens").fill("240")
+    page.get_by_label("Prompt").fill("the")
+    deadline = time.monotonic() + 30
+    # The tiny model may have answered before a busy browser has seen the first token.
+    while metric(server, cancelled) == num_cancelled:
+        assert time.monotonic() < deadline, "no request ends before its answer does"
+        page.evaluate(STOP_AT_THE_FIRST_TOKEN, way)
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#status")).to_have_text("Stopped.")
+        assert 0 < answer(page, "Early exit").locator(".token").count() < 240
+        page.wait_for_timeout(200)
+    assert metric(server, "num_requests_running") == 0
+    num_shown = answer(page, "Early exit").locator(".token").count()
+    page.wait_for_timeout(100)
+    assert answer(page, "Early exit").locator(".token").count() == num_shown
+    page.get_by_label("Most tokens").fill("24")
+    generate(page, "the quick brown")  # and the page goes on
+
+
+STOP_AT_THE_FIRST_TOKEN = """way => new MutationObserver((_, observer) => {
+    if (!document.querySelector(".token")) return;
+    observer.disconnect();
+    const key = new KeyboardEvent("keydown", { key: "Escape", bubbles: true });
+    if (way === "button") document.getElementById("stop").click();
+    else document.activeElement.dispatchEvent(key);
+}).observe(document.getElementById("turns"), { childList: true, subtree: true })"""
 
 
 def respond(route: Route, tokens: list[dict[str, Any]], last: str = "data: [DONE]\n\n") -> None:
