@@ -31,6 +31,7 @@ from megatron.early_exit.server.config import EngineConfig, ServerConfig
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.engine_client import EngineClient
 from megatron.early_exit.server.engine_messages import Add, Cancel, Ready, RequestEvent, Stop, ToEngine
+from megatron.early_exit.server.metrics import ServerMetrics
 
 NUM_LAYERS, EXIT, NUM_POSITIONS = 6, 2, 8192
 _STATISTICS = Statistics(0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
@@ -126,7 +127,7 @@ class ScriptedServer:
     async def serve(self) -> None:
         """In an event loop."""
         self.engine = _ScriptedEngine(self._config.engine, self.tokenizer, self.script)
-        app = build_app(ServerContext(self._config, self.engine))
+        app = build_app(ServerContext(self._config, self.engine, ServerMetrics()))
         self.http = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
         await self.http.serve(sockets=[self._listener])
 

@@ -59,7 +59,7 @@ _SECONDS_BETWEEN_PINGS = 1.0
 _SECONDS_TO_END = 5.0
 _SECONDS_FOR_WORKERS = 5.0
 """That the engine's process has to notice a dead worker before it counts as hung itself."""
-_SECONDS_FOR_LAST_WORDS = 1.0
+_SECONDS_FOR_LAST_WORDS = 0.3
 _MOST_DEATHS = 3
 """Of engines in a row that have finished no answer, after which loading another makes no sense."""
 _RECENT = 32
