@@ -17,7 +17,7 @@ from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, PromptTooLong, SamplingSettings
 from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
-from megatron.early_exit.server import async_engine
+from megatron.early_exit.server import async_engine, engine_link
 from megatron.early_exit.server.async_engine import AsyncEngine, OpenAnswer
 from megatron.early_exit.server.config import EngineConfig
 from megatron.early_exit.server.errors import NotReady, Overloaded
@@ -261,9 +261,14 @@ MISBEHAVING = """
     from megatron.early_exit.config.data import TokenizerConfig
     from megatron.early_exit.inference.protocol import WorkerDescription
     settings = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ProcessSettings)
-    socket = zmq.Context().socket(zmq.PAIR)
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
     socket.connect(settings.endpoint)
     send = lambda message: socket.send(msgspec.msgpack.encode(message))
+    def end():  # what was sent arrives
+        socket.close(linger=5000)
+        context.term()
+        sys.exit(1)
     ready = Ready(WorkerDescription(2, 8, 257, (), 2, 64), ExitConfig(), (), TokenizerConfig("ByteLevelTokenizer"),
                   False, "folder", 0, "none", "one")
 """
@@ -272,12 +277,12 @@ MISBEHAVING = """
 def misbehaving(monkeypatch: pytest.MonkeyPatch, folder: Path, what: str) -> None:
     (folder / "misbehaving_engine.py").write_text(textwrap.dedent(MISBEHAVING) + textwrap.dedent(what))
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(async_engine, "_ENGINE_PROCESS", "misbehaving_engine")
+    monkeypatch.setattr(engine_link, "_ENGINE_PROCESS", "misbehaving_engine")
 
 
 @pytest.mark.parametrize("what, kind, words", [
     ("send(Failed('no such folder', 'ValueError')); time.sleep(30)", ValueError, "^no such folder$"),
-    ("send(Failed('it broke')); socket.close(); zmq.Context.instance()", ExecutorError, "^it broke$"),
+    ("send(Failed('it broke')); end()", ExecutorError, "^it broke$"),
     ("sys.exit(3)", ExecutorError, "has ended with status 3"),
 ])  # fmt: skip
 def test_what_a_failing_start_says(
@@ -289,7 +294,7 @@ def test_what_a_failing_start_says(
             await engine.start()
         await engine.close()
 
-    monkeypatch.setattr(async_engine, "_SECONDS_TO_END", 0.5)
+    monkeypatch.setattr(engine_link, "_SECONDS_TO_END", 0.5)
     misbehaving(monkeypatch, tmp_path, what)
     asyncio.run(run())
 
@@ -307,7 +312,7 @@ def test_a_silent_engine_counts_as_dead(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert not engine.is_ready
         await engine.close()
 
-    monkeypatch.setattr(async_engine, "_SECONDS_BETWEEN_PINGS", 0.2)
+    monkeypatch.setattr(engine_link, "_SECONDS_BETWEEN_PINGS", 0.2)
     monkeypatch.setattr(async_engine, "_SECONDS_FOR_WORKERS", 1.0)
     misbehaving(monkeypatch, tmp_path, "send(ready); time.sleep(60)")
     asyncio.run(run())
@@ -326,7 +331,7 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch, folders: Path) 
         await engine.close()
         assert has_ended(process)
 
-    monkeypatch.setattr(async_engine, "_SECONDS_TO_END", 0.3)
+    monkeypatch.setattr(engine_link, "_SECONDS_TO_END", 0.3)
     misbehaving(monkeypatch, folders, "send(ready); time.sleep(60)")
     asyncio.run(run())
 
@@ -398,7 +403,7 @@ def test_nobody_waits_for_an_engine_that_is_not_listened_to(monkeypatch: pytest.
         assert has_ended(process)
         await engine.close()
 
-    monkeypatch.setattr(async_engine, "_SECONDS_TO_END", 0.3)
+    monkeypatch.setattr(engine_link, "_SECONDS_TO_END", 0.3)
     token = "RequestEvent(0, [GeneratedToken(65, 2, True, 0.5, -0.5)])"
     step = f"socket.recv(); send(StepEvents([{token}], EngineLoad())); time.sleep(60)"
     misbehaving(monkeypatch, tmp_path, f"send(ready); {step}")
@@ -421,17 +426,17 @@ def test_an_engine_that_cannot_be_loaded_again_ends_the_server(monkeypatch: pyte
         if pathlib.Path({str(first)!r}).exists():
             send(Failed("it is gone", "OSError")); time.sleep(60)
         pathlib.Path({str(first)!r}).touch()
-        send(ready); socket.close(linger=1000); zmq.Context.instance().term(); sys.exit(1)
+        send(ready); end()
     """
     misbehaving(monkeypatch, tmp_path, textwrap.dedent(what))
-    monkeypatch.setattr(async_engine, "_SECONDS_TO_END", 0.3)
+    monkeypatch.setattr(engine_link, "_SECONDS_TO_END", 0.3)
     asyncio.run(run())
 
 
 @pytest.fixture
 def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where temporary folders are made."""
-    monkeypatch.setattr(async_engine, "_short_temporary_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(engine_link, "_short_temporary_folder", lambda: str(tmp_path))
     return tmp_path
 
 

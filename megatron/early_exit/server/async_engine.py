@@ -7,24 +7,14 @@ Everything runs in one event loop; text is made of tokens there, prompts are tok
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
-import os
-import shutil
-import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
-
-import msgspec
-import zmq
-import zmq.asyncio
 
 from megatron.early_exit.data.token_text import TokenTexts
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
@@ -34,17 +24,14 @@ from megatron.early_exit.inference.protocol import StageLoad
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, TextEngine
 from megatron.early_exit.server.config import EngineConfig
 from megatron.early_exit.server.engine_client import EngineClient
+from megatron.early_exit.server.engine_link import EngineLink
 from megatron.early_exit.server.engine_messages import (
     EngineLoad,
     Failed,
     FromEngine,
-    Ping,
     Pong,
-    ProcessSettings,
     Ready,
-    Shutdown,
     StepEvents,
-    ToEngine,
 )
 from megatron.early_exit.server.errors import NotReady, Overloaded
 from megatron.early_exit.server.mailbox import Answers
@@ -52,14 +39,8 @@ from megatron.early_exit.server.request_record import current_record
 
 log = logging.getLogger(__name__)
 
-# Not imported: it needs torch, and this process does not.
-_ENGINE_PROCESS = "megatron.early_exit.server.engine_process"
-
-_SECONDS_BETWEEN_PINGS = 1.0
-_SECONDS_TO_END = 5.0
 _SECONDS_FOR_WORKERS = 5.0
 """That the engine's process has to notice a dead worker before it counts as hung itself."""
-_SECONDS_FOR_LAST_WORDS = 0.3
 _MOST_DEATHS = 3
 """Of engines in a row that have finished no answer, after which loading another makes no sense."""
 _RECENT = 32
@@ -127,7 +108,7 @@ class AsyncEngine:
         """About to end: what runs may finish, nothing new is taken."""
         self.num_admitted = 0
         """Answers that were promised and have not ended: waiting, running or being tokenized."""
-        self._process: _EngineProcess | None = None
+        self._link: EngineLink | None = None
         self._open: dict[int, OpenAnswer] = {}
         self._num_finished = 0
         self._durations: deque[float] = deque(maxlen=_RECENT)
@@ -140,26 +121,26 @@ class AsyncEngine:
     @property
     def process_id(self) -> int | None:
         """Of the engine's process; None if there is none."""
-        return None if self._process is None else self._process.process_id
+        return None if self._link is None else self._link.process_id
 
     async def start(self) -> LoadedModel:
         """Start the engine's process and wait until its model is loaded, however long that takes.
 
         Raises ValueError or OSError if it says that the user can mend it, ExecutorError if it fails otherwise."""
         self.failure = None
-        self._process = process = await _EngineProcess.start(self._config)
+        self._link = link = await EngineLink.start(self._config)
         try:
-            while isinstance(message := await process.receive_or_end(), Pong) and not self._is_closing:
+            while isinstance(message := await link.receive_or_end(), Pong) and not self._is_closing:
                 pass
         except BaseException:  # cancelled
-            await self._ended(process, None)
+            await self._ended(link, None)
             raise
         if not isinstance(message, Ready) or self._is_closing:
-            error = await self._ended(process, message)
+            error = await self._ended(link, message)
             kinds = {"ValueError": ValueError, "OSError": OSError}
             raise kinds.get(error.kind, ExecutorError)(error.error)
         tokenizer = await asyncio.to_thread(build_tokenizer, message.tokenizer)
-        client = EngineClient(message, process.send)
+        client = EngineClient(message, link.send)
         self.model = LoadedModel(message, tokenizer, client, TextEngine(client, tokenizer))
         return self.model
 
@@ -191,11 +172,11 @@ class AsyncEngine:
     async def close(self) -> None:
         """End the engine's process; requests that are open end with an error."""
         self._is_closing = True
-        if self._process is not None:
-            process, self._process = self._process, None
+        if self._link is not None:
+            link, self._link = self._link, None
             self._fail("the server ends")
             self.failure = None
-            await process.end()
+            await link.end()
 
     # Requests.
 
@@ -299,11 +280,11 @@ class AsyncEngine:
 
     async def _serve(self) -> str | None:
         """Take messages until the engine ends. Returns why; None if it was told to."""
-        process, model = self._process, self.model
+        link, model = self._link, self.model
         limit = self._config.worker_timeout * model.ready.description.num_stages + _SECONDS_FOR_WORKERS
-        watch = asyncio.create_task(process.watch(limit))
+        watch = asyncio.create_task(link.watch(limit))
         try:
-            while isinstance(message := await process.receive_or_end(), StepEvents | Pong):
+            while isinstance(message := await link.receive_or_end(), StepEvents | Pong):
                 if isinstance(message, Pong):
                     self.stage_loads = message.stages
                 elif not self._is_closing:
@@ -314,19 +295,17 @@ class AsyncEngine:
             message = Failed(f"what the engine has sent could not be used ({type(error).__name__}: {error})")
         finally:
             watch.cancel()
-        return None if self._is_closing else (await self._ended(process, message)).error
+        return None if self._is_closing else (await self._ended(link, message)).error
 
     def _take(self, step: StepEvents, model: LoadedModel) -> None:
         self.load = step.load
         self._deliver(model.text_engine.take(model.client.take(step.events)))
 
-    async def _ended(self, process: _EngineProcess, last: FromEngine | None) -> Failed:
+    async def _ended(self, link: EngineLink, last: FromEngine | None) -> Failed:
         """What became of the process."""
-        self._process = None
-        status = await process.end()
-        if isinstance(last, Failed):
-            return last
-        return Failed(process.why_killed or f"the engine's process {_ending(status)}")
+        self._link = None
+        how = await link.end()
+        return last if isinstance(last, Failed) else Failed(how)
 
     def _fail(self, error: str) -> None:
         """Tell everybody."""
@@ -349,116 +328,3 @@ def _prepare(
             model.client.checks.check_room(ids, one)
         all_ids.append(ids)
     return all_ids
-
-
-class _EngineProcess:
-    """The process and this end of the link to it."""
-
-    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, folder: Path) -> None:
-        self._process, self._socket, self._folder = process, socket, folder
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
-        self._ending = asyncio.ensure_future(process.wait())
-        self._last_message = time.monotonic()
-        self._is_loaded = False
-        self.why_killed: str | None = None
-
-    @classmethod
-    async def start(cls, config: EngineConfig) -> _EngineProcess:
-        folder = Path(tempfile.mkdtemp(prefix="early_exit_", dir=_short_temporary_folder()))
-        socket = zmq.asyncio.Context().socket(zmq.PAIR)
-        socket.linger = 0
-        socket.setsockopt(zmq.SNDHWM, 0)  # admission bounds what is sent
-        try:
-            endpoint = f"ipc://{folder}/engine"
-            socket.bind(endpoint)
-            settings = msgspec.msgpack.encode(ProcessSettings(
-                endpoint, os.getpid(), logging.getLogger().isEnabledFor(logging.INFO), config.path,
-                {"worker_timeout": config.worker_timeout, **config.settings},
-            ))  # fmt: skip
-            environment = dict(os.environ)
-            # What this process can import, the engine can.
-            environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", _ENGINE_PROCESS,
-                env=environment, stdin=asyncio.subprocess.PIPE, stdout=2,
-                start_new_session=True,  # Ctrl-C is for this process alone; uvloop knows no process_group
-            )  # fmt: skip
-        except BaseException:
-            socket.context.destroy(linger=0)
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        process.stdin.write(settings)
-        process.stdin.close()
-        return cls(process, socket, folder)
-
-    @property
-    def process_id(self) -> int:
-        return self._process.pid
-
-    def send(self, message: ToEngine) -> None:
-        """Without waiting: the queue has no limit, and messages leave in order."""
-        with contextlib.suppress(zmq.ZMQError):  # the process has ended, as `receive_or_end` tells
-            self._socket.send(self._encode(message))
-
-    async def receive_or_end(self) -> FromEngine | None:
-        """The next message; None when the process has ended and has said nothing more."""
-        receiving = self._socket.recv()
-        await asyncio.wait({receiving, self._ending}, return_when=asyncio.FIRST_COMPLETED)
-        if not receiving.done():  # its last words may be on the way
-            await asyncio.wait({receiving}, timeout=_SECONDS_FOR_LAST_WORDS)
-        if not receiving.done() or receiving.cancelled():  # cancelled by `end`, which closes the socket
-            receiving.cancel()
-            return None
-        self._last_message = time.monotonic()
-        self._forget_address()
-        message = self._decode(receiving.result())
-        self._is_loaded |= isinstance(message, Ready)
-        return message
-
-    async def watch(self, limit: float) -> None:
-        """Kill the process if it is silent for `limit` seconds."""
-        silent, before = 0.0, time.monotonic()
-        while True:
-            self.send(Ping())
-            await asyncio.sleep(_SECONDS_BETWEEN_PINGS)
-            now = time.monotonic()
-            # While this process was suspended nobody was silent.
-            silent = 0.0 if self._last_message > before else silent + min(now - before, 2 * _SECONDS_BETWEEN_PINGS)
-            before = now
-            if silent > limit:
-                self.why_killed = f"the engine made no progress for {limit:.0f} seconds"
-                self._process.kill()
-                return
-
-    async def end(self) -> int:
-        """End the process, by force if it does not listen. Returns its status."""
-        try:
-            if self._process.returncode is None:
-                if self._is_loaded:
-                    self.send(Shutdown())
-                else:  # it reads no messages yet
-                    self._process.terminate()
-                try:
-                    await asyncio.wait_for(asyncio.shield(self._ending), _SECONDS_TO_END)
-                except TimeoutError:
-                    self._process.kill()
-            return await self._ending
-        finally:
-            self._socket.context.destroy(linger=0)
-            self._forget_address()
-
-    def _forget_address(self) -> None:
-        """Remove what the process needs to connect. When it has, nothing is left on the disk, however this one ends."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _ending(status: int) -> str:
-    if status >= 0:
-        return f"has ended with status {status}"
-    return f"was ended by signal {-status}" + (" (was there too little memory?)" if status == -9 else "")
-
-
-def _short_temporary_folder() -> str | None:
-    """Where paths of sockets are short enough: the system allows 107 characters."""
-    return None if len(tempfile.gettempdir()) < 60 else "/tmp"
