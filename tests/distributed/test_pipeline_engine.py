@@ -155,15 +155,18 @@ def test_scores(pair: Pair) -> None:
 
 
 def test_the_next_turn_of_a_chat_finds_the_rows_of_the_last(pair: Pair) -> None:
-    engine = pair.stages
-    first, params = list(range(20)), early_exit([0.0, 0.0, 0.0], max_tokens=6)
-    engine.add(first, params)
-    prompt = [*first, *run_all(engine).popitem()[1].token_ids, 3, 1]
-    full = replace(params, mode="full", max_tokens=5)
-    request_id = engine.add(prompt, full)
-    engine.step()
-    assert engine._running[request_id].num_shared >= 16
-    check_against_reference(pair.cfg, prompt, full, run_all(engine)[request_id], VOCAB_SIZE)
+    """All of them where the last stage has given the answer. Where exits have, it may not have said yet what is
+    complete when the slot is freed; what is shared then is right in any case."""
+    engine, first = pair.stages, list(range(20))
+    full = GenerationParams(max_tokens=5)
+    for params, least in ((full, 16), (early_exit([0.0, 0.0, 0.0], max_tokens=6), 0)):
+        first = [one + 1 for one in first]
+        engine.add(first, params)
+        prompt = [*first, *run_all(engine).popitem()[1].token_ids, 3, 1]
+        request_id = engine.add(prompt, full)
+        engine.step()
+        assert engine._running[request_id].num_shared >= least
+        check_against_reference(pair.cfg, prompt, full, run_all(engine)[request_id], VOCAB_SIZE)
 
 
 def test_more_requests_than_slots_that_share_prefixes(pair: Pair) -> None:

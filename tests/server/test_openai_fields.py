@@ -278,6 +278,21 @@ def test_usage_says_what_early_exit_did(server: RunningServer, offline: LLM) -> 
 # Clients.
 
 
+@pytest.mark.parametrize("fields, mode", [
+    ({"exit_thresholds": 0.0}, "early_exit"),
+    ({"exit_layers": [2]}, "early_exit"),
+    ({"max_deferred": 0}, "early_exit"),
+    ({"draft_exit": 2}, "self_speculative"),
+    ({"speculation": "auto"}, "self_speculative"),
+    ({"exit_layers": [], "plan_exits": False}, "full"),
+    ({"exit_thresholds": 0.0, "mode": "full"}, "full"),
+    ({"exit_thresholds": 0.0, "draft_exit": 2, "mode": "self_speculative"}, "self_speculative"),
+])  # fmt: skip
+def test_fields_of_a_mode_imply_it(fields: dict, mode: str, server: RunningServer) -> None:
+    """Where the request does not say another one."""
+    assert answered(server, max_tokens=4, **fields)["usage"]["early_exit"]["mode"] == mode
+
+
 def test_the_asynchronous_client(server: RunningServer, offline: LLM) -> None:
     """Many requests at once, streamed and not."""
     prompts = [PROMPT, "reads lines", "of text", "another line"] * 2
@@ -377,6 +392,7 @@ def test_requests_and_httpx(server: RunningServer, offline: LLM) -> None:
         (CHAT, "no_such_field", "there is no such field", {"no_such_field": 1}),
         # Early exit.
         (COMPLETIONS, "mode", "mode", {"mode": "fast"}),
+        (COMPLETIONS, "mode", "draft_exit, exit_thresholds belong", {"exit_thresholds": 0.5, "draft_exit": 2}),
         (COMPLETIONS, "exit_thresholds", "from 0 to 1", {"exit_thresholds": 1.5}),
         (COMPLETIONS, "exit_thresholds", "2 exits", {"mode": "early_exit", "exit_thresholds": [0.1, 0.2, 0.3]}),
         (CHAT, "exit_layers", "no exit named 3", {"mode": "early_exit", "exit_layers": [3]}),

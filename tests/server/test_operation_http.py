@@ -72,6 +72,17 @@ def test_json_that_only_looks_odd_is_taken(server: RunningServer) -> None:
     assert answer.status == 200 and json.loads(answer.body)["usage"]["completion_tokens"] <= 2
 
 
+def test_a_length_that_is_said_twice_ends_the_connection(server: RunningServer) -> None:
+    """Else what a proxy took for the end of the body would be another request here."""
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    second = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connect(server.url) as connection:
+        connection.sendall(f"{head}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n{second}".encode())
+        answer = read_answer(connection)
+        assert answer.status == 400 and "Transfer-Encoding" in answer.error["message"]
+        assert is_closed(connection, 5)
+
+
 @pytest.mark.parametrize("headers", [
     "Content-Type: text/plain\r\n", "", "Content-Type: application/x-www-form-urlencoded\r\n",
     "Content-Type: application/json\r\nContent-Encoding: gzip\r\n",

@@ -367,6 +367,7 @@ def test_errors_are_told_in_plain_words(browser: Browser, server: RunningServer)
             page.get_by_role("button", name="Generate").click()
             for said in words:
                 expect(page.get_by_role("alert"), name).to_contain_text(said)
+                expect(page.locator("#status"), name).to_contain_text(said)  # which is in sight on a phone
             assert text_of(answer(page, "Early exit")) == ("some" if name in ("mid-stream", "cut") else "")
             expect(page.get_by_label("API key")).to_be_visible(visible=name not in ("overload", "loading"))
             page.unroute(COMPLETIONS)

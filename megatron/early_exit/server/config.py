@@ -85,6 +85,8 @@ class ServerConfig:
     access_log: bool = True
 
     def __post_init__(self) -> None:
+        if self.served_model_name == "":
+            raise ValueError("served_model_name is empty; give a name, or leave it out")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port is {self.port}; it must lie between 0 (any free one) and 65535")
         if not 0 <= self.drain_seconds < math.inf:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
@@ -17,14 +17,15 @@ _MAX_EXITS = 1024
 _Threshold = Annotated[float, Field(ge=0, le=1)]
 _Layer = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
-_EXIT_SETTINGS = (
-    "mode", "exit_thresholds", "exit_layers", "max_deferred", "plan_exits", "draft_exit", "draft_length", "speculation",
-)  # fmt: skip
+_FIELDS_OF_MODES: dict[Mode, tuple[str, ...]] = {
+    "early_exit": ("exit_thresholds", "exit_layers", "max_deferred", "plan_exits"),
+    "self_speculative": ("draft_exit", "draft_length", "speculation"),
+}
 
 
 class EarlyExitFields(RequestBody):
-    """Settings of early exit. What a request leaves out is as the server was told at its start; fields of other modes
-    have no effect."""
+    """Settings of early exit. What a request leaves out is as the server was told at its start; but fields of one mode
+    imply it. Where the mode is given, fields of other ones have no effect."""
 
     mode: Mode | None = None
     """full: all layers for every token. early_exit: take a token from the first exit that is confident.
@@ -51,8 +52,24 @@ class EarlyExitFields(RequestBody):
 
     def with_exits(self, params: GenerationParams) -> GenerationParams:
         """`params` with what this request sets. Raises ValueError."""
-        given = {name: getattr(self, name) for name in _EXIT_SETTINGS if getattr(self, name) is not None}
-        return replace(params, **given)
+        return replace(params, mode=self.mode_or(params.mode), **self._given)
+
+    def mode_or(self, default: Mode) -> Mode:
+        """The mode that is given, else the one that the given fields imply, but for values that ask for nothing, else
+        the default. Raises ValueError if fields of several modes are given."""
+        if self.mode is not None:
+            return self.mode
+        asks = {name for name, value in self._given.items() if value is not False and value != []}
+        modes = [mode for mode, names in _FIELDS_OF_MODES.items() if not asks.isdisjoint(names)]
+        if len(modes) > 1:
+            names = ", ".join(sorted(asks))
+            raise ValueError(f"mode is left out, and {names} belong to different ones; say which is meant")
+        return modes[0] if modes else default
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        names = [name for names in _FIELDS_OF_MODES.values() for name in names]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 class TokenExit(BaseModel):

@@ -51,7 +51,7 @@ class AnswerWriter:
     def __init__(self, context: ServerContext, body: AnswerRequest, answers: Answers, kind: str) -> None:
         """kind: how ids begin."""
         self._body, self._prompt_ids = body, answers.prompt_ids
-        self._mode = body.mode or context.config.defaults.mode
+        self._mode = body.mode_or(context.config.defaults.mode)
         self._log_probs = LogProbWriter(context.ready_model().token_texts, bool(body.return_tokens_as_token_ids))
         self._head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": context.model_name}
         self._is_begun: set[int] = set()

@@ -161,7 +161,7 @@ async function send() {
   const wasStopped = running.signal.aborted;
   running = null;
   showRunning();
-  at("status").textContent = answer.error ? "" : wasStopped ? "Stopped." : `Done: ${reason(answer)}.`;
+  at("status").textContent = answer.error ? inWords(answer.error) : wasStopped ? "Stopped." : `Done: ${reason(answer)}.`;
   if (answer.error?.status === 401) at("key-field").hidden = false;
   if (!isChat || !turn.isConnected) return;
   if (answer.error) at("prompt").value ||= prompt;
