@@ -191,10 +191,10 @@ def text_fails_by_itself(cfg: RunConfig) -> None:
         expected = [one.text for one in llm.generate(["hello", "world"], SAMPLED)]
         add = StopStrings.add
 
-        def fail(stops: StopStrings, piece: str) -> None:
+        def fail(stops: StopStrings, piece: str, **settings: bool) -> None:
             if [search.stop for search in stops._searches] == ["bad"]:
                 raise RuntimeError("no text")
-            add(stops, piece)
+            add(stops, piece, **settings)
 
         with mock.patch.object(StopStrings, "add", fail):
             settings = [SAMPLED, replace(SAMPLED, stop="bad"), SAMPLED]

@@ -646,5 +646,5 @@ def test_a_stage_hands_on_operations_without_rows() -> None:
     admit = Admit(0, 0, 1, num_prompt_tokens=2, prefix=(), sampling=SamplingSettings())
     stage.receive(Step(0, (admit,)))
     output = stage.run(stage.choose(), lambda outputs: None)
-    assert output == (StageInput((admit,)), None, 0)
+    assert output == (StageInput((admit,)), None, 0, 0)
     assert stage.choose() is None

@@ -29,9 +29,9 @@ SAMPLINGS = ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 5}, {"temperature": 
 
 
 def config(head: str = "untied_norm") -> RunConfig:
-    from tests.distributed import engines
+    from tests.reference_checkpoint import HEADS, decoding_config
 
-    return engines.decoding_config(**engines.HEADS[head])
+    return decoding_config(**HEADS[head])
 
 
 def make_engine(

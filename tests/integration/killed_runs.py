@@ -79,7 +79,7 @@ def main(folder: Path, kind: str) -> None:
     started = time.monotonic()
     whole = _run(config("whole"))
     seconds = time.monotonic() - started
-    moments = sorted(random.Random(kind).uniform(0.2, 0.9) * seconds for _ in range(3))
+    moments = sorted(random.Random(kind).uniform(0.15, 0.7) * seconds for _ in range(3))
     lives = {"renames": AT_RENAMES, "moments": [Kill(seconds=moment) for moment in moments]}
     result: dict[str, Any] = {"orphans": whole["orphans"], "lives": {}}
     expected = _records(folder / "whole")

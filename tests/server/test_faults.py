@@ -26,6 +26,8 @@ ENDLESS = {"prompt": "a small model", "max_tokens": 8000, "temperature": 0, "ign
 """Takes far longer than any test waits."""
 LONG_PROMPTS = {"prompt": [[5 + number] * 8000 for number in range(6)], "max_tokens": 1}
 SHORT = {"prompt": "reads lines", "max_tokens": 2, "temperature": 0}
+HANG = 15
+"""Seconds: a rank that imports torch in its first pass on a busy machine is no hung one."""
 SECONDS = 10.0
 """In which whatever is to happen at once happens, on a machine with other things to do."""
 
@@ -229,19 +231,20 @@ def ranks_of(server: RunningServer) -> list[int]:
 def test_an_engine_whose_processes_die_or_hang_is_started_again(long_checkpoint: Path) -> None:
     """Row 23: streams end with an error; whole answers are errors."""
     flags = ["--tensor-model-parallel-size", 2, "--max-requests", 2, "--max-length", NUM_POSITIONS]
-    with start_server(long_checkpoint, *flags, "--worker-timeout", 6, "--restart-workers") as server:
+    with start_server(long_checkpoint, *flags, "--worker-timeout", HANG, "--restart-workers") as server:
         for choose, what, words in (
             (lambda: ranks_of(server)[1], signal.SIGKILL, "SIGKILL"),
-            (lambda: ranks_of(server)[0], signal.SIGSTOP, "made no progress for 6 seconds"),
+            (lambda: ranks_of(server)[0], signal.SIGSTOP, f"made no progress for {HANG} seconds"),
         ):
             until(server.is_ready, 90)
-            assert ask(server).status_code == 200
+            answer = ask(server)
+            assert answer.status_code == 200, answer.text + server.output
             processes = server.children()
             assert len(processes) == 3
             message, whole, seconds = interrupted(server, choose(), what)
             assert words in message
             assert whole.status_code in (500, 503) and words in whole.json()["error"]["message"]
-            assert seconds < SECONDS + (6 if what is signal.SIGSTOP else 0)
+            assert seconds < SECONDS + (HANG if what is signal.SIGSTOP else 0)
             until(lambda gone=processes: all(map(has_ended, gone)))
             assert server.process.poll() is None
         loading = server.children()

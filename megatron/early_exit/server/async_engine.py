@@ -295,7 +295,11 @@ class AsyncEngine:
             message = Failed(f"what the engine has sent could not be used ({type(error).__name__}: {error})")
         finally:
             watch.cancel()
-        return None if self._is_closing else (await self._ended(link, message)).error
+        if self._is_closing:
+            return None
+        if isinstance(message, Failed):
+            self._fail(message.error)  # before the process has ended, which takes its time
+        return (await self._ended(link, message)).error
 
     def _take(self, step: StepEvents, model: LoadedModel) -> None:
         self.load = step.load

@@ -71,26 +71,26 @@ def main() -> NoReturn:
 
 
 def _run(settings: ProcessSettings) -> int:
-    channel = _Channel(settings.endpoint)
+    channel, loaded, status = _Channel(settings.endpoint), None, 0
     channel.send(Pong())
     signal.signal(signal.SIGTERM, _end_loading)
     try:
         loaded = load_engine(settings.path, join_torchrun=True, **settings.settings)
-        try:
-            _prepare(loaded.engine)
-            # From now on the HTTP process says when it is over: some send SIGTERM to all processes of a service, and
-            # the requests that run may finish.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            channel.send(_ready(loaded))
-            _EngineLoop(loaded.engine, channel).run()
-        finally:
-            loaded.engine.executor.close()
+        _prepare(loaded.engine)
+        # From now on the HTTP process says when it is over: some send SIGTERM to all processes of a service, and the
+        # requests that run may finish.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        channel.send(_ready(loaded))
+        _EngineLoop(loaded.engine, channel).run()
     except Exception as error:
         log.info("the engine failed", exc_info=True)
-        channel.close(_failed(error))
-        return 1
-    channel.close()
-    return 0
+        channel.send(_failed(error))  # at once: ending the workers takes its time
+        status = 1
+    finally:
+        if loaded is not None:
+            loaded.engine.executor.close()
+        channel.close()
+    return status
 
 
 def _end_loading(*_: object) -> NoReturn:
@@ -150,12 +150,9 @@ class _Channel:
         except zmq.Again:
             return None
 
-    def close(self, last: Failed | None = None) -> None:
-        """Send a last message, if there is one."""
-        if last is not None:
-            self._socket.linger = 2000
-            self.send(last)
-        self._socket.close()
+    def close(self) -> None:
+        """Let what was sent arrive."""
+        self._socket.close(linger=2000)
         self._context.term()
 
 
@@ -177,6 +174,9 @@ class _EngineLoop:
         while self._take_messages():
             events = self._others + [self._named(event) for event in self._engine.step()]
             self._others, self._sent_load = [], self._load
+            if self._engine.failure is not None:
+                # Those that end with it are told by `Failed`, from when on the server is not ready.
+                events = [event for event in events if event.result is None or event.result.error is None]
             self._channel.send(StepEvents(events, self._sent_load))
             if self._engine.failure is not None:
                 raise ExecutorError(self._engine.failure)
