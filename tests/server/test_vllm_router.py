@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sysconfig
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ from tests.server.serving import RunningServer, start_server
 PROMPT = "a small model reads"
 EARLY = {"mode": "early_exit", "exit_thresholds": 0.95}
 
-pytestmark = pytest.mark.skipif(shutil.which("vllm-router") is None, reason="vllm-router is not installed")
+ROUTER = shutil.which("vllm-router", path=sysconfig.get_path("scripts")) or shutil.which("vllm-router")
+pytestmark = pytest.mark.skipif(ROUTER is None, reason="vllm-router is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def workers(checkpoint: Path) -> Iterator[list[RunningServer]]:
 def router(workers: list[RunningServer]) -> Iterator[str]:
     """The address of one that tries each request again, at most three times."""
     port, metrics_port = free_port(), free_port()
-    words = ["vllm-router", "--host", "127.0.0.1", "--port", str(port), "--worker-urls", *(one.url for one in workers)]
+    words = [ROUTER, "--host", "127.0.0.1", "--port", str(port), "--worker-urls", *(one.url for one in workers)]
     words += ["--policy", "round_robin", "--retry-max-retries", "3", "--retry-initial-backoff-ms", "50"]
     words += [
         "--health-check-interval-secs",
