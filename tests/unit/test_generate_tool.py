@@ -14,7 +14,8 @@ from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.evaluation import evaluate_command
 from megatron.early_exit.inference import calibrate_command, report
-from megatron.early_exit.inference.command_line import _lines, _print_json, _typed_lines, main
+from megatron.early_exit.inference.command_line import _print_json, _typed_lines, main
+from megatron.early_exit.inference.prompt_file import prompts_of_file
 from megatron.early_exit.inference.results import GeneratedToken, HeadPrediction, PromptToken, RequestResult, Statistics
 from megatron.early_exit.inference.text import pieces
 from megatron.early_exit.inference.text_engine import RequestOutput
@@ -237,11 +238,11 @@ def test_prompt_files_are_read_before_loading(content, message, tmp_path, capsys
 def test_prompts_from_files_pipes_and_standard_input_are_lines_of_text(tmp_path, monkeypatch):
     content = "\ufeffone \u2028 prompt \x0c in all\r\n\n \nlast".encode()
     (tmp_path / "prompts.txt").write_bytes(content)
-    assert _lines(tmp_path / "prompts.txt") == ["one \u2028 prompt \x0c in all", "last"]
+    assert prompts_of_file(tmp_path / "prompts.txt") == ["one \u2028 prompt \x0c in all", "last"]
     reading, writing = os.pipe()
     os.write(writing, content)
     os.close(writing)
-    assert _lines(f"/dev/fd/{reading}") == ["one \u2028 prompt \x0c in all", "last"]
+    assert prompts_of_file(f"/dev/fd/{reading}") == ["one \u2028 prompt \x0c in all", "last"]
     os.close(reading)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content + b"\ngr\xfcn\n")))
     # What is not UTF-8 comes as in arguments, and is refused by the tokenizer, alone.

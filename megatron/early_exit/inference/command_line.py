@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.early_exit.data.text_files import read_text_lines, replace_surrogates, split_lines
+from megatron.early_exit.data.text_files import replace_surrogates, split_lines
 from megatron.early_exit.inference.model_flags import add_model_flags, check_torchrun, engine_settings
+from megatron.early_exit.inference.prompt_file import prompts_of_file
 from megatron.early_exit.platform.command_line import add_verbose_flag
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.world import world_size
@@ -129,7 +130,7 @@ def _run(args: argparse.Namespace) -> int:
             from megatron.early_exit.inference.executor.worker_process import serve_torchrun_rank
 
             return serve_torchrun_rank()
-        prompts = [*args.prompt, *_lines(args.prompt_file)]
+        prompts = [*args.prompt, *prompts_of_file(args.prompt_file)]
         params, llm = _prepare(args)
     except (ValueError, OSError) as error:
         print(f"generate.py: {in_words(error)}", file=sys.stderr, flush=True)
@@ -239,19 +240,6 @@ def _is_interactive(args: argparse.Namespace) -> bool:
     return not args.prompt and args.prompt_file is None
 
 
-def _lines(path: Path | None) -> list[str]:
-    """The prompts of a file or pipe. Raises ValueError if there are none, or one is not text."""
-    if path is None:
-        return []
-    try:
-        lines = read_text_lines(path)
-    except OSError as error:
-        raise ValueError(f"--prompt-file {path} cannot be read: {error.strerror}") from error
-    if not lines:
-        raise ValueError(f"--prompt-file {path} holds no prompt: all lines are empty")
-    return lines
-
-
 def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM) -> bool:
     """Answer one prompt a line until standard input ends. Returns whether all were answered."""
     messages: list[dict[str, str]] = []
@@ -302,7 +290,7 @@ def _show_live(
     refused."""
     from megatron.early_exit.inference import report
 
-    in_colour, num_layers = _in_colour(args.color), llm.engine.description.num_layers
+    in_colour, num_layers = report.in_colour(args.color), llm.engine.description.num_layers
     before = "" if args.chat else typed
     delta: OutputDelta | None = None
     for delta in llm.stream(prompt, params):
@@ -344,7 +332,7 @@ def _answer_all(args: argparse.Namespace, prompts: list[str], params: Generation
     """Answer all prompts at once and show each when it and those before it are done. False if one was refused."""
     from megatron.early_exit.inference import report
 
-    in_colour, num_layers = _in_colour(args.color), llm.engine.description.num_layers
+    in_colour, num_layers = report.in_colour(args.color), llm.engine.description.num_layers
     expected = iter([(prompt, sample) for prompt in range(len(prompts)) for sample in range(params.n)])
     done: dict[tuple[int, int], RequestOutput] = {}
     following, all_answered = next(expected), True
@@ -387,9 +375,3 @@ def _refuse(prompt: str, error: str, llm: LLM) -> None:
     """Say so, unless the workers have ended, which is said once for all prompts (`_check_workers`)."""
     if llm.engine.failure is None:
         print(f"generate.py: prompt {prompt[:40]!r} was refused: {error}", file=sys.stderr, flush=True)
-
-
-def _in_colour(choice: str) -> bool:
-    if choice == "auto":
-        return sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    return choice == "always"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +15,13 @@ from megatron.early_exit.inference.text_engine import RequestOutput
 # Colours (of 256) from the first layer to the last; the final head's text keeps the terminal's own colour.
 _SHADES = (46, 118, 190, 226, 214, 208, 203)
 _RESET = "\033[0m"
+
+
+def in_colour(choice: str) -> bool:
+    """Whether to colour what is printed. choice: of --color"""
+    if choice == "auto":
+        return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return choice == "always"
 
 
 def coloured(piece: str, generated: GeneratedToken, num_layers: int) -> str:

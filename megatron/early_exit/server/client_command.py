@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron.early_exit.data.text_files import read_text_lines
 from megatron.early_exit.inference import report
+from megatron.early_exit.inference.prompt_file import prompts_of_file
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.platform.command_line import add_verbose_flag
 from megatron.early_exit.platform.failures import in_words
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         _check(args)
-        prompts = [*args.prompts, *_lines(args.prompt_file)]
+        prompts = [*args.prompts, *_prompts_of_file(args.prompt_file)]
         client = Client(args.url, args.api_key, args.wait, args.busy, args.timeout)
         session = (_MegatronSession if args.api == "megatron" else _OpenAISession)(args, client)
         all_answered = True
@@ -97,17 +97,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--print-max-prob needs --api megatron")
 
 
-def _lines(path: Path | None) -> list[str]:
-    """The prompts of a file. Raises ValueError."""
-    if path is None:
-        return []
-    try:
-        lines = read_text_lines(path)
-    except OSError as error:
-        raise ValueError(f"--prompt-file {path} cannot be read: {error.strerror}") from error
-    if not lines:
-        raise ValueError(f"--prompt-file {path} holds no prompt: all lines are empty")
-    return [_text_field(line, path) for line in lines] if path.suffix == ".jsonl" else lines
+def _prompts_of_file(path: Path | None) -> list[str]:
+    """Lines, or the fields `text` of JSON lines. Raises ValueError."""
+    lines = prompts_of_file(path)
+    return [_text_field(line, path) for line in lines] if path is not None and path.suffix == ".jsonl" else lines
 
 
 def _text_field(line: str, path: Path) -> str:
@@ -132,9 +125,7 @@ class _OpenAISession:
 
     def __init__(self, args: argparse.Namespace, client: Client) -> None:
         self._args, self._client = args, client
-        self._in_colour = args.color == "always" or (
-            args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        )
+        self._in_colour = report.in_colour(args.color)
         self._num_layers: int | None = None
         self._messages: list[dict[str, str]] = []
 

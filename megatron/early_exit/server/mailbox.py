@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from megatron.early_exit.inference.text_engine import OutputDelta
+from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
+from megatron.early_exit.server.errors import EngineFailed
 
 
 class Mailbox:
@@ -72,6 +73,15 @@ class Answers:
         self.num_unfinished -= sum(delta.is_finished for delta in deltas)
         return deltas
 
+    async def whole(self) -> list[RequestOutput]:
+        """All answers when they have ended, by prompt and sample; the rest is cancelled if that fails. Raises
+        EngineFailed if one ends with an error."""
+        outputs = []
+        async with self:
+            async for deltas in self:
+                outputs += finished(deltas)
+        return sorted(outputs, key=lambda output: (output.prompt_index, output.sample_index))
+
     def close(self) -> None:
         """Cancel what has not ended. May be called twice."""
         self._close(self)
@@ -81,3 +91,12 @@ class Answers:
 
     async def __aexit__(self, *_: object) -> None:
         self.close()
+
+
+def finished(deltas: Sequence[OutputDelta]) -> list[RequestOutput]:
+    """Outputs that end with these deltas. Raises EngineFailed if one does so with an error."""
+    outputs = [delta.output for delta in deltas if delta.is_finished]
+    for output in outputs:
+        if output.error is not None:
+            raise EngineFailed(output.error)
+    return outputs

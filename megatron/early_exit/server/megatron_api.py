@@ -27,7 +27,6 @@ from megatron.early_exit.inference.text_engine import RequestOutput, TextEngine
 from megatron.early_exit.server.async_engine import PromptMaker
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import BadRequest
-from megatron.early_exit.server.openai_api.answers import whole_outputs
 from megatron.early_exit.server.openai_api.log_probs import finite
 from megatron.early_exit.server.responses import unless_disconnected
 
@@ -167,7 +166,7 @@ async def _generate(context: ServerContext, body: GenerateRequest) -> GenerateRe
         answers = await context.engine.answer(prompts, params, must_fit=True)
     except ValueError as error:
         raise BadRequest(str(error)) from error
-    outputs = await whole_outputs(answers)
+    outputs = await answers.whole()
     seconds = time.perf_counter() - start
     return _response(model.tokenizer, body, params, outputs, seconds)
 

@@ -18,7 +18,7 @@ from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, Reque
 from megatron.early_exit.server.async_engine import PromptMaker
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import ApiError, BadRequest, EngineFailed, NotFound
-from megatron.early_exit.server.mailbox import Answers
+from megatron.early_exit.server.mailbox import Answers, finished
 from megatron.early_exit.server.openai_api.errors import error_document
 from megatron.early_exit.server.responses import EventStream, unless_disconnected
 
@@ -76,24 +76,6 @@ async def start_answers(
         return await context.engine.answer(prompts, params, must_fit=must_fit)
 
 
-async def whole_outputs(answers: Answers) -> list[RequestOutput]:
-    """All answers when they have ended, by prompt and sample. Raises EngineFailed if one ends with an error."""
-    outputs = []
-    async with answers:
-        async for deltas in answers:
-            outputs += finished(deltas)
-    return sorted(outputs, key=lambda output: (output.prompt_index, output.sample_index))
-
-
-def finished(deltas: Sequence[OutputDelta]) -> list[RequestOutput]:
-    """Outputs that end with these deltas. Raises EngineFailed if one does so with an error."""
-    outputs = [delta.output for delta in deltas if delta.is_finished]
-    for output in outputs:
-        if output.error is not None:
-            raise EngineFailed(output.error)
-    return outputs
-
-
 @contextmanager
 def closing_on_error(answers: Answers) -> Iterator[None]:
     """Cancel the answers if what is to be done with them fails, or its client has gone."""
@@ -116,7 +98,7 @@ async def respond(
     """The answers as a whole or as they grow. Raises ClientGone if nobody waits for the whole."""
     if is_streamed:
         return EventStream(_AnswerEvents(answers, writer))
-    outputs = await unless_disconnected(request, whole_outputs(answers))
+    outputs = await unless_disconnected(request, answers.whole())
     document = await asyncio.to_thread(writer.whole, outputs)
     return Response(document.model_dump_json(exclude_unset=True), media_type="application/json")
 
