@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from megatron.early_exit.inference.model_flags import add_model_flags, check_torchrun, engine_settings
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.params import MODES, SPECULATIONS, GenerationParams
 from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.processes import die_with_torchrun
@@ -86,16 +86,14 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_early_exit_flags(parser: argparse.ArgumentParser) -> None:
     exits = parser.add_argument_group("early exit (for requests that do not say)")
-    exits.add_argument("--mode", choices=("full", "early_exit", "self_speculative"), help="default: full")
+    exits.add_argument("--mode", choices=MODES, help="default: full")
     exits.add_argument("--early-exit-thres", type=float, nargs="+", metavar="F", help="one, or one for each exit")
     exits.add_argument("--exit-layers", type=int, nargs="+", metavar="N", help="exits to evaluate; default: all")
     exits.add_argument("--max-deferred", type=int, metavar="N", help="rows of a request that may be deferred")
     exits.add_argument("--plan-exits", action="store_true", default=None, help="only exits that pay (calibrate)")
     exits.add_argument("--draft-exit", type=int, metavar="N", help="self_speculative: exit that drafts")
     exits.add_argument("--draft-length", type=int, metavar="N", help="self_speculative: tokens to draft at once")
-    exits.add_argument(
-        "--speculation", choices=("auto", "draft_then_verify", "across_stages"), help="as in generate.py; default: auto"
-    )
+    exits.add_argument("--speculation", choices=SPECULATIONS, help="as in generate.py; default: auto")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -100,7 +100,7 @@ async def _load_and_run(context: ServerContext, url: str) -> None:
         model.client.checks.check(context.config.defaults)
     except ValueError as error:
         raise ValueError(f"requests could not be answered with the defaults of the flags: {error}") from error
-    # A full collection would look at all that has been imported: 0.2 seconds in which nobody is served.
+    # A full collection would look at all that has been imported, and nobody is served meanwhile.
     gc.collect()
     gc.freeze()
     print(_in_words(model, context.model_name), f"ready: {url}", sep="\n", file=sys.stderr, flush=True)
