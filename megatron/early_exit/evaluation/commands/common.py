@@ -1,0 +1,59 @@
+"""What the commands of `evaluate.py` share: flags of the model and of the output, the loaded model, the document."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.early_exit.inference.model_flags import add_model_flags, engine_settings
+from megatron.early_exit.platform.world import check_world_size
+
+if TYPE_CHECKING:
+    from megatron.early_exit.inference.engine_loading import LoadedEngine
+    from megatron.early_exit.inference.llm import LLM
+
+
+def add_parser(
+    commands: argparse._SubParsersAction, name: str, words: str, description: str
+) -> argparse.ArgumentParser:
+    """The parser of a command that loads one model and writes one document, `NAME.json`."""
+    parser = commands.add_parser(name, help=words, description=description)
+    add_model_flags(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"default: evaluation/{name}.json in the checkpoint's folder"
+    )
+    return parser
+
+
+def check_output(path: Path | None) -> None:
+    """Raise ValueError before anything is computed if the document could not be written."""
+    from megatron.early_exit.config.validate import unwritable
+
+    problem = None if path is None else unwritable(path, is_folder=False)
+    if problem:
+        raise ValueError(f"--output {path}: {problem}")
+
+
+def load(args: argparse.Namespace, **overrides: Any) -> tuple[LLM, LoadedEngine]:
+    """The model of the flags. overrides: arguments of `load_engine`. Raises ValueError or OSError."""
+    from megatron.early_exit.inference.engine_loading import load_engine
+    from megatron.early_exit.inference.llm import LLM
+
+    check_world_size(1)
+    check_output(args.output)
+    loaded = load_engine(args.load, **engine_settings(args) | {"worker_timeout": args.worker_timeout} | overrides)
+    return LLM(loaded.engine, loaded.tokenizer, loaded.engine.exits), loaded
+
+
+def finish(
+    args: argparse.Namespace, loaded: LoadedEngine, settings: Mapping[str, Any], results: Mapping[str, Any], **more: Any
+) -> None:
+    """Write the document of the command. more: of `result_document`."""
+    from megatron.early_exit.evaluation.documents import RESULTS_FOLDER, result_document, write_document
+
+    path = args.output or loaded.checkpoint.folder / RESULTS_FOLDER / f"{args.command}.json"
+    write_document(result_document(args.command, loaded, settings, results, **more), path)
+    print(f"\nwrote {path}")
