@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from megatron.early_exit.data.chat_template import read_chat_template
 from megatron.early_exit.inference.model_flags import add_model_flags, check_torchrun, engine_settings
 from megatron.early_exit.inference.params import MODES, SPECULATIONS, GenerationParams
 from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
@@ -139,7 +139,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         port=args.port,
         served_model_name=args.served_model_name,
         defaults=_defaults(args),
-        chat_template=None if args.chat_template is None else _chat_template(Path(args.chat_template)),
+        chat_template=None if args.chat_template is None else read_chat_template(Path(args.chat_template)),
         limits=RequestLimits(**{field.name: getattr(args, field.name) for field in fields(RequestLimits)}),
         api_keys=_api_keys(args),
         allowed_origins=tuple(args.allowed_origins),
@@ -164,19 +164,3 @@ def _api_keys(args: argparse.Namespace) -> tuple[str, ...]:
     if not all(key.strip() for key in keys):
         raise ValueError(f"an API key is empty; see --api-key and {KEY_VARIABLE}")
     return tuple(keys)
-
-
-def _chat_template(path: Path) -> str:
-    """The text of a template. Raises OSError if it cannot be read, ValueError if it is not Jinja."""
-    import jinja2
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        # {% generation %} is transformers' own tag, for training.
-        without = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(without)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--chat-template {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"--chat-template {path} is no Jinja template: line {error.lineno}: {error.message}") from None
-    return text
