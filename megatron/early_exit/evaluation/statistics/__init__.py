@@ -1,0 +1,1 @@
+"""Statistics of the evaluation: tests, intervals and metrics over plain arrays. Knows no model, no text and no PyTorch."""
