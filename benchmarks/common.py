@@ -6,7 +6,6 @@ Knows nothing of what is measured. Unknown values are None, printed as `-` and w
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 import sys
@@ -15,8 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from megatron.early_exit.evaluation.statistics.intervals import speed_ratio
 from megatron.early_exit.platform.machine import commit, machine_info, versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,21 +89,8 @@ def mean_ratio(values: Sequence[float], baselines: Sequence[float]) -> dict[str,
     """Geometric mean of the ratios of pairs, and its 95% interval: ratio, low, high. Student's t over their logarithms.
 
     Raises ValueError for less than two pairs."""
-    logs = [math.log(value / baseline) for value, baseline in zip(values, baselines, strict=True)]
-    if len(logs) < 2:
-        raise ValueError(f"{len(logs)} pairs have no interval; measure at least 2")
-    mean = statistics.fmean(logs)
-    margin = t_quantile(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return {"ratio": math.exp(mean), "low": math.exp(mean - margin), "high": math.exp(mean + margin)}
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """Of Student's distribution with `freedom` degrees, for probabilities from 0.5 on."""
-    # With x = sqrt(freedom) * tan(angle) the density is cos(angle) ** (freedom - 1), up to a factor.
-    angles = np.linspace(0.0, np.pi / 2, 100_001)
-    density = np.cos(angles) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    return math.sqrt(freedom) * math.tan(np.interp(2 * probability - 1, mass / mass[-1], angles))
+    ratio, interval = speed_ratio(baselines, values)
+    return {"ratio": ratio, **interval._asdict()}
 
 
 def cell(value: Any) -> str:

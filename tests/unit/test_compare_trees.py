@@ -11,14 +11,6 @@ from benchmarks import common, compare_trees
 from benchmarks.compare_trees import Case, Tree
 
 
-@pytest.mark.parametrize(("probability", "freedom", "expected"), [
-    (0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 9, 2.262), (0.975, 29, 2.045), (0.95, 10, 1.812),
-    (0.975, 1000, 1.962), (0.5, 7, 0.0),
-])  # fmt: skip
-def test_quantiles_are_those_of_the_tables(probability: float, freedom: int, expected: float) -> None:
-    assert common.t_quantile(probability, freedom) == pytest.approx(expected, abs=6e-4)
-
-
 def test_mean_ratio_by_hand() -> None:
     found = common.mean_ratio([math.e, math.e**3], [1.0, 1.0])  # logarithms 1 and 3: mean 2, standard error 1
     assert found["ratio"] == pytest.approx(math.e**2)

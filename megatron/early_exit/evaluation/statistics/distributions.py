@@ -1,4 +1,5 @@
-"""Distribution functions of the binomial and of Student's t: exact sums, no tables. Quantiles are found by bisection."""
+"""Distribution functions of the binomial and of Student's t: exact sums, no tables. Quantiles are found by
+bisection."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Metrics of exits: how well a score tells right decisions from wrong ones.
 
-scores: [decisions] in [0, 1], such as the largest probability. correct: [decisions], true where the exit's choice is right
-(for exits: where it agrees with the final head). Every function raises ValueError for no decisions, for shapes that differ
-and for NaN.
+scores: [decisions] in [0, 1], such as the largest probability. correct: [decisions], true where the exit's choice is
+right (for exits: where it agrees with the final head). Every function raises ValueError for no decisions, for shapes
+that differ and for NaN.
 
-Sources: Guo et al., On calibration of modern neural networks, arXiv:1706.04599 (reliability, ECE); Geifman and El-Yaniv,
-Selective classification for deep neural networks, arXiv:1705.08500 (coverage and risk).
+Sources: Guo et al., On calibration of modern neural networks, arXiv:1706.04599 (reliability, ECE); Geifman and
+El-Yaniv, Selective classification for deep neural networks, arXiv:1705.08500 (coverage and risk).
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def expected_calibration_error(scores: Any, correct: Any, bins: int = 15) -> flo
 
 
 def auroc(scores: Any, correct: Any) -> float | None:
-    """Probability that a right decision has a higher score than a wrong one, ties counted half; None without both kinds.
+    """Probability that a right decision has a higher score than a wrong one, ties counted half; None without both
+    kinds.
 
     Scores may be any finite numbers."""
     scores, correct = _checked(scores, correct)
@@ -76,8 +77,8 @@ def auroc(scores: Any, correct: Any) -> float | None:
 
 
 def coverage_risk(scores: Any, correct: Any, num_points: int = 200) -> list[CoverageRisk]:
-    """The curve from the highest threshold to the lowest: a point for each distinct score, of at most `num_points` about
-    equally many decisions apart. Its last point covers everything."""
+    """The curve from the highest threshold to the lowest: a point for each distinct score, of at most `num_points`
+    about equally many decisions apart. Its last point covers everything."""
     scores, correct = _checked(scores, correct)
     if num_points < 1:
         raise ValueError(f"a curve of {num_points} points is none")
@@ -100,8 +101,8 @@ def coverage_risk(scores: Any, correct: Any, num_points: int = 200) -> list[Cove
 
 
 def perplexity(log_probs: Any) -> float:
-    """exp(-mean) of the tokens' log-probabilities (nats); infinite if a token had none. Raises ValueError without tokens
-    and for values that are no log-probabilities."""
+    """exp(-mean) of the tokens' log-probabilities (nats); infinite if a token had none. Raises ValueError without
+    tokens and for values that are no log-probabilities."""
     log_probs = np.asarray(log_probs, dtype=float)
     if not log_probs.size:
         raise ValueError("no tokens have no perplexity")

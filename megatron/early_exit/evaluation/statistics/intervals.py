@@ -1,7 +1,7 @@
 """Intervals and tests of what a report compares. The unit is the prompt, or the round of a timing: never the token.
 
-Sources: Efron and Tibshirani, An introduction to the bootstrap (percentiles); Clopper and Pearson, Biometrika 26 (1934);
-McNemar, Psychometrika 12 (1947), in its exact form.
+Sources: Efron and Tibshirani, An introduction to the bootstrap (percentiles); Clopper and Pearson, Biometrika 26
+(1934); McNemar, Psychometrika 12 (1947), in its exact form.
 """
 
 from __future__ import annotations
@@ -59,16 +59,19 @@ def paired_bootstrap(a: Any, b: Any, num_resamples: int = 10_000, seed: int = 0,
 
 
 def speed_ratio(seconds: Any, baseline_seconds: Any, confidence: float = 0.95) -> tuple[float, Interval]:
-    """How many times as fast as the baseline, and its interval: above 1 is faster. Geometric mean over rounds; Student's t
-    over their logarithms.
+    """How many times as fast as the baseline, and its interval: above 1 is faster. Geometric mean over rounds;
+    Student's t over their logarithms.
 
-    seconds, baseline_seconds: [rounds], measured in turn; or [rounds, prompts], of which a round's mean logarithm is one
-    observation, since what slows a round down hits all of its prompts. Raises ValueError for less than two rounds."""
+    seconds, baseline_seconds: [rounds], measured in turn; or [rounds, prompts], of which a round's mean logarithm is
+    one observation, since what slows a round down hits all of its prompts. Raises ValueError for less than two
+    rounds."""
     seconds, baseline_seconds = np.asarray(seconds, dtype=float), np.asarray(baseline_seconds, dtype=float)
     _require_pairs(seconds, baseline_seconds)
     _require_confidence(confidence)
     if seconds.ndim == 0 or len(seconds) < 2:
-        raise ValueError(f"{seconds.shape[0] if seconds.ndim else 1} rounds have no interval; measure at least 2")
+        raise ValueError(
+            f"{seconds.shape[0] if seconds.ndim else 1} pairs of times have no interval; measure at least 2"
+        )
     if not ((seconds > 0) & (baseline_seconds > 0) & np.isfinite(seconds) & np.isfinite(baseline_seconds)).all():
         raise ValueError("seconds must be above 0 and finite")
     rounds = (np.log(baseline_seconds) - np.log(seconds)).reshape(len(seconds), -1).mean(1)

@@ -1,8 +1,9 @@
 """Learn then Test: the riskiest point of a grid whose risk is at most alpha, with probability 1 - delta.
 
-The unit is the prompt: prompts are drawn independently, their tokens are not, so that a test over pooled tokens promises
-too much. A *loss* lies in [0, 1] for each prompt, the *risk* is its mean over all prompts that could be drawn. The grid goes
-from safe to risky and is chosen before the losses are seen; each point's null hypothesis is "the risk exceeds alpha".
+The unit is the prompt: prompts are drawn independently, their tokens are not, so that a test over pooled tokens
+promises too much. A *loss* lies in [0, 1] for each prompt, the *risk* is its mean over all prompts that could be
+drawn. The grid goes from safe to risky and is chosen before the losses are seen; each point's null hypothesis is "the
+risk exceeds alpha".
 
 Sources: Angelopoulos, Bates, Candès, Jordan and Lei, Learn then Test, arXiv:2110.01052 (tests in a fixed sequence);
 Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, arXiv:2010.09686.
@@ -19,22 +20,23 @@ import numpy as np
 from megatron.early_exit.evaluation.statistics.distributions import binomial_cdf, whole_number
 
 PRIOR_LOSSES = 20
-"""Losses that the betting test pretends to have seen before the first: mean alpha / 2, variance alpha / 8. They bend the
-first bets only; the test is valid whatever they are. With so optimistic ones, bets are the highest while all losses are 0,
-so that no prompt is wasted (299 at alpha .01 and delta .05)."""
+"""Losses that the betting test pretends to have seen before the first: mean alpha / 2, variance alpha / 8. They bend
+the first bets only; the test is valid whatever they are. With so optimistic ones, bets are the highest while all
+losses are 0, so that no prompt is wasted (299 at alpha .01 and delta .05)."""
 
 HIGHEST_BET = 0.999
 """Share of the wealth that a loss of 1 may take."""
 
 SIMULATED_CALIBRATIONS = 400
-MOST_PROMPTS = 100_000
+MOST_PROMPTS = 50_000
 """Of `prompts_needed`."""
 
 
 def binomial_p_value(num_losses: int, n: int, alpha: float) -> float:
     """P(Bin(n, alpha) <= num_losses): p-value of "the risk exceeds alpha" if each loss is 0 or 1.
 
-    num_losses: how many of the `n` losses are 1; a count, never a rounded product. Raises ValueError for impossible ones."""
+    num_losses: how many of the `n` losses are 1; a count, never a rounded product. Raises ValueError for impossible
+    ones."""
     _require_probability("alpha", alpha)
     if whole_number("n", n) < 1:
         raise ValueError("no losses: a test needs at least one prompt")
@@ -42,11 +44,12 @@ def binomial_p_value(num_losses: int, n: int, alpha: float) -> float:
 
 
 def betting_p_value(losses: Any, alpha: float, seed: int) -> Any:
-    """p-value of "the risk exceeds alpha" for losses in [0, 1]: 1 / the greatest wealth of a gambler who bets that it does not.
+    """p-value of "the risk exceeds alpha" for losses in [0, 1]: 1 / the greatest wealth of a gambler who bets that it
+    does not.
 
-    losses: [prompts], or [..., prompts] for several points of a grid (then an array [...]). Prompts are taken in an order
-    drawn from `seed`, which must be chosen before the losses are seen. Raises ValueError without losses, for NaN and for losses outside
-    [0, 1]."""
+    losses: [prompts], or [..., prompts] for several points of a grid (then an array [...]). Prompts are taken in an
+    order drawn from `seed`, which must be chosen before the losses are seen. Raises ValueError without losses, for
+    NaN and for losses outside [0, 1]."""
     _require_probability("alpha", alpha)
     losses = _checked(losses)
     order = np.random.default_rng(seed).permutation(losses.shape[-1])
@@ -75,11 +78,11 @@ def _sum_before(values: np.ndarray) -> np.ndarray:
 
 
 def fixed_sequence(p_values: Sequence[float] | np.ndarray, delta: float) -> int | None:
-    """Index of the last accepted point of a grid: its points are accepted from the first on, up to the first whose p-value
-    exceeds `delta`, which is not accepted. None if that is the first.
+    """Index of the last accepted point of a grid: its points are accepted from the first on, up to the first whose
+    p-value exceeds `delta`, which is not accepted. None if that is the first.
 
-    No correction for the number of points is due, as none is tested after a failure. Raises ValueError for an empty grid
-    and for values that are no p-values."""
+    No correction for the number of points is due, as none is tested after a failure. Raises ValueError for an empty
+    grid and for values that are no p-values."""
     _require_probability("delta", delta)
     p_values = np.asarray(p_values, dtype=float)
     if p_values.ndim != 1 or not len(p_values):
@@ -117,8 +120,8 @@ def prompts_needed(
     decisions: int = 64,
     seed: int = 0,
 ) -> int | None:
-    """Prompts with which `betting_p_value` succeeds with probability `power`: an estimate to about 5%, from 400 simulated
-    calibrations. None if that takes more than 100,000 or cannot be, as with a risk of alpha and beyond.
+    """Prompts with which `betting_p_value` succeeds with probability `power`: an estimate to about 5%, from 400
+    simulated calibrations. None if that takes more than 50,000 or cannot be, as with a risk of alpha and beyond.
 
     risk_ratio: true risk / alpha. The simulated loss of a prompt is the share of its `decisions` that are wrong,
     beta-binomial with the `correlation` of two decisions of one prompt."""
@@ -135,20 +138,26 @@ def prompts_needed(
         shares = generator.beta(risk * strength, (1 - risk) * strength, prompts)
         return generator.binomial(decisions, shares) / decisions
 
-    successes = [_prompts_until_success(draw, alpha, delta) for _ in range(SIMULATED_CALIBRATIONS)]
-    needed = sorted(successes)[math.ceil(power * len(successes)) - 1]
-    return needed if needed <= MOST_PROMPTS else None
+    failures_allowed = SIMULATED_CALIBRATIONS - math.ceil(power * SIMULATED_CALIBRATIONS)
+    needed: list[int] = []
+    for number in range(1, SIMULATED_CALIBRATIONS + 1):
+        prompts = _prompts_until_success(draw, alpha, delta)
+        if prompts is not None:
+            needed.append(prompts)
+        elif number - len(needed) > failures_allowed:
+            return None
+    return sorted(needed)[SIMULATED_CALIBRATIONS - failures_allowed - 1]
 
 
-def _prompts_until_success(draw: Callable[[int], np.ndarray], alpha: float, delta: float) -> float:
+def _prompts_until_success(draw: Callable[[int], np.ndarray], alpha: float, delta: float) -> int | None:
     losses = draw(2 * least_prompts(alpha, delta))
     while True:
         is_success = betting_log_wealth(losses, alpha) >= -math.log(delta)
         if is_success.any():
             return int(is_success.argmax()) + 1
-        if len(losses) > MOST_PROMPTS:
-            return math.inf
-        losses = np.concatenate([losses, draw(len(losses))])
+        if len(losses) >= MOST_PROMPTS:
+            return None
+        losses = np.concatenate([losses, draw(min(len(losses), MOST_PROMPTS - len(losses)))])
 
 
 def _checked(losses: Any) -> np.ndarray:

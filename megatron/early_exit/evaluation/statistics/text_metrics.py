@@ -1,5 +1,5 @@
-"""Metrics of answers: overlap with a reference, and repetition, which greedy small models are prone to and which inflates
-speed and agreement.
+"""Metrics of answers: overlap with a reference, and repetition, which greedy small models are prone to and which
+inflates speed and agreement.
 
 Sources: Lin, ROUGE (2004), with the words of Google's rouge_score; Li et al., arXiv:1510.03055 (distinct-n).
 """
@@ -16,8 +16,8 @@ LOOP_TOKENS = 12
 
 
 def rouge_l(reference: str, answer: str) -> float:
-    """F1 of the longest common subsequence of words, in [0, 1]: those of rouge_score without stemming, which are runs of
-    ASCII letters and digits, in lower case. 0 if either text has none."""
+    """F1 of the longest common subsequence of words, in [0, 1]: those of rouge_score without stemming, which are runs
+    of ASCII letters and digits, in lower case. 0 if either text has none."""
     reference_words, answer_words = _words(reference), _words(answer)
     common = _longest_common_subsequence(reference_words, answer_words)
     # With precision c / a and recall c / r, F1 is 2c / (a + r).
@@ -51,8 +51,9 @@ def distinct_n(tokens: Sequence[Hashable], n: int) -> float | None:
 
 
 def is_loop(tokens: Sequence[Hashable]) -> bool:
-    """Whether an answer ends in a loop: its last tokens are an n-gram, of any length n, repeated without a break at least
-    `LOOP_REPEATS` times and over at least `LOOP_TOKENS` tokens (the first repetition may be cut off at its beginning)."""
+    """Whether an answer ends in a loop: its last tokens are an n-gram, of any length n, repeated without a break at
+    least `LOOP_REPEATS` times and over at least `LOOP_TOKENS` tokens (the first repetition may be cut off at its
+    beginning)."""
     return any(
         _repeats(tokens, period, max(LOOP_REPEATS * period, LOOP_TOKENS))
         for period in range(1, len(tokens) // LOOP_REPEATS + 1)

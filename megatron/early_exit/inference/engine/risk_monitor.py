@@ -21,13 +21,13 @@ HIGHEST_BET = 0.5
 class RiskMonitor:
     """CUSUM of evidence against "the expected loss of a request is at most `alpha`, whatever came before".
 
-    M_t = max(M_{t-1}, 1) (1 + nu_t (L_t - alpha)). The bet nu_t depends on earlier losses alone, so while the promise holds
-    each factor is at most 1 on average. Where losses speak for the promise M starts anew at 1: traffic drifts, and a good
-    year must not hide a bad day. At M >= 1 / delta an alarm is raised, and M starts anew.
+    M_t = max(M_{t-1}, 1) (1 + nu_t (L_t - alpha)). The bet nu_t depends on earlier losses alone, so while the promise
+    holds each factor is at most 1 on average. Where losses speak for the promise M starts anew at 1: traffic drifts,
+    and a good year must not hide a bad day. At M >= 1 / delta an alarm is raised, and M starts anew.
 
-    While the promise holds, false alarms are at least 1 / delta losses apart on average: M_t - t never grows on average, as
-    max(M, 1) <= M + 1. That bound is for the worst losses with a risk of just alpha; where it is lower, false alarms become
-    rarer exponentially. Source: Shin, Ramdas and Rinaldo, E-detectors, arXiv:2203.03532.
+    While the promise holds, false alarms are at least 1 / delta losses apart on average: M_t - t never grows on
+    average, as max(M, 1) <= M + 1. That bound is for the worst losses with a risk of just alpha; where it is lower,
+    false alarms become rarer exponentially. Source: Shin, Ramdas and Rinaldo, E-detectors, arXiv:2203.03532.
 
     Raises ValueError unless alpha and delta lie between 0 and 1."""
 
@@ -51,8 +51,8 @@ class RiskMonitor:
         return self._sum / self.num_losses if self.num_losses else 0.0
 
     def observe(self, loss: float) -> bool:
-        """Take the loss of the next audited request; true if it raises an alarm. Raises ValueError outside [0, 1] and for
-        NaN, and then changes nothing."""
+        """Take the loss of the next audited request; true if it raises an alarm. Raises ValueError outside [0, 1] and
+        for NaN, and then changes nothing."""
         if not 0 <= loss <= 1:
             raise ValueError(f"a loss lies in [0, 1], not {loss}")
         evidence = max(self.evidence, 1.0) * (1 + self._bet() * (loss - self.alpha))
