@@ -29,7 +29,6 @@ import torch
 
 from benchmarks import common
 from benchmarks.decode_models import Checkpoint, SmolLM2, make_engine, score
-from megatron.early_exit.inference.calibration import ExitCalibration, observations
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import RequestResult
@@ -361,11 +360,9 @@ def measure_early_exit(model: Checkpoint, settings: argparse.Namespace) -> list[
         variants[f"planned, threshold {threshold}"] = replace(variants[f"threshold {threshold}"], plan_exits=True)
     progress("early exit")
     prompts = corpus_prompts(settings.data_path, 30)
-    confidences, agrees = observations(score(engine, prompts[6:], [ScoreParams()] * len(prompts[6:])))
-    engine = model.engine(
-        num_slots=4,
-        calibration=ExitCalibration(np.zeros(0), 0.0, model.config.exits.exit_layer_nums, confidences, agrees),
-    )
+    scored = score(engine, prompts[6:], [ScoreParams(final=False)] * len(prompts[6:]))
+    confidences = [np.array([head.confidences for head in one.heads]).T for one in scored]
+    engine = model.engine(num_slots=4, exit_scores=np.concatenate(confidences))
     return compare_modes(engine, prompts[:6], variants, settings.rounds)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import smollm2
@@ -18,7 +19,6 @@ from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.serialize import checkpoint_folder
 from megatron.early_exit.data.tokenizer import build_tokenizer
-from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.params import ScoreParams
@@ -90,8 +90,8 @@ def make_decoder(
     return Decoder(weights, num_slots=num_slots, num_positions=length, vocab_size=vocab_size, use_graphs=use_graphs)
 
 
-def make_engine(decoder: Decoder, config: ModelDescription, calibration: ExitCalibration | None = None) -> Engine:
-    return Engine(LocalExecutor(Worker(decoder)), config.exits, calibration=calibration)
+def make_engine(decoder: Decoder, config: ModelDescription, exit_scores: np.ndarray | None = None) -> Engine:
+    return Engine(LocalExecutor(Worker(decoder)), config.exits, exit_scores=exit_scores)
 
 
 def score(engine: Engine, sequences: Sequence[list[int]], params: Sequence[ScoreParams]) -> list[ScoreResult]:
@@ -111,7 +111,7 @@ class Checkpoint:
         self.tokenizer = build_tokenizer(self.config.tokenizer)
         self.vocab_size = self.tokenizer.vocab_size
 
-    def engine(self, calibration: ExitCalibration | None = None, **settings: Any) -> Engine:
+    def engine(self, exit_scores: np.ndarray | None = None, **settings: Any) -> Engine:
         """settings: of `make_decoder`"""
         decoder = make_decoder(self.tensors, self.config, self.vocab_size, **settings)
-        return make_engine(decoder, self.config, calibration)
+        return make_engine(decoder, self.config, exit_scores)

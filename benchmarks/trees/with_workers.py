@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron.early_exit.config.serialize import checkpoint_folder
-from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.llm import LLM
@@ -20,7 +22,15 @@ def load(
     llm = LLM.load(folder, max_requests=num_slots, max_length=num_positions)
     executor = llm.engine.executor
     used = executor.measure_costs() if costs is None else StepCosts(**costs)
-    engine = Engine(
-        executor, llm.exits, costs=used, calibration=ExitCalibration.load(checkpoint_folder(folder, None))
-    )  # fmt: skip
+    engine = Engine(executor, llm.exits, costs=used, **_calibration(checkpoint_folder(folder, None)))
     return engine, llm.tokenizer, asdict(used)
+
+
+def _calibration(folder: Path) -> dict[str, Any]:
+    """What planned exits need, as the tree takes it."""
+    try:
+        from megatron.early_exit.inference.calibration import ExitCalibration
+    except ImportError:  # later trees take the scores alone
+        with np.load(folder / "exit_calibration.npz") as arrays:
+            return {"exit_scores": arrays["confidences"]}
+    return {"calibration": ExitCalibration.load(folder)}

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.inference.calibration import ExitCalibration, frequent_tokens, observations
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor.local import LocalExecutor
-from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.results import RequestResult
+from megatron.early_exit.inference.shortlist import Shortlist
 from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
@@ -29,7 +29,6 @@ from tests.distributed.engines import (
     reference_over,
     reference_weights,
     run_all,
-    score_all,
 )
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
@@ -190,43 +189,67 @@ def test_the_whole_decoder_in_int8(world_size: int) -> None:
     run_distributed(world_size, answer_in_int8, cfg=cfg)
 
 
-def observe(cfg: RunConfig) -> None:
-    sequences = [PROMPT * 3, [1, 2], [90] * 30]
+def observe(cfg: RunConfig, exit_probe: ExitProbe | None = None) -> None:
+    """What observed exits report is what early exit compares with thresholds, along the full model's own answer."""
     with layout(cfg):
-        engine = Engine(LocalExecutor(Worker(make_decoder(cfg))), cfg.exits, prefill_chunk=7)
-        confidences, agrees = observations(score_all(engine, sequences, ScoreParams()))
-        row = 0
-        for tokens in sequences:
-            logits = reference_over(cfg, tokens)[1]
-            for position in range(len(tokens)):
-                for index, layer in enumerate(cfg.exits.exit_layer_nums):
-                    probabilities = logits[layer][position].softmax(-1)
-                    assert confidences[row, index] == pytest.approx(probabilities.max().item(), rel=1e-4)
-                    assert agrees[row, index] == (probabilities.argmax() == logits[None][position].argmax())
-                row += 1
-        assert confidences.shape == agrees.shape == (row, 3)
+        engine = Engine(LocalExecutor(Worker(make_decoder(cfg, exit_probe))), cfg.exits)
+        prompts = [PROMPT, [1, 2], [90] * 9]
+        full = GenerationParams(max_tokens=4, ignore_eod=True)
+        plain = [engine.add(prompt, full) for prompt in prompts]
+        observed = [engine.add(prompt, replace(full, observe_exits=True)) for prompt in prompts]
+        results = run_all(engine)
+        for prompt, without, one in zip(prompts, plain, observed, strict=True):
+            result = results[one]
+            assert result.token_ids == results[without].token_ids
+            assert all(token.is_final for token in result.tokens)
+            _, logits = reference_over(cfg, prompt + result.token_ids[:-1])
+            for index, token in enumerate(result.tokens):
+                *exits, final = token.predictions
+                assert [one.exit_layer for one in exits] == list(cfg.exits.exit_layer_nums)
+                assert final.exit_layer is None and final.token == token.token
+                for one in exits:
+                    exact = logits[one.exit_layer][len(prompt) - 1 + index, :VOCAB_SIZE].softmax(-1)
+                    assert one.token == exact.argmax() and not one.is_approximate
+                    if exit_probe is None:
+                        assert one.confidence == pytest.approx(exact.max().item(), rel=1e-4)
+                    # Rounding depends on the batch, so not the very next numbers.
+                    for threshold, is_taken in ((one.confidence * 0.9999, True), (one.confidence * 1.0001, False)):
+                        again = engine.add(prompt + result.token_ids[:index], GenerationParams(
+                            max_tokens=1, mode="early_exit", exit_layers=(one.exit_layer,), exit_thresholds=(threshold,)
+                        ))  # fmt: skip
+                        (first,) = run_all(engine)[again].tokens
+                        assert first.is_final != is_taken, (one, threshold)
+        check_invariants(engine)
 
 
 @pytest.mark.parametrize("head", [{}, {"use_exit_mlp": True}, {"use_exit_block": True}, {"pre_exit": True}], ids=str)
-def test_calibration_sees_what_the_exits_say(head: dict) -> None:
+def test_observed_exits_say_what_early_exit_would_compare(head: dict) -> None:
     run_distributed(1, observe, cfg=decoding_config(use_exit_norm=True, **head))
 
 
-def test_calibration_survives_a_round_trip(tmp_path: Path) -> None:
-    assert ExitCalibration.load(tmp_path) is None
-    shortlist, coverage = frequent_tokens(np.array([5, 0, 9, 1, 5]), 3)
-    assert shortlist.tolist() == [0, 2, 4] and coverage == 19 / 20
-    saved = ExitCalibration(
-        shortlist, coverage, (2, 4), np.array([[0.5, 0.9], [0.7, 0.95]], np.float32), np.array([[1, 1], [0, 1]], bool)
-    )
-    saved.save(tmp_path)
-    loaded = ExitCalibration.load(tmp_path)
-    assert loaded.exit_layers == (2, 4) and loaded.coverage == coverage
-    for name in ("shortlist", "confidences", "agrees"):
-        assert np.array_equal(getattr(loaded, name), getattr(saved, name))
-    assert loaded.table((0.6,))[1:] == [("2", "50.0%", "50.0%, 0.0%"), ("4", "100.0%", "100.0%, 100.0%")]
+@pytest.mark.parametrize("probe", ["shortlist", "int8"])
+def test_observed_exits_behind_an_approximate_head(probe: str) -> None:
+    run_distributed(1, observe, cfg=decoding_config(use_exit_norm=True), exit_probe=CHEAP[probe])
+
+
+def test_observing_needs_the_full_model() -> None:
+    with pytest.raises(ValueError, match="observe_exits needs mode 'full', not 'early_exit'"):
+        GenerationParams(mode="early_exit", observe_exits=True)
+
+
+def test_a_shortlist_survives_a_round_trip(tmp_path: Path) -> None:
+    assert Shortlist.load(tmp_path) is None
+    shortlist = Shortlist.of_counts(np.array([5, 0, 9, 1, 5]), 3)
+    assert shortlist.ids.tolist() == [0, 2, 4] and shortlist.coverage == 19 / 20
+    shortlist.save(tmp_path)
+    loaded = Shortlist.load(tmp_path)
+    assert loaded.coverage == shortlist.coverage and loaded.ids.tolist() == [0, 2, 4]
+    assert loaded.digest == shortlist.digest != Shortlist.of_counts(np.array([5, 0, 9, 1, 5]), 2).digest
     with pytest.raises(ValueError, match="the corpus is empty"):
-        frequent_tokens(np.zeros(5), 3)
+        Shortlist.of_counts(np.zeros(5), 3)
+    (tmp_path / "exit_shortlist.npz").write_bytes(b"x")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Shortlist.load(tmp_path)
 
 
 def plan(cfg: RunConfig) -> None:
@@ -234,10 +257,8 @@ def plan(cfg: RunConfig) -> None:
         decoder = make_decoder(cfg, CHEAP["shortlist"])
         measured = measure_costs(decoder, repetitions=1)
         assert measured.has_approximate_heads and min(measured.layer_seconds + measured.probe_seconds) > 0
-        calibration = ExitCalibration(
-            np.arange(3), 1.0, (1, 2, 3), np.tile(np.float32([0.1, 0.9, 0.9]), (10, 1)), np.ones((10, 3), bool)
-        )
-        engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, calibration=calibration)
+        scores = np.tile([0.1, 0.9, 0.9], (10, 1))
+        engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, exit_scores=scores)
         engine.add(PROMPT, GenerationParams(max_tokens=4, mode="early_exit", exit_thresholds=(0.0,), plan_exits=True))
         engine.add(
             PROMPT,
@@ -264,9 +285,8 @@ def plan_again(cfg: RunConfig) -> list[tuple[int, ...]]:
         decoder = make_decoder(cfg)
         # Half of the tokens leave at the first exit: one request then saves half of three layers and a head, which
         # costs a head; two of them leave together a quarter of the time.
-        confidences = np.array([[0.9, 0.0, 0.0], [0.1, 0.0, 0.0]] * 5, np.float32)
-        calibration = ExitCalibration(np.arange(3), 1.0, (1, 2, 3), confidences, np.ones((10, 3), bool))
-        engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, calibration=calibration)
+        scores = np.array([[0.9, 0.0, 0.0], [0.1, 0.0, 0.0]] * 5)
+        engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, exit_scores=scores)
         planned = GenerationParams(max_tokens=30, mode="early_exit", exit_thresholds=(0.5,), plan_exits=True)
         engine.add(PROMPT, planned)
         enabled = []

@@ -54,29 +54,6 @@ def expected_quality(cfg: RunConfig, documents: list[list[int]]) -> list[dict[st
         return [{name: value / total for name, value in one.items()} for one in sums]
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--shortlist-size", "0"], "--shortlist-size is 0; the vocabulary has"),
-    (["--sequence-length", "0"], "--sequence-length is 0; the model takes 2 to 128"),
-    (["--load", "nowhere"], "nowhere: no such folder"),
-])  # fmt: skip
-def test_what_cannot_be_calibrated(words: list[str], message: str, tmp_path: Path) -> None:
-    cfg = make_config(use_exit_norm=True, max_position_embeddings=128)
-    run_distributed(1, save, cfg=cfg, folder=tmp_path / "model")
-    prefix = write_documents(tmp_path / "text", [list(range(40))])
-    words = ["--load", str(tmp_path / "model"), "--data-path", prefix, *words]
-    ((status, text),) = run_distributed(1, calibrate, words=words)
-    assert status == 2 and message in text
-
-
-def calibrate(words: list[str]) -> tuple[int, str]:
-    """(exit status, what it says of errors)"""
-    from megatron.early_exit.inference.calibrate_command import main
-
-    with contextlib.redirect_stderr(io.StringIO()) as errors:
-        status = main(words)
-    return status, errors.getvalue()
-
-
 def test_quality_of_exits(tmp_path: Path) -> None:
     cfg = make_config(use_exit_norm=True, max_position_embeddings=128)
     cfg = replace(cfg, data=replace(cfg.data, vocab_size=VOCAB_SIZE - 1))

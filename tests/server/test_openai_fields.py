@@ -397,7 +397,7 @@ def test_requests_and_httpx(server: RunningServer, offline: LLM) -> None:
         (COMPLETIONS, "exit_thresholds", "2 exits", {"mode": "early_exit", "exit_thresholds": [0.1, 0.2, 0.3]}),
         (CHAT, "exit_layers", "no exit named 3", {"mode": "early_exit", "exit_layers": [3]}),
         (CHAT, "draft_exit", "the model's exits are 2, 4", {"mode": "self_speculative", "draft_exit": 5}),
-        (COMPLETIONS, "plan_exits", "calibrate_exits.py", {"mode": "early_exit", "plan_exits": True}),
+        (COMPLETIONS, "plan_exits", "evaluate.py calibrate", {"mode": "early_exit", "plan_exits": True}),
         (COMPLETIONS, "speculation", "stages", {"mode": "self_speculative", "speculation": "across_stages"}),
     ],
 )  # fmt: skip

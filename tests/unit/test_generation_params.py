@@ -64,7 +64,7 @@ def test_values_are_what_their_fields_say(name: str, given: Any, expected: Any) 
         ("stop_tokens", "3", "stop_tokens is '3'; it must be an integer"),
         ("stop_tokens", 3.0, "stop_tokens is 3.0; it must be an integer"),
         ("stop_tokens", {3: 4}, "stop_tokens is {3: 4}"),
-        ("exit_thresholds", "0.5", "exit_thresholds is '0.5'; it must be a number"),
+        ("exit_thresholds", "0.5", "exit_thresholds is '0.5'; give numbers"),
         ("exit_thresholds", (), "exit_thresholds is empty"),
         ("exit_layers", [1.5], "exit_layers is 1.5; it must be an integer"),
         ("max_tokens", 1e9, "max_tokens is 1000000000.0; it must be an integer"),

@@ -9,7 +9,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.engine.engine import Engine, QueueFull
 from megatron.early_exit.inference.executor.base import ExecutorError
@@ -428,9 +427,8 @@ class Timed(FakeExecutor):
     GenerationParams(max_tokens=4, mode="early_exit", plan_exits=True),
 ], ids=["drafts that adapt", "planned exits"])  # fmt: skip
 def test_costs_are_measured_when_an_idle_engine_is_told_to_and_never_by_add(params: GenerationParams) -> None:
-    executor, confidences = Timed(), np.full((4, len(EXITS.exit_layer_nums)), 0.5, np.float32)
-    calibration = ExitCalibration(np.arange(3), 0.5, EXITS.exit_layer_nums, confidences, confidences > 0)
-    engine = make_engine(executor, costs=None, calibration=calibration)
+    executor, scores = Timed(), np.full((4, len(EXITS.exit_layer_nums)), 0.5, np.float32)
+    engine = make_engine(executor, costs=None, exit_scores=scores)
     engine.prepare(FULL)
     engine.add(PROMPT, params)
     engine.prepare(params)  # something is to be run

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 from megatron.early_exit.config.serialize import iteration_of
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.inference import checked
+from megatron.early_exit.inference.certificates import Certificates, read_certificates
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor import distributed
 from megatron.early_exit.inference.executor.base import Executor
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.executor.messages import WorkerFactory
+from megatron.early_exit.inference.exit_records import recorded_scores
+from megatron.early_exit.inference.fingerprint import text_digest
 from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig, default_fill_min_rows, load_worker
 from megatron.early_exit.inference.worker.worker import Worker
 from megatron.early_exit.platform.world import check_num_ranks, check_world_size, world_size
@@ -35,12 +38,14 @@ def load_engine(
     *,
     max_waiting: int | None = None,
     prefill_chunk: int = 256,
+    chat_template: str | None = None,
     join_torchrun: bool = False,
     worker_timeout: float = distributed.DEFAULT_LIMITS.hang,
     **settings: Any,
 ) -> LoadedEngine:
     """Load a training checkpoint of any layout and start its workers. Arguments and errors are those of `LLM.load`.
 
+    chat_template: the one that chats are written with, if it is not the tokenizer's: certificates may depend on it.
     settings: fields of `LoadConfig`"""
     config = LoadConfig(path=str(path), **settings)
     limits = distributed.Limits(hang=checked.number("worker_timeout", worker_timeout))
@@ -52,13 +57,17 @@ def load_engine(
         check_world_size()
     checkpoint = InferenceCheckpoint(config, stage=0 if config.layout.num_ranks == 1 else None)
     tokenizer = build_tokenizer(checkpoint.description.tokenizer)
+    exits, template = checkpoint.exit_fingerprint(tokenizer), chat_template or tokenizer.chat_template
     engine = Engine(
         _start_executor(checkpoint, tokenizer.vocab_size, limits, joins_torchrun),
         checkpoint.description.exits,
         ends=tokenizer.ends,
         max_waiting=max_waiting,
         prefill_chunk=prefill_chunk,
-        calibration=checkpoint.calibration,
+        exit_scores=recorded_scores(checkpoint.folder, exits),
+        certificates=Certificates.of(
+            read_certificates(checkpoint.folder), exits, None if template is None else text_digest(template)
+        ),
     )
     return LoadedEngine(engine, tokenizer, checkpoint)
 

@@ -18,9 +18,11 @@ from megatron.early_exit.checkpoint.read_model import fingerprint, read_model
 from megatron.early_exit.checkpoint.start import reading
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.serialize import checkpoint_folder, read_description
+from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
-from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.executor.layout import Layout
+from megatron.early_exit.inference.fingerprint import ExitFingerprint
+from megatron.early_exit.inference.shortlist import Shortlist
 from megatron.early_exit.inference.stage_layers import layer_ranges, split_layers, stages_in_words
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.kv_cache import CacheSize, bytes_per_token, cache_memory, choose_cache_size
@@ -73,7 +75,7 @@ class LoadConfig:
     quantize: str | None = None
     """exits: probe exits with weights in int8; all: keep all linear layers in int8. On the CPU."""
     shortlist: bool | None = None
-    """Probe exits over the frequent tokens of the calibration; default if it has few enough."""
+    """Probe exits over the frequent tokens of the checkpoint's shortlist; default if it has few enough."""
     cuda_graphs: bool = True
     """Start the kernels of several layers at once where that can be done."""
 
@@ -127,9 +129,11 @@ class InferenceCheckpoint:
         self._check_exits()
         num_layers = self.description.model.num_layers
         self.layers_per_stage = split_layers(num_layers, config.pipeline_parallel_size, config.pipeline_layers)
-        self.calibration = ExitCalibration.load(self.folder)
-        if config.shortlist and self.calibration is None:
-            raise ValueError("shortlist needs a calibration of the exits; tools/calibrate_exits.py makes it")
+        self._shortlist = Shortlist.load(self.folder)
+        if config.shortlist and self._shortlist is None:
+            raise ValueError(
+                "shortlist needs frequent tokens; tools/evaluate.py calibrate --shortlist-size counts them"
+            )
         if stage is not None:
             self._check_cache(self._weights_bytes)
 
@@ -173,11 +177,29 @@ class InferenceCheckpoint:
         longest = self.description.max_position_embeddings
         return choose_cache_size(token_bytes, memory, longest, config.max_requests, config.max_length)
 
+    def shortlist(self, num_ids: int) -> Shortlist | None:
+        """The frequent tokens that exits are probed with; None: with all. num_ids: of the tokenizer."""
+        is_wanted = self.config.shortlist
+        if is_wanted is None:
+            is_wanted = self._shortlist is not None and 2 * len(self._shortlist.ids) <= num_ids
+        return self._shortlist if is_wanted else None
+
+    def exit_fingerprint(self, tokenizer: Tokenizer) -> ExitFingerprint:
+        """What the scores of this model's exits depend on."""
+        shortlist = self.shortlist(tokenizer.vocab_size)
+        return ExitFingerprint(
+            weights=fingerprint(self.folder),
+            exit_layers=tuple(self.description.exits.exit_layer_nums),
+            dtype="bf16" if self.dtype == torch.bfloat16 else "fp32",
+            quantize=self.config.quantize,
+            shortlist=None if shortlist is None else shortlist.digest,
+            tokenizer=tokenizer.fingerprint,
+            ends=tuple(sorted(tokenizer.ends)),
+        )
+
     def _exit_probe(self, num_ids: int) -> ExitProbe | None:
-        shortlist, is_int8 = self.config.shortlist, self.config.quantize == "exits"
-        if shortlist is None:
-            shortlist = self.calibration is not None and 2 * len(self.calibration.shortlist) <= num_ids
-        ids = tuple(self.calibration.shortlist.tolist()) if shortlist else ()
+        shortlist, is_int8 = self.shortlist(num_ids), self.config.quantize == "exits"
+        ids = () if shortlist is None else tuple(shortlist.ids.tolist())
         return ExitProbe(ids, is_int8) if ids or is_int8 else None
 
     def load_decoder(self, num_ids: int, placement: Placement = _ALONE) -> Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -134,6 +135,41 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
+class CertifiedThresholds:
+    """In place of thresholds: those of the checkpoint's certificate of this level."""
+
+    level: float
+    """The least share of decisions, averaged over prompts, that are the full model's."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.level < 1.0:  # also refuses NaN
+            raise ValueError(f"a certified level is {self.level}; it must lie between 0 and 1, as in certified:0.99")
+
+    def __str__(self) -> str:
+        return f"{_CERTIFIED}{self.level:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> CertifiedThresholds:
+        """From "certified:0.99". Raises ValueError."""
+        try:
+            return cls(float(text.removeprefix(_CERTIFIED))) if text.startswith(_CERTIFIED) else cls(math.nan)
+        except ValueError:
+            raise ValueError(
+                f"exit_thresholds is {text!r}; give numbers, or a certified level between 0 and 1 as certified:0.99"
+            ) from None
+
+
+_CERTIFIED = "certified:"
+
+
+def _certified(thresholds: Any) -> CertifiedThresholds | None:
+    """What stands for a certificate's thresholds; None: numbers do. Raises ValueError."""
+    if isinstance(thresholds, CertifiedThresholds):
+        return thresholds
+    return CertifiedThresholds.parse(thresholds) if isinstance(thresholds, str) else None
+
+
+@dataclass(frozen=True)
 class GenerationParams:
     """Settings of one request. Exits are named by their layer numbers, counted from 1."""
 
@@ -151,9 +187,10 @@ class GenerationParams:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How tokens are chosen from a head's distribution."""
 
-    exit_thresholds: tuple[float, ...] = (0.8,)
+    exit_thresholds: tuple[float, ...] | CertifiedThresholds = (0.8,)
     """early_exit: take an exit from this largest probability on; one value for all exits, or one for each. At 0 the
-    first exit is always taken, at 1.0 only where the probability rounds to 1."""
+    first exit is always taken, at 1.0 only where the probability rounds to 1. "certified:0.99": the thresholds that the
+    checkpoint's certificate of this level has (`tools/evaluate.py calibrate`)."""
 
     exit_layers: tuple[int, ...] = ()
     """early_exit: exits that may be evaluated; none given: all."""
@@ -161,6 +198,10 @@ class GenerationParams:
     plan_exits: bool = False
     """early_exit: of these exits, evaluate only those that pay, by how often the model's calibration expects them to be
     taken and by what layers and heads cost on this machine. Possibly none."""
+
+    observe_exits: bool = False
+    """full: evaluate every exit for every token and take none; `GeneratedToken.predictions` tell what each would have
+    said, with the confidence that early exit would have compared with its threshold."""
 
     max_deferred: int = 32
     """early_exit: rows of this request that may be deferred. Where one more exits, it runs the remaining layers with
@@ -214,14 +255,9 @@ class GenerationParams:
             raise ValueError(
                 f"min_tokens is {self.min_tokens}; it must lie between 0 and max_tokens ({self.max_tokens})"
             )
-        if not self.exit_thresholds:
-            raise ValueError("exit_thresholds is empty; give one value for all exits, or one for each")
-        for threshold in self.exit_thresholds:
-            if not 0.0 <= threshold <= 1.0:  # also refuses NaN
-                raise ValueError(
-                    f"an exit threshold is {threshold}; it must lie between 0 (always exit) and 1 (exit only where the "
-                    "probability rounds to 1). To never exit use mode 'full'."
-                )
+        self._check_thresholds()
+        if self.observe_exits and self.mode != "full":
+            raise ValueError(f"observe_exits needs mode 'full', not {self.mode!r}")
         if self.speculation not in SPECULATIONS:
             raise ValueError(f"speculation is {self.speculation!r}; choose one of {', '.join(SPECULATIONS)}")
         if self.max_deferred < 0:
@@ -236,6 +272,18 @@ class GenerationParams:
             raise ValueError(f"n is {self.n}; it must lie between 1 and {MAX_SAMPLES}")
         if self.n > 1 and self.sampling.is_greedy:
             raise ValueError(f"n is {self.n}, but greedy answers are all equal; set a temperature")
+
+    def _check_thresholds(self) -> None:
+        if isinstance(self.exit_thresholds, CertifiedThresholds):
+            return
+        if not self.exit_thresholds:
+            raise ValueError("exit_thresholds is empty; give one value for all exits, or one for each")
+        for threshold in self.exit_thresholds:
+            if not 0.0 <= threshold <= 1.0:  # also refuses NaN
+                raise ValueError(
+                    f"an exit threshold is {threshold}; it must lie between 0 (always exit) and 1 (exit only where the "
+                    "probability rounds to 1). To never exit use mode 'full'."
+                )
 
     def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -256,13 +304,19 @@ class GenerationParams:
         are numbers. Raises ValueError that names the field."""
         checks = {name: checked.integer for name in ("max_tokens", "min_tokens", "max_deferred")}
         checks |= {name: checked.integer for name in ("max_draft_length", "top_log_probs", "n")}
-        checks |= {name: checked.truth for name in ("plan_exits", "add_special_tokens", "ignore_eod", "echo")}
+        checks |= {
+            name: checked.truth for name in ("plan_exits", "observe_exits", "add_special_tokens", "ignore_eod", "echo")
+        }
         for name in ("draft_exit", "draft_length"):
             if getattr(self, name) is not None:
                 checks[name] = checked.integer
         values = {name: check(name, getattr(self, name)) for name, check in checks.items()}
+        thresholds = _certified(self.exit_thresholds)
+        if thresholds is None:
+            thresholds = checked.several("exit_thresholds", self.exit_thresholds, checked.number)
+        values["exit_thresholds"] = thresholds
         lists = {
-            "exit_thresholds": checked.number, "exit_layers": checked.integer, "stop_tokens": checked.integer,
+            "exit_layers": checked.integer, "stop_tokens": checked.integer,
             "stop": checked.text,
         }  # fmt: skip
         values |= {name: checked.several(name, getattr(self, name), check) for name, check in lists.items()}
@@ -275,10 +329,19 @@ class GenerationParams:
         """Ids that end the answer, of a model whose answers end at `ends`."""
         return frozenset(self.stop_tokens).union(() if self.ignore_eod else ends)
 
+    @property
+    def certified_level(self) -> float | None:
+        """The promise that is asked for; None: thresholds are given as numbers, or nothing exits."""
+        is_certified = self.mode == "early_exit" and isinstance(self.exit_thresholds, CertifiedThresholds)
+        return self.exit_thresholds.level if is_certified else None
+
     def exit_policy(self, exits: ExitConfig) -> ExitPolicy | None:
-        """When to exit, or None if this request never does. Raises ValueError if the model has no such exits."""
+        """When to exit, or None if this request never does. Raises ValueError if the model has no such exits, and for
+        certified thresholds, which `RequestChecks` knows."""
         if self.mode != "early_exit":
             return None
+        if isinstance(self.exit_thresholds, CertifiedThresholds):
+            raise ValueError(f"exit_thresholds is {str(self.exit_thresholds)!r}: only a loaded model knows it")
         return ExitPolicy.for_model(exits, self.exit_thresholds, self.exit_layers)
 
     def drafting_exit(self, exits: ExitConfig) -> int | None:

@@ -14,6 +14,7 @@ Where a model is spread over pipeline stages, the first stage gets the steps, ea
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_left
 from typing import Literal
 
@@ -133,11 +134,20 @@ SlotOperation = Admit | CopyPrefix | Free | Gather
 # Rows.
 
 
+NEVER_TAKEN = math.inf
+"""A threshold of exits that are only observed."""
+
+
 class ExitThreshold(msgspec.Struct, frozen=True, array_like=True):
     """An exit to evaluate, and the confidence from which on it gives the token."""
 
     exit: int
     threshold: float
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether the exit is evaluated to know what it would say, and never taken."""
+        return self.threshold == NEVER_TAKEN
 
     def is_reached(self, confidence: float) -> bool:
         return confidence >= self.threshold

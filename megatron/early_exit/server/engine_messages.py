@@ -8,6 +8,7 @@ import msgspec
 
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.inference.certificates import Certificates
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.protocol import StageLoad, WorkerDescription
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
@@ -75,6 +76,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     tokenizer: TokenizerConfig
     is_calibrated: bool
     """Whether exits can be planned."""
+    certificates: Certificates
     checkpoint: str
     """Folder that was loaded."""
     iteration: int

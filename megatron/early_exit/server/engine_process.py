@@ -113,6 +113,7 @@ def _ready(loaded: LoadedEngine) -> Ready:
         ends=tuple(engine.ends),
         tokenizer=checkpoint.description.tokenizer,
         is_calibrated=engine.checks.is_calibrated,
+        certificates=engine.checks.certificates,
         checkpoint=str(checkpoint.folder),
         iteration=iteration_of(checkpoint.folder),
         memory=str(CacheSize(model.num_slots, model.num_positions, model.bytes_per_token)),

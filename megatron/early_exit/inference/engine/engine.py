@@ -12,8 +12,10 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.inference.calibration import ExitCalibration
+from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificates
 from megatron.early_exit.inference.costs import StepCosts, guessed_costs
 from megatron.early_exit.inference.engine.draft_length import DraftLength, DraftWindow
 from megatron.early_exit.inference.engine.exit_selection import ExitSelector
@@ -65,20 +67,24 @@ class Engine:
         max_waiting: int | None = None,
         prefill_chunk: int = 256,
         costs: StepCosts | None = None,
-        calibration: ExitCalibration | None = None,
+        exit_scores: np.ndarray | None = None,
+        certificates: Certificates = NO_CERTIFICATES,
     ) -> None:
         """ends: ids that end an answer. max_waiting: requests that may queue for a slot, default any number.
         prefill_chunk: rows of prompts in one step, so that long prompts do not stop the others; over pipeline stages,
         as many steps of them may be in flight as there are stages, and one more. costs: of layers and
-        heads, for drafts of adaptive length and planned exits; see `prepare`. calibration: needed for planned exits."""
+        heads, for drafts of adaptive length and planned exits; see `prepare`. exit_scores: [decisions, exits] from
+        records, for planned exits. certificates: those that hold for this model."""
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk is {prefill_chunk}; it must be at least 1")
         self.executor, self.exits, self.ends = executor, exits, frozenset(ends)
         self.description = executor.description
         self.max_waiting, self.prefill_chunk = max_waiting, prefill_chunk
         self.slots = Slots(self.description.num_slots)
-        self.checks = RequestChecks(self.description, exits, self.ends, is_calibrated=calibration is not None)
-        self._selector = ExitSelector(self.description, calibration)
+        self.checks = RequestChecks(
+            self.description, exits, self.ends, is_calibrated=exit_scores is not None, certificates=certificates
+        )
+        self._selector = ExitSelector(self.description, exit_scores)
         self._measured_costs = costs
         self._request_ids, self._step_numbers = itertools.count(), itertools.count()
         self._queue: dict[int, Request] = {}

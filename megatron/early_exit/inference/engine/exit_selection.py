@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron.early_exit.inference.calibration import ExitCalibration
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.protocol import ExitThreshold, WorkerDescription
 
@@ -27,8 +26,8 @@ def select_exits(
 ) -> tuple[int, ...]:
     """Indices of the exits to evaluate, or none if the full model is as fast.
 
-    confidences: [tokens, exits], from a calibration; thresholds, depths: of each exit, in the order of layers;
-    num_requests: rows that decode together. All subsets are tried on the calibration's tokens: cheap, and right however
+    confidences: [decisions, exits], from records; thresholds, depths: of each exit, in the order of layers;
+    num_requests: rows that decode together. All subsets are tried on the recorded decisions: cheap, and right however
     the confidences of different exits depend on each other."""
     exits = range(len(depths))
     if len(depths) > _MAX_EXITS:
@@ -80,10 +79,11 @@ def step_seconds(
 
 
 class ExitSelector:
-    """Selects exits by a model's calibration; selections that were made are kept."""
+    """Selects exits by what was recorded of them; selections that were made are kept."""
 
-    def __init__(self, model: WorkerDescription, calibration: ExitCalibration | None) -> None:
-        self._model, self._calibration = model, calibration
+    def __init__(self, model: WorkerDescription, scores: np.ndarray | None) -> None:
+        """scores: [decisions, exits], from records"""
+        self._model, self._scores = model, scores
         self._selected: dict[tuple, tuple[ExitThreshold, ...]] = {}
 
     def select(
@@ -91,11 +91,11 @@ class ExitSelector:
     ) -> tuple[ExitThreshold, ...]:
         """Those of `candidates` that pay when so many requests run, possibly none. The model is calibrated
         (`RequestChecks`)."""
-        assert self._calibration is not None, "a request that plans exits was not checked"
+        assert self._scores is not None, "a request that plans exits was not checked"
         key = (candidates, num_requests, costs)
         if key not in self._selected:
             indices = select_exits(
-                self._calibration.confidences[:, [one.exit for one in candidates]],
+                self._scores[:, [one.exit for one in candidates]],
                 [one.threshold for one in candidates],
                 [self._model.exits[one.exit].depth for one in candidates],
                 self._model.num_layers,

@@ -41,7 +41,8 @@ class GenerationRequest(Request):
     ends: Collection[int]
     """Ids that end any answer."""
     thresholds: tuple[ExitThreshold, ...] = ()
-    """early_exit: exits that may give tokens, in the order of layers."""
+    """early_exit: exits that may give tokens, in the order of layers; all of them, never taken, where they are only
+    observed."""
     draft_exit: int | None = None
     """self_speculative: index of the exit that drafts."""
     draft_length: DraftLength | None = None
@@ -67,7 +68,7 @@ class GenerationRequest(Request):
     def prefill_stop(self) -> int:
         """Where the prompt's rows end that run all layers before the first token is due. The last row of the prompt is
         that of the first token, which may exit or be drafted like any other."""
-        runs_to_the_end = self.params.mode == "full" and self.max_tokens > 0
+        runs_to_the_end = self.params.mode == "full" and not self.params.observe_exits and self.max_tokens > 0
         return self.num_prompt_tokens if runs_to_the_end else self.num_prompt_tokens - 1
 
     @property

@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificates
+from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
 from megatron.early_exit.inference.params import (
     GenerationParams,
     PromptTooLong,
@@ -14,7 +16,7 @@ from megatron.early_exit.inference.params import (
     check_ids,
     check_prompt,
 )
-from megatron.early_exit.inference.protocol import ExitThreshold, WorkerDescription
+from megatron.early_exit.inference.protocol import NEVER_TAKEN, ExitThreshold, WorkerDescription
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,11 @@ class RequestChecks:
     """Ids that end an answer."""
     is_calibrated: bool
     """Whether exits can be planned."""
+    certificates: Certificates = NO_CERTIFICATES
 
     def check(self, params: GenerationParams) -> None:
         """Refuse settings that the model or its layout cannot do."""
-        params.exit_policy(self.exits)
+        self.thresholds(params)
         self.speculates_across_stages(params, self.draft_exit(params))
 
     def check_generation(self, prompt_ids: Sequence[int], params: GenerationParams) -> None:
@@ -38,7 +41,7 @@ class RequestChecks:
         check_prompt(prompt_ids, self.model.num_positions, self.model.vocab_size)
         self._check_ids(params)
         if params.plan_exits and not self.is_calibrated:
-            raise ValueError("plan_exits needs a calibration of the exits; tools/calibrate_exits.py makes it")
+            raise ValueError("plan_exits needs a calibration of the exits; tools/evaluate.py calibrate makes it")
         self.check(params)
 
     def _check_ids(self, params: GenerationParams) -> None:
@@ -64,12 +67,16 @@ class RequestChecks:
         params.heads(self.exits)
 
     def thresholds(self, params: GenerationParams) -> tuple[ExitThreshold, ...]:
-        """Exits that these settings enable, in the order of layers."""
-        policy = params.exit_policy(self.exits)
-        if policy is None:
-            return ()
-        pairs = zip(policy.exit_layers, policy.thresholds, strict=True)
-        return tuple(ExitThreshold(self.model.index_of(layer), threshold) for layer, threshold in pairs)
+        """Exits that these settings evaluate, in the order of layers."""
+        if params.observe_exits:
+            return tuple(ExitThreshold(index, NEVER_TAKEN) for index in range(len(self.model.exits)))
+        if params.certified_level is None:
+            policy = params.exit_policy(self.exits)
+            thresholds = {} if policy is None else dict(zip(policy.exit_layers, policy.thresholds, strict=True))
+        else:
+            ExitPolicy.for_model(self.exits, (1.0,), params.exit_layers)  # refuses exits that the model lacks
+            thresholds = self.certificates.thresholds(params)
+        return tuple(ExitThreshold(self.model.index_of(layer), value) for layer, value in thresholds.items())
 
     def draft_exit(self, params: GenerationParams) -> int | None:
         """Index of the exit that drafts, None: nothing is drafted."""

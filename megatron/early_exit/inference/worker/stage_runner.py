@@ -346,8 +346,9 @@ class StageRunner:
     def _evaluate(self, index: int, wanted: list[_Wanted], states: Tensor) -> list[ScheduledRows]:
         """Evaluate the exit on each one's last row. Returns those that it gives a token.
 
-        An approximate head only says which rows may leave: the exit's own head then decides, and gives the token.
-        Drafts come from the approximate head, since they are verified anyway. states: [wanted, h]"""
+        An approximate head only says which rows may leave: the exit's own head then decides, and gives the token; so
+        the confidence that counts is the smaller of both, and an exit that is observed reports that one. Drafts come
+        from the approximate head, since they are verified anyway. states: [wanted, h]"""
         output = self.decoder.probe_exit(index, states)
         is_approximate = self.decoder.has_approximate_heads
         taken = [one for one in wanted if one.scheduled.gives_draft]
@@ -355,17 +356,23 @@ class StageRunner:
         for one in wanted:
             if one.scheduled.gives_draft:
                 continue
-            if is_approximate and not one.threshold.is_reached(output.confidence(one.row)):
+            reaches = one.threshold.is_observed or one.threshold.is_reached(output.confidence(one.row))
+            if is_approximate and not reaches:
                 one.scheduled.predictions.append(_prediction(index, output, one.row, is_approximate=True))
             else:
                 candidates.append(one)
         answered = self._take(index, output, taken)
+        approximate = output
         if candidates and is_approximate:
             output = self.decoder.exit_output(index, take_rows(states, [one.row for one in candidates]))
-            candidates = [one._replace(row=row) for row, one in enumerate(candidates)]
         confident = []
-        for one in candidates:
-            one.scheduled.predictions.append(_prediction(index, output, one.row))
+        for row, one in enumerate(candidates):
+            approximate_row, one = one.row, one._replace(row=row if is_approximate else one.row)
+            prediction = _prediction(index, output, one.row)
+            if one.threshold.is_observed and is_approximate:
+                least = min(prediction.confidence, approximate.confidence(approximate_row))
+                prediction = msgspec.structs.replace(prediction, confidence=least)
+            one.scheduled.predictions.append(prediction)
             if one.threshold.is_reached(output.confidence(one.row)):
                 confident.append(one)
         return answered + self._take(index, output, confident)

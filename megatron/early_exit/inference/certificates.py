@@ -1,0 +1,162 @@
+"""Certified thresholds: which promise holds for which thresholds, and for which model. `tools/evaluate.py calibrate`
+makes them; they lie in the folder of the checkpoint.
+
+The promise (A-max): averaged over prompts that are drawn like those of the calibration, at least a share `level` of all
+decisions along the full model's greedy answer is that of the full model, whichever of the certified exits are enabled.
+The calibration certifies less than that with probability `delta` at most.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from megatron.early_exit.inference.fingerprint import ExitFingerprint
+from megatron.early_exit.inference.params import GenerationParams
+
+CERTIFICATE_FILE = "exit_certificates.json"
+
+Risk = Literal["A-max", "B", "C"]
+"""The loss of a prompt, from 0 to 1. A-max: share of decisions at which an exit that reaches its threshold differs
+from the full model. B: 1 if there is such a decision. C: 1 - ROUGE-L of the answer with early exit against the full
+model's."""
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How the certified answers are made: greedily, up to an end of the model."""
+
+    max_tokens: int
+    ignore_eod: bool = False
+    chat_template: str | None = None
+    """Digest of the template that made the prompts; None: they are no chats."""
+
+
+@dataclass(frozen=True)
+class FreeRunningCertificate:
+    """The promise for what early exit itself generates: at least a share `level` of its decisions is what the full
+    model would choose behind the same tokens."""
+
+    p_value: float
+    risk: float
+    """Mean loss on the split that the test was made on."""
+    is_certified: bool
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """One level, certified or refused."""
+
+    level: float
+    delta: float
+    """The probability that the calibration certifies a promise that does not hold."""
+    risk: Risk
+    fingerprint: ExitFingerprint
+    answers: AnswerSettings
+    thresholds: dict[int, float]
+    """By layer; exits that are left out are never taken. Empty if the level is refused."""
+    refusal: str | None
+    """Why there is no promise."""
+    p_value: float | None
+    calibration_risk: float | None
+    """Mean loss of the thresholds on the calibration split."""
+    num_prompts: dict[str, int]
+    """Of each split."""
+    free_running: FreeRunningCertificate | None = None
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """Those of a checkpoint, as far as they hold for the model that was loaded."""
+
+    valid: tuple[Certificate, ...] = ()
+    mismatches: tuple[str, ...] = ()
+    """Why others do not hold."""
+
+    @classmethod
+    def of(
+        cls, certificates: Sequence[Certificate], loaded: ExitFingerprint, chat_template: str | None
+    ) -> Certificates:
+        """chat_template: digest of the one that is used; None: there is none."""
+        valid, mismatches = [], []
+        for one in certificates:
+            differences = one.fingerprint.differences(loaded)
+            if one.answers.chat_template not in (None, chat_template):
+                differences.append("another chat template")
+            if differences:
+                mismatches.append(f"the certificate of {one.level:g} is for {_other(differences)}")
+            else:
+                valid.append(one)
+        return cls(tuple(valid), tuple(dict.fromkeys(mismatches)))
+
+    def find(self, level: float) -> Certificate:
+        """The certificate of a level. Raises ValueError if there is none that holds."""
+        found = [one for one in self.valid if abs(one.level - level) < 1e-9]
+        certified = [one for one in found if one.refusal is None]
+        if certified:
+            return certified[-1]
+        if found:
+            raise ValueError(f"certified:{level:g} is not to be had for this model: {found[-1].refusal}")
+        levels = sorted({one.level for one in self.valid if one.refusal is None})
+        if levels:
+            there = ", ".join(f"certified:{one:g}" for one in levels)
+            raise ValueError(f"certified:{level:g} has no certificate; there are {there}")
+        reasons = "; ".join(self.mismatches) or "the checkpoint has none"
+        raise ValueError(
+            f"certified:{level:g} needs a certificate that holds for the loaded model ({reasons}); make one with "
+            "tools/evaluate.py calibrate"
+        )
+
+    def thresholds(self, params: GenerationParams) -> dict[int, float]:
+        """Threshold by layer for a request that asks for a certified level; empty if none of the exits that it names
+        may be taken. Raises ValueError if the promise does not cover it."""
+        certificate = self.find(params.certified_level)
+        sampling, level = params.sampling, f"certified:{certificate.level:g}"
+        if not sampling.is_plain_argmax:
+            raise ValueError(f"{level} holds for greedy answers; leave out temperature, penalties and biases")
+        if params.min_tokens:
+            raise ValueError(f"{level} does not cover min_tokens; leave it out")
+        if params.max_tokens != certificate.answers.max_tokens:
+            raise ValueError(
+                f"{level} was made for answers of max_tokens {certificate.answers.max_tokens}, not "
+                f"{params.max_tokens}; ask for that, or calibrate again with --answer-tokens {params.max_tokens}"
+            )
+        if params.ignore_eod != certificate.answers.ignore_eod:
+            raise ValueError(f"{level} was made with ignore_eod {certificate.answers.ignore_eod}; ask for the same")
+        layers = params.exit_layers or tuple(certificate.thresholds)
+        return {layer: certificate.thresholds[layer] for layer in sorted(layers) if layer in certificate.thresholds}
+
+
+NO_CERTIFICATES = Certificates()
+
+
+def read_certificates(folder: Path) -> tuple[Certificate, ...]:
+    """Those in the folder of a checkpoint. Raises ValueError if the file cannot be read."""
+    path = folder / CERTIFICATE_FILE
+    if not path.exists():
+        return ()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=tuple[Certificate, ...])
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it, or calibrate the exits again") from error
+
+
+def add_certificates(folder: Path, certificates: Sequence[Certificate]) -> None:
+    """Write certificates into the folder of a checkpoint, in place of those of the same level for the same model."""
+    key = lambda one: (one.level, one.fingerprint)
+    replaced = {key(one) for one in certificates}
+    kept = [one for one in read_certificates(folder) if key(one) not in replaced]
+    path = folder / CERTIFICATE_FILE
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode([*kept, *certificates]), indent=1))
+    os.replace(partial, path)
+
+
+def _other(differences: Sequence[str]) -> str:
+    return " and ".join(differences)

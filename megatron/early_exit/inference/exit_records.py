@@ -1,0 +1,141 @@
+"""What exits say along the full model's answers, decision by decision: the data behind certificates and planned exits.
+
+`tools/evaluate.py calibrate` takes them while `full` decodes: every exit is evaluated and none is taken. Keys and
+values are exact whatever exits, so what any thresholds and any choice of exits do up to their first difference from the
+full model follows from them.
+
+A folder in that of the checkpoint holds the records of one model and one set of prompts, in parts of some prompts each:
+an interrupted calibration goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from megatron.early_exit.inference.certificates import AnswerSettings
+from megatron.early_exit.inference.fingerprint import ExitFingerprint
+
+RECORDS_FOLDER = "exit_records"
+_ABOUT_FILE = "about.json"
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """The decisions of one answer: T tokens, E exits in the order of layers."""
+
+    prompt: int
+    """Number of the prompt in its set."""
+    tokens: np.ndarray
+    """[T] int64: the full model's answer, the token that ended it included."""
+    scores: np.ndarray
+    """[T, E] float64: what each exit's threshold would have been compared with."""
+    choices: np.ndarray
+    """[T, E] int64: each exit's token."""
+    final_confidences: np.ndarray
+    """[T] float64: the final head's largest probability."""
+
+    @property
+    def is_wrong(self) -> np.ndarray:
+        """[T, E] bool: where an exit's token is not the full model's."""
+        return self.choices != self.tokens[:, None]
+
+
+@dataclass(frozen=True)
+class AboutRecords:
+    """What a folder of records holds."""
+
+    fingerprint: ExitFingerprint
+    answers: AnswerSettings
+    prompts: str
+    """Digest of the prompts' ids, in order."""
+    num_prompts: int
+
+
+class RecordsFolder:
+    """Records of one model and one set of prompts, as they come."""
+
+    def __init__(self, checkpoint: Path, about: AboutRecords) -> None:
+        key = f"{about.fingerprint.digest[:12]}-{about.prompts[:12]}-{about.answers.max_tokens}"
+        self.path = checkpoint / RECORDS_FOLDER / key
+        self.about = about
+
+    def open(self) -> list[PromptRecord]:
+        """What earlier runs have recorded, in the order of prompts. Raises ValueError if it cannot be read, or is of
+        something else."""
+        about = self.path / _ABOUT_FILE
+        if about.exists():
+            if _read_about(self.path) != self.about:
+                raise ValueError(f"{self.path} holds records of another model or other prompts; remove it")
+            return read_records(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        partial = about.with_name(f"{about.name}.partial")
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(self.about), indent=1))
+        os.replace(partial, about)
+        return []
+
+    def add(self, records: Sequence[PromptRecord]) -> None:
+        """Write a part, at once or not at all."""
+        if not records:
+            return
+        path = self.path / f"part_{min(one.prompt for one in records):06}_{len(records)}.npz"
+        partial = path.with_suffix(".partial")
+        join = lambda name: np.concatenate([getattr(one, name) for one in records])
+        with partial.open("wb") as file:
+            np.savez_compressed(
+                file, prompts=np.array([one.prompt for one in records]),
+                lengths=np.array([len(one.tokens) for one in records]), tokens=join("tokens"), scores=join("scores"),
+                choices=join("choices"), final_confidences=join("final_confidences"),
+            )  # fmt: skip
+        os.replace(partial, path)
+
+
+def read_records(folder: Path) -> list[PromptRecord]:
+    """All parts of a folder, in the order of prompts. Raises ValueError for one that cannot be read."""
+    found: dict[int, PromptRecord] = {}
+    for path in sorted(folder.glob("part_*.npz")):
+        try:
+            with np.load(path) as arrays:
+                cuts = np.cumsum(arrays["lengths"])[:-1]
+                columns = [
+                    np.split(arrays[name], cuts) for name in ("tokens", "scores", "choices", "final_confidences")
+                ]
+                for prompt, *values in zip(arrays["prompts"].tolist(), *columns, strict=True):
+                    found[prompt] = PromptRecord(prompt, *values)
+        except Exception as error:  # of the archive, of an array in it, of what should be in it
+            raise ValueError(
+                f"{path} cannot be read ({type(error).__name__}: {error}); remove it, and calibrate the exits again"
+            ) from error
+    return [found[prompt] for prompt in sorted(found)]
+
+
+def recorded_scores(checkpoint: Path, fingerprint: ExitFingerprint) -> np.ndarray | None:
+    """[decisions, exits] of the newest complete records of this model, for planning exits; None if there are none.
+
+    Raises ValueError if they cannot be read."""
+    complete = []
+    for about in checkpoint.glob(f"{RECORDS_FOLDER}/*/{_ABOUT_FILE}"):
+        if _read_about(about.parent).fingerprint == fingerprint:
+            records = read_records(about.parent)
+            complete += [(about.stat().st_mtime, records)] if records else []
+    if not complete:
+        return None
+    _, records = max(complete, key=lambda one: one[0])
+    return all_scores(records)
+
+
+def all_scores(records: Collection[PromptRecord]) -> np.ndarray:
+    """[decisions, exits], of all prompts one after the other."""
+    return np.concatenate([one.scores for one in records])
+
+
+def _read_about(folder: Path) -> AboutRecords:
+    try:
+        return msgspec.json.decode((folder / _ABOUT_FILE).read_bytes(), type=AboutRecords)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{folder / _ABOUT_FILE} cannot be read ({error}); remove the folder") from error
