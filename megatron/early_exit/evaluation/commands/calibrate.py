@@ -1,15 +1,126 @@
-"""The command `calibrate`."""
+"""The command `calibrate`: records of all exits along the full model's answers, and thresholds that are certified on
+them."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
-from megatron.early_exit.evaluation.commands.common import add_parser
+from megatron.early_exit.evaluation.commands.common import add_parser, finish, load
+from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompts
+from megatron.early_exit.platform.command_line import show_progress
+
+if TYPE_CHECKING:
+    from megatron.early_exit.evaluation.calibration import CalibrationSettings
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    add_parser(commands, "calibrate", "thresholds with a guarantee", "Certify exit thresholds.").set_defaults(run=run)
+    parser = add_parser(
+        commands, "calibrate", "thresholds with a guarantee",
+        "Let the full model answer prompts while every exit is evaluated, and certify thresholds on what they say: "
+        "averaged over prompts like these, at least --levels of all decisions are the full model's. The records and "
+        "the certificates lie in the checkpoint's folder; an interrupted calibration goes on where it was. Afterwards: "
+        "generate.py --certified 0.99, exit_thresholds \"certified:0.99\".",
+    )  # fmt: skip
+    add_prompt_flags(parser, default_prompts=1000)
+    certificate = parser.add_argument_group("certificate")
+    certificate.add_argument("--answer-tokens", type=int, default=64, metavar="N", help="of each answer; default 64")
+    certificate.add_argument("--ignore-eod", action="store_true", help="answers go on behind what ends them")
+    certificate.add_argument(
+        "--levels", type=float, nargs="+", default=[0.99], metavar="F", help="promises to certify; default 0.99"
+    )
+    certificate.add_argument(
+        "--delta", type=float, default=0.05, metavar="F",
+        help="probability that a promise is certified that does not hold; default 0.05",
+    )  # fmt: skip
+    certificate.add_argument(
+        "--risk", choices=("A-max", "B", "C"), default="A-max",
+        help="A-max: share of decisions at which an exit that may be taken differs (default). B: share of answers that "
+        "differ. C: 1 - ROUGE-L of answers against the full model's",
+    )  # fmt: skip
+    certificate.add_argument(
+        "--grid", type=float, nargs="+", metavar="F",
+        help="thresholds for all exits alike to try, instead of those of a tuning split; needed by no risk, default "
+        "with B and C: 0.999 to 0.5",
+    )  # fmt: skip
+    certificate.add_argument(
+        "--free-running", action="store_true",
+        help="certify what early exit itself generates as well, on prompts of its own; both share --delta",
+    )  # fmt: skip
+    certificate.add_argument(
+        "--rounding-prompts", type=int, default=16, metavar="N",
+        help="prompts that the full model answers again one by one, to see what rounding alone changes; default 16",
+    )  # fmt: skip
+    parser.add_argument_group("shortlist").add_argument(
+        "--shortlist-size", type=int, metavar="N",
+        help="with --data-path: count the corpus's most frequent tokens, with which exits are probed first; default: a "
+        "sixth of the vocabulary; 0: leave the shortlist as it is",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    raise ValueError("not there yet")
+    from megatron.early_exit.evaluation.calibration import calibrate
+    from megatron.early_exit.inference.certificates import CERTIFICATE_FILE, add_certificates
+    from megatron.early_exit.platform.machine import machine_info
+
+    settings, machine = _settings(args), machine_info()
+    _count_frequent_tokens(args)
+    llm, loaded = load(args)
+    with llm:
+        prompts = load_prompts(args, llm.tokenizer, llm.engine.description, settings.answer_tokens)
+        found = calibrate(llm, loaded, prompts, settings, show_progress)
+        add_certificates(loaded.checkpoint.folder, found.certificates)
+        print(found.text())
+        print(f"\nwrote {loaded.checkpoint.folder / CERTIFICATE_FILE}")
+        finish(args, loaded, vars_of(args, settings), found.results, data=prompts.data, machine=machine)
+
+
+def _settings(args: argparse.Namespace) -> CalibrationSettings:
+    from megatron.early_exit.evaluation.calibration import CalibrationSettings
+
+    return CalibrationSettings(
+        answer_tokens=args.answer_tokens, ignore_eod=args.ignore_eod, levels=tuple(sorted(set(args.levels))),
+        delta=args.delta, risk=args.risk, grid=None if args.grid is None else tuple(args.grid),
+        with_free_running=args.free_running, rounding_prompts=args.rounding_prompts, seed=args.seed,
+    )  # fmt: skip
+
+
+def vars_of(args: argparse.Namespace, settings: CalibrationSettings) -> dict[str, Any]:
+    """The settings of the document."""
+    from dataclasses import asdict
+
+    return asdict(settings) | {"prompts": args.prompts, "prompt_length": args.prompt_length}
+
+
+_MAX_COUNTED = 50_000_000
+"""Tokens of the corpus that are counted for the shortlist."""
+
+
+def _count_frequent_tokens(args: argparse.Namespace) -> None:
+    """Raises ValueError or OSError if the corpus or the checkpoint cannot be read."""
+    if args.shortlist_size is not None and args.shortlist_size > 0 and not args.data_path:
+        raise ValueError("--shortlist-size counts the tokens of a corpus; give --data-path")
+    if not args.data_path or args.shortlist_size == 0:
+        return
+    import numpy as np
+
+    from megatron.early_exit.config.serialize import checkpoint_folder, read_description
+    from megatron.early_exit.data.text_samples import documents_of
+    from megatron.early_exit.data.tokenizer import build_tokenizer
+    from megatron.early_exit.inference.shortlist import Shortlist
+
+    folder = checkpoint_folder(args.load, args.load_iteration)
+    vocab_size = build_tokenizer(read_description(folder).tokenizer).vocab_size
+    size = max(vocab_size // 6, 1) if args.shortlist_size is None else args.shortlist_size
+    if not 1 <= size <= vocab_size:
+        raise ValueError(f"--shortlist-size is {size}; the vocabulary has {vocab_size} ids")
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for prefix in args.data_path:
+        for tokens in documents_of(prefix, vocab_size):
+            counts += np.bincount(tokens, minlength=vocab_size)
+            if counts.sum() > _MAX_COUNTED:
+                break
+    shortlist = Shortlist.of_counts(counts, size)
+    shortlist.save(folder)
+    print(f"{size} frequent tokens cover {shortlist.coverage:.2%} of {counts.sum():,} counted")

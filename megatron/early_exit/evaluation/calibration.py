@@ -1,0 +1,373 @@
+"""From prompts to certificates: records, the split, the line of thresholds, its test, and what the test split says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from megatron.early_exit.evaluation.certification import (
+    NAMED_GRID,
+    NEVER,
+    LineTest,
+    Split,
+    ThresholdLine,
+    exit_shares,
+    first_exits,
+    losses,
+    p_value,
+    test_line,
+)
+from megatron.early_exit.evaluation.free_running import FreeAnswer, free_running
+from megatron.early_exit.evaluation.prompts import PromptSet
+from megatron.early_exit.evaluation.recording import Progress, rounding_floor, take_records
+from megatron.early_exit.evaluation.statistics.exit_metrics import coverage_risk
+from megatron.early_exit.evaluation.statistics.intervals import bootstrap
+from megatron.early_exit.evaluation.statistics.learn_then_test import least_prompts, prompts_needed
+from megatron.early_exit.evaluation.statistics.text_metrics import distinct_n, is_loop, rouge_l
+from megatron.early_exit.inference.certificates import AnswerSettings, Certificate, FreeRunningCertificate, Risk
+from megatron.early_exit.inference.engine_loading import LoadedEngine
+from megatron.early_exit.inference.exit_records import AboutRecords, PromptRecord, RecordsFolder
+from megatron.early_exit.inference.llm import LLM
+
+ShowProgress = Callable[[str], Progress]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What is certified. Impossible values raise ValueError."""
+
+    answer_tokens: int = 64
+    ignore_eod: bool = False
+    levels: tuple[float, ...] = (0.99,)
+    delta: float = 0.05
+    risk: Risk = "A-max"
+    grid: tuple[float, ...] | None = None
+    """Thresholds for all exits alike; None: those of the tuning split, with risks B and C `NAMED_GRID`."""
+    with_free_running: bool = False
+    rounding_prompts: int = 16
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if self.answer_tokens < 1:
+            raise ValueError(f"--answer-tokens is {self.answer_tokens}; it must be at least 1")
+        for level in self.levels:
+            if not 0.0 < level < 1.0:
+                raise ValueError(f"--levels has {level:g}; a level lies between 0 and 1, as 0.99")
+        if not 0.0 < self.delta < 1.0:
+            raise ValueError(f"--delta is {self.delta:g}; it must lie between 0 and 1")
+        if self.rounding_prompts < 0:
+            raise ValueError(f"--rounding-prompts is {self.rounding_prompts}; it must be 0 or more")
+        if self.grid is not None:
+            ThresholdLine.named(self.grid, 1)
+
+    @property
+    def delta_of_test(self) -> float:
+        """For each of the tests that a level needs."""
+        return self.delta / 2 if self.with_free_running else self.delta
+
+    def check_prompts(self, num_prompts: int) -> None:
+        """Raise ValueError if a level could not be certified with so many prompts, whatever exits do."""
+        for level in self.levels:
+            least = least_prompts(1.0 - level, self.delta_of_test)
+            if _smallest_test(num_prompts, self) >= least:
+                continue
+            needed = num_prompts
+            while _smallest_test(needed, self) < least:
+                needed += 1
+            raise ValueError(
+                f"{num_prompts} prompts cannot support level {level:g}: its test needs {least} prompts even if no "
+                f"decision differs, and gets {_smallest_test(num_prompts, self)} of them; give "
+                f"{needed - num_prompts} more (--prompts {needed}), or ask for a lower level"
+            )
+
+
+def _smallest_test(num_prompts: int, settings: CalibrationSettings) -> int:
+    sizes = Split.draw(num_prompts, 0, settings.with_free_running).sizes
+    return min(sizes["calibration"], sizes["free_running"] if settings.with_free_running else num_prompts)
+
+
+@dataclass
+class Calibration:
+    """What `calibrate` found."""
+
+    certificates: list[Certificate]
+    results: dict[str, Any] = field(default_factory=dict)
+    """Of the result document."""
+
+    def text(self) -> str:
+        """The certificates and what the test split says of them, for people."""
+        blocks = []
+        for card in self.results["certificates"]:
+            title = f"certified:{card['level']:g} ({card['risk']}, delta {card['delta']:g}): {card['status']}"
+            lines = [title] if card["reason"] is None else [f"{title}: {card['reason']}"]
+            if card["status"] == "certified":
+                thresholds = ", ".join(f"exit {layer}: {value:.4f}" for layer, value in card["thresholds"].items())
+                low, high = card["test_risk_interval"]
+                lines += [
+                    f"  thresholds: {thresholds}",
+                    f"  calibration: risk {card['calibration_risk']:.3%} on {card['prompts']['calibration']} prompts, "
+                    f"p-value {card['p_value']:.2g}",
+                    f"  test: risk {card['test_risk']:.3%} ({low:.3%} to {high:.3%}) on {card['prompts']['test']} "
+                    f"prompts; along its own answers {card['free_running']['test_risk']:.3%}",
+                    f"  layer runs saved: {card['expected_runs_saved']:.1%}",
+                ]
+                if card["free_running"]["p_value"] is not None:
+                    one = card["free_running"]
+                    verdict = "certified" if one["is_certified"] else "not certified"
+                    lines.append(f"  its own answers: {verdict}, risk {one['risk']:.3%}, p-value {one['p_value']:.2g}")
+            blocks.append("\n".join(lines))
+        rounding = self.results["rounding"]
+        if rounding["decisions"]:
+            blocks.append(f"the full model alone and in batches: {rounding['batch_1_vs_n']:.3%} of decisions differ")
+        return "\n\n" + "\n".join(blocks)
+
+
+def calibrate(
+    llm: LLM, loaded: LoadedEngine, prompts: PromptSet, settings: CalibrationSettings, show: ShowProgress
+) -> Calibration:
+    """Take records of `prompts`, or go on with those that are there, and certify every level.
+
+    show: makes a progress function for a kind of work. Raises ValueError for a model without exits, for too few
+    prompts, and for records that are damaged."""
+    if not loaded.engine.exits.exit_layer_nums:
+        raise ValueError(f"the model in {loaded.checkpoint.config.path} has no exits to calibrate")
+    settings.check_prompts(len(prompts.prompts))
+    return _Calibrator(llm, loaded, prompts, settings, show).run()
+
+
+class _Calibrator:
+    def __init__(
+        self, llm: LLM, loaded: LoadedEngine, prompts: PromptSet, settings: CalibrationSettings, show: ShowProgress
+    ) -> None:
+        self._llm, self._prompts, self._settings, self._show = llm, prompts, settings, show
+        self._fingerprint = loaded.checkpoint.exit_fingerprint(loaded.tokenizer)
+        self._answers = AnswerSettings(settings.answer_tokens, settings.ignore_eod, prompts.template_digest)
+        about = AboutRecords(self._fingerprint, self._answers, prompts.digest, len(prompts.prompts))
+        self._folder = RecordsFolder(loaded.checkpoint.folder, about)
+        self._layers = loaded.engine.exits.exit_layer_nums
+        self._depths = [one.depth for one in loaded.engine.description.exits]
+        self._num_layers = loaded.engine.description.num_layers
+        self._split = Split.draw(len(prompts.prompts), settings.seed, settings.with_free_running)
+
+    def run(self) -> Calibration:
+        settings = self._settings
+        self._records, seconds = take_records(self._llm, self._prompts.prompts, self._folder, self._show("prompts"))
+        few = self._split.test[: settings.rounding_prompts]
+        self._rounding = rounding_floor(
+            self._llm, self._of(few), self._records_of(few), self._answers, self._show("prompts again, one by one")
+        )
+        levels = [self._certify(level) for level in settings.levels]
+        cards = [card for _, card, _ in levels]
+        found = Calibration([certificate for certificate, _, _ in levels])
+        found.results = {
+            "certificates": cards,
+            **_description(self._records_of(self._split.test), self._layers, self._chosen(levels)),
+            "rounding": {"batch_1_vs_n": self._rounding.rate, "decisions": self._rounding.num_decisions},
+            "cost": {"record_seconds": seconds, "full_seconds": None, "ratio": None},
+            "per_prompt": self._per_prompt(levels),
+        }
+        return found
+
+    def _certify(self, level: float) -> tuple[Certificate, dict[str, Any], np.ndarray | None]:
+        """(certificate, card, losses of the test split's prompts)"""
+        settings, alpha = self._settings, 1.0 - level
+        line = self._line(alpha)
+        tested = test_line(
+            self._losses_on(self._split.calibration, line, f"level {level:g}"), len(line), alpha=alpha,
+            delta=settings.delta_of_test, risk=settings.risk, seed=settings.seed,
+        )  # fmt: skip
+        refusal = self._refusal(level, line, tested)
+        thresholds: dict[int, float] = {}
+        if refusal is None:
+            chosen = line.thresholds[tested.chosen]
+            thresholds = {layer: float(value) for layer, value in zip(self._layers, chosen) if value != NEVER}
+        last = tested.chosen if tested.chosen is not None else 0
+        second = None
+        if refusal is None and settings.with_free_running:
+            second = self._second_certificate(thresholds, level)
+        certificate = Certificate(
+            level=level, delta=settings.delta, risk=settings.risk, fingerprint=self._fingerprint,
+            answers=self._answers, thresholds=thresholds, refusal=refusal, p_value=tested.p_values[last],
+            calibration_risk=tested.risks[last], num_prompts=self._split.sizes, free_running=second,
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
+        card = self._card(certificate, line, tested)
+        if refusal is not None:
+            return certificate, card, None
+        free = free_running(self._llm, self._of(self._split.test), thresholds, self._answers, self._show("test"))
+        of_test = self._test_losses(line.thresholds[tested.chosen], free)
+        low, high = bootstrap(of_test, seed=settings.seed)
+        shares = exit_shares(self._records_of(self._split.test), line.thresholds[tested.chosen])
+        saved = sum(share * (1 - depth / self._num_layers) for share, depth in zip(shares, self._depths))
+        free_losses = np.array([one.loss for one in free])
+        card |= {
+            "test_risk": float(of_test.mean()),
+            "test_risk_interval": [low, high],
+            "expected_runs_saved": float(saved),
+            "free_running": {
+                "p_value": None if second is None else second.p_value,
+                "risk": None if second is None else second.risk,
+                "is_certified": None if second is None else second.is_certified,
+                "test_risk": float(free_losses.mean()),
+                "test_risk_interval": list(bootstrap(free_losses, seed=settings.seed)),
+                "runs_saved": _runs_saved(free),
+            },
+        }
+        return certificate, card, of_test
+
+    def _line(self, alpha: float) -> ThresholdLine:
+        if self._settings.grid is None and self._settings.risk == "A-max":
+            return ThresholdLine.tuned(self._records_of(self._split.tuning), alpha)
+        return ThresholdLine.named(self._settings.grid or NAMED_GRID, len(self._layers))
+
+    def _losses_on(self, numbers: np.ndarray, line: ThresholdLine, words: str) -> Callable[[int], np.ndarray]:
+        """[prompts] losses of a point."""
+        if self._settings.risk == "C":
+            return lambda point: self._text_losses(numbers, line.thresholds[point], f"{words}, {line.names[point]:g}")
+        of_points = losses(self._records_of(numbers), line.thresholds, self._settings.risk)
+        return lambda point: of_points[:, point]
+
+    def _text_losses(self, numbers: np.ndarray, thresholds: np.ndarray, words: str) -> np.ndarray:
+        by_layer = {layer: float(value) for layer, value in zip(self._layers, thresholds) if value != NEVER}
+        free = free_running(self._llm, self._of(numbers), by_layer, self._answers, self._show(words))
+        return self._rouge_losses(numbers, free)
+
+    def _rouge_losses(self, numbers: np.ndarray, free: Sequence[FreeAnswer]) -> np.ndarray:
+        text = self._llm.tokenizer.detokenize
+        records = self._records_of(numbers)
+        return np.array([
+            1.0 - rouge_l(text(record.tokens.tolist()), text(list(answer.tokens)))
+            for record, answer in zip(records, free, strict=True)
+        ])  # fmt: skip
+
+    def _test_losses(self, thresholds: np.ndarray, free: Sequence[FreeAnswer]) -> np.ndarray:
+        if self._settings.risk == "C":
+            return self._rouge_losses(self._split.test, free)
+        return losses(self._records_of(self._split.test), thresholds[None], self._settings.risk)[:, 0]
+
+    def _second_certificate(self, thresholds: dict[int, float], level: float) -> FreeRunningCertificate:
+        numbers, settings = self._split.free_running, self._settings
+        free = free_running(self._llm, self._of(numbers), thresholds, self._answers, self._show("its own answers"))
+        of_prompts = np.array([one.loss for one in free])
+        value = p_value(of_prompts, 1.0 - level, "A-max", settings.seed)
+        return FreeRunningCertificate(value, float(of_prompts.mean()), value <= settings.delta_of_test)
+
+    def _refusal(self, level: float, line: ThresholdLine, tested: LineTest) -> str | None:
+        alpha, settings = 1.0 - level, self._settings
+        if alpha < self._rounding.rate:
+            return (
+                f"rounding alone changes {self._rounding.rate:.2%} of the full model's decisions (batch 1 against the "
+                f"batches of the records, {self._rounding.num_prompts} prompts): no promise above "
+                f"{1 - self._rounding.rate:.4g} means anything; choose fp32, or a lower level"
+            )
+        if tested.chosen is None:
+            text = (
+                f"the safest thresholds have a risk of {tested.risks[0]:.3%} on the calibration's "
+                f"{len(self._split.calibration)} prompts, p-value {tested.p_values[0]:.2g}"
+            )
+            needed = prompts_needed(alpha, settings.delta_of_test, tested.risks[0] / alpha)
+            if needed is None:
+                return f"{text}: exits differ too often; tune them longer, or ask for a lower level"
+            return f"{text}: with that risk, about {needed} calibration prompts are needed"
+        if all(value == NEVER for value in line.thresholds[tested.chosen]):
+            return "with every exit that may be taken, too many decisions differ; tune exits longer, or ask for less"
+        return None
+
+    def _card(self, one: Certificate, line: ThresholdLine, tested: LineTest) -> dict[str, Any]:
+        return {
+            "level": one.level,
+            "delta": one.delta,
+            "risk": one.risk,
+            "status": "certified" if one.refusal is None else "refused",
+            "reason": one.refusal,
+            "thresholds": {str(layer): value for layer, value in one.thresholds.items()},
+            "max_tokens": one.answers.max_tokens,
+            "prompts": one.num_prompts,
+            "p_value": one.p_value,
+            "calibration_risk": one.calibration_risk,
+            "test_risk": None,
+            "test_risk_interval": None,
+            "free_running": None,
+            "expected_runs_saved": None,
+            "path": [
+                {
+                    "budget": line.names[point],
+                    "thresholds": {
+                        str(layer): None if value == NEVER else float(value)
+                        for layer, value in zip(self._layers, line.thresholds[point])
+                    },
+                    "p_value": tested.p_values[point],
+                    "risk": tested.risks[point],
+                }
+                for point in range(len(tested.p_values))
+            ],
+        }
+
+    def _chosen(self, levels: Sequence[tuple[Certificate, Any, Any]]) -> np.ndarray | None:
+        """[exits]: the thresholds of the lowest level that is certified."""
+        certified = [one for one, _, _ in levels if one.refusal is None]
+        if not certified:
+            return None
+        return np.array([certified[0].thresholds.get(layer, NEVER) for layer in self._layers])
+
+    def _per_prompt(self, levels: Sequence[tuple[Certificate, Any, np.ndarray | None]]) -> list[dict[str, Any]]:
+        rows = [
+            {"name": prompt.name, "domain": prompt.domain, "tokens": len(record.tokens), "split": None, "loss": {}}
+            for prompt, record in zip(self._prompts.prompts, self._records, strict=True)
+        ]
+        for name in self._split.sizes:
+            for number in getattr(self._split, name):
+                rows[number]["split"] = name
+        for certificate, _, of_test in levels:
+            for number, loss in zip(self._split.test, () if of_test is None else of_test):
+                rows[number]["loss"][f"{certificate.level:g}"] = float(loss)
+        return rows
+
+    def _of(self, numbers: np.ndarray) -> list[Any]:
+        return [self._prompts.prompts[number] for number in numbers]
+
+    def _records_of(self, numbers: np.ndarray) -> list[PromptRecord]:
+        return [self._records[number] for number in numbers]
+
+
+def _runs_saved(answers: Sequence[FreeAnswer]) -> float:
+    full = sum(one.statistics.full_layer_passes for one in answers)
+    return 1.0 - sum(one.statistics.layer_runs for one in answers) / full if full else 0.0
+
+
+def _description(
+    records: Sequence[PromptRecord], layers: Sequence[int], thresholds: np.ndarray | None
+) -> dict[str, Any]:
+    """Curves and texts of the test split. thresholds: [exits] of the shares by position; None: there are none."""
+    curves = {}
+    for index, layer in enumerate(layers):
+        scores = np.concatenate([one.scores[:, index] for one in records])
+        is_right = ~np.concatenate([one.is_wrong[:, index] for one in records])
+        curves[str(layer)] = [point._asdict() for point in coverage_risk(scores, is_right)]
+    answers = [one.tokens.tolist() for one in records]
+    return {
+        "coverage_risk": curves,
+        "exit_share_by_position": [] if thresholds is None else _shares_by_position(records, layers, thresholds),
+        "text": {
+            "loop_rate": float(np.mean([is_loop(answer) for answer in answers])),
+            "distinct_1": float(np.mean([distinct_n(answer, 1) for answer in answers])),
+            "distinct_2": float(np.mean([distinct_n(answer, 2) for answer in answers if len(answer) > 1] or [0.0])),
+        },
+    }
+
+
+def _shares_by_position(
+    records: Sequence[PromptRecord], layers: Sequence[int], thresholds: np.ndarray
+) -> list[dict[str, Any]]:
+    taken = [first_exits(one, thresholds) for one in records]
+    names = [*map(str, layers), "final"]
+    rows = []
+    for position in range(max(map(len, taken))):
+        here = np.array([one[position] for one in taken if position < len(one)])
+        shares = np.bincount(here, minlength=len(names)) / len(here)
+        rows.append({"position": position, "count": len(here), "shares": dict(zip(names, shares.tolist()))})
+    return rows

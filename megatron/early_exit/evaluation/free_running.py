@@ -1,0 +1,52 @@
+"""What early exit itself generates, against the full model: behind the same tokens, and as whole answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.early_exit.evaluation.prompts import EvalPrompt
+from megatron.early_exit.evaluation.recording import Progress, full_params, outputs_as_they_end
+from megatron.early_exit.inference.certificates import AnswerSettings
+from megatron.early_exit.inference.llm import LLM
+from megatron.early_exit.inference.params import GenerationParams, ScoreParams
+from megatron.early_exit.inference.results import Statistics
+
+
+@dataclass(frozen=True)
+class FreeAnswer:
+    """The answer to one prompt with early exit."""
+
+    tokens: tuple[int, ...]
+    loss: float
+    """Share of its decisions that the full model would have taken otherwise behind the same tokens."""
+    statistics: Statistics
+
+
+def early_exit_params(thresholds: dict[int, float], answers: AnswerSettings) -> GenerationParams:
+    """thresholds: by layer. None: the full model answers."""
+    if not thresholds:
+        return full_params(answers)
+    layers, values = zip(*sorted(thresholds.items()), strict=True)
+    return full_params(answers, mode="early_exit", exit_layers=layers, exit_thresholds=values)
+
+
+def free_running(
+    llm: LLM, prompts: Sequence[EvalPrompt], thresholds: dict[int, float], answers: AnswerSettings, progress: Progress
+) -> list[FreeAnswer]:
+    """Answers in the order of prompts, each compared with the final head behind its own tokens."""
+    params, outputs = early_exit_params(thresholds, answers), {}
+    for output in outputs_as_they_end(llm, [prompt.ids for prompt in prompts], params):
+        outputs[output.prompt_index] = output
+        progress(len(outputs), len(prompts))
+    found = []
+    for number, prompt in enumerate(prompts):
+        result, ids = outputs[number].result, list(prompt.ids)
+        # The last token has no row of its own: what the final head would have said stands in the row before it.
+        wanted = ScoreParams(exit_layers=(), score_from=len(ids) - 1)
+        (scores,) = llm.score([ids + result.token_ids[:-1]], wanted)
+        is_wrong = np.array(result.token_ids) != np.array(scores.check().heads[-1].tokens)
+        found.append(FreeAnswer(tuple(result.token_ids), float(is_wrong.mean()), result.statistics))
+    return found

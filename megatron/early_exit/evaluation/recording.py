@@ -1,0 +1,107 @@
+"""Records of exits, taken while the full model answers; and how much its answers depend on rounding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron.early_exit.evaluation.prompts import EvalPrompt
+from megatron.early_exit.inference.certificates import AnswerSettings
+from megatron.early_exit.inference.exit_records import PromptRecord, RecordsFolder
+from megatron.early_exit.inference.llm import LLM
+from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.text_engine import RequestOutput
+
+_PROMPTS_PER_PART, _SECONDS_PER_PART = 64, 120.0
+
+Progress = Callable[[int, int], None]
+
+
+def full_params(answers: AnswerSettings, **more: object) -> GenerationParams:
+    """Greedy answers of the full model, as they are certified."""
+    return GenerationParams(max_tokens=answers.max_tokens, ignore_eod=answers.ignore_eod, **more)
+
+
+def outputs_as_they_end(
+    llm: LLM, prompts: Sequence[Sequence[int]], params: GenerationParams
+) -> Iterator[RequestOutput]:
+    """Answers of a model that has many at once, in the order in which they end. Raises ValueError for one that fails."""
+    for delta in llm.stream([list(ids) for ids in prompts], params):
+        if delta.is_finished:
+            if delta.output.error is not None:
+                raise ValueError(f"prompt {delta.output.prompt_index} could not be answered: {delta.output.error}")
+            yield delta.output
+
+
+def take_records(
+    llm: LLM, prompts: Sequence[EvalPrompt], folder: RecordsFolder, progress: Progress
+) -> tuple[list[PromptRecord], float]:
+    """(records of all prompts in order, seconds that it took). What the folder has is not taken again, and an
+    interruption keeps what has been taken."""
+    records = {record.prompt: record for record in folder.open()}
+    missing = [number for number in range(len(prompts)) if number not in records]
+    params = full_params(folder.about.answers, observe_exits=True)
+    part: list[PromptRecord] = []
+    start = last = time.perf_counter()
+    progress(len(records), len(prompts))
+    try:
+        for output in outputs_as_they_end(llm, [prompts[number].ids for number in missing], params):
+            part.append(_record(missing[output.prompt_index], output))
+            records[part[-1].prompt] = part[-1]
+            if len(part) >= _PROMPTS_PER_PART or time.perf_counter() - last > _SECONDS_PER_PART:
+                folder.add(part)
+                part, last = [], time.perf_counter()
+            progress(len(records), len(prompts))
+    finally:
+        folder.add(part)
+    return [records[number] for number in range(len(prompts))], time.perf_counter() - start
+
+
+def _record(number: int, output: RequestOutput) -> PromptRecord:
+    tokens = output.result.tokens
+    exits = [[one for one in token.predictions if one.exit_layer is not None] for token in tokens]
+    return PromptRecord(
+        number,
+        tokens=np.array([token.token for token in tokens], np.int64),
+        scores=np.array([[one.confidence for one in of_token] for of_token in exits], np.float64),
+        choices=np.array([[one.token for one in of_token] for of_token in exits], np.int64),
+        final_confidences=np.array([token.confidence for token in tokens], np.float64),
+    )
+
+
+@dataclass(frozen=True)
+class RoundingFloor:
+    """How often the full model at batch 1 decides otherwise than in the batches of the records."""
+
+    num_prompts: int
+    num_differing: int
+    num_decisions: int
+    """Up to the first difference, this one included."""
+
+    @property
+    def rate(self) -> float:
+        """Per decision: no promise below it means anything."""
+        return self.num_differing / self.num_decisions if self.num_decisions else 0.0
+
+
+def rounding_floor(
+    llm: LLM,
+    prompts: Sequence[EvalPrompt],
+    records: Sequence[PromptRecord],
+    answers: AnswerSettings,
+    progress: Progress,
+) -> RoundingFloor:
+    """Answer every prompt by itself, and compare with the records."""
+    num_differing = num_decisions = 0
+    for number, (prompt, record) in enumerate(zip(prompts, records, strict=True), start=1):
+        (output,) = outputs_as_they_end(llm, [prompt.ids], full_params(answers))
+        alone = np.array(output.result.token_ids)
+        common = min(len(alone), len(record.tokens))
+        differs = np.flatnonzero(alone[:common] != record.tokens[:common])
+        num_differing += bool(differs.size)
+        num_decisions += int(differs[0]) + 1 if differs.size else common
+        progress(number, len(prompts))
+    return RoundingFloor(len(prompts), num_differing, num_decisions)
