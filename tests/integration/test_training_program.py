@@ -113,8 +113,10 @@ def test_train_resume_and_generate(data: str, tmp_path: Path) -> None:
     assert '"exit_layer": 2' in generated.stdout
     full = run_tool("tools/generate.py", *prompt)
     assert '"exit_layer": 2' not in full.stdout and '"exit_layer": 4' in full.stdout
-    calibrated = run_tool("tools/calibrate_exits.py", "--load", str(folder), "--data-path", data, "--tokens", "200",
-                          "--shortlist-size", "60")  # fmt: skip
+    calibrated = run_tool(
+        "tools/evaluate.py", "calibrate", "--load", str(folder), "--data-path", data, "--prompts", "30",
+        "--prompt-length", "8", "--answer-tokens", "4", "--levels", "0.5", "--shortlist-size", "60",
+    )  # fmt: skip
     assert "60 frequent tokens cover" in calibrated.stdout
     drafted, planned, in_int8 = (
         [json.loads(line) for line in run_tool("tools/generate.py", *prompt, *flags).stdout.splitlines()]

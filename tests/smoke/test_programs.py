@@ -35,7 +35,8 @@ STEPS = {
     "generate": "tools/generate.py --load F/trained --prompt import --tokens-to-generate 4 --use-early-exit"
     " --early-exit-thres 0",
     "evaluate": "tools/evaluate_exits.py --load F/trained --data-path F/data_text_document --tokens 100",
-    "calibrate": "tools/calibrate_exits.py --load F/trained --data-path F/data_text_document --tokens 100",
+    "calibrate": "tools/evaluate.py calibrate --load F/trained --data-path F/data_text_document --prompts 20"
+    " --prompt-length 4 --answer-tokens 4 --levels 0.5 --rounding-prompts 2",
     "remove": "tools/convert_checkpoint.py remove-exits --load F/trained --save F/plain",
     "export": "tools/convert_checkpoint.py to-hf --load F/plain --output F/exported",
     "import": "tools/convert_checkpoint.py from-hf --input F/exported --save F/imported",
@@ -64,7 +65,7 @@ SAID = {
     "plot": "wrote",
     "generate": "stopped by max_tokens",
     "evaluate": "exit 2",
-    "calibrate": "exit_calibration.npz",
+    "calibrate": "certified:0.5 (A-max, delta 0.05)",
     "export": "llama",
     "inspect": "after layers 1, 3",
     "tune": "early loss [3]",

@@ -129,6 +129,8 @@ class Certificates:
             )
         if params.ignore_eod != certificate.answers.ignore_eod:
             raise ValueError(f"{level} was made with ignore_eod {certificate.answers.ignore_eod}; ask for the same")
+        if certificate.risk == "C" and (params.exit_layers or params.plan_exits):
+            raise ValueError(f"{level} (risk C) holds with all exits enabled; leave out exit_layers and plan_exits")
         layers = params.exit_layers or tuple(certificate.thresholds)
         return {layer: certificate.thresholds[layer] for layer in sorted(layers) if layer in certificate.thresholds}
 

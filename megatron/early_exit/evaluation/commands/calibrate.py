@@ -40,8 +40,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     certificate.add_argument(
         "--grid", type=float, nargs="+", metavar="F",
-        help="thresholds for all exits alike to try, instead of those of a tuning split; needed by no risk, default "
-        "with B and C: 0.999 to 0.5",
+        help="thresholds for all exits alike to try, instead of those of a tuning split; default with B and C: 0.999 to "
+        "0.5",
     )  # fmt: skip
     certificate.add_argument(
         "--free-running", action="store_true",
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron.early_exit.platform.machine import machine_info
 
     settings, machine = _settings(args), machine_info()
+    settings.check_prompts(args.prompts or args.default_prompts)  # before the shortlist is written
     _count_frequent_tokens(args)
     llm, loaded = load(args)
     with llm:

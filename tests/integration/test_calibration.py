@@ -1,0 +1,232 @@
+"""tools/evaluate.py calibrate on a tiny model whose last exit is the final head again; what certificates then allow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron.early_exit.evaluation.command_line import main
+from megatron.early_exit.inference.certificates import read_certificates
+from megatron.early_exit.inference.exit_records import read_records
+from megatron.early_exit.inference.llm import LLM
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
+from tests.data_files import write_documents
+from tests.server.models import NUM_LAYERS, chat_model
+
+LENGTH, ANSWER, PROMPTS = 6, 8, 240
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with exits after layers 2 and 6, the last one."""
+    from megatron.early_exit.checkpoint.convert_command import main as convert
+
+    folder = tmp_path_factory.mktemp("calibration")
+    chat_model(folder)
+    exits = ["--exit-layer-nums", "2", str(NUM_LAYERS), "--use-exit-norm", "--init", "copy"]
+    assert convert(["add-exits", "--load", str(folder / "plain"), "--save", str(folder / "exits"), *exits]) == 0
+    draw = np.random.default_rng(0)
+    vocabulary = 200
+    write_documents(folder / "text", [draw.integers(0, vocabulary, LENGTH + 2).tolist() for _ in range(400)])
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy to write into."""
+    shutil.copytree(made / "exits", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def calibrate(made: Path, folder: Path, *words: str) -> int:
+    return main([
+        "calibrate", "--load", str(folder), "--data-path", str(made / "text"), "--prompt-length", str(LENGTH),
+        "--answer-tokens", str(ANSWER), "--prompts", str(PROMPTS), "--shortlist-size", "0", *words,
+    ])  # fmt: skip
+
+
+def iteration(folder: Path) -> Path:
+    (only,) = folder.glob("iter_*")
+    return only
+
+
+@pytest.fixture(scope="module")
+def certified(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibrated checkpoint: level 0.95 with both certificates. Read only."""
+    folder = tmp_path_factory.mktemp("certified") / "model"
+    shutil.copytree(made / "exits", folder)
+    assert calibrate(made, folder, "--levels", "0.8", "0.9", "--delta", "0.2", "--rounding-prompts", "4",
+                     "--free-running") == 0  # fmt: skip
+    return folder
+
+
+def test_records_are_what_every_exit_says_along_the_full_answer(certified: Path, made: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    corpus = IndexedDataset(str(made / "text"))
+    (records_folder,) = iteration(certified).glob("exit_records/*")
+    records = read_records(records_folder)
+    assert [one.prompt for one in records] == list(range(PROMPTS))
+    document = json.loads((iteration(certified) / "evaluation/calibrate.json").read_text())
+    llm = LLM.load(str(certified))
+    for record in records[:5]:
+        assert record.scores.shape == record.choices.shape == (len(record.tokens), 2)
+        # The name tells the document of the corpus that the prompt is the beginning of.
+        index = int(document["results"]["per_prompt"][record.prompt]["name"].rpartition(":")[2])
+        prompt = corpus[index][:LENGTH].tolist()
+        answer = record.tokens.tolist()
+        (full,) = llm.generate([prompt], GenerationParams(max_tokens=ANSWER))
+        assert full.result.token_ids == answer
+        (scores,) = llm.score([prompt + answer[:-1]], ScoreParams(score_from=len(prompt) - 1))
+        for column, head in enumerate(scores.check().heads[:-1]):
+            assert list(head.tokens) == record.choices[:, column].tolist()
+            assert head.confidences == pytest.approx(record.scores[:, column].tolist(), rel=1e-4)
+        assert scores.heads[-1].confidences == pytest.approx(record.final_confidences.tolist(), rel=1e-4)
+
+
+def test_the_exit_that_is_always_right_is_certified(certified: Path) -> None:
+    for one in read_certificates(iteration(certified)):
+        assert one.refusal is None and one.thresholds[NUM_LAYERS] == 0.0
+        assert one.calibration_risk <= 1 - one.level and one.p_value <= 0.1
+        assert one.free_running.is_certified
+        assert sum(one.num_prompts.values()) == PROMPTS
+    document = json.loads((iteration(certified) / "evaluation/calibrate.json").read_text())
+    for card in document["results"]["certificates"]:
+        low, high = card["test_risk_interval"]
+        assert low <= card["test_risk"] <= high <= 1 - card["level"] + 0.05
+        test = [
+            one["loss"][f"{card['level']:g}"] for one in document["results"]["per_prompt"] if one["split"] == "test"
+        ]
+        assert card["test_risk"] == pytest.approx(np.mean(test)) and len(test) == card["prompts"]["test"]
+    shares = document["results"]["exit_share_by_position"]
+    assert len(shares) == ANSWER and all(sum(one["shares"].values()) == pytest.approx(1) for one in shares)
+    assert document["results"]["rounding"]["decisions"] > 0
+
+
+def test_generation_with_certified_thresholds(certified: Path) -> None:
+    llm = LLM.load(str(certified))
+    (one,) = (one for one in read_certificates(iteration(certified)) if one.level == 0.9)
+    layers, thresholds = zip(*sorted(one.thresholds.items()), strict=True)
+    certain = GenerationParams(max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.9")
+    numbers = GenerationParams(
+        max_tokens=ANSWER, mode="early_exit", exit_layers=layers, exit_thresholds=thresholds
+    )  # fmt: skip
+    prompts = [[1, 2, 3], [50, 60, 70, 80]]
+    outputs = llm.generate(prompts, certain)
+    tokens = lambda outputs: [[(one.token, one.exit_layer) for one in output.result.tokens] for output in outputs]
+    assert tokens(outputs) == tokens(llm.generate(prompts, numbers))
+    assert any(not token.is_final for output in outputs for token in output.result.tokens)
+    planned = GenerationParams(max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.9", plan_exits=True)
+    assert llm.generate(prompts, planned)[0].error is None
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"exit_thresholds": "certified:0.97"},
+     "certified:0.97 has no certificate; there are certified:0.8, certified:0.9"),
+    ({"max_tokens": 9}, "certified:0.9 was made for answers of max_tokens 8, not 9"),
+    ({"ignore_eod": True}, "was made with ignore_eod False"),
+    ({"min_tokens": 2}, "does not cover min_tokens"),
+    ({"sampling": SamplingSettings(temperature=1.0)}, "certified:0.9 holds for greedy answers"),
+    ({"sampling": SamplingSettings(repetition_penalty=1.2)}, "certified:0.9 holds for greedy answers"),
+    ({"exit_layers": (3,)}, "the model has no exit named 3"),
+])  # fmt: skip
+def test_what_no_certificate_covers(certified: Path, changes: dict, message: str) -> None:
+    settings = {"max_tokens": ANSWER, "mode": "early_exit", "exit_thresholds": "certified:0.9", **changes}
+    with pytest.raises(ValueError) as caught:
+        LLM.load(str(certified)).generate([1, 2], GenerationParams(**settings))
+    assert message in str(caught.value)
+
+
+def test_another_model_than_the_certified_one(certified: Path, made: Path, tmp_path: Path) -> None:
+    params = GenerationParams(max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.9")
+    with pytest.raises(ValueError, match=r"the certificate of 0.8 is for another dtype \(bf16, not fp32\)"):
+        LLM.load(str(certified), dtype="bf16").generate([1, 2], params)
+    other = tmp_path / "other"
+    shutil.copytree(certified, other)
+    about = iteration(other) / "checksums.json"
+    assert about.is_file(), sorted(iteration(other).iterdir())
+    about.write_text(about.read_text() + "\n")
+    with pytest.raises(ValueError, match="another checkpoint, or one that was written again"):
+        LLM.load(str(other)).generate([1, 2], params)
+    with pytest.raises(ValueError, match=r"the checkpoint has none.*tools/evaluate.py calibrate"):
+        LLM.load(str(made / "exits")).generate([1, 2], params)
+    (iteration(other) / "exit_certificates.json").write_text("[{}]")
+    with pytest.raises(ValueError, match=r"exit_certificates.json cannot be read"):
+        LLM.load(str(other))
+
+
+def test_an_interrupted_calibration_goes_on(made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.early_exit.evaluation import recording
+
+    answered: list[int] = []
+    original = recording._record
+
+    def record_some(number: int, output: Any) -> Any:
+        if len(answered) == 70:
+            raise KeyboardInterrupt
+        answered.append(number)
+        return original(number, output)
+
+    monkeypatch.setattr(recording, "_record", record_some)
+    words = ["--levels", "0.9", "--delta", "0.2", "--rounding-prompts", "0"]
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(made, folder, *words)
+    (records,) = iteration(folder).glob("exit_records/*")
+    assert sorted(one.prompt for one in read_records(records)) == sorted(answered)
+    again: list[int] = []
+    monkeypatch.setattr(recording, "_record", lambda number, output: again.append(number) or original(number, output))
+    assert calibrate(made, folder, *words) == 0
+    assert sorted(again + answered) == list(range(PROMPTS))
+    assert calibrate(made, folder, *words) == 0 and len(again) + len(answered) == PROMPTS  # nothing is taken again
+
+
+def test_a_level_that_exits_cannot_keep_is_refused_with_the_reason(
+    made: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--levels", "0.9", "--delta", "0.2", "--rounding-prompts", "0", "--grid", "0.0"]
+    assert calibrate(made, folder, *words) == 0
+    assert "certified:0.9 (A-max, delta 0.2): refused: the safest thresholds have a risk of" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="certified:0.9 is not to be had for this model: the safest thresholds"):
+        LLM.load(str(folder)).generate(
+            [1, 2], GenerationParams(max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.9")
+        )
+
+
+@pytest.mark.parametrize("risk", ["B", "C"])
+def test_other_risks(made: Path, folder: Path, risk: str) -> None:
+    words = ["--levels", "0.9", "--delta", "0.2", "--rounding-prompts", "0", "--risk", risk, "--grid", "1.0"]
+    assert calibrate(made, folder, *words) == 0
+    (one,) = read_certificates(iteration(folder))
+    assert one.risk == risk and one.calibration_risk is not None
+    if risk == "C" and one.refusal is None:
+        params = GenerationParams(
+            max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.9", exit_layers=(NUM_LAYERS,)
+        )
+        with pytest.raises(ValueError, match="holds with all exits enabled"):
+            LLM.load(str(folder)).generate([1, 2], params)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--prompts", "20"], "20 prompts cannot support level 0.99"),
+    (["--levels", "1.5"], "--levels has 1.5"),
+    (["--shortlist-size", "100000", "--levels", "0.5"], "--shortlist-size is 100000; the vocabulary has"),
+    (["--load", "nowhere", "--levels", "0.5"], "nowhere: no such folder"),
+    (["--answer-tokens", "4000", "--levels", "0.5"], "the model takes"),
+])  # fmt: skip
+def test_what_cannot_be_calibrated(
+    made: Path, folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(iteration(folder).iterdir())
+    assert calibrate(made, folder, *words) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(iteration(folder).iterdir()) == before
+
+
+def test_a_model_without_exits(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert calibrate(made, made / "plain", "--levels", "0.5") == 2
+    assert "has no exits to calibrate" in capsys.readouterr().err
