@@ -35,7 +35,7 @@ STEPS = {
     "generate": "tools/generate.py --load F/trained --prompt import --tokens-to-generate 4 --use-early-exit"
     " --early-exit-thres 0",
     "evaluate": "tools/evaluate_exits.py --load F/trained --data-path F/data_text_document --tokens 100",
-    "calibrate": "tools/evaluate.py calibrate --load F/trained --data-path F/data_text_document --prompts 20"
+    "calibrate": "tools/evaluate.py calibrate --load F/trained --data-path F/data_text_document --prompts 10"
     " --prompt-length 4 --answer-tokens 4 --levels 0.5 --rounding-prompts 2",
     "remove": "tools/convert_checkpoint.py remove-exits --load F/trained --save F/plain",
     "export": "tools/convert_checkpoint.py to-hf --load F/plain --output F/exported",
