@@ -56,7 +56,7 @@ def test_losses_and_exits_are_those_of_a_walk(digits: int | None) -> None:
     for point in points:
         taken = [walked_losses(record, list(point))[2] for record in records]
         assert [first_exits(record, point).tolist() for record in records] == taken
-        counts = np.bincount(sum(taken, []), minlength=4)
+        counts = np.bincount(np.concatenate(taken), minlength=4)
         assert exit_shares(records, point) == pytest.approx(counts / counts.sum())
 
 

@@ -28,7 +28,8 @@ def full_params(answers: AnswerSettings, **more: object) -> GenerationParams:
 def outputs_as_they_end(
     llm: LLM, prompts: Sequence[Sequence[int]], params: GenerationParams
 ) -> Iterator[RequestOutput]:
-    """Answers of a model that has many at once, in the order in which they end. Raises ValueError for one that fails."""
+    """Answers of a model that has many at once, in the order in which they end. Raises ValueError if one
+    fails."""
     for delta in llm.stream([list(ids) for ids in prompts], params):
         if delta.is_finished:
             if delta.output.error is not None:

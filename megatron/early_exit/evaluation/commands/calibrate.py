@@ -40,7 +40,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     certificate.add_argument(
         "--grid", type=float, nargs="+", metavar="F",
-        help="thresholds for all exits alike to try, instead of those of a tuning split; default with B and C: 0.999 to "
+        help="thresholds for all exits alike, in place of those of a tuning split; default with B and C: 0.999 to "
         "0.5",
     )  # fmt: skip
     certificate.add_argument(
