@@ -1,0 +1,122 @@
+"""Agreement with the full model against measured speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron.early_exit.evaluation.report.plots import base
+from megatron.early_exit.evaluation.report.plots.labels import Label, label_points
+from megatron.early_exit.evaluation.report.schema import Interval, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LOOKS = {
+    "full": ("full model", base.BLACK, "s"),
+    "early_exit": ("early exit", base.BLUE, "o"),
+    "self_speculative": ("self-speculative", base.VERMILION, "^"),
+    "certified": ("certified thresholds", base.GREEN, "*"),
+}
+"""Name, colour and marker of each kind of point."""
+MOST_PANELS = 4
+
+
+def kind_of(row: Row) -> str:
+    return "certified" if row.level is not None else row.mode if row.mode in LOOKS else "early_exit"
+
+
+def pareto(rows: Sequence[Row]) -> base.Plot | None:
+    """A panel for each batch size. None if fewer than two ways to decode have both numbers."""
+    known = [row for row in rows if row.speedup is not None and row.agreement is not None]
+    batches = sorted({row.batch for row in known})[:MOST_PANELS]
+    known = [row for row in known if row.batch in batches]
+    if len(known) < 2:
+        return None
+    return base.Plot(
+        "pareto",
+        "Share of tokens that the full model would have taken (vertical, does not begin at zero) against measured "
+        "speed-up over the full model (horizontal), with 95% intervals. Up and to the right is better. The grey line "
+        "joins the ways that no other beats in both.",
+        _finding(known),
+        lambda: _draw(known, batches),
+    )
+
+
+def _finding(rows: Sequence[Row]) -> str:
+    fastest = max(rows, key=lambda row: row.speedup)
+    words = f"The fastest is {fastest.name} at batch {fastest.batch}: {fastest.speedup:.2f} times the full model's "
+    words += f"speed with {fastest.agreement:.1%} agreement."
+    for row in rows:
+        if row.level is not None:
+            words += f" Certified at {row.level:.1%} and batch {row.batch}: {row.speedup:.2f} times, {row.agreement:.1%}."
+    return words
+
+
+def frontier(rows: Sequence[Row]) -> list[Row]:
+    """Rows that no other beats in both numbers, from slow to fast."""
+    best, found = -1.0, []
+    for row in sorted(rows, key=lambda row: (-row.speedup, -row.agreement)):
+        if row.agreement > best:
+            best = row.agreement
+            found.append(row)
+    return found[::-1]
+
+
+def _draw(rows: Sequence[Row], batches: Sequence[int]) -> Figure:
+    if len(batches) == 1:
+        figure, axes = base.single()
+        all_axes = [axes]
+    else:
+        figure, all_axes = base.panels([f"batch {batch}" for batch in batches], (3.4, 3.0), num_columns=2)
+    for axes in all_axes:
+        axes.margins(0.12)
+        axes.axvline(1, color="#999999", linewidth=0.9, linestyle=":")
+        base.percents(axes.yaxis)
+    of_batch = [[row for row in rows if row.batch == batch] for batch in batches]
+    for axes, own in zip(all_axes, of_batch):
+        _points(axes, own)
+    figure.supxlabel("measured speed-up over the full model (×)", fontsize=9)
+    figure.supylabel("tokens that agree with the full model", fontsize=9)
+    kinds = [kind for kind in LOOKS if any(kind_of(row) == kind for row in rows)]
+    figure.legend(handles=[_handle(kind) for kind in kinds], loc="outside upper left", ncols=len(kinds))
+    for axes, own in zip(all_axes, of_batch):
+        best = frontier(own)
+        labels = [
+            Label(row.speedup, row.agreement, row.name, LOOKS[kind_of(row)][1], row.level is not None)
+            for row in sorted(own, key=lambda row: row not in best)
+        ]
+        label_points(axes, labels)
+    return figure
+
+
+def _handle(kind: str) -> object:
+    from matplotlib.lines import Line2D
+
+    name, colour, marker = LOOKS[kind]
+    return Line2D([], [], color=colour, marker=marker, linestyle="", label=name, markersize=_size(kind))
+
+
+def _size(kind: str) -> float:
+    return 12 if kind == "certified" else 6
+
+
+def _points(axes: Axes, rows: Sequence[Row]) -> None:
+    best = frontier(rows)
+    axes.plot([row.speedup for row in best], [row.agreement for row in best], color="#BBBBBB", zorder=1)
+    for row in rows:
+        _, colour, marker = LOOKS[kind_of(row)]
+        axes.errorbar(
+            row.speedup, row.agreement, xerr=_errors(row.speedup, row.speedup_interval),
+            yerr=_errors(row.agreement, row.agreement_interval), color=colour, marker=marker,
+            markersize=_size(kind_of(row)), markeredgecolor="white", markeredgewidth=0.6, elinewidth=0.9, zorder=3,
+        )  # fmt: skip
+
+
+def _errors(value: float, interval: Interval) -> list[list[float]] | None:
+    """Lengths below and above the value, as matplotlib wants them."""
+    if not interval or None in interval:
+        return None
+    low, high = interval
+    return [[max(value - low, 0)], [max(high - value, 0)]]

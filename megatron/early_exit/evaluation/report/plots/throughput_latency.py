@@ -1,0 +1,80 @@
+"""Throughput of the whole batch against the time that each request waits for a token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from megatron.early_exit.evaluation.report.plots import base
+from megatron.early_exit.evaluation.report.plots.labels import Label, label_points
+from megatron.early_exit.evaluation.report.schema import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_LINES = 6
+_COLOURS = (base.BLACK, base.BLUE, base.VERMILION, base.GREEN, base.PURPLE, base.ORANGE)
+
+
+def throughput_latency(rows: Sequence[Row]) -> base.Plot | None:
+    """A line for each way to decode, over batch sizes. None if none was measured at two."""
+    lines: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.batch):
+        if row.tokens_per_second and row.seconds_per_token:
+            lines.setdefault(row.name, []).append(row)
+    lines = _most_telling({name: own for name, own in lines.items() if len(own) > 1})
+    if not lines:
+        return None
+    best = max((row for own in lines.values() for row in own), key=lambda row: row.tokens_per_second)
+    return base.Plot(
+        "throughput_latency",
+        "Tokens per second of all requests together (vertical, logarithmic) against milliseconds that one request "
+        "waits for a token (horizontal, logarithmic). Numbers at the markers are batch sizes. Up and to the left is "
+        "better.",
+        f"The highest throughput is {best.tokens_per_second:,.0f} tokens per second, of {best.name} at batch "
+        f"{best.batch}, where a request waits {1e3 * best.seconds_per_token:.1f} ms for a token.",
+        lambda: _draw(lines),
+    )
+
+
+def _most_telling(lines: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """The full model's and certified ones, then the fastest at the largest batch, in the order of the table."""
+    rank = lambda name: (
+        not lines[name][0].is_baseline, lines[name][0].level is None, -lines[name][-1].tokens_per_second
+    )  # fmt: skip
+    chosen = sorted(lines, key=rank)[:MOST_LINES]
+    return {name: own for name, own in lines.items() if name in chosen}
+
+
+def _draw(lines: Mapping[str, list[Row]]) -> Figure:
+    figure, axes = base.single()
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.margins(0.1)
+    looks = dict(zip(lines, zip(_COLOURS, base.MARKERS, base.DASHES + base.DASHES)))
+    for name, own in lines.items():
+        colour, marker, dash = looks[name]
+        axes.plot(*_places(own), color=colour, marker=marker, linestyle=dash, label=name)
+    _plain_numbers(axes)
+    axes.set_xlabel("time for a token of one request (ms)")
+    axes.set_ylabel("tokens per second, all requests")
+    figure.legend(loc="outside right upper")
+    label_points(axes, [
+        Label(1e3 * row.seconds_per_token, row.tokens_per_second, str(row.batch), looks[name][0])
+        for name, own in lines.items() for row in own
+    ])  # fmt: skip
+    return figure
+
+
+def _places(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    return [1e3 * row.seconds_per_token for row in rows], [row.tokens_per_second for row in rows]
+
+
+def _plain_numbers(axes: object) -> None:
+    """1, 2, 5, 10 ... on logarithmic axes instead of powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,289 @@
+"""What the report needs of each kind of result document. Keys beside these are left alone; layers are counted from 1.
+
+A key without a default must be there; numbers that are unknown are None."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from megatron.early_exit.evaluation.documents import read_document
+
+Number = float | None
+Interval = tuple[Number, Number] | None
+"""Lower and upper bound, of 95% confidence."""
+
+
+class Head(msgspec.Struct):
+    """An exit, or the final head, on a text."""
+
+    layer: int
+    is_final: bool
+    loss: Number
+    """Nats per token."""
+    perplexity: Number
+    agreement: Number
+    agreement_interval: Interval
+    ece: Number
+    auroc: Number
+    cost_in_layers: Number
+    accuracy: Number = None
+    confidence: Number = None
+
+
+class ReliabilityBin(msgspec.Struct):
+    score: Number
+    agreement: Number
+    count: int
+
+
+class Exits(msgspec.Struct):
+    tokens: int
+    heads: list[Head]
+    reliability: dict[str, list[ReliabilityBin]]
+    """By layer."""
+    by_domain: dict[str, list[Head]] = {}
+
+
+class PathPoint(msgspec.Struct):
+    """One point of the grid along which thresholds were tested, from safe to risky."""
+
+    budget: Number
+    p_value: Number
+    risk: Number
+    thresholds: dict[str, float] | None = None
+
+
+class FreeRunning(msgspec.Struct):
+    p_value: Number
+    risk: Number
+    test_risk: Number = None
+    test_risk_interval: Interval = None
+
+
+class Certificate(msgspec.Struct):
+    level: float
+    delta: float
+    risk: str
+    status: str
+    reason: str | None
+    thresholds: dict[str, float] | None
+    """By layer."""
+    prompts: dict[str, int | None]
+    """Of each split."""
+    p_value: Number
+    calibration_risk: Number
+    test_risk: Number
+    test_risk_interval: Interval
+    free_running: FreeRunning | None
+    expected_runs_saved: Number = None
+    path: list[PathPoint] = []
+
+    @property
+    def is_certified(self) -> bool:
+        return self.status == "certified"
+
+
+class CoveragePoint(msgspec.Struct):
+    threshold: Number
+    coverage: Number
+    risk: Number
+    oracle_risk: Number = None
+
+
+class Shares(msgspec.Struct):
+    position: int
+    shares: dict[str, Number]
+    """By layer, or "final"."""
+
+
+class AnswerText(msgspec.Struct):
+    loop_rate: Number
+    distinct_1: Number
+    distinct_2: Number
+
+
+class Rounding(msgspec.Struct):
+    batch_1_vs_n: Number
+    decisions: int | None = None
+
+
+class RecordingCost(msgspec.Struct):
+    record_seconds: Number
+    full_seconds: Number
+    ratio: Number
+
+
+class Calibration(msgspec.Struct):
+    certificates: list[Certificate]
+    coverage_risk: dict[str, list[CoveragePoint]] = {}
+    exit_share_by_position: list[Shares] = []
+    text: AnswerText | None = None
+    rounding: Rounding | None = None
+    cost: RecordingCost | None = None
+
+
+class Row(msgspec.Struct):
+    """One way to decode at one batch size."""
+
+    name: str
+    mode: str
+    batch: int
+    tokens_per_second: Number
+    speedup: Number
+    speedup_interval: Interval
+    layer_run_speedup: Number
+    agreement: Number
+    """Share of tokens that the full model would have taken at their place."""
+    agreement_interval: Interval
+    thresholds: Any = None
+    level: Number = None
+    """Of the certificate whose thresholds these are."""
+    draft_exit: int | None = None
+    draft_length: int | str | None = None
+    layers_saved: Number = None
+    runs_saved: Number = None
+    identical_answers: Number = None
+    acceptance: Number = None
+    perplexity: Number = None
+    loop_rate: Number = None
+    first_token_seconds: Number = None
+    seconds_per_token: Number = None
+    exit_shares: dict[str, Number] | None = None
+    is_baseline: bool = False
+
+
+class StepPart(msgspec.Struct):
+    part: str
+    seconds: Number
+
+
+class Speed(msgspec.Struct):
+    """Of the commands `sweep` and `benchmark`."""
+
+    rows: list[Row]
+    transformers: Row | None = None
+    step: list[StepPart] = []
+
+
+class Difference(msgspec.Struct):
+    """Where an answer first leaves the full model's."""
+
+    prompt: Any
+    position: int
+    expected: Any
+    got: Any
+    margin: Number
+    """Log-probability (nats) by which the full model prefers its best token to its second there."""
+
+
+class Comparison(msgspec.Struct):
+    name: str
+    mode: str
+    prompts: int
+    identical: int
+    identical_interval: Interval
+    tokens: int | None
+    settings: Any = None
+    first_differences: list[Difference] = []
+
+
+class Correctness(msgspec.Struct):
+    rows: list[Comparison]
+
+
+class Score(msgspec.Struct):
+    value: Number
+    stderr: Number = None
+
+
+class Paired(msgspec.Struct):
+    """A mode against the full model on the same items."""
+
+    mcnemar_p: Number = None
+    difference: Number = None
+    interval: Interval = None
+
+
+class Task(msgspec.Struct):
+    n: int | None
+    metrics: dict[str, dict[str, Score]]
+    """By metric and mode."""
+    paired: dict[str, Paired] = {}
+
+
+class Tasks(msgspec.Struct):
+    tasks: dict[str, Task]
+    modes: dict[str, Any] = {}
+
+
+class Model(msgspec.Struct):
+    checkpoint: str
+    num_layers: int
+    exit_layers: list[int]
+    fingerprint: str | None = None
+    tokenizer: str | None = None
+    iteration: int | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+    tensor_parallel_size: int | None = None
+    pipeline_parallel_size: int | None = None
+    num_slots: int | None = None
+    threads: int | None = None
+
+
+class Machine(msgspec.Struct):
+    cpu: str | None = None
+    cpu_cores: int | None = None
+    memory_bytes: int | None = None
+    gpus: list[str] = []
+    system: str | None = None
+    load_average_1min: Number = None
+    """Before the run."""
+
+
+RESULTS: dict[str, type[msgspec.Struct]] = {
+    "exits": Exits, "calibrate": Calibration, "sweep": Speed, "correctness": Correctness, "benchmark": Speed,
+    "tasks": Tasks,
+}  # fmt: skip
+"""By kind of document, in the order of the commands."""
+
+
+class Document(msgspec.Struct):
+    """Facts of a document, with its results still as they stand in the file."""
+
+    kind: str
+    model: Model
+    results: Any
+    date: str | None = None
+    command: str | None = None
+    commit: str | None = None
+    versions: dict[str, str | None] = {}
+    machine: Machine = msgspec.field(default_factory=Machine)
+    settings: dict[str, Any] = {}
+    data: dict[str, str | None] = {}
+    path: Any = None
+    """Of its file."""
+
+
+def load_document(path: Path) -> Document:
+    """A document with typed results. Raises ValueError if it is broken or of no known kind, OSError if it cannot be
+    read."""
+    content = read_document(path)
+    kind = content["kind"]
+    if kind not in RESULTS:
+        raise ValueError(f"{path} is of kind {kind!r}, which the report does not know; known are {', '.join(RESULTS)}")
+    document = _convert(content, Document, "$", path)
+    document.path = path
+    document.results = _convert(content["results"], RESULTS[kind], "$.results", path)
+    return document
+
+
+def _convert(content: Any, to: type[Any], place: str, path: Path) -> Any:
+    try:
+        return msgspec.convert(content, to)
+    except msgspec.ValidationError as error:
+        words = str(error).replace("`$", f"`{place}") if "`$" in str(error) else f"{error} - at `{place}`"
+        raise ValueError(f"{path} is a broken result document: {words}") from None

@@ -1,0 +1,63 @@
+"""Scores of lm-eval's tasks, each way to decode beside the full model."""
+
+from __future__ import annotations
+
+from megatron.early_exit.evaluation.report.markup import Content
+from megatron.early_exit.evaluation.report.numbers import UNKNOWN, number, p_value
+from megatron.early_exit.evaluation.report.schema import Document, Paired, Score, Task, Tasks
+from megatron.early_exit.evaluation.report.sections.base import Parts, Section
+from megatron.early_exit.evaluation.report.tables import facts, table
+
+COLUMNS = ("Task", "Items", "Metric", "Mode", "Score ± stderr", "Difference to full (95%)", "McNemar p")
+
+
+def _parts(document: Document) -> Parts:
+    results: Tasks = document.results
+    rows = [row for name, task in results.tasks.items() for row in _rows(name, task)]
+    if not rows:
+        return []
+    modes = [(name, _settings(settings)) for name, settings in results.modes.items()]
+    return [table("Scores of tasks", COLUMNS, rows), *([facts("Modes of the tasks", modes)] if modes else [])]
+
+
+def _rows(name: str, task: Task) -> list[list[Content]]:
+    return [
+        [name, number(task.n, "{:,}".format), metric, mode, _score(score), *_paired(task.paired.get(mode))]
+        for metric, by_mode in task.metrics.items()
+        for mode, score in by_mode.items()
+    ]
+
+
+def _score(score: Score) -> Content:
+    if score.stderr is None:
+        return number(score.value)
+    return [number(score.value), " ± ", number(score.stderr)]
+
+
+def _paired(paired: Paired | None) -> list[Content]:
+    if paired is None:
+        return [UNKNOWN, UNKNOWN]
+    signed = "{:+.3f}".format
+    difference: list[Content] = [number(paired.difference, signed)]
+    if paired.interval and None not in paired.interval:
+        low, high = (number(bound, signed) for bound in paired.interval)
+        difference += [" (", low, " – ", high, ")"]
+    return [difference, number(paired.mcnemar_p, p_value)]
+
+
+def _settings(settings: object) -> str:
+    if not isinstance(settings, dict):
+        return str(settings)
+    return ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+
+
+SECTION = Section(
+    "tasks",
+    "Standard tasks",
+    ("tasks",),
+    "Scores are lm-eval's, with the standard error over items. What counts is the paired difference to the full model on "
+    "the same items: an interval that holds 0, or a large McNemar p, means that no loss was shown, not that there is "
+    "none. Traps: with 100 items only differences of ten points show; and a likelihood task scores given text, so it "
+    "says something about an exit only where the settings say that the exit was forced.",
+    _parts,
+)
