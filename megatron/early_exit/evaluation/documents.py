@@ -72,12 +72,16 @@ def write_document(document: Mapping[str, Any], path: Path) -> None:
 def read_document(path: Path) -> dict[str, Any]:
     """Raises ValueError if it is no result document, OSError if it cannot be read."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except ValueError as error:
         raise ValueError(f"{path} is no result document: {error}") from None
     if not isinstance(document, dict) or not {"kind", "model", "results"} <= document.keys():
         raise ValueError(f"{path} is no result document of evaluate.py: it has no kind, model and results")
     return document
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def content_digest(path: Path) -> str:

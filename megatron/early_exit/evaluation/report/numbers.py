@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron.early_exit.evaluation.report.markup import Content, Markup, element
+from megatron.early_exit.evaluation.report.markup import Content, element
 
 UNKNOWN = "–"
 Interval = tuple[float | None, float | None] | None
@@ -24,6 +24,11 @@ def percent(value: float) -> str:
     return f"{hundreds:.{2 if is_near_an_end else 1}f}%"
 
 
+def plain_percent(value: float) -> str:
+    """0.95 -> "95%", for numbers that somebody has chosen."""
+    return f"{100 * value:.6g}%"
+
+
 def times(value: float) -> str:
     """1.1634 -> "1.16×"."""
     return f"{value:.2f}×"
@@ -36,23 +41,18 @@ def p_value(value: float) -> str:
 
 def seconds(value: float) -> str:
     """0.01234 -> "12.3 ms"."""
-    if value >= 1:
-        return f"{value:,.2f} s"
-    return f"{1e3 * value:.3g} ms" if value >= 1e-3 else f"{1e6 * value:.3g} µs"
+    scaled, unit = (value, "s") if value >= 1 else (1e3 * value, "ms") if value >= 1e-3 else (1e6 * value, "µs")
+    return f"{scaled:,.{0 if scaled >= 1000 else 1 if scaled >= 10 else 2}f} {unit}"
 
 
-def number(value: Any, format_: Format = decimals(3)) -> Content:
-    """Unknown ones are a dash."""
-    return UNKNOWN if value is None else element("data", format_(value), value=repr(value))
+def number(value: Any, format_: Format | None = None) -> Content:
+    """Unknown ones are a dash. format_: default three decimals."""
+    return UNKNOWN if value is None else element("data", (format_ or decimals(3))(value), value=repr(value))
 
 
 def with_interval(value: float | None, interval: Interval, format_: Format) -> Content:
     """`98.8% (97.9% – 99.4%)`."""
-    if value is None or not interval or None in interval:
+    if value is None or not interval or None in interval or interval[0] == interval[1]:
         return number(value, format_)
     low, high = (number(bound, format_) for bound in interval)
     return [number(value, format_), element("span", " (", low, " – ", high, ")", class_="interval")]
-
-
-def no_break(content: Content) -> Markup:
-    return element("span", content, class_="whole")

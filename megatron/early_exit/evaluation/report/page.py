@@ -12,6 +12,7 @@ from importlib.resources import files
 from megatron.early_exit.evaluation.report.images import png
 from megatron.early_exit.evaluation.report.markup import Content, Markup, element, markup
 from megatron.early_exit.evaluation.report.plots.base import Plot
+from megatron.early_exit.evaluation.report.plots.models import models as compared
 from megatron.early_exit.evaluation.report.schema import Document
 from megatron.early_exit.evaluation.report.sections import (
     answers,
@@ -50,8 +51,7 @@ def report(models: Sequence[Evaluated]) -> Report:
         _header(models),
         _contents(),
         element(
-            "main", _warnings(models), element("section", element("h2", "At a glance"), summary(models), id="glance"),
-            sections, _reproducibility(models),
+            "main", _warnings(models), _glance(models, pictures), sections, _reproducibility(models),
         ),
         element("footer", element("p", f"Every table and plot is explained in {GUIDE} of megatron-early-exit.")),
     ]  # fmt: skip
@@ -81,7 +81,7 @@ def _header(models: Sequence[Evaluated]) -> Markup:
         "header",
         element("p", "Early-exit evaluation", class_="kicker"),
         element("h1", " and ".join(model.name for model in models)),
-        element("p", measured and f"{measured}. All layers are counted from 1; intervals are of 95% confidence, over prompts."),
+        element("p", measured and f"{measured}. ", "All layers are counted from 1; intervals are of 95% confidence."),
     )  # fmt: skip
 
 
@@ -99,6 +99,14 @@ def _warnings(models: Sequence[Evaluated]) -> Content:
         return None
     items = element("ul", [element("li", words) for words in found])
     return element("aside", element("h2", "Before you compare"), items, class_="warnings")
+
+
+def _glance(models: Sequence[Evaluated], pictures: dict[str, bytes]) -> Markup:
+    plot = compared({
+        model.name: [head for document in model.of_kind("exits") for head in document.results.heads] for model in models
+    })  # fmt: skip
+    figure = _figure(plot, plot.name, pictures) if plot else None
+    return element("section", element("h2", "At a glance"), summary(models), figure, id="glance")
 
 
 def _section(section: Section, models: Sequence[Evaluated], pictures: dict[str, bytes]) -> Markup:

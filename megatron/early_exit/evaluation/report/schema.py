@@ -53,12 +53,16 @@ class PathPoint(msgspec.Struct):
     budget: Number
     p_value: Number
     risk: Number
-    thresholds: dict[str, float] | None = None
+    thresholds: dict[str, Number] | None = None
+    """By layer; None: not taken."""
 
 
 class FreeRunning(msgspec.Struct):
+    """What early exit itself generates; p-value and risk are None if that was measured and not certified."""
+
     p_value: Number
     risk: Number
+    is_certified: bool | None = None
     test_risk: Number = None
     test_risk_interval: Interval = None
 
@@ -84,6 +88,11 @@ class Certificate(msgspec.Struct):
     @property
     def is_certified(self) -> bool:
         return self.status == "certified"
+
+    @property
+    def delta_of_test(self) -> float:
+        """Two tests share delta where some prompts are left for what early exit itself generates."""
+        return self.delta / 2 if self.prompts.get("free_running") else self.delta
 
 
 class CoveragePoint(msgspec.Struct):
@@ -273,7 +282,7 @@ def load_document(path: Path) -> Document:
     read."""
     content = read_document(path)
     kind = content["kind"]
-    if kind not in RESULTS:
+    if not isinstance(kind, str) or kind not in RESULTS:
         raise ValueError(f"{path} is of kind {kind!r}, which the report does not know; known are {', '.join(RESULTS)}")
     document = _convert(content, Document, "$", path)
     document.path = path

@@ -115,8 +115,9 @@ def warnings(model: Evaluated) -> list[str]:
 _MUST_BE_EQUAL: dict[str, Callable[[Document], Any]] = {
     "commits of the code": lambda one: one.commit and one.commit[:12],
     "iterations of the checkpoint": lambda one: one.model.iteration,
-    "weights or settings of the checkpoint (fingerprints)": lambda one: one.model.fingerprint
-    and one.model.fingerprint[:12],
+    "weights or settings of the checkpoint (fingerprints)": lambda one: (
+        one.model.fingerprint and one.model.fingerprint[:12]
+    ),
     "tokenizers": lambda one: one.model.tokenizer and one.model.tokenizer[:12],
     "number types": lambda one: one.model.dtype,
     "quantisations": lambda one: one.model.quantize or "none",
@@ -147,7 +148,7 @@ def _busy_machine(documents: Iterable[Document]) -> list[str]:
     """Speeds are suspect if others computed as well."""
     return [
         f"The machine was busy when {document.path.name} was begun: a load of "
-        f"{document.machine.load_average_1min:.1f} on {document.machine.cpu_cores or 'unknown'} cores. Its speeds may be off."
+        f"{document.machine.load_average_1min:.1f} on {document.machine.cpu_cores} cores. Its speeds may be off."
         for document in documents
         if document.kind in ("sweep", "benchmark")
         and (document.machine.load_average_1min or 0) > 0.5 * (document.machine.cpu_cores or 1)

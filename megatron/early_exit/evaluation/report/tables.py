@@ -4,29 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.early_exit.evaluation.report.markup import Content, Markup, element
+from megatron.early_exit.evaluation.report.markup import Content, Markup, element, markup
+from megatron.early_exit.evaluation.report.numbers import UNKNOWN
 
 
 def table(
-    caption: Content, columns: Sequence[Content], rows: Sequence[Sequence[Content]], marked: Sequence[int] = ()
+    caption: str, columns: Sequence[Content], rows: Sequence[Sequence[Content]], marked: Sequence[int] = ()
 ) -> Markup:
-    """columns: headings; the first cell of each row is the row's heading. marked: rows that stand out."""
-    heading = element("tr", [element("th", column, scope="col") for column in columns])
-    body = [_row(cells, number in marked) for number, cells in enumerate(rows)]
+    """columns: headings; the first cell of each row is the row's heading. Numbers stand at the right of their column.
+    marked: rows that stand out."""
+    cells = [[markup(cell) for cell in row] for row in rows]
+    classes = ["number" if cells and all(map(_is_number, column)) else None for column in zip(*cells)]
+    heading = element(
+        "tr", [element("th", column, scope="col", class_=class_) for column, class_ in zip(columns, classes)]
+    )
+    body = [_row(own, classes, number in marked) for number, own in enumerate(cells)]
     inner = element("table", element("caption", caption), element("thead", heading), element("tbody", body))
-    return element("div", inner, class_="scroll", tabindex=0, role="group", aria_label="a table that may scroll")
+    return _scrolling(caption, inner)
 
 
-def facts(caption: Content, rows: Sequence[tuple[Content, Content]]) -> Markup:
+def facts(caption: str, rows: Sequence[tuple[Content, Content]]) -> Markup:
     """A table of names and values."""
     body = [element("tr", element("th", name, scope="row"), element("td", value)) for name, value in rows]
     inner = element("table", element("caption", caption), element("tbody", body), class_="facts")
-    return element("div", inner, class_="scroll", tabindex=0, role="group", aria_label="a table that may scroll")
+    return _scrolling(caption, inner)
 
 
-def _row(cells: Sequence[Content], is_marked: bool) -> Markup:
-    first, *others = cells
-    return element(
-        "tr", element("th", first, scope="row"), [element("td", cell) for cell in others],
-        class_="marked" if is_marked else None,
-    )  # fmt: skip
+def _scrolling(caption: str, inner: Markup) -> Markup:
+    """The keyboard reaches it to scroll."""
+    return element("div", inner, class_="scroll", tabindex=0, role="group", aria_label=caption)
+
+
+def _is_number(cell: Markup) -> bool:
+    return cell.startswith("<data") or cell == UNKNOWN
+
+
+def _row(cells: Sequence[Markup], classes: Sequence[str | None], is_marked: bool) -> Markup:
+    heading = element("th", cells[0], scope="row")
+    others = [element("td", cell, class_=class_) for cell, class_ in zip(cells[1:], classes[1:])]
+    return element("tr", heading, others, class_="marked" if is_marked else None)

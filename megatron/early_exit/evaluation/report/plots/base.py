@@ -1,6 +1,6 @@
 """What all plots share: a picture with its words, colours that colour-blind eyes tell apart, small multiples.
 
-Colours are Okabe and Ito's. No plot relies on them: markers, dashes and labels beside the lines say the same in grey."""
+Colours are Okabe and Ito's. No plot relies on them: markers, dashes and labels at the lines say the same in grey."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#767676",
 )  # fmt: skip
+INK = {
+    ORANGE: "#8A5A00", SKY: "#1B6A9C", GREEN: "#00694D", BLUE: "#005A8C", VERMILION: "#A84400", PURPLE: "#8A3A66",
+}  # fmt: skip
+"""Darker, for words in the colour of what they name."""
 EXIT_COLOURS = (ORANGE, BLUE, GREEN, PURPLE, VERMILION, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))

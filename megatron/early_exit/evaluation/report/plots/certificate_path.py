@@ -1,4 +1,4 @@
-"""The grid along which thresholds were tested: risk at each point, and where the tests stopped."""
+"""The settings of thresholds along which a promise was tested: risk at each, and where the tests stopped."""
 
 from __future__ import annotations
 
@@ -18,51 +18,74 @@ def certificate_path(card: Certificate) -> base.Plot | None:
     points = [point for point in card.path if None not in (point.budget, point.risk, point.p_value)]
     if len(points) < 2:
         return None
-    num_accepted = accepted(points, card.delta)
-    chosen = f"point {num_accepted} of {len(points)}" if num_accepted else "none"
+    num_accepted = accepted(points, card.delta_of_test)
+    what = "threshold of all exits" if _is_of_thresholds(points) else "risk for which they were tuned"
     return base.Plot(
-        f"certificate_path_{1000 * card.level:.0f}",
-        f"Promise {card.level:.1%}: risk on the calibration prompts (vertical) at the points of the grid that was "
-        f"fixed before (horizontal: the risk for which each point was tuned). Filled: the test with p ≤ "
-        f"{card.delta:g} says that the risk is below the promised bound (dashed), there and at all points before.",
-        f"Of the grid the last accepted is {chosen}"
-        + (f", with a calibration risk of {points[num_accepted - 1].risk:.2%}." if num_accepted else "."),
-        lambda: _draw(card, points, num_accepted),
+        f"certificate_path_{1e4 * card.level:.0f}",
+        f"Settings of thresholds from safe (left) to risky, fixed before the calibration prompts were looked at "
+        f"(horizontal: the {what}), and their risk on the calibration prompts (vertical). Filled: p at most "
+        f"{card.delta_of_test:g} there and at all settings before. Tests stop at the first that fails.",
+        _finding(card, points, num_accepted),
+        lambda: _draw(card, points, num_accepted, what),
     )
 
 
 def accepted(points: Sequence[PathPoint], delta: float) -> int:
     """How many points in a row, from the first, the test accepts."""
-    for number, point in enumerate(points):
-        if point.p_value > delta:
-            return number
-    return len(points)
+    return next((number for number, point in enumerate(points) if point.p_value > delta), len(points))
 
 
-def _draw(card: Certificate, points: Sequence[PathPoint], num_accepted: int) -> Figure:
+def _is_of_thresholds(points: Sequence[PathPoint]) -> bool:
+    """Whether each point is one threshold of all exits, rather than a risk that thresholds were tuned for."""
+    return all(point.thresholds and set(point.thresholds.values()) == {point.budget} for point in points)
+
+
+def _finding(card: Certificate, points: Sequence[PathPoint], num_accepted: int) -> str:
+    if not num_accepted:
+        return f"Promise {card.level:.6g}: not even the safest setting is accepted, with p = {points[0].p_value:.3f}."
+    last = points[num_accepted - 1]
+    return (
+        f"For a risk of at most {1 - card.level:.2%}, {num_accepted} settings in a row are accepted; the last one has "
+        f"a risk of {last.risk:.2%} on the calibration prompts (p = {last.p_value:.3f})."
+    )
+
+
+def _draw(card: Certificate, points: Sequence[PathPoint], num_accepted: int, what: str) -> Figure:
     figure, axes = base.single((6.6, 2.7))
-    bound = 1 - card.level
+    bound, budgets, risks = 1 - card.level, [point.budget for point in points], [point.risk for point in points]
     axes.axhline(bound, color="#555555", linestyle=(0, (5, 2)), linewidth=1.1)
-    budgets, risks = [point.budget for point in points], [point.risk for point in points]
     axes.plot(budgets, risks, color="#BBBBBB", linewidth=1.1, zorder=1)
-    axes.plot(budgets[:num_accepted], risks[:num_accepted], "o", color=base.GREEN, label="accepted")
+    axes.plot(budgets[:num_accepted], risks[:num_accepted], "o", color=base.GREEN, markersize=4.5, label="accepted")
     axes.plot(
         budgets[num_accepted:], risks[num_accepted:], "o", color=base.VERMILION, markerfacecolor="white",
         label="not accepted",
     )  # fmt: skip
-    axes.margins(0.06)
-    axes.set_ylim(0, 1.15 * max(bound, *risks))
-    base.percents(axes.xaxis)
+    if _is_of_thresholds(points):
+        axes.margins(0.06)
+        axes.invert_xaxis()
+    else:
+        _logarithmic_percents(axes)
+    axes.set_ylim(0, 1.18 * max(bound, *risks))
     base.percents(axes.yaxis)
-    axes.set_xlabel("risk for which the thresholds were tuned")
+    axes.set_xlabel(f"{what}{'' if _is_of_thresholds(points) else ' (logarithmic)'}")
     axes.set_ylabel("risk on calibration prompts")
     figure.legend(loc="outside upper left", ncols=2)
-    left = min(budgets)
     axes.annotate(
-        f"promised: at most {bound:.1%}", (left, bound), (0, 3), textcoords="offset points", fontsize=8, color="#444444"
-    )
+        f"promised: at most {100 * bound:.6g}%", (0.01, bound), (0, 3), xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points", fontsize=8, color="#444444",
+    )  # fmt: skip
     if num_accepted:
         last = points[num_accepted - 1]
         words = f"certified: {last.risk:.2%}, p = {last.p_value:.3f}"
         label_points(axes, [Label(last.budget, last.risk, words, base.GREEN, True)], list(zip(budgets, risks)))
     return figure
+
+
+def _logarithmic_percents(axes: object) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.margins(0.06)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -58,7 +58,7 @@ def _draw(curves: Curves) -> Figure:
         base.percents(axes.xaxis)
         base.percents(axes.yaxis)
     highest = max(point.risk for points in curves.values() for point in points)
-    all_axes[0].set(xlim=(0, 1.02), ylim=(0, min(1.08 * highest + 1e-3, 1.02)))
+    all_axes[0].set(xlim=(0, 1.02), xticks=(0, 0.5, 1), ylim=(0, min(1.08 * highest + 1e-3, 1.02)))
     all_axes[0].legend(loc="upper left", fontsize=8)
     figure.supxlabel("decisions that leave here", fontsize=9)
     figure.supylabel("of these, wrong", fontsize=9)

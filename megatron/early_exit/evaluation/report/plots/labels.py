@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron.early_exit.evaluation.report.plots.base import INK
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.transforms import Bbox
@@ -56,13 +58,18 @@ def _around(axes: Axes, point: tuple[float, float], radius: float) -> Bbox:
 
 
 def _write(axes: Axes, label: Label, inside: Bbox, taken: Sequence[Bbox]) -> Bbox | None:
+    from matplotlib.patheffects import withStroke
+
+    ink = INK.get(label.colour, label.colour)
+    line = {"arrowstyle": "-", "lw": 0.6, "color": ink, "shrinkB": 3}
     for dx, dy in _OFFSETS:
         text = axes.annotate(
-            label.words, (label.x, label.y), (dx, dy), textcoords="offset points", fontsize=7.5, color=label.colour,
+            label.words, (label.x, label.y), (dx, dy), textcoords="offset points", fontsize=7.5, color=ink,
             ha="left" if dx > 0 else "right" if dx < 0 else "center",
             va="center" if abs(dy) <= 8 and dx else "bottom" if dy > 0 else "top",
             fontweight="bold" if label.is_important else "normal",
-            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": label.colour, "shrinkB": 3} if abs(dy) > _NEEDS_LINE else None,
+            arrowprops=line if abs(dy) > _NEEDS_LINE else None,
+            path_effects=[withStroke(linewidth=2, foreground="white")], zorder=5,
         )  # fmt: skip
         text.set_in_layout(False)
         box = _words_alone(text)

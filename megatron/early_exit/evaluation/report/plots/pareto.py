@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron.early_exit.evaluation.report.plots import base
+from megatron.early_exit.evaluation.report.plots import base, modes
 from megatron.early_exit.evaluation.report.plots.labels import Label, label_points
 from megatron.early_exit.evaluation.report.schema import Interval, Row
 
@@ -13,23 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOOKS = {
-    "full": ("full model", base.BLACK, "s"),
-    "early_exit": ("early exit", base.BLUE, "o"),
-    "self_speculative": ("self-speculative", base.VERMILION, "^"),
-    "certified": ("certified thresholds", base.GREEN, "*"),
-}
-"""Name, colour and marker of each kind of point."""
 MOST_PANELS = 4
-
-
-def kind_of(row: Row) -> str:
-    return "certified" if row.level is not None else row.mode if row.mode in LOOKS else "early_exit"
 
 
 def pareto(rows: Sequence[Row]) -> base.Plot | None:
     """A panel for each batch size. None if fewer than two ways to decode have both numbers."""
-    known = [row for row in rows if row.speedup is not None and row.agreement is not None]
+    known = _fastest_drafts([row for row in rows if row.speedup is not None and row.agreement is not None])
     batches = sorted({row.batch for row in known})[:MOST_PANELS]
     known = [row for row in known if row.batch in batches]
     if len(known) < 2:
@@ -38,19 +27,32 @@ def pareto(rows: Sequence[Row]) -> base.Plot | None:
         "pareto",
         "Share of tokens that the full model would have taken (vertical, does not begin at zero) against measured "
         "speed-up over the full model (horizontal), with 95% intervals. Up and to the right is better. The grey line "
-        "joins the ways that no other beats in both.",
+        "joins the ways that no other beats in both. Of drafts from one exit, the fastest length alone is shown.",
         _finding(known),
         lambda: _draw(known, batches),
     )
+
+
+def _fastest_drafts(rows: Sequence[Row]) -> list[Row]:
+    """All rows but those of self-speculation that another length from the same exit beats: all of them give the full
+    model's answers, and would lie on one line."""
+    best: dict[object, Row] = {}
+    for row in rows:
+        key = (row.batch, row.draft_exit) if row.draft_exit else id(row)
+        if key not in best or row.speedup > best[key].speedup:
+            best[key] = row
+    return list(best.values())
 
 
 def _finding(rows: Sequence[Row]) -> str:
     fastest = max(rows, key=lambda row: row.speedup)
     words = f"The fastest is {fastest.name} at batch {fastest.batch}: {fastest.speedup:.2f} times the full model's "
     words += f"speed with {fastest.agreement:.1%} agreement."
-    for row in rows:
-        if row.level is not None:
-            words += f" Certified at {row.level:.1%} and batch {row.batch}: {row.speedup:.2f} times, {row.agreement:.1%}."
+    certified = sorted((row for row in rows if row.level is not None), key=lambda row: (row.level, row.batch))
+    by_level = {row.level: [one for one in certified if one.level == row.level] for row in certified}
+    for level, own in by_level.items():
+        speeds = ", ".join(f"{row.speedup:.2f} times ({row.agreement:.1%}) at batch {row.batch}" for row in own)
+        words += f" Certified at {100 * level:.6g}%: {speeds}."
     return words
 
 
@@ -79,44 +81,51 @@ def _draw(rows: Sequence[Row], batches: Sequence[int]) -> Figure:
         _points(axes, own)
     figure.supxlabel("measured speed-up over the full model (×)", fontsize=9)
     figure.supylabel("tokens that agree with the full model", fontsize=9)
-    kinds = [kind for kind in LOOKS if any(kind_of(row) == kind for row in rows)]
+    kinds = [kind for kind in modes.LOOKS if any(modes.kind_of(row) == kind for row in rows)]
     figure.legend(handles=[_handle(kind) for kind in kinds], loc="outside upper left", ncols=len(kinds))
     for axes, own in zip(all_axes, of_batch):
         best = frontier(own)
         labels = [
-            Label(row.speedup, row.agreement, row.name, LOOKS[kind_of(row)][1], row.level is not None)
+            Label(row.speedup, row.agreement, row.name, modes.LOOKS[modes.kind_of(row)][1], row.level is not None)
             for row in sorted(own, key=lambda row: row not in best)
         ]
-        label_points(axes, labels)
+        label_points(axes, labels, [point for row in own for point in _along_errors(row)])
     return figure
+
+
+def _along_errors(row: Row) -> list[tuple[float, float]]:
+    """Points on the lines of the intervals, which labels leave free."""
+    steps = [i / 4 for i in range(5)]
+    across, up = ((low + (high - low) * step for step in steps) for low, high in (
+        _bounds(row.speedup, row.speedup_interval), _bounds(row.agreement, row.agreement_interval)
+    ))  # fmt: skip
+    return [*((x, row.agreement) for x in across), *((row.speedup, y) for y in up)]
+
+
+def _bounds(value: float, interval: Interval) -> tuple[float, float]:
+    return (value, value) if not interval or None in interval else interval
 
 
 def _handle(kind: str) -> object:
     from matplotlib.lines import Line2D
 
-    name, colour, marker = LOOKS[kind]
-    return Line2D([], [], color=colour, marker=marker, linestyle="", label=name, markersize=_size(kind))
-
-
-def _size(kind: str) -> float:
-    return 12 if kind == "certified" else 6
+    name, colour, marker = modes.LOOKS[kind]
+    return Line2D([], [], color=colour, marker=marker, linestyle="", label=name, markersize=modes.SIZES.get(kind, 6))
 
 
 def _points(axes: Axes, rows: Sequence[Row]) -> None:
     best = frontier(rows)
     axes.plot([row.speedup for row in best], [row.agreement for row in best], color="#BBBBBB", zorder=1)
     for row in rows:
-        _, colour, marker = LOOKS[kind_of(row)]
+        _, colour, marker = modes.LOOKS[modes.kind_of(row)]
         axes.errorbar(
             row.speedup, row.agreement, xerr=_errors(row.speedup, row.speedup_interval),
             yerr=_errors(row.agreement, row.agreement_interval), color=colour, marker=marker,
-            markersize=_size(kind_of(row)), markeredgecolor="white", markeredgewidth=0.6, elinewidth=0.9, zorder=3,
+            markersize=modes.size_of(row), markeredgecolor="white", markeredgewidth=0.6, elinewidth=0.9, zorder=3,
         )  # fmt: skip
 
 
 def _errors(value: float, interval: Interval) -> list[list[float]] | None:
     """Lengths below and above the value, as matplotlib wants them."""
-    if not interval or None in interval:
-        return None
-    low, high = interval
-    return [[max(value - low, 0)], [max(high - value, 0)]]
+    low, high = _bounds(value, interval)
+    return None if low == high else [[max(value - low, 0)], [max(high - value, 0)]]

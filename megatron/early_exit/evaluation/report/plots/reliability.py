@@ -42,7 +42,9 @@ def _known(bins: Sequence[ReliabilityBin]) -> list[ReliabilityBin]:
 def _finding(layer: str, bins: Sequence[ReliabilityBin], error: float | None) -> str:
     total = sum(one.count for one in bins)
     gap = sum(one.count * (one.score - one.agreement) for one in bins) / total
-    words = "too sure of itself" if gap > 0.02 else "not sure enough of itself" if gap < -0.02 else "calibrated on average"
+    words = (
+        "too sure of itself" if gap > 0.02 else "not sure enough of itself" if gap < -0.02 else "calibrated on average"
+    )
     said = "" if error is None else f", expected calibration error {error:.3f}"
     return f"Exit {layer} is {words} (score minus agreement {gap:+.3f}{said})."
 
@@ -61,7 +63,7 @@ def _draw(bins: Bins, errors: Mapping[str, float | None]) -> Figure:
         sizes = [8 + 120 * one.count / most for one in known]
         axes.scatter(scores, shares, s=sizes, color=colour, edgecolor="white", linewidth=0.5, zorder=3)
         base.percents(axes.yaxis)
-    all_axes[0].set(xlim=(0, 1.03), ylim=(0, 1.03))
+    all_axes[0].set(xlim=(0, 1.03), ylim=(0, 1.03), xticks=(0, 0.5, 1))
     figure.supxlabel("score of the exit", fontsize=9)
     figure.supylabel("agrees with the full model", fontsize=9)
     return figure

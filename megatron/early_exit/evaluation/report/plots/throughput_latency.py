@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from megatron.early_exit.evaluation.report.plots import base
+from megatron.early_exit.evaluation.report.plots import base, modes
 from megatron.early_exit.evaluation.report.plots.labels import Label, label_points
 from megatron.early_exit.evaluation.report.schema import Row
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LINES = 6
-_COLOURS = (base.BLACK, base.BLUE, base.VERMILION, base.GREEN, base.PURPLE, base.ORANGE)
 
 
 def throughput_latency(rows: Sequence[Row]) -> base.Plot | None:
@@ -51,19 +50,37 @@ def _draw(lines: Mapping[str, list[Row]]) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.margins(0.1)
-    looks = dict(zip(lines, zip(_COLOURS, base.MARKERS, base.DASHES + base.DASHES)))
+    looks = _looks(lines)
     for name, own in lines.items():
         colour, marker, dash = looks[name]
-        axes.plot(*_places(own), color=colour, marker=marker, linestyle=dash, label=name)
+        axes.plot(
+            *_places(own), color=colour, marker=marker, linestyle=dash, label=name, markersize=modes.size_of(own[0])
+        )
     _plain_numbers(axes)
-    axes.set_xlabel("time for a token of one request (ms)")
-    axes.set_ylabel("tokens per second, all requests")
-    figure.legend(loc="outside right upper")
-    label_points(axes, [
-        Label(1e3 * row.seconds_per_token, row.tokens_per_second, str(row.batch), looks[name][0])
-        for name, own in lines.items() for row in own
-    ])  # fmt: skip
+    axes.set_xlabel("time for a token of one request (ms, logarithmic)")
+    axes.set_ylabel("tokens per second, all requests (log.)")
+    labels = [_label(row, row is own[-1], looks[name][0]) for name, own in lines.items() for row in own]
+    axes.set_xlim(right=1.7 * max(label.x for label in labels))  # room for names
+    if any(own[-1].name in words for words in label_points(axes, labels) for own in lines.values()):
+        figure.legend(loc="outside lower center", ncols=3)
     return figure
+
+
+def _looks(lines: Mapping[str, list[Row]]) -> dict[str, tuple[str, str, object]]:
+    """Colour and marker of the mode; lines of one mode differ in their dashes."""
+    seen: dict[str, int] = {}
+    looks = {}
+    for name, own in lines.items():
+        kind = modes.kind_of(own[0])
+        seen[kind] = seen.get(kind, -1) + 1
+        looks[name] = (*modes.LOOKS[kind][1:], base.DASHES[seen[kind] % len(base.DASHES)])
+    return looks
+
+
+def _label(row: Row, is_last: bool, colour: str) -> Label:
+    """The batch size, with the way's name where its line ends."""
+    words = f"{row.batch}: {row.name}" if is_last else str(row.batch)
+    return Label(1e3 * row.seconds_per_token, row.tokens_per_second, words, colour, is_last)
 
 
 def _places(rows: Sequence[Row]) -> tuple[list[float], list[float]]:

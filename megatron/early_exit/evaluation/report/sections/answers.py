@@ -20,7 +20,10 @@ def _parts(document: Document) -> Parts:
         ]
     if rounding := results.rounding:
         rows += [
-            ("Decisions of the full model that differ between batch 1 and the batch", number(rounding.batch_1_vs_n, percent)),
+            (
+                "Decisions of the full model that differ between batch 1 and the batch",
+                number(rounding.batch_1_vs_n, percent),
+            ),
             ("Decisions compared", number(rounding.decisions, "{:,}".format)),
         ]
     if cost := results.cost:
@@ -37,7 +40,7 @@ SECTION = Section(
     "The answers themselves",
     ("calibrate",),
     "Small models that decode greedily fall into loops, and a loop is easy for an exit: with a high loop rate or few "
-    "distinct tokens, agreement and speed look better than they are on good text. Rounding is the floor: no promise can "
-    "be tighter than the rate at which the full model differs from itself in another batch.",
+    "distinct tokens, agreement and speed look better than they are on good text. Rounding is the floor: no promise "
+    "can be tighter than the rate at which the full model differs from itself in another batch.",
     _parts,
 )

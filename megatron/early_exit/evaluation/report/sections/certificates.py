@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron.early_exit.evaluation.report.markup import Content, Markup, element
-from megatron.early_exit.evaluation.report.numbers import number, p_value, percent, with_interval
+from megatron.early_exit.evaluation.report.numbers import number, p_value, percent, plain_percent, with_interval
 from megatron.early_exit.evaluation.report.plots.base import Plot
 from megatron.early_exit.evaluation.report.plots.certificate_path import certificate_path
 from megatron.early_exit.evaluation.report.schema import Calibration, Certificate, Document, Model
@@ -26,8 +26,8 @@ NOT_PROMISED = (
     "That answers are correct or harmless: they are compared with the full model's, not with the truth.",
 )
 NOT_FREE_RUNNING = (
-    "How often whole answers agree. Once a token differs, what follows is another text: see agreement of whole answers "
-    "under Speed and quality."
+    "What early exit generates by itself. Once a token differs, what follows is another text: the risk along its own "
+    "answers is measured, not promised, unless --free-running certifies it too."
 )
 
 
@@ -46,9 +46,9 @@ def _card(card: Certificate, document: Document) -> Markup:
     word = "certified" if card.is_certified else "refused"
     return element(
         "article",
-        element("h4", f"Promise {percent(card.level)}: ", element("strong", word)),
+        element("h4", f"Promise {plain_percent(card.level)}: ", element("strong", word)),
         _promise(card, document.model) if card.is_certified else _refusal(card),
-        facts(f"Certificate for {percent(card.level)}", _facts(card, document)),
+        facts(f"Certificate for {plain_percent(card.level)}", _facts(card, document)),
         element("p", element("strong", "Not promised")) if card.is_certified else None,
         element("ul", [element("li", words) for words in _not_promised(card)]) if card.is_certified else None,
         class_=f"card {word}",
@@ -56,21 +56,24 @@ def _card(card: Certificate, document: Document) -> Markup:
 
 
 def _promise(card: Certificate, model: Model) -> Markup:
-    alpha = percent(1 - card.level)
+    alpha = plain_percent(1 - card.level)
     promise = PROMISES.get(card.risk[:1].upper(), "the risk “" + card.risk + "” is at most {alpha}").format(alpha=alpha)
     return element(
         "p", f"With these thresholds, {promise}. It holds for prompts drawn like those of the calibration, on "
         f"{model.checkpoint} in {model.dtype or 'its number type'}. The procedure gives a wrong promise in at most "
-        f"{percent(card.delta)} of the draws of calibration prompts.",
+        f"{plain_percent(card.delta)} of the draws of calibration prompts.",
     )  # fmt: skip
 
 
 def _refusal(card: Certificate) -> Markup:
-    return element("p", f"No thresholds are certified: {card.reason or 'the document gives no reason'}.".replace("..", "."))
+    return element(
+        "p", f"No thresholds are certified: {card.reason or 'the document gives no reason'}.".replace("..", ".")
+    )
 
 
 def _not_promised(card: Certificate) -> list[str]:
-    return [*NOT_PROMISED, *([] if card.free_running else [NOT_FREE_RUNNING])]
+    is_both = card.free_running is not None and card.free_running.is_certified
+    return [*NOT_PROMISED, *([] if is_both else [NOT_FREE_RUNNING])]
 
 
 def _facts(card: Certificate, document: Document) -> list[tuple[Content, Content]]:
@@ -79,7 +82,10 @@ def _facts(card: Certificate, document: Document) -> list[tuple[Content, Content
         ("Thresholds", _thresholds(card.thresholds)),
         ("Prompts", _prompts(card.prompts)),
         ("Data", _data(document)),
-        ("p-value on the calibration prompts", [number(card.p_value, p_value), f" (accepted at {card.delta:g} or less)"]),
+        (
+            "p-value on the calibration prompts",
+            [number(card.p_value, p_value), f" (accepted at {card.delta_of_test:g} or less)"],
+        ),
         ("Risk on the calibration prompts", number(card.calibration_risk, percent)),
         ("Risk on the test prompts", with_interval(card.test_risk, card.test_risk_interval, percent)),
         ("Layer runs saved, as expected from the records", number(card.expected_runs_saved, percent)),
@@ -90,11 +96,16 @@ def _facts(card: Certificate, document: Document) -> list[tuple[Content, Content
 def _free_running(card: Certificate) -> list[tuple[Content, Content]]:
     test = card.free_running
     if test is None:
-        return [("Free-running certificate", "not asked for")]
+        return []
+    measured = with_interval(test.test_risk, test.test_risk_interval, percent)
+    rows: list[tuple[Content, Content]] = [("Risk along its own answers, on the test prompts", measured)]
+    if test.p_value is None:
+        return [*rows, ("Certificate for its own answers", "not asked for")]
+    verdict = "not certified" if test.is_certified is False else "certified"
     return [
-        ("Free-running p-value", number(test.p_value, p_value)),
-        ("Free-running risk on its own prompts", number(test.risk, percent)),
-        ("Free-running risk on the test prompts", with_interval(test.test_risk, test.test_risk_interval, percent)),
+        *rows,
+        ("Certificate for its own answers", [verdict, ": p-value ", number(test.p_value, p_value)]),
+        ("Risk along its own answers, on prompts of its own", number(test.risk, percent)),
     ]
 
 
@@ -128,8 +139,8 @@ SECTION = Section(
     ("calibrate",),
     "A certificate is a promise with a probability: thresholds were fixed along a path on tuning prompts, tested on "
     "calibration prompts that they had not seen, and measured on a third split. Good: certified, and a test risk whose "
-    "whole interval lies below the bound. Trap: it is about the average over prompts like these, not about your prompts "
-    "or each answer, and “refused” often means too few prompts rather than a bad model.",
+    "whole interval lies below the bound. Trap: it is about the average over prompts like these, not about your "
+    "prompts or each answer, and “refused” often means too few prompts rather than a bad model.",
     _parts,
     "Calibrate with at least one level.",
 )

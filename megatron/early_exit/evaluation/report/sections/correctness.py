@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron.early_exit.evaluation.report.markup import Content, Markup, element
-from megatron.early_exit.evaluation.report.numbers import number, percent, with_interval
+from megatron.early_exit.evaluation.report.markup import Content, element
+from megatron.early_exit.evaluation.report.numbers import UNKNOWN, number, percent, with_interval
 from megatron.early_exit.evaluation.report.schema import Comparison, Correctness, Difference, Document
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import table
@@ -37,10 +37,19 @@ def _row(row: Comparison) -> list[Content]:
 
 def _difference(row: Comparison, one: Difference) -> list[Content]:
     position = number(one.position, "{:,}".format)
-    return [row.name, _text(one.prompt), position, _text(one.expected), _text(one.got), number(one.margin, "{:.4f}".format)]
+    return [
+        row.name,
+        _text(one.prompt),
+        position,
+        _text(one.expected),
+        _text(one.got),
+        number(one.margin, "{:.2g}".format),
+    ]
 
 
-def _text(value: object) -> Markup:
+def _text(value: object) -> Content:
+    if value is None:
+        return UNKNOWN
     words = value if isinstance(value, str) else str(value)
     return element("code", words if len(words) <= 60 else words[:57] + "…")
 
@@ -49,10 +58,10 @@ SECTION = Section(
     "correctness",
     "Correctness",
     ("correctness",),
-    "Self-speculative decoding, and early exit with no exit taken, must give the full model's answer. A few answers may "
-    "differ by rounding, since other batch shapes add numbers in another order: then the margin between the full "
-    "model's two best tokens is tiny (below about 0.001 nats in fp32, 0.1 in bf16). A difference at a large margin is an "
-    "error of the program. Early exit with thresholds may differ; that is the price it states. Trap: no difference in n "
-    "answers only shows that fewer than about 3/n differ.",
+    "Self-speculative decoding, and early exit with no exit taken, must give the full model's answer. A few answers "
+    "may differ by rounding, since other batch shapes add numbers in another order: then the margin between the full "
+    "model's two best tokens is tiny (below about 0.001 nats in fp32, 0.1 in bf16). A difference at a large margin is "
+    "an error of the program. Early exit with thresholds may differ; that is the price it states. Trap: no difference "
+    "in n answers only shows that fewer than about 3/n differ.",
     _parts,
 )

@@ -12,7 +12,10 @@ from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 
 def _parts(document: Document) -> Parts:
     results: Calibration = document.results
-    plots: list[Content | Plot | None] = [coverage_risk(results.coverage_risk), exit_share(results.exit_share_by_position)]
+    plots: list[Content | Plot | None] = [
+        coverage_risk(results.coverage_risk),
+        exit_share(results.exit_share_by_position),
+    ]
     return [plot for plot in plots if plot]
 
 
@@ -21,8 +24,8 @@ SECTION = Section(
     "What leaves where",
     ("calibrate",),
     "Left to right, the threshold falls and more decisions leave. A good exit keeps its line near zero for long; the "
-    "distance to the dashed oracle is what a better score could win, and where even the oracle rises only a better exit "
-    "helps. Exits that give few tokens at all positions cost their evaluation and bring little. Trap: these are "
+    "distance to the dashed oracle is what a better score could win, and where even the oracle rises only a better "
+    "exit helps. Exits that give few tokens at all positions cost their evaluation and bring little. Trap: these are "
     "decisions along the full model's answers; after a wrong token a free-running answer goes its own way.",
     _parts,
 )

@@ -43,17 +43,21 @@ def _parts(document: Document) -> Parts:
     if not results.heads:
         return []
     plot = reliability(results)
-    return [heads_table(f"Heads on {results.tokens:,} tokens of held-out text", results.heads), *([plot] if plot else [])]
+    return [
+        heads_table(f"Heads on {results.tokens:,} tokens of held-out text", results.heads),
+        *([plot] if plot else []),
+    ]
 
 
 SECTION = Section(
     "exits",
     "Exits",
     ("exits",),
-    "Agreement says how often an exit alone names the token that the full model names. ECE (0 is best) says how far its "
-    "score is from the share of times that it is right; AUROC (0.5 is guessing, 1 is best) whether right decisions get "
-    "higher scores than wrong ones: thresholds live on AUROC, and a certificate does not need a small ECE. Cost is what "
-    "evaluating the head takes, in layers of the model. Trap: agreement over all tokens is not agreement of the tokens "
-    "that leave, which is much higher at a good threshold; and an exit that costs many layers must be taken often to pay.",
+    "Agreement says how often an exit alone names the token that the full model names. ECE (0 is best) says how far "
+    "its score is from the share of times that it is right; AUROC (0.5 is guessing, 1 is best) whether right decisions "
+    "get higher scores than wrong ones: thresholds live on AUROC, and a certificate does not need a small ECE. Cost is "
+    "what evaluating the head takes, in layers of the model. Trap: agreement over all tokens is not agreement of the "
+    "tokens that leave, which is much higher at a good threshold; and an exit that costs many layers must be taken "
+    "often to pay.",
     _parts,
 )

@@ -14,9 +14,9 @@ from megatron.early_exit.evaluation.report.tables import facts
 
 ANCHOR, TITLE = "reproducibility", "How to repeat this"
 READING = (
-    "All numbers come from result documents, which also keep what was measured prompt by prompt. The same command on the "
-    "same commit, checkpoint, data and seeds gives the same tokens on the same kind of machine; times differ with the "
-    "machine and its load."
+    "All numbers come from result documents, which also keep what was measured prompt by prompt. The same command on "
+    "the same commit, checkpoint, data and seeds gives the same tokens on the same kind of machine; times differ with "
+    "the machine and its load."
 )
 
 
@@ -49,7 +49,8 @@ def _facts(document: Document) -> dict[str, str]:
         "Exits after layers": ", ".join(map(str, model.exit_layers)) or "none",
         "Number type": model.dtype,
         "Quantisation": model.quantize or "none",
-        "Tensor- and pipeline-parallel size": f"{model.tensor_parallel_size or 1} and {model.pipeline_parallel_size or 1}",
+        "Tensor-parallel size": model.tensor_parallel_size or 1,
+        "Pipeline-parallel size": model.pipeline_parallel_size or 1,
         "Slots": model.num_slots,
         "Threads": model.threads,
         "Processor": machine.cpu,

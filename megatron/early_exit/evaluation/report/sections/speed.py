@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron.early_exit.evaluation.report.markup import Content, Markup, element
-from megatron.early_exit.evaluation.report.numbers import UNKNOWN, decimals, number, percent, seconds, times, with_interval
+from megatron.early_exit.evaluation.report.numbers import (
+    UNKNOWN,
+    decimals,
+    number,
+    percent,
+    seconds,
+    times,
+    with_interval,
+)
 from megatron.early_exit.evaluation.report.plots.base import Plot
 from megatron.early_exit.evaluation.report.plots.draft_heat_map import draft_heat_map
 from megatron.early_exit.evaluation.report.plots.pareto import pareto
@@ -46,9 +54,8 @@ def _parts(document: Document) -> Parts:
 
 
 def _name(row: Row) -> Markup:
-    marks = [element("span", " certified", class_="badge")] if row.level is not None else []
-    marks += [element("span", " baseline", class_="badge")] if row.is_baseline else []
-    return element("span", row.name, marks)
+    words = [*(["certified"] if row.level is not None else []), *(["baseline"] if row.is_baseline else [])]
+    return element("span", row.name, [[" ", element("span", word, class_="badge")] for word in words])
 
 
 def _speed(row: Row) -> Sequence[Content]:
@@ -82,7 +89,7 @@ def _shares(shares: dict[str, float | None] | None) -> Content:
     if not known:
         return UNKNOWN
     names = sorted(known, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0))
-    return [[", " if i else "", f"{name}: ", number(known[name], "{:.0%}".format)] for i, name in enumerate(names)]
+    return [[", " if i else "", f"{name} ", number(known[name], "{:.0%}".format)] for i, name in enumerate(names)]
 
 
 SECTION = Section(
@@ -90,10 +97,10 @@ SECTION = Section(
     "Speed and quality",
     ("sweep", "benchmark"),
     "Speed-up is tokens per second of decoding over our best full model, on the same prompts in turns, with the "
-    "interval over rounds: if it holds 1×, no difference was shown. “By layer runs” is what the layers saved would give "
-    "if nothing else took time, and overhead is the part of the time that this does not explain: heads, sampling, the "
-    "scheduler. Traps: layers saved are not speed; a speed-up at batch 1 says little about batch 16; agreement is token "
-    "by token, so whole answers are identical far less often; greedy answers that loop are easy to predict and inflate "
-    "both numbers.",
+    "interval over rounds: if it holds 1×, no difference was shown. “By layer runs” is what the layers saved would "
+    "give if nothing else took time, and overhead is the part of the time that this does not explain: heads, sampling, "
+    "the scheduler. Traps: layers saved are not speed; a speed-up at batch 1 says little about batch 16; agreement is "
+    "token by token, so whole answers are identical far less often; greedy answers that loop are easy to predict and "
+    "inflate both numbers.",
     _parts,
 )

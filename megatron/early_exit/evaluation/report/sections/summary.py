@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from megatron.early_exit.evaluation.report.markup import Content, Markup
-from megatron.early_exit.evaluation.report.numbers import UNKNOWN, number, percent, times, with_interval
+from megatron.early_exit.evaluation.report.numbers import UNKNOWN, number, percent, plain_percent, times, with_interval
 from megatron.early_exit.evaluation.report.schema import Row
 from megatron.early_exit.evaluation.report.sources import Evaluated
 from megatron.early_exit.evaluation.report.tables import table
@@ -16,7 +16,7 @@ COLUMNS = (
 
 
 def summary(models: Sequence[Evaluated]) -> Markup:
-    return table("At a glance", COLUMNS, [_row(model) for model in models])
+    return table("One row for each model", COLUMNS, [_row(model) for model in models])
 
 
 def _row(model: Evaluated) -> list[Content]:
@@ -37,7 +37,7 @@ def _exits(model: Evaluated) -> Content:
 
 def _certificates(model: Evaluated) -> Content:
     cards = [card for document in model.of_kind("calibrate") for card in document.results.certificates]
-    return _joined(f"{percent(card.level)} {card.status}" for card in cards)
+    return _joined(f"{plain_percent(card.level)} {card.status}" for card in cards)
 
 
 def _joined(parts: Iterable[Content]) -> Content:
@@ -51,4 +51,4 @@ def _fastest(rows: Iterable[Row]) -> Content:
         return UNKNOWN
     smallest = min(row.batch for row in known)
     best = max((row for row in known if row.batch == smallest), key=lambda row: row.speedup)
-    return [with_interval(best.speedup, best.speedup_interval, times), f" {best.name}, batch {best.batch}"]
+    return [f"{best.name}, batch {best.batch}: ", with_interval(best.speedup, best.speedup_interval, times)]

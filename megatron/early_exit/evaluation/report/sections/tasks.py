@@ -55,9 +55,9 @@ SECTION = Section(
     "tasks",
     "Standard tasks",
     ("tasks",),
-    "Scores are lm-eval's, with the standard error over items. What counts is the paired difference to the full model on "
-    "the same items: an interval that holds 0, or a large McNemar p, means that no loss was shown, not that there is "
-    "none. Traps: with 100 items only differences of ten points show; and a likelihood task scores given text, so it "
-    "says something about an exit only where the settings say that the exit was forced.",
+    "Scores are lm-eval's, with the standard error over items. What counts is the paired difference to the full model "
+    "on the same items: an interval that holds 0, or a large McNemar p, means that no loss was shown, not that there "
+    "is none. Traps: with 100 items only differences of ten points show; and a likelihood task scores given text, so "
+    "it says something about an exit only where the settings say that the exit was forced.",
     _parts,
 )
