@@ -230,3 +230,20 @@ def test_what_cannot_be_calibrated(
 def test_a_model_without_exits(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert calibrate(made, made / "plain", "--levels", "0.5") == 2
     assert "has no exits to calibrate" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_certificates(made: Path, folder: Path, tmp_path: Path) -> None:
+    from benchmarks.certificate import main as benchmark
+
+    benchmark([
+        "--name", "tiny", "--load", str(folder), "--data-path", str(made / "text"), "--prompt-length", str(LENGTH),
+        "--answer-tokens", str(ANSWER), "--prompts", "60", "--levels", "0.5", "--shortlist-size", "0", "--cost-prompts",
+        "16", "--block", "8", "--output", str(tmp_path / "result.json"),
+    ])  # fmt: skip
+    document = json.loads((tmp_path / "result.json").read_text())
+    cost = document["results"]["cost"]
+    assert len(cost["raw_seconds"]["full"]) == len(cost["raw_seconds"]["records"]) == 2
+    assert cost["certificate_over_full"] > cost["records_over_full"]["ratio"] > 0
+    (card,) = document["results"]["certificates"]
+    assert card["status"] == "certified"
+    assert document["goals"]["test_risk_within_promise"] == {"met": True, "risks": {"0.5": card["test_risk"]}}

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron.early_exit.inference.certificates import CERTIFICATE_FILE, add_certificates
     from megatron.early_exit.platform.machine import machine_info
 
-    settings, machine = _settings(args), machine_info()
+    settings, machine = settings_of(args), machine_info()
     settings.check_prompts(args.prompts or args.default_prompts)  # before the shortlist is written
     _count_frequent_tokens(args)
     llm, loaded = load(args)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         finish(args, loaded, vars_of(args, settings), found.results, data=prompts.data, machine=machine)
 
 
-def _settings(args: argparse.Namespace) -> CalibrationSettings:
+def settings_of(args: argparse.Namespace) -> CalibrationSettings:
     from megatron.early_exit.evaluation.calibration import CalibrationSettings
 
     return CalibrationSettings(
