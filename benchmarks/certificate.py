@@ -1,5 +1,5 @@
-"""A certificate of a real model, and what it costs: the time of `evaluate.py calibrate` over that of the same answers by
-the full model, without exits.
+"""A certificate of a real model, and what it costs: the time of `evaluate.py calibrate` over that of the same answers
+by the full model, without exits.
 
     python -m benchmarks.certificate --name demo --load runs/demo/checkpoints \\
         --data-path runs/demo/data/stdlib_text_document --prompts 700 --levels 0.9 0.95
@@ -87,22 +87,26 @@ def measure(
         f"comes behind, the certificate takes {cost['certificate_over_full']:.2f} times as long"
     )
     results = {name: value for name, value in found.results.items() if name != "cost"}
-    within = lambda key: {
-        f"{card['level']:g}": card[key]["test_risk"] if key == "free_running" else card[key]
-        for card in results["certificates"] if card["status"] == "certified"
-    }  # fmt: skip
+    certified = [card for card in results["certificates"] if card["status"] == "certified"]
     goals = {
         "certificate_at_most_twice_full": {"met": cost["certificate_over_full"] <= GOAL, **cost["records_over_full"]},
-        "test_risk_within_promise": _goal(within("test_risk")),
-        "free_running_test_risk_within_promise": _goal(within("free_running")),
+        "test_split_does_not_contradict": _goal({card["level"]: card for card in certified}),
+        "free_running_test_does_not_contradict": _goal({card["level"]: card["free_running"] for card in certified}),
     }
     return {"cost": cost, "num_prompts": num_prompts, "data": prompts.data, **results}, goals
 
 
-def _goal(risks: dict[str, float]) -> dict[str, Any]:
-    """risks: by level, on the test split."""
-    met = all(risk <= 1.0 - float(level) for level, risk in risks.items()) if risks else None
-    return {"met": met, "risks": risks}
+def _goal(measured: dict[float, dict[str, Any]]) -> dict[str, Any]:
+    """Whether the test split's interval of the risk reaches what was promised. measured: by level."""
+    levels = {
+        f"{level:g}": {
+            "risk": one["test_risk"],
+            "interval": one["test_risk_interval"],
+            "is_met": one["test_risk_interval"][0] <= 1.0 - level,
+        }
+        for level, one in measured.items()
+    }
+    return {"met": all(one["is_met"] for one in levels.values()) if levels else None, "levels": levels}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
