@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -155,19 +156,29 @@ class _Calibrator:
 
     def run(self) -> Calibration:
         settings = self._settings
-        self._records, seconds = take_records(self._llm, self._prompts.prompts, self._folder, self._show("prompts"))
-        few = self._split.test[: settings.rounding_prompts]
+        self._records, record_seconds = take_records(
+            self._llm, self._prompts.prompts, self._folder, self._show("prompts")
+        )
+        few, start = self._split.test[: settings.rounding_prompts], time.perf_counter()
         self._rounding = rounding_floor(
             self._llm, self._of(few), self._records_of(few), self._answers, self._show("prompts again, one by one")
         )
-        levels = [self._certify(level) for level in settings.levels]
+        rounding_seconds, level_seconds, levels = time.perf_counter() - start, {}, []
+        for level in settings.levels:
+            start = time.perf_counter()
+            levels.append(self._certify(level))
+            level_seconds[f"{level:g}"] = time.perf_counter() - start
         cards = [card for _, card, _ in levels]
         found = Calibration([certificate for certificate, _, _ in levels])
         found.results = {
             "certificates": cards,
             **_description(self._records_of(self._split.test), self._layers, self._chosen(levels)),
             "rounding": {"batch_1_vs_n": self._rounding.rate, "decisions": self._rounding.num_decisions},
-            "cost": {"record_seconds": seconds, "full_seconds": None, "ratio": None},
+            "cost": {
+                "record_seconds": record_seconds,
+                "rounding_seconds": rounding_seconds,
+                "level_seconds": level_seconds,
+            },
             "per_prompt": self._per_prompt(levels),
         }
         return found
