@@ -119,10 +119,10 @@ class Rounding(msgspec.Struct):
     decisions: int | None = None
 
 
-class RecordingCost(msgspec.Struct):
+class CalibrationCost(msgspec.Struct):
     record_seconds: Number
-    full_seconds: Number
-    ratio: Number
+    rounding_seconds: Number = None
+    level_seconds: dict[str, Number] = {}
 
 
 class Calibration(msgspec.Struct):
@@ -131,7 +131,7 @@ class Calibration(msgspec.Struct):
     exit_share_by_position: list[Shares] = []
     text: AnswerText | None = None
     rounding: Rounding | None = None
-    cost: RecordingCost | None = None
+    cost: CalibrationCost | None = None
 
 
 class Row(msgspec.Struct):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron.early_exit.evaluation.report.markup import Content
-from megatron.early_exit.evaluation.report.numbers import number, percent, seconds, times
+from megatron.early_exit.evaluation.report.numbers import number, percent, seconds
 from megatron.early_exit.evaluation.report.schema import Calibration, Document
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import facts
@@ -29,8 +29,11 @@ def _parts(document: Document) -> Parts:
     if cost := results.cost:
         rows += [
             ("Time to take the records", number(cost.record_seconds, seconds)),
-            ("Time of the full model for the same answers", number(cost.full_seconds, seconds)),
-            ("Records over full model", number(cost.ratio, times)),
+            ("Time to answer some of them one by one", number(cost.rounding_seconds, seconds)),
+            *(
+                (f"Time to certify and test {level}", number(value, seconds))
+                for level, value in cost.level_seconds.items()
+            ),
         ]
     return [facts("Answers on which the certificates rest", rows)] if rows else []
 
