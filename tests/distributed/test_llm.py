@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -343,6 +344,37 @@ def score(cfg: RunConfig) -> None:
             llm.score("world", ScoreParams(exit_layers=(9,)))
         with pytest.raises(ValueError, match="it must be ScoreParams"):
             llm.score("world", SAMPLED)
+        with pytest.raises(ValueError, match="2 prompts but 1 settings"):
+            llm.score([[5, 6], [7]], [params])
+        each = [ScoreParams(exit_layers=()), ScoreParams(exit_layers=(2,), final=False, score_last=False)]
+        final, second = llm.score([[5, 6, 7], [5, 6, 8]], each)
+        assert [len(head.tokens) for head in (*final.heads, *second.heads)] == [3, 2]
+        for ours, theirs in ((final.heads[0], one.heads[-1]), (second.heads[0], one.heads[1])):
+            assert ours.log_probs[0] == pytest.approx(theirs.log_probs[0], rel=1e-5)
+
+
+def many_scores(cfg: RunConfig) -> None:
+    """More than are given to the engine at once come in their places, and leaving early cancels the others."""
+    with layout(cfg):
+        llm = make_llm(cfg)
+        prompts, params = [[5, 6, number] for number in range(90)], ScoreParams(exit_layers=())
+        most = 16 * llm.engine.description.num_slots
+        assert most < len(prompts)
+        step, loads = llm._step, []
+        llm._step = lambda: (loads.append(llm.engine.num_waiting + llm.engine.num_running), step())
+        results = llm.score(prompts, params)
+        assert max(loads) == most
+        for number in (0, 41, 89):
+            (alone,) = llm.score([prompts[number]], params)
+            assert results[number].heads[0].log_probs == pytest.approx(alone.heads[0].log_probs, rel=1e-5)
+        scores = llm.stream_scores(prompts, params)
+        assert len({index for index, _ in itertools.islice(scores, 5)}) == 5
+        scores.close()
+        assert not llm.engine.has_work and not llm._mailboxes
+
+
+def test_many_scores() -> None:
+    on_one(many_scores)
 
 
 def test_scores_of_given_tokens_while_a_stream_is_open() -> None:

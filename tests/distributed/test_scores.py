@@ -14,8 +14,9 @@ from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import check_invariants, make_engine, reference_over, run_all, score_all, worker_of
 from tests.distributed.parallel_model import layout
 from tests.distributed.workers import run_distributed
-from tests.reference_checkpoint import HEADS, STYLES, decoding_config
+from tests.reference_checkpoint import HEADS, MAX_POSITIONS, STYLES, decoding_config
 
+LONGEST = [(7 * index) % VOCAB_SIZE for index in range(MAX_POSITIONS + 1)]
 SEQUENCES = [[5, 17, 80, 3, 41] * 4, [7], list(range(30)), [9, 9], [5, 17, 80, 3, 41] * 4 + [1]]
 
 
@@ -23,7 +24,7 @@ def check_scores(cfg: RunConfig, params: ScoreParams, tokens: list[int], result:
     """Whatever is asked for follows from the reference's logits."""
     assert result.error is None
     assert [head.exit_layer for head in result.heads] == list(params.heads(cfg.exits))
-    _, logits = reference_over(cfg, tokens)
+    _, logits = reference_over(cfg, tokens if params.score_last else tokens[:-1])
     for head in result.heads:
         expected = logits[head.exit_layer][params.score_from :, :VOCAB_SIZE]
         log_probs = expected.log_softmax(-1)
@@ -45,7 +46,8 @@ def check_scores(cfg: RunConfig, params: ScoreParams, tokens: list[int], result:
 def score(cfg: RunConfig, params: ScoreParams, **changes: Any) -> None:
     with layout(cfg):
         engine = make_engine(cfg, **{"num_slots": 3, "prefill_chunk": 8, **changes})
-        sequences = [one for one in SEQUENCES if len(one) > params.score_from]
+        sequences = [one for one in SEQUENCES if len(one) > params.score_from + params.num_targets]
+        sequences += [] if params.score_last else [LONGEST]  # the last token takes no position
         results = score_all(engine, sequences, params)
         for tokens, result in zip(sequences, results, strict=True):
             check_scores(cfg, params, tokens, result)
@@ -63,6 +65,8 @@ def test_scores_of_all_heads(head: str, style: str) -> None:
 @pytest.mark.parametrize("params", [
     ScoreParams(exit_layers=(2,), final=False), ScoreParams(exit_layers=()), ScoreParams(score_from=3),
     ScoreParams(exit_layers=(3, 1), score_from=11, top_log_probs=2), ScoreParams(exit_layers=(1,), score_from=9),
+    ScoreParams(score_last=False), ScoreParams(exit_layers=(2,), final=False, score_from=4, score_last=False),
+    ScoreParams(exit_layers=(), score_from=16, score_last=False, logits=True),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("head", ["mlp", "pre_exit_block"])
 def test_some_heads_and_some_positions(head: str, params: ScoreParams) -> None:

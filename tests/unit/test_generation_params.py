@@ -130,6 +130,10 @@ def test_heads_that_score(params: ScoreParams, heads: tuple) -> None:
         ({"top_log_probs": 513}, "top_log_probs is 513"),
         ({"score_from": -1}, "score_from is -1; it must be 0 or more"),
         ({"score_from": 3}, "score_from is 3; it must be below the number of tokens, 3"),
+        (
+            {"score_from": 2, "score_last": False},
+            "score_from is 2; it must be below the number of tokens but the last, 2",
+        ),
     ],
 )
 def test_scores_that_cannot_be_made(changes: dict, message: str) -> None:

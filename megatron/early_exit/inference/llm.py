@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.data.tokenizer import Tokenizer
@@ -28,6 +29,12 @@ log = logging.getLogger(__name__)
 
 DEFAULT_PARAMS = GenerationParams()
 DEFAULT_SCORES = ScoreParams()
+
+_QUEUED_PER_SLOT = 16
+"""Requests for scores that are in the engine at once: enough to find beginnings that they share, few enough to look
+through in every step, of any number."""
+
+Params = TypeVar("Params", GenerationParams, ScoreParams)
 
 
 class LLM:
@@ -130,29 +137,45 @@ class LLM:
                         yield OutputDelta(output, (), (), is_finished=True)
             yield from self._collect(mailbox)
 
-    def score(self, prompts: Prompt | Sequence[Prompt], params: ScoreParams = DEFAULT_SCORES) -> list[ScoreResult]:
-        """What heads predict at each position of `prompts` (one, or several; texts or ids), with nothing generated.
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], params: ScoreParams | Sequence[ScoreParams] = DEFAULT_SCORES
+    ) -> list[ScoreResult]:
+        """What heads predict at each position of `prompts` (one, or several; texts or ids), with nothing generated, all
+        with the same settings or each with its own.
 
         A prompt that cannot be scored gives a result with `error` set; the others are untouched. Raises ValueError if
-        the model does not have the exits that the settings name."""
-        if not isinstance(params, ScoreParams):
-            raise ValueError(f"params is {params!r}; it must be ScoreParams(...)")
-        params.heads(self.exits)
-        results: list[ScoreResult] = []
+        the numbers of prompts and settings differ, or the model does not have the exits that the settings name."""
+        results = dict(self.stream_scores(prompts, params))
+        return [results[index] for index in range(len(results))]
+
+    def stream_scores(
+        self, prompts: Prompt | Sequence[Prompt], params: ScoreParams | Sequence[ScoreParams] = DEFAULT_SCORES
+    ) -> Iterator[tuple[int, ScoreResult]]:
+        """As `score`, each result as it comes with the index of its prompt. Leaving the loop early cancels what is
+        unfinished."""
+        prompts = as_list(prompts)
+        each = _one_for_each(prompts, params, ScoreParams)
+        for settings in dict.fromkeys(each):
+            settings.heads(self.exits)
+        waiting = deque(enumerate(zip(prompts, each, strict=True)))
+        most = _QUEUED_PER_SLOT * self.engine.description.num_slots
         place: dict[int, int] = {}
         with self._mailbox() as mailbox:
-            for index, prompt in enumerate(as_list(prompts)):
-                try:
-                    request_id = self._text_engine.add_scoring(prompt, params)
-                except Exception as error:  # this prompt's
-                    results.append(ScoreResult(None, (), request_error(error)))
-                else:
-                    mailbox.open.add(request_id)
-                    place[request_id] = index
-                    results.append(ScoreResult(request_id, ()))
-            for result in self._collect(mailbox):
-                results[place[result.request_id]] = result
-        return results
+            while waiting or mailbox.open or mailbox.news:
+                while waiting and len(mailbox.open) < most:
+                    index, (prompt, settings) = waiting.popleft()
+                    try:
+                        request_id = self._text_engine.add_scoring(prompt, settings)
+                    except Exception as error:  # this prompt's
+                        yield index, ScoreResult(None, (), request_error(error))
+                    else:
+                        mailbox.open.add(request_id)
+                        place[request_id] = index
+                if mailbox.open and not mailbox.news:
+                    self._step()
+                while mailbox.news:
+                    result = mailbox.news.popleft()
+                    yield place.pop(result.request_id), result
 
     @contextmanager
     def _mailbox(self) -> Iterator[_Mailbox]:
@@ -188,12 +211,7 @@ class LLM:
         self, prompts: list[Prompt], params: GenerationParams | Sequence[GenerationParams]
     ) -> list[GenerationParams]:
         """The settings of each prompt. Raises ValueError as `generate` does."""
-        each = [params] * len(prompts) if isinstance(params, GenerationParams) else list(params)
-        if len(each) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(each)} settings; give one for all, or one for each")
-        for settings in each:
-            if not isinstance(settings, GenerationParams):
-                raise ValueError(f"params holds {settings!r}; it must be GenerationParams(...), or a list of them")
+        each = _one_for_each(prompts, params, GenerationParams)
         for settings in each:
             self.engine.checks.check(settings)
             self.engine.prepare(settings)
@@ -214,6 +232,19 @@ class LLM:
             mailbox.news.append(one)
             if one.is_finished:
                 mailbox.open.remove(one.request_id)
+
+
+def _one_for_each(prompts: list[Prompt], params: Params | Sequence[Params], kind: type[Params]) -> list[Params]:
+    """The settings of each prompt. Raises ValueError unless they are of this kind, one for all or one for each."""
+    if not isinstance(params, kind | Sequence):
+        raise ValueError(f"params is {params!r}; it must be {kind.__name__}(...), or a list of them")
+    each = [params] * len(prompts) if isinstance(params, kind) else list(params)
+    if len(each) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(each)} settings; give one for all, or one for each")
+    for settings in each:
+        if not isinstance(settings, kind):
+            raise ValueError(f"params holds {settings!r}; it must be {kind.__name__}(...), or a list of them")
+    return each
 
 
 @dataclass(eq=False)

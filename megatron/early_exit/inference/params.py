@@ -378,13 +378,17 @@ class ScoreParams:
     score_from: int = 0
     """First position whose prediction is wanted; those before it are context."""
 
+    score_last: bool = True
+    """Whether what follows the last token is wanted as well. Without it that token is predicted but takes no position:
+    one more token fits, and its row does not run."""
+
     def __post_init__(self) -> None:
         if self.exit_layers is not None:
             layers = checked.several("exit_layers", self.exit_layers, checked.integer)
             object.__setattr__(self, "exit_layers", layers)
         for name in ("top_log_probs", "score_from"):
             object.__setattr__(self, name, checked.integer(name, getattr(self, name)))
-        for name in ("final", "logits"):
+        for name in ("final", "logits", "score_last"):
             object.__setattr__(self, name, checked.truth(name, getattr(self, name)))
         _check_top_log_probs(self.top_log_probs)
         if self.score_from < 0:
@@ -405,11 +409,20 @@ class ScoreParams:
             raise ValueError("no head is to be evaluated: there are no exits, and final is False")
         return heads
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens at the end that are predicted and take no position."""
+        return 0 if self.score_last else 1
+
     def check_tokens(self, ids: Sequence[int], num_positions: int, vocab_size: int) -> None:
         """Raise ValueError if a model with these limits cannot score `ids`."""
-        check_prompt(ids, num_positions, vocab_size)
-        if self.score_from >= len(ids):
-            raise ValueError(f"score_from is {self.score_from}; it must be below the number of tokens, {len(ids)}")
+        check_prompt(ids, num_positions + self.num_targets, vocab_size)
+        num_rows = len(ids) - self.num_targets
+        if self.score_from >= num_rows:
+            but_last = " but the last" * self.num_targets
+            raise ValueError(
+                f"score_from is {self.score_from}; it must be below the number of tokens{but_last}, {num_rows}"
+            )
 
 
 class PromptTooLong(ValueError):

@@ -161,7 +161,8 @@ class RequestResult:
 
 @dataclass(frozen=True)
 class ScoredHead:
-    """What one head predicts at each scored position p, from `score_from` to the last: the token at p + 1."""
+    """What one head predicts at each scored position p, from `score_from` to the last: the token at p + 1. (Without
+    `score_last`, to the last but one.)"""
 
     exit_layer: int | None
     """Layer number that names the exit; None for the final head."""
@@ -170,7 +171,8 @@ class ScoredHead:
     confidences: tuple[float, ...]
     """That token's probability."""
     log_probs: tuple[float, ...]
-    """Log-probability (nats) of the given next token; one fewer than positions, as none follows the last."""
+    """Log-probability (nats) of the given next token; one fewer than positions if the last one is scored, as none is
+    given behind it."""
     top_log_probs: tuple[tuple[tuple[int, float], ...], ...] = ()
     """(id, log-probability) of the most probable tokens; empty if none are wanted."""
     logits: np.ndarray | None = field(default=None, compare=False)

@@ -99,9 +99,11 @@ class TextEngine:
     def has_work(self) -> bool:
         return self._engine.has_work
 
-    def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a prompt. Raises ValueError if it is none; PromptTooLong, before any work, if it cannot fit."""
-        num_positions = self._num_positions
+    def encode(self, prompt: Prompt, add_special_tokens: bool = True, num_targets: int = 0) -> list[int]:
+        """Ids of a prompt. num_targets: those at its end that take no position.
+
+        Raises ValueError if it is none; PromptTooLong, before any work, if it cannot fit."""
+        num_positions = self._num_positions + num_targets
         if isinstance(prompt, str):
             if len(prompt) > num_positions * _MAX_CHARACTERS_PER_TOKEN:
                 raise PromptTooLong(f"the prompt has {len(prompt)} characters; at most {num_positions} tokens fit")
@@ -133,7 +135,7 @@ class TextEngine:
 
     def add_scoring(self, prompt: Prompt, params: ScoreParams) -> int:
         """Queue a request for what heads predict over a prompt; returns its id. Raises as `add`."""
-        request_id = self._engine.add_scoring(self.encode(prompt), params)
+        request_id = self._engine.add_scoring(self.encode(prompt, num_targets=params.num_targets), params)
         self._scoring.add(request_id)
         return request_id
 

@@ -44,6 +44,8 @@ class RunningScoring(RunningRequest):
 
     def __init__(self, request: ScoringRequest, assignment: Assignment) -> None:
         super().__init__(request, assignment, list(request.prompt.tokens))
+        self._stop = len(self.tokens) - request.params.num_targets
+        """Rows from here on do not run."""
         self._scores: dict[int, list[HeadScores]] = {head: [] for head in request.heads}
 
     def admission(self) -> Admit:
@@ -55,7 +57,7 @@ class RunningScoring(RunningRequest):
 
     def next_rows(self, prefill_budget: int, num_running: int) -> Rows | None:
         first, params = self.num_rows, self.request.params
-        stop = min(first + prefill_budget, len(self.tokens))
+        stop = min(first + prefill_budget, self._stop)
         if stop <= first:
             return None
         scored_from = max(first, params.score_from)
@@ -72,7 +74,7 @@ class RunningScoring(RunningRequest):
         self.note(output, is_of_prompt=True)
         for scores in output.scores:
             self._scores[scores.exit].append(scores)
-        has_all = self.num_rows == len(self.tokens) and not self.is_in_flight
+        has_all = self.num_rows == self._stop and not self.is_in_flight
         return Progress(finish_reason="max_tokens" if has_all else None)
 
     @property
