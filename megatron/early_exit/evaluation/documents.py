@@ -33,7 +33,6 @@ def result_document(
 ) -> dict[str, Any]:
     """The JSON document of one command. kind: its name. settings: of the command, seeds among them. data: name of each
     file or set -> SHA-256 of its content. machine: `machine_info()` from before the run."""
-    checkpoint, config = loaded.checkpoint, loaded.checkpoint.config
     return {
         "kind": kind,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -41,23 +40,29 @@ def result_document(
         "commit": commit(),
         "versions": versions(),
         "machine": machine or machine_info(),
-        "model": {
-            "checkpoint": config.path,
-            "iteration": iteration_of(checkpoint.folder),
-            "fingerprint": fingerprint(checkpoint.folder),
-            "tokenizer": loaded.tokenizer.fingerprint,
-            "num_layers": loaded.engine.description.num_layers,
-            "exit_layers": list(checkpoint.description.exits.exit_layer_nums),
-            "dtype": str(checkpoint.dtype).removeprefix("torch."),
-            "quantize": config.quantize,
-            "tensor_parallel_size": config.tensor_parallel_size,
-            "pipeline_parallel_size": config.pipeline_parallel_size,
-            "num_slots": loaded.engine.description.num_slots,
-            "threads": torch.get_num_threads(),
-        },
+        "model": model_facts(loaded),
         "settings": dict(settings),
         "data": dict(data or {}),
         "results": dict(results),
+    }
+
+
+def model_facts(loaded: LoadedEngine) -> dict[str, Any]:
+    """What a result depends on: which model, and how it was loaded."""
+    checkpoint, config = loaded.checkpoint, loaded.checkpoint.config
+    return {
+        "checkpoint": config.path,
+        "iteration": iteration_of(checkpoint.folder),
+        "fingerprint": fingerprint(checkpoint.folder),
+        "tokenizer": loaded.tokenizer.fingerprint,
+        "num_layers": loaded.engine.description.num_layers,
+        "exit_layers": list(checkpoint.description.exits.exit_layer_nums),
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "quantize": config.quantize,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "num_slots": loaded.engine.description.num_slots,
+        "threads": torch.get_num_threads(),
     }
 
 

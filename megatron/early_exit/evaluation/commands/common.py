@@ -48,12 +48,19 @@ def load(args: argparse.Namespace, **overrides: Any) -> tuple[LLM, LoadedEngine]
     return LLM(loaded.engine, loaded.tokenizer, loaded.engine.exits), loaded
 
 
+def output_path(args: argparse.Namespace, loaded: LoadedEngine) -> Path:
+    """Where the document of the command goes."""
+    from megatron.early_exit.evaluation.documents import RESULTS_FOLDER
+
+    return args.output or loaded.checkpoint.folder / RESULTS_FOLDER / f"{args.command}.json"
+
+
 def finish(
     args: argparse.Namespace, loaded: LoadedEngine, settings: Mapping[str, Any], results: Mapping[str, Any], **more: Any
 ) -> None:
     """Write the document of the command. more: of `result_document`."""
-    from megatron.early_exit.evaluation.documents import RESULTS_FOLDER, result_document, write_document
+    from megatron.early_exit.evaluation.documents import result_document, write_document
 
-    path = args.output or loaded.checkpoint.folder / RESULTS_FOLDER / f"{args.command}.json"
+    path = output_path(args, loaded)
     write_document(result_document(args.command, loaded, settings, results, **more), path)
     print(f"\nwrote {path}")

@@ -1,10 +1,10 @@
 """Ways to decode, by the words that name them on a command line:
 
-    full                     all layers
-    early_exit:0.9           exits at this threshold; early_exit:0.9,0.8 names one for each exit
-    certified:0.99           exits at the thresholds that the model's certificate promises this level for
-    self_speculative         the first exit drafts; self_speculative:4 names the exit
-    exit:8                   the model ends behind layer 8: that exit gives every token and every likelihood
+full                     all layers
+early_exit:0.9           exits at this threshold; early_exit:0.9,0.8 names one for each exit
+certified:0.99           exits at the thresholds that the model's certificate promises this level for
+self_speculative         the first exit drafts; self_speculative:4 names the exit
+exit:8                   the model ends behind layer 8: that exit gives every token and every likelihood
 """
 
 from __future__ import annotations
@@ -61,15 +61,23 @@ class DecodingMode:
         params = self.params
         return {
             "mode": params.mode,
-            "exit_thresholds": list(params.exit_thresholds) if params.mode == "early_exit" else None,
+            "exit_thresholds": self._thresholds if params.mode == "early_exit" else None,
             "exit_layers": list(params.exit_layers) or None,
             "draft_exit": params.draft_exit,
             "likelihoods": "final head" if self.exit_layer is None else f"head of exit {self.exit_layer}",
         }
 
+    @property
+    def _thresholds(self) -> list[float] | str:
+        thresholds = self.params.exit_thresholds
+        return list(thresholds) if isinstance(thresholds, tuple) else str(thresholds)
+
+
+FULL = DecodingMode("full")
+
 
 def _full(words: str, value: str) -> DecodingMode:
-    return DecodingMode(words)
+    return FULL
 
 
 def _early_exit(words: str, value: str) -> DecodingMode:
@@ -78,7 +86,7 @@ def _early_exit(words: str, value: str) -> DecodingMode:
 
 
 def _certified(words: str, value: str) -> DecodingMode:
-    return DecodingMode(words, GenerationParams(mode="early_exit", exit_thresholds=(words,)))
+    return DecodingMode(words, GenerationParams(mode="early_exit", exit_thresholds=words))
 
 
 def _self_speculative(words: str, value: str) -> DecodingMode:
