@@ -25,8 +25,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser = add_parser(
         commands, "tasks", "standard benchmarks, by lm-eval",
         "Evaluate a model on tasks of lm-eval in several modes of decoding. The tasks that come with the program need "
-        "no network: their questions are those of packages of PyPI (--list). What is finished is kept: the same command "
-        "goes on after an interruption.",
+        "no network: their questions are those of packages of PyPI (--list). What is finished is kept: the same "
+        "command goes on after an interruption.",
     )  # fmt: skip
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument(
@@ -69,7 +69,7 @@ class _List(argparse.Action):
 def run(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError, before a model is loaded, for what cannot be evaluated."""
     from megatron.early_exit.evaluation.lm_eval.modes import DecodingMode
-    from megatron.early_exit.evaluation.lm_eval.offline_tasks import LM_EVAL_MISSING, check_data, chosen_tasks
+    from megatron.early_exit.evaluation.lm_eval.offline_tasks import as_value_error, check_data, chosen_tasks
 
     for name, value in (("--limit", args.limit), ("--num-fewshot", args.num_fewshot)):
         if value is not None and value < (1 if name == "--limit" else 0):
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
 
         tasks = Tasks(args.include_path, args.data_folder)
     except ModuleNotFoundError as error:
-        raise ValueError(LM_EVAL_MISSING if error.name == "lm_eval" else str(error)) from None
+        raise as_value_error(error) from None
     names = chosen_tasks(args.tasks, tasks.own, args.allow_code_execution)
     check_data(names, args.data_folder, args.fetch)
     settings = TaskSettings(args.limit, args.num_fewshot, args.chat, args.seed, args.allow_code_execution)

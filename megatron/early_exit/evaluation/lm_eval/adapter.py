@@ -82,9 +82,9 @@ class EarlyExitLM(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> EarlyExitLM:
-        """Load what the model arguments name. Raises ValueError for odd ones, before anything is loaded."""
-        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        arguments = ModelArguments.from_mapping({**arg_dict, **given})
+        """Load what the model arguments name. additional_config: lm-eval's batch size and device, which the engine has
+        of its own. Raises ValueError for odd arguments, before anything is loaded."""
+        arguments = ModelArguments.from_mapping(arg_dict)
         mode = arguments.decoding()
         loaded = arguments.load()
         checkpoint = loaded.checkpoint

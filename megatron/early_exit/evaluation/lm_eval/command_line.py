@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from megatron.early_exit.evaluation.lm_eval.offline_tasks import LM_EVAL_MISSING, TASKS_FOLDER
+from megatron.early_exit.evaluation.lm_eval.offline_tasks import TASKS_FOLDER, as_value_error
 from megatron.early_exit.platform.command_line import run_program
 
 _COMMANDS_WITH_TASKS = ("run", "ls", "validate")
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:
-        raise ValueError(LM_EVAL_MISSING if error.name == "lm_eval" else str(error)) from None
+        raise as_value_error(error) from None
     from megatron.early_exit.evaluation.lm_eval import adapter  # noqa: F401, it registers the model
     from megatron.early_exit.inference.executor.base import ExecutorError
 

@@ -20,7 +20,7 @@ MOST_POSITIONS = 8192
 """Longest sequence by default: of a model that takes longer ones, few slots would fit into memory."""
 
 _OF_LM_EVAL = ("batch_size", "max_batch_size", "device", "trust_remote_code")
-"""What lm-eval gives to every model. The engine batches whatever runs, on the device that is there."""
+"""What users give to other models. The engine batches whatever runs, on the device that is there."""
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "auto": None}
 """Names that users of `hf` know."""

@@ -12,7 +12,12 @@ from megatron.early_exit.evaluation.lm_eval.packages import DataMissing, DataPac
 
 TASKS_FOLDER = Path(__file__).parent / "tasks"
 
-LM_EVAL_MISSING = "lm-eval is not installed; install it with: pip install 'megatron-early-exit[eval]'"
+
+def as_value_error(error: ModuleNotFoundError) -> ValueError:
+    """What to do about a module that was not found while lm-eval was imported."""
+    if (error.name or "").split(".")[0] == "lm_eval":
+        return ValueError("lm-eval is not installed; install it with: pip install 'megatron-early-exit[eval]'")
+    return ValueError(str(error))
 
 
 @dataclass(frozen=True)

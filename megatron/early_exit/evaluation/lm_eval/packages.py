@@ -38,7 +38,9 @@ class DataPackage:
 
         folder_in_package: path inside of the package, with slashes. Raises DataMissing if the package, ValueError if
         the file is not there."""
-        found = self._in_folder(folder_in_package, data_folder) or self._installed(folder_in_package)
+        found = self._in_folder(folder_in_package, data_folder)
+        if found is None:
+            found = self._installed(folder_in_package)
         if found is None:
             raise DataMissing(self._advice(data_folder))
         if not found:
