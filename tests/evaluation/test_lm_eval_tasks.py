@@ -216,9 +216,12 @@ def test_questions(data_folder: Path) -> None:
     assert hellaswag["query"][0] == "Reading: A model reads lines. It"
     assert hellaswag["query"][1] == "Writing: How to write. Write lines."
     assert len(documents.mmlu_dev()["test"]) == 281
-    (passage, _) = documents.last_words(data_folder)["test"]
-    assert passage["word"] in packaged_sets.SPEECH and passage["word"].lower() in passage["context"].lower()
-    assert passage["context"].count(". ") >= 2 and len(passage["context"].split()) < 120
+    passages = documents.last_words(data_folder)["test"]
+    assert {passage["word"] for passage in passages} == {"text", "lines"}
+    for passage in passages:
+        assert passage["word"] in passage["context"] and passage["context"].count(". ") >= 2
+        assert 39 <= len(passage["context"].split()) < 120
+        assert f"{passage['context']} {passage['word']}." in packaged_sets.SPEECH
     assert all(len(part["text"].split()) >= 400 for part in documents.speech_parts(data_folder)["test"])
     wiki = documents.wiki_articles(data_folder, version=1.0, config_source="file")
     assert (len(wiki["test"]), len(wiki["examples"])) == (4, 10)
