@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lm_eval.api.instance import Instance
 
+from megatron.early_exit.evaluation.lm_eval.adapter import EarlyExitLM
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from tests.server.serving import RunningServer
@@ -91,6 +93,10 @@ def test_log_likelihoods(server: RunningServer, offline: LLM, checkpoint: Path, 
     assert score == 0.75
     got = [[float(response[0][0]) for response in sample["resps"]] for sample in samples]
     assert got == [pytest.approx(values, abs=1e-3) for values in expected]
+    lm = EarlyExitLM(offline, add_bos_token=False)  # as lm-eval tokenizes for servers
+    pairs = [Instance("loglikelihood", {}, (question, choice), 0) for question in QUESTIONS for choice in CHOICES]
+    in_process = [value for value, _ in lm.loglikelihood(pairs, disable_tqdm=True)]
+    assert sum(got, []) == pytest.approx(in_process, abs=1e-3)
 
 
 @pytest.mark.parametrize("model", ["local-completions", "local-chat-completions"])
@@ -109,4 +115,9 @@ def test_answers(server: RunningServer, offline: LLM, checkpoint: Path, tmp_path
         model, url, GENERATE_TASK, tokenizer, tmp_path, documents, apply_chat_template=is_chat
     )  # fmt: skip
     assert [sample["resps"][0][0] for sample in samples] == answers
+    lm = EarlyExitLM(offline, add_bos_token=None if is_chat else False)
+    template = lambda text: lm.apply_chat_template([{"role": "user", "content": text}]) if is_chat else text
+    settings = {"until": ["zzz"], "max_gen_toks": NEW_TOKENS}
+    asked = [Instance("generate_until", {}, (template(question), settings), 0) for question in QUESTIONS]
+    assert lm.generate_until(asked) == answers
     assert score == 0.5
