@@ -9,6 +9,7 @@ correlation.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -33,7 +34,7 @@ class Decisions:
     scores: np.ndarray
     is_wrong: np.ndarray
 
-    @property
+    @cached_property
     def highest_wrong_score(self) -> np.ndarray:
         """[...]: some exit errs if the threshold is not above it; -1: none is wrong."""
         return np.where(self.is_wrong, self.scores, -1.0).max(0)
@@ -59,22 +60,36 @@ def _logistic(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Population:
-    """Prompts that are drawn from with replacement, as often as there are calibrations."""
+    """Prompts that are drawn from with replacement, as often as there are calibrations. A threshold is that of all
+    exits, unless there are several."""
 
-    highest_wrong_scores: np.ndarray
-    """[prompts, DECISIONS] of `Decisions`"""
+    decisions: Decisions
+    """[exits, prompts, DECISIONS]"""
+
+    def risk(self, thresholds: np.ndarray) -> float:
+        """Share of all decisions that err. thresholds: [exits]"""
+        num_can_err = np.count_nonzero(self.decisions.highest_wrong_score >= thresholds.min())
+        errs = (self._wrong_scores[:, :num_can_err] >= thresholds[:, None]).any(0)
+        return float(errs.sum() / self.decisions.highest_wrong_score.size)
+
+    @cached_property
+    def _wrong_scores(self) -> np.ndarray:
+        """[exits, all decisions]: -1 where an exit is right; decisions with the highest ones first."""
+        order = np.argsort(-self.decisions.highest_wrong_score, axis=None)
+        of_exits = np.where(self.decisions.is_wrong, self.decisions.scores, -1.0)
+        return of_exits.reshape(len(of_exits), -1)[:, order]
 
     def threshold(self, risk: float) -> float:
         """With which this share of all decisions errs."""
-        return _threshold(self.highest_wrong_scores, risk)
+        return _threshold(self.decisions.highest_wrong_score, risk)
 
     def threshold_of_texts(self, risk: float) -> float:
         """With which this share of prompts has a decision that errs."""
-        return _threshold(self.highest_wrong_scores.max(1), risk)
+        return _threshold(self.decisions.highest_wrong_score.max(1), risk)
 
     def errors(self, threshold: float) -> np.ndarray:
         """[prompts]: how many decisions err."""
-        return (self.highest_wrong_scores >= threshold).sum(1)
+        return (self.decisions.highest_wrong_score >= threshold).sum(1)
 
     def correlation(self, threshold: float) -> float:
         """Of errors in two decisions of one prompt."""
@@ -96,11 +111,12 @@ def draw_population(num_prompts: int, risk: float, correlation: float, seed: int
     spread = _spread(risk, correlation, generator)
     strength = 1 / spread - 1
     shares = generator.beta(MISLEADING * strength, (1 - MISLEADING) * strength, (num_prompts, 1))
-    highest = [
-        decide(generator.random((len(part), DECISIONS)) < part, generator).highest_wrong_score
+    parts = [
+        decide(generator.random((len(part), DECISIONS)) < part, generator)
         for part in np.array_split(shares, max(1, num_prompts // 10_000))
     ]
-    return Population(np.concatenate(highest))
+    join = lambda name: np.concatenate([getattr(part, name) for part in parts], axis=1)
+    return Population(Decisions(join("scores"), join("is_wrong")))
 
 
 def _spread(risk: float, correlation: float, generator: np.random.Generator) -> float:

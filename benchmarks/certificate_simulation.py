@@ -4,10 +4,11 @@
 
 Prompts are drawn from a population (`certificate_exits.py`) whose risk is known at every threshold of a grid, a
 thousand times for each case; every method chooses a point from the same losses. A *violation* is a point whose true
-risk is above alpha. A one-sided exact binomial test (level .001) says whether violations are more frequent than
-delta. Methods that are right must pass everywhere; each wrong one must fail in the cases that show its mistake, or
-the simulation would prove nothing. *power*: how often a point with 1/4, 1/2, 3/4 of alpha is certified with the
-numbers of prompts that users are told.
+risk is above alpha. A one-sided exact binomial test (level .001) says whether violations are more frequent than delta.
+Methods that are right must pass everywhere; each wrong one must fail in the cases that show its mistake, or the
+simulation would prove nothing. *certified_by_the_program* is the whole way of `tools/evaluate.py calibrate` from
+records on: prompts are split, a threshold for each exit is tuned on one part, and the line of them tested on another.
+*power*: how often a point with 1/4, 1/2, 3/4 of alpha is certified with the numbers of prompts that users are told.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.certificate_exits import DECISIONS, Population, draw_population
+from megatron.early_exit.evaluation.certification import Split, ThresholdLine, losses, test_line
 from megatron.early_exit.evaluation.statistics.distributions import binomial_cdf
 from megatron.early_exit.evaluation.statistics.learn_then_test import (
     betting_p_value,
     binomial_p_value,
     fixed_sequence,
 )
+from megatron.early_exit.inference.exit_records import PromptRecord
 from megatron.early_exit.platform.command_line import show_progress
 
 DELTA = 0.05
@@ -140,6 +143,9 @@ def cases() -> Iterator[Case]:
         yield Case("text", TEXT_ALPHA, correlation, "fine", prompts)
 
 
+PROGRAM_CASES = (Case("A-max", 0.01, 0.2, "tuned", 1000), Case("A-max", 0.05, 0.2, "tuned", 500))
+
+
 @dataclass(frozen=True)
 class Grid:
     """Points of a population, from safe to risky."""
@@ -164,28 +170,58 @@ class Grid:
 
 def simulate(case: Case, grid: Grid, repeats: int, seed: int) -> list[dict[str, Any]]:
     """A row for each method."""
-    chosen: dict[Method, list[int | None]] = {method: [] for method in case.methods}
+    chosen: dict[Method, list[float | None]] = {method: [] for method in case.methods}
     for number, counts in enumerate(grid.samples(case.prompts, repeats, seed)):
         for method in case.methods:
-            chosen[method].append(method(counts, case.alpha, number))
-    return [_row(case, method, points, grid) for method, points in chosen.items()]
+            point = method(counts, case.alpha, number)
+            chosen[method].append(None if point is None else float(grid.risks[point]))
+    return [
+        _row(case, method.__name__, method in RIGHT[case.loss], case.shows(method), risks)
+        for method, risks in chosen.items()
+    ]
 
 
-def _row(case: Case, method: Method, points: list[int | None], grid: Grid) -> dict[str, Any]:
-    accepted = [grid.risks[point] for point in points if point is not None]
-    violations = sum(bool(risk > case.alpha) for risk in accepted)
-    p_value = 1 - binomial_cdf(violations - 1, len(points), DELTA) if violations else 1.0
+def simulate_program(population: Population, case: Case, repeats: int, seed: int) -> dict[str, Any]:
+    """A row for the functions behind `tools/evaluate.py calibrate`, whose points have a threshold for each exit."""
+    generator = np.random.default_rng(seed)
+    scores, is_wrong = (np.moveaxis(of, 0, -1) for of in (population.decisions.scores, population.decisions.is_wrong))
+    choices = is_wrong.astype(np.int64)
+    right, sure = np.zeros(DECISIONS, np.int64), np.ones(DECISIONS)
+    risks: list[float | None] = []
+    for number in range(repeats):
+        drawn = generator.integers(len(scores), size=case.prompts).tolist()
+        records = [PromptRecord(i, right, scores[one].astype(float), choices[one], sure) for i, one in enumerate(drawn)]
+        split = Split.draw(len(records), number, with_free_running=False)
+        line = ThresholdLine.tuned([records[i] for i in split.tuning], case.alpha)
+        of_points = losses([records[i] for i in split.calibration], line.thresholds, "A-max")
+        tested = test_line(
+            lambda point, of=of_points: of[:, point],
+            len(line),
+            alpha=case.alpha,
+            delta=DELTA,
+            risk="A-max",
+            seed=number,
+        )
+        risks.append(None if tested.chosen is None else population.risk(line.thresholds[tested.chosen]))
+    return _row(case, "certified_by_the_program", True, False, risks)
+
+
+def _row(case: Case, method: str, is_right: bool, shows: bool, risks: list[float | None]) -> dict[str, Any]:
+    """risks: of the point that each calibration chose, None where it refused all."""
+    accepted = [risk for risk in risks if risk is not None]
+    violations = sum(risk > case.alpha for risk in accepted)
+    p_value = 1 - binomial_cdf(violations - 1, len(risks), DELTA) if violations else 1.0
     return {
         **{name: getattr(case, name) for name in ("loss", "alpha", "correlation", "grid", "prompts")},
-        "method": method.__name__,
-        "is_right": method in RIGHT[case.loss],
-        "must_be_seen_to_fail": case.shows(method),
-        "repeats": len(points),
+        "method": method,
+        "is_right": is_right,
+        "must_be_seen_to_fail": shows,
+        "repeats": len(risks),
         "violations": violations,
-        "violation_rate": violations / len(points),
+        "violation_rate": violations / len(risks),
         "p_value": p_value,
         "is_rejected": p_value < TEST_LEVEL,
-        "refused": 1 - len(accepted) / len(points),
+        "refused": 1 - len(accepted) / len(risks),
         "mean_risk_over_alpha": float(np.mean(accepted)) / case.alpha if accepted else None,
     }
 
@@ -209,6 +245,7 @@ def run(repeats: int, population_size: int, seed: int) -> dict[str, Any]:
     populations = {key: draw_population(population_size, *key, seed) for key in itertools.product(ALPHAS, CORRELATIONS)}
     all_cases, rows, power = list(cases()), [], []
     show = show_progress("cases")
+    rows += [simulate_program(populations[case.alpha, case.correlation], case, repeats, seed) for case in PROGRAM_CASES]
     for done, case in enumerate(all_cases, 1):
         grid = Grid.of(populations[case.alpha, case.correlation], case.loss, case.alpha, GRIDS[case.grid])
         rows += simulate(case, grid, repeats, seed)
@@ -284,8 +321,10 @@ def _violations_table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         column = f"{row['grid']} {row['prompts']}"
         cells.setdefault(row["method"], {})[column] = f"{row['violation_rate']:.3f}{'*' if row['is_rejected'] else ' '}"
-    columns = list(next(iter(cells.values())))
-    return common.format_table(["method", *columns], [[name, *row.values()] for name, row in cells.items()])
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    return common.format_table(
+        ["method", *columns], [[name, *(row.get(column) for column in columns)] for name, row in cells.items()]
+    )
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import pytest
 from benchmarks import certificate_simulation as simulation
 from benchmarks.certificate_exits import DECISIONS, MISLEADING, Population, decide, draw_population
 from benchmarks.certificate_simulation import Case, Grid, goals, simulate
+from megatron.early_exit.evaluation import certification
+from megatron.early_exit.evaluation.statistics.learn_then_test import binomial_p_value
 
 ALPHA = 0.05
 
@@ -26,10 +28,17 @@ def rows_of(population: Population, case: Case, repeats: int = 300) -> dict[str,
 def test_the_population_is_as_asked_for(population: Population) -> None:
     threshold = population.threshold(ALPHA)
     assert population.errors(threshold).mean() / DECISIONS == pytest.approx(ALPHA, abs=1e-4)
-    errs = population.highest_wrong_scores >= threshold
+    errs = population.decisions.highest_wrong_score >= threshold
     halves = errs[:, ::2].mean(1), errs[:, 1::2].mean(1)  # another way to the correlation within prompts
     assert np.cov(*halves)[0, 1] / (ALPHA * (1 - ALPHA)) == pytest.approx(0.2, abs=0.02)
     assert population.correlation(threshold) == pytest.approx(0.2, abs=0.02)
+    assert population.risk(np.full(3, threshold)) == pytest.approx(population.errors(threshold).mean() / DECISIONS)
+    of, thresholds = population.decisions, np.array([0.9, 0.95, 0.5])
+    errs = sum(
+        ((scores >= one) & wrong).astype(int)
+        for scores, wrong, one in zip(of.scores, of.is_wrong, thresholds, strict=True)
+    )
+    assert population.risk(thresholds) == pytest.approx((errs > 0).mean())
     assert (population.errors(population.threshold_of_texts(0.1)) > 0).mean() == pytest.approx(0.1, abs=1e-3)
     with pytest.raises(ValueError, match="more than what misleads can give"):
         draw_population(10, 0.01, correlation=0.9, seed=0)
@@ -78,6 +87,18 @@ def test_certified_texts_keep_the_promise(population: Population) -> None:
 def test_off_by_one_breaks_the_promise(population: Population) -> None:
     rows = rows_of(population, Case("A-max", ALPHA, 0.2, "coarse", 1000), repeats=60)
     assert rows["first_failing"]["violation_rate"] > 0.5 > rows["certified"]["violation_rate"]
+
+
+def test_the_program_keeps_the_promise(population: Population, monkeypatch) -> None:
+    """And the simulation would see it if it did not: with all prompts pooled in its test, it does not."""
+    case = Case("A-max", ALPHA, 0.2, "tuned", 500)
+    row = simulation.simulate_program(population, case, 60, seed=0)
+    assert not row["is_rejected"]
+    assert row["refused"] < 0.1 and row["mean_risk_over_alpha"] > 0.5
+    monkeypatch.setattr(certification, "p_value", lambda of_prompts, alpha, *_: binomial_p_value(
+        round(of_prompts.sum() * DECISIONS), len(of_prompts) * DECISIONS, alpha
+    ))  # fmt: skip
+    assert simulation.simulate_program(population, case, 60, seed=0)["is_rejected"]
 
 
 def test_goals_need_right_methods_to_pass_and_wrong_ones_to_fail() -> None:
