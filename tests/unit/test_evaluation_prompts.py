@@ -22,13 +22,14 @@ BYTES = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
 
 
 def prompts(
-    *words: object, tokenizer: Tokenizer = BYTES, num_positions: int = 64, room: int = 8, default_prompts: int = 5
+    *words: object, tokenizer: Tokenizer = BYTES, num_positions: int = 64, room: int = 8, default_prompts: int = 5,
+    least: int = 1,
 ) -> PromptSet:
     parser = argparse.ArgumentParser()
     add_prompt_flags(parser, default_prompts, default_length=4)
     args = parser.parse_args([str(word) for word in words])
     model = WorkerDescription(4, 8, tokenizer.vocab_size, (), num_slots=2, num_positions=num_positions)
-    return load_prompts(args, tokenizer, model, room)
+    return load_prompts(args, tokenizer, model, room, least)
 
 
 def lines(path: Path, *values: object) -> Path:
@@ -125,6 +126,13 @@ def test_wrong_flags(text: str, words: list[str], message: str) -> None:
         prompts("--data-path", text, "--prompts", "62", *words)
 
 
+def test_more_prompts_than_asked_for(text: str) -> None:
+    assert len(prompts("--data-path", text, "--prompts", 3, least=7).prompts) == 7
+    assert len(prompts("--data-path", text, least=7, default_prompts=5).prompts) == 7
+    with pytest.raises(ValueError, match="62 prompts are needed"):
+        prompts("--data-path", text, least=62)
+
+
 def test_no_room(text: str) -> None:
     with pytest.raises(ValueError, match="answers of 65 tokens leave no room for a prompt: the model takes 64"):
         prompts("--data-path", text, room=65, num_positions=64)
@@ -156,7 +164,7 @@ def test_flags_that_do_not_go_with_files(tmp_path: Path) -> None:
         prompts("--prompts-file", path, "--prompt-length", 3)
     with pytest.raises(ValueError, match="--chat-template has no effect: .* holds no chats"):
         prompts("--prompts-file", path, "--chat-template", path)
-    with pytest.raises(ValueError, match="--prompts is 2, but .* has 1 different prompts"):
+    with pytest.raises(ValueError, match="2 prompts are needed, but .* has 1 different prompts"):
         prompts("--prompts-file", path, "--prompts", 2)
 
 

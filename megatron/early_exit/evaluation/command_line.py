@@ -9,12 +9,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron.early_exit.evaluation.commands import calibrate, report, tasks
+from megatron.early_exit.evaluation.commands import benchmark, calibrate, correctness, exits, report, sweep, tasks
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.platform.failures import in_words
 
-_COMMANDS = (calibrate, tasks, report)
+_COMMANDS = (exits, calibrate, sweep, correctness, benchmark, tasks, report)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,108 +1,98 @@
-"""How good the exits of a model are on a text: their losses, and how often they agree with the final head."""
+"""How good the exits of a model are on a text: losses, agreement with the final head, and how well an exit's score
+tells where it agrees."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from megatron.early_exit.evaluation.rows import Row, share_interval
+from megatron.early_exit.evaluation.statistics.exit_metrics import auroc, expected_calibration_error, reliability
+from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import GenerationParams, ScoreParams
+from megatron.early_exit.inference.results import ScoredHead
 
 
 @dataclass(frozen=True)
-class HeadQuality:
-    """One exit, or the final head."""
+class HeadScores:
+    """What one head predicts over a text: one list for each sequence, of its positions that a token follows."""
 
     layer: int
     is_final: bool
-    loss: float
-    """Nats per token of the text."""
-    accuracy: float
-    """Share of tokens whose most probable successor is the text's."""
-    agreement: float
-    """Share of tokens whose most probable successor is the final head's."""
-    confidence: float
-    """Mean of the largest probability."""
+    log_probs: tuple[np.ndarray, ...]
+    """Nats, of the text's next token."""
+    scores: tuple[np.ndarray, ...]
+    """Largest probability, which thresholds are compared with."""
+    is_right: tuple[np.ndarray, ...]
+    """Whether the most probable token is the text's."""
+    agrees: tuple[np.ndarray, ...]
+    """Whether it is the final head's."""
+
+    def of(self, sequences: Sequence[int]) -> HeadScores:
+        """Those of some sequences."""
+        some = lambda values: tuple(values[index] for index in sequences)
+        return HeadScores(
+            self.layer, self.is_final, some(self.log_probs), some(self.scores), some(self.is_right), some(self.agrees)
+        )
 
 
-def exit_quality(
-    llm: LLM, sequences: Sequence[list[int]], progress: Callable[[int, int], None] = lambda done, total: None
-) -> list[HeadQuality]:
-    """Every exit in order, and then the final head, over `sequences` of at least two ids each."""
-    sums: np.ndarray | float = 0.0
-    num_tokens, layers = 0, []
-    for number, tokens in enumerate(sequences):
-        (result,) = llm.score([tokens])
-        layers = [head.exit_layer for head in result.check().heads]
-        labels, best = np.array(tokens[1:]), np.array(result.heads[-1].tokens[:-1])
-        predicted = [np.array(head.tokens[:-1]) for head in result.heads]
-        sums = sums + np.array([
-            [-sum(head.log_probs), (own == labels).sum(), (own == best).sum(), sum(head.confidences[:-1])]
-            for head, own in zip(result.heads, predicted, strict=True)
-        ])  # fmt: skip
-        num_tokens += len(labels)
-        progress(number + 1, len(sequences))
-    means = np.asarray(sums) / max(num_tokens, 1)
+def head_scores(
+    llm: LLM, sequences: Sequence[Sequence[int]], progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[HeadScores]:
+    """Every exit in the order of layers, and then the final head, over `sequences` of at least two ids each; as many
+    at a time as the model takes."""
+    step, found = llm.engine.description.num_slots, []
+    for first in range(0, len(sequences), step):
+        found += [result.check().heads for result in llm.score([list(ids) for ids in sequences[first : first + step]])]
+        progress(len(found), len(sequences))
     num_layers = llm.engine.description.num_layers
+    return [_scores_of(of_head, sequences, [heads[-1] for heads in found], num_layers) for of_head in zip(*found)]
+
+
+def _scores_of(
+    of_head: Sequence[ScoredHead], sequences: Sequence[Sequence[int]], finals: Sequence[ScoredHead], num_layers: int
+) -> HeadScores:
+    layer = of_head[0].exit_layer
+    predicted = [np.array(head.tokens[:-1]) for head in of_head]
+    return HeadScores(
+        layer=num_layers if layer is None else layer,
+        is_final=layer is None,
+        log_probs=tuple(np.array(head.log_probs) for head in of_head),
+        scores=tuple(np.array(head.confidences[:-1]) for head in of_head),
+        is_right=tuple(own == np.array(ids[1:]) for own, ids in zip(predicted, sequences, strict=True)),
+        agrees=tuple(own == np.array(final.tokens[:-1]) for own, final in zip(predicted, finals, strict=True)),
+    )
+
+
+def head_row(head: HeadScores, costs: StepCosts, seed: int) -> Row:
+    """The numbers of one head. The calibration of the final head's own score is not asked for: it agrees with itself.
+
+    costs: of layers and heads, measured here. seed: of the interval."""
+    log_probs, scores = np.concatenate(head.log_probs), np.concatenate(head.scores)
+    agrees = np.concatenate(head.agrees)
+    agreeing = np.array([[one.sum(), one.size] for one in head.agrees], dtype=float)
+    loss = float(-log_probs.mean())
+    in_layers = (costs.final_head(1) if head.is_final else costs.probe(1)) / costs.layer(1)
+    return {
+        "layer": head.layer,
+        "is_final": head.is_final,
+        "loss": loss,
+        "perplexity": float(np.exp(loss)) if loss < 700 else None,
+        "accuracy": float(np.concatenate(head.is_right).mean()),
+        "agreement": float(agrees.mean()),
+        "agreement_interval": None if head.is_final else share_interval(agreeing, seed),
+        "confidence": float(scores.mean()),
+        "ece": None if head.is_final else expected_calibration_error(scores, agrees),
+        "auroc": None if head.is_final else auroc(scores, agrees),
+        "cost_in_layers": in_layers,
+    }
+
+
+def reliability_rows(head: HeadScores) -> list[Row]:
+    """Of bins of the score: how often the exit agrees with the final head there."""
     return [
-        HeadQuality(num_layers if layer is None else layer, layer is None, *values)
-        for layer, values in zip(layers, means.tolist(), strict=True)
-    ]
-
-
-@dataclass(frozen=True)
-class DecodingQuality:
-    """One way to decode, greedily."""
-
-    name: str
-    tokens_per_second: float
-    """Speed of one request, after its first token."""
-    runs_saved: float
-    """Share of the full model's layer runs that did not take place."""
-    agreement: float
-    """Share of tokens that the full model would have taken at their place."""
-    perplexity: float
-    """Perplexity of the answers under the full model."""
-
-
-def decoding_quality(
-    llm: LLM,
-    prompts: Sequence[list[int]],
-    settings: dict[str, GenerationParams],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[DecodingQuality]:
-    """Answer every prompt by itself in each way, one way after the other for each prompt, so that a slow moment of the
-    machine meets all of them alike."""
-    sums = {name: np.zeros(6) for name in settings}
-    for number, prompt in enumerate([prompts[0], *prompts]):  # the first one warms up
-        for name, params in settings.items():
-            (answer,) = llm.generate(prompt, params)
-            result = answer.result
-            if number == 0 or not result.tokens:
-                continue
-            scores = ScoreParams(exit_layers=(), score_from=len(prompt) - 1)
-            (scored,) = llm.score([prompt + result.token_ids], scores)
-            (final,) = scored.check().heads
-            agreed = sum(own == token for own, token in zip(final.tokens, result.token_ids))
-            loss = -sum(final.log_probs)
-            statistics = result.statistics
-            sums[name] += np.array([
-                len(result.tokens) - 1, statistics.decode_seconds, statistics.layer_runs, statistics.full_layer_passes,
-                agreed, loss,
-            ])  # fmt: skip
-        progress(number, len(prompts))
-    return [
-        DecodingQuality(
-            name,
-            tokens_per_second=tokens / max(seconds, 1e-9),
-            runs_saved=1 - runs / max(all_runs, 1),
-            agreement=agreed / max(tokens + len(prompts), 1),
-            perplexity=math.exp(loss / max(tokens + len(prompts), 1)),
-        )
-        for name, (tokens, seconds, runs, all_runs, agreed, loss) in (
-            (name, values.tolist()) for name, values in sums.items()
-        )
+        {"score": one.score, "agreement": one.correct, "count": one.count}
+        for one in reliability(np.concatenate(head.scores), np.concatenate(head.agrees))
     ]

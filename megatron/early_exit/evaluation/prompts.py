@@ -81,15 +81,18 @@ def add_prompt_flags(
     parser.set_defaults(default_prompts=default_prompts, default_length=default_length)
 
 
-def load_prompts(args: argparse.Namespace, tokenizer: Tokenizer, model: WorkerDescription, room: int) -> PromptSet:
-    """The prompts of the flags. room: tokens of the answer that must fit behind each; 1: the prompt alone must.
+def load_prompts(
+    args: argparse.Namespace, tokenizer: Tokenizer, model: WorkerDescription, room: int, least: int = 1
+) -> PromptSet:
+    """The prompts of the flags. room: tokens of the answer that must fit behind each; 1: the prompt alone must. least:
+    how many are needed, even if fewer are asked for.
 
     Raises ValueError if there are too few, one is damaged or does not fit; OSError for files that cannot be read."""
     from megatron.early_exit.evaluation.documents import content_digest
 
     _check_numbers(args, longest_prompt(model, room), room)
     source = _Documents(args, model) if args.data_path else _Lines(args, tokenizer, model.vocab_size)
-    drawn = _drawn(args, source)
+    drawn = _drawn(args, source, least)
     _check_lengths(drawn, longest_prompt(model, room), room)
     template = source.template
     return PromptSet(
@@ -139,11 +142,12 @@ def prompt_length(args: argparse.Namespace) -> int:
     return args.default_length if args.prompt_length is None else args.prompt_length
 
 
-def _drawn(args: argparse.Namespace, source: _Documents | _Lines) -> list[EvalPrompt]:
+def _drawn(args: argparse.Namespace, source: _Documents | _Lines, least: int) -> list[EvalPrompt]:
     """Prompts in random order, none twice. Raises ValueError if there are too few."""
     import numpy as np
 
-    wanted = args.default_prompts if args.prompts is None else args.prompts
+    needed = max(args.prompts or 1, least)
+    wanted = max(needed, args.default_prompts) if args.prompts is None else needed
     drawn: dict[tuple[int, ...], EvalPrompt] = {}
     num_twice = 0
     for place in np.random.default_rng(args.seed).permutation(source.count):
@@ -156,10 +160,10 @@ def _drawn(args: argparse.Namespace, source: _Documents | _Lines) -> list[EvalPr
             drawn[prompt.ids] = prompt
     if num_twice:
         log.warning("%d prompts that were drawn before were left out", num_twice)
-    if not drawn or (args.prompts is not None and len(drawn) < wanted):
+    if len(drawn) < needed:
         raise ValueError(
-            f"--prompts is {wanted}, but {source.where} has {len(drawn)} different {source.words}; give more text, or "
-            "ask for fewer"
+            f"{needed} prompts are needed, but {source.where} has {len(drawn)} different {source.words}; give more "
+            "text, or ask for fewer"
         )
     return list(drawn.values())
 

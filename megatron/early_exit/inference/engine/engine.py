@@ -165,7 +165,12 @@ class Engine:
 
         Until then a guess does: rows are free, a head costs what it reads. If the workers have ended, `add` says so."""
         adapts = params.plan_exits or (params.mode == "self_speculative" and params.draft_length is None)
-        if adapts and self._measured_costs is None and not self.has_work:
+        if adapts and not self.has_work:
+            self.measure_costs()
+
+    def measure_costs(self) -> StepCosts:
+        """What layers and heads cost, measured once; the engine must be idle. A guess if the workers have ended."""
+        if self._measured_costs is None:
             self.slots.borrow(1)  # which is overwritten
             try:
                 self._measured_costs = self.executor.measure_costs()
@@ -173,6 +178,13 @@ class Engine:
                 self.failure = str(error)
             finally:
                 self.slots.free(0, is_clean=False)
+        return self._costs
+
+    def forget_prefixes(self) -> None:
+        """Drop the rows that slots keep for later requests to share, so that the next ones compute their prompts; the
+        engine must be idle."""
+        self.slots.borrow(self.description.num_slots)
+        self.give_back(self.description.num_slots)
 
     def look_after_workers(self) -> None:
         """Notice workers that have ended while there is nothing to run: `failure` says so then, as after a step."""

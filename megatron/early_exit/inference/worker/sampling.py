@@ -285,6 +285,11 @@ _STEP = 0x9E3779B97F4A7C15 - 2**64
 _SHIFTS_AND_FACTORS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, None))
 
 
+def noise_of(settings: SamplingSettings, index: int, ids: Tensor) -> Tensor:
+    """[c] fp32: what is added to the tempered logits of `ids` where the answer's token `index` is drawn."""
+    return _gumbel(_stream_starts([Draw(0, settings, index, (), 0)]), ids)[0]
+
+
 def _add_noise(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> None:
     """Add Gumbel noise to the rows of draws that are not greedy, in place. ids: [c] or [n, c]"""
     rows = [row for row, draw in enumerate(draws) if not draw.settings.is_greedy]
