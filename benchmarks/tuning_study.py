@@ -73,6 +73,7 @@ class Settings:
     evaluation_tokens: int = 1024
     prompts: int = 6
     answer_tokens: int = 48
+    rounds: int = 2
     ranks: int = 2
     """Data-parallel, with one thread each on the CPU."""
     seed: int = 1234
@@ -135,7 +136,10 @@ def tune(folder: Path, base: Path, text: Path, variant: Variant, settings: Setti
 def evaluate(folder: Path, held_out: Path, variant: Variant, settings: Settings) -> dict[str, Any]:
     """Exits on the way and at the end, on held-out text."""
     from megatron.early_exit.data.text_samples import sample_sequences
-    from megatron.early_exit.evaluation.exit_quality import decoding_quality, exit_quality
+    from megatron.early_exit.evaluation.comparison import ComparisonSettings, compare
+    from megatron.early_exit.evaluation.exit_quality import head_row, head_scores
+    from megatron.early_exit.evaluation.prompts import EvalPrompt
+    from megatron.early_exit.evaluation.variants import Grid, variants_of
     from megatron.early_exit.inference.params import GenerationParams
 
     own, step = folder / variant.folder, settings.iterations // settings.evaluations
@@ -144,23 +148,22 @@ def evaluate(folder: Path, held_out: Path, variant: Variant, settings: Settings)
         llm = load(own / ("tuned" if iteration else "exits"), iteration)
         vocab_size = llm.engine.description.vocab_size
         sequences = sample_sequences(str(held_out), vocab_size, settings.evaluation_tokens, 256)
-        heads = [asdict(head) for head in exit_quality(llm, sequences)]
+        costs = llm.engine.measure_costs()
+        heads = [head_row(head, costs, settings.seed) for head in head_scores(llm, sequences)]
         curve.append({"tokens": iteration * settings.tokens_per_iteration, "heads": heads})
         report = ", ".join(f"{head['layer']}: {head['loss']:.2f} / {head['agreement']:.1%}" for head in heads[:-1])
         print(f"{variant.name}, {curve[-1]['tokens']:,} tokens: loss / agreement of exit {report}", flush=True)
     result: dict[str, Any] = {"variant": asdict(variant), "curve": curve}
     if variant.thresholds:
-        common_settings = {"max_tokens": settings.answer_tokens, "ignore_eod": True}
-        ways = {"full": GenerationParams(**common_settings)} | {
-            f"threshold {value:g}": GenerationParams(**common_settings, mode="early_exit", exit_thresholds=(value,))
-            for value in variant.thresholds
-        }
-        prompts = [sequence[:32] for sequence in sequences if len(sequence) >= 32][: settings.prompts]
-        result["decoding"] = [asdict(way) for way in decoding_quality(llm, prompts, ways)]
-        for way in result["decoding"]:
-            way["speed"] = way["tokens_per_second"] / result["decoding"][0]["tokens_per_second"]
-            print(f"{variant.name}, {way['name']}: {way['speed']:.2f}x, saved {way['runs_saved']:.1%}, agreement "
-                  f"{way['agreement']:.1%}", flush=True)  # fmt: skip
+        answers = GenerationParams(max_tokens=settings.answer_tokens, ignore_eod=True)
+        variants = variants_of(Grid(thresholds=variant.thresholds), answers, llm.engine.checks)
+        beginnings = [tuple(sequence[:32]) for sequence in sequences if len(sequence) >= 32][: settings.prompts]
+        prompts = [EvalPrompt(ids, None, str(number)) for number, ids in enumerate(beginnings)]
+        how = ComparisonSettings((1,), settings.rounds, len(prompts), settings.seed)
+        result["decoding"] = compare(llm, prompts, variants, how, lambda words: lambda done, total: None).rows
+        for row in result["decoding"]:
+            print(f"{variant.name}, {row['name']}: {row['speedup']:.2f}x, saved {row['runs_saved']:.1%}, agreement "
+                  f"{row['agreement']:.1%}", flush=True)  # fmt: skip
     return result
 
 

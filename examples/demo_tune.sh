@@ -45,8 +45,11 @@ OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 --master_port "${MASTER_PORT:-2953
 python tools/plot_losses.py "$FOLDER/tuned/metrics.jsonl" --output "$FOLDER/losses.png"
 
 step "5/6 Before and after, on text that was held out"
-python tools/evaluate_exits.py --load "$FOLDER/exits" "$FOLDER/tuned" --data-path "$FOLDER/data/held_out_text_document" \
-    --tokens 1024 --thresholds 0.9 0.6 --prompts 4 --output "$FOLDER/quality.json"
+HELD_OUT="$FOLDER/data/held_out_text_document"
+python tools/evaluate.py exits --load "$FOLDER/tuned" --compare "$FOLDER/exits" --data-path "$HELD_OUT" \
+    --prompts 8 --prompt-length 128 --output "$FOLDER/exits.json"
+python tools/evaluate.py sweep --load "$FOLDER/tuned" --data-path "$HELD_OUT" --prompts 4 --answer-tokens 32 --rounds 2 \
+    --thresholds 0.9 0.6 --exits together --draft-lengths 4 --output "$FOLDER/sweep.json"
 
 step "6/6 Back to Hugging Face transformers: the layers are the original's"
 python tools/convert_checkpoint.py to-hf --load "$FOLDER/tuned" --output "$FOLDER/huggingface" --force
@@ -62,6 +65,6 @@ END
 
 cat <<END
 
-Done. In $FOLDER: tuned/ (the model with its exits), losses.png, quality.json, huggingface/. Talk to it:
+Done. In $FOLDER: tuned/ (the model with its exits), losses.png, exits.json, sweep.json, huggingface/. Talk to it:
     python tools/generate.py --load $FOLDER/tuned --chat --use-early-exit --early-exit-thres 0.8
 END

@@ -63,11 +63,11 @@ def test_rows_cover_all_pairs() -> None:
 def run(tool: str, *words: object) -> str:
     """Run a tool in this process; returns what it prints."""
     from megatron.early_exit.checkpoint import convert_command
-    from megatron.early_exit.evaluation import evaluate_command
+    from megatron.early_exit.evaluation import command_line as evaluation
     from megatron.early_exit.inference import command_line
 
     main = {
-        "convert": convert_command.main, "evaluate": evaluate_command.main, "generate": command_line.main,
+        "convert": convert_command.main, "evaluate": evaluation.main, "generate": command_line.main,
     }[tool]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
         status = main([str(word) for word in words])
@@ -187,19 +187,11 @@ def walk(row: dict[str, str], folder: Path) -> None:
     # Evaluated, against losses of the exported models.
     documents = write_documents(folder / "held_out", [TOKENS[0], TOKENS[1]])
     words = (
-        "--load",
-        tuned,
-        "--data-path",
-        documents,
-        "--tokens",
-        1000,
-        "--dtype",
-        "fp32",
-        "--output",
-        folder / "quality.json",
-    )
-    run("evaluate", *words, "--dtype", "fp32")
-    heads = json.loads((folder / "quality.json").read_text())[0]["heads"]
+        "exits", "--load", tuned, "--data-path", documents, "--prompt-length", len(TOKENS[0]), "--dtype", "fp32",
+        "--output", folder / "quality.json",
+    )  # fmt: skip
+    run("evaluate", *words)
+    heads = json.loads((folder / "quality.json").read_text())["results"]["heads"]
     labels = torch.tensor(TOKENS)[:, 1:].flatten()
     for said, logits in ((heads[0], of_exit), (heads[-1], final)):
         loss = torch.nn.functional.cross_entropy(logits[:, :-1, :93].flatten(0, 1), labels).item()

@@ -34,7 +34,9 @@ STEPS = {
     "plot": "tools/plot_losses.py F/trained/metrics.jsonl --output F/losses.svg",
     "generate": "tools/generate.py --load F/trained --prompt import --tokens-to-generate 4 --use-early-exit"
     " --early-exit-thres 0",
-    "evaluate": "tools/evaluate_exits.py --load F/trained --data-path F/data_text_document --tokens 100",
+    "exits": "tools/evaluate.py exits --load F/trained --data-path F/data_text_document --prompts 4 --prompt-length 8",
+    "sweep": "tools/evaluate.py sweep --load F/trained --data-path F/data_text_document --prompts 2 --prompt-length 4"
+    " --answer-tokens 4 --rounds 1 --thresholds 0.5 --draft-lengths 2 --csv F/sweep.csv",
     "calibrate": "tools/evaluate.py calibrate --load F/trained --data-path F/data_text_document --prompts 10"
     " --prompt-length 4 --answer-tokens 4 --levels 0.5 --rounding-prompts 2",
     "remove": "tools/convert_checkpoint.py remove-exits --load F/trained --save F/plain",
@@ -64,7 +66,8 @@ SAID = {
     "train": "test at iteration 2",
     "plot": "wrote",
     "generate": "stopped by max_tokens",
-    "evaluate": "exit 2",
+    "exits": "exit 2",
+    "sweep": "threshold 0.5",
     "calibrate": "certified:0.5 (A-max, delta 0.05)",
     "export": "llama",
     "inspect": "after layers 1, 3",

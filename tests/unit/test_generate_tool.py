@@ -12,8 +12,8 @@ import pytest
 
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.data.tokenizer import build_tokenizer
-from megatron.early_exit.evaluation import evaluate_command
-from megatron.early_exit.inference import calibrate_command, report
+from megatron.early_exit.evaluation import command_line as evaluation
+from megatron.early_exit.inference import report
 from megatron.early_exit.inference.command_line import _print_json, _typed_lines, main
 from megatron.early_exit.inference.prompt_file import prompts_of_file
 from megatron.early_exit.inference.results import GeneratedToken, HeadPrediction, PromptToken, RequestResult, Statistics
@@ -157,17 +157,17 @@ def test_temperature_0_is_greedy_with_all_settings(flags, capsys):
     assert "nowhere" in message and "temperature" not in message  # only the model is missing
 
 
-@pytest.mark.parametrize("program", ["generate", "calibrate", "evaluate"])
+@pytest.mark.parametrize("program", ["generate", "calibrate", "sweep"])
 def test_programs_do_not_wait_for_the_ranks_of_another_job(program, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     programs = {
         "generate": (main, ["--prompt", "x"]),
-        "calibrate": (calibrate_command.main, ["--data-path", "x"]),
-        "evaluate": (evaluate_command.main, ["--data-path", "x"]),
+        "calibrate": (evaluation.main, ["calibrate", "--data-path", "x"]),
+        "sweep": (evaluation.main, ["sweep", "--data-path", "x"]),
     }
     run, words = programs[program]
-    assert run(["--load", "nowhere", *words]) == 2
+    assert run([*words, "--load", "nowhere"]) == 2
     error = capsys.readouterr().err
     assert "but 2 processes were started (WORLD_SIZE)" in error and "env -u RANK -u WORLD_SIZE" in error
     assert ("set --tensor-model-parallel-size to 2" in error) == (program == "generate")

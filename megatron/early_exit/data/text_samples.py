@@ -25,14 +25,6 @@ def documents_of(prefix: str, vocab_size: int) -> Iterator[np.ndarray]:
         yield tokens
 
 
-def sequence_length(wanted: int | None, longest: int) -> int:
-    """Length of sampled sequences; default 256, or what the model takes. Raises ValueError if it does not take them."""
-    length = min(256, longest) if wanted is None else wanted
-    if not 2 <= length <= longest:
-        raise ValueError(f"--sequence-length is {length}; the model takes 2 to {longest}")
-    return length
-
-
 def sample_sequences(prefix: str, vocab_size: int, num_tokens: int, length: int) -> list[list[int]]:
     """Beginnings of documents from all over the file, of 2 to `length` ids each, together at most `num_tokens`: so many
     where documents are short as well, or all that there are."""

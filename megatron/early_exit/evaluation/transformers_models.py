@@ -59,13 +59,31 @@ class TransformersModel:
         return tuple(answer[: stop + 1])
 
     def decode(self, prompts: Sequence[Ids], num_tokens: int, **settings: Any) -> Run:
-        """A `Way`: the time of one token, which is that of the prompts and the first token, is taken off."""
+        """A `Way`: what comes behind the first token, or behind the first draft, counts."""
+        clock = _first_token_clock()
         begun = _now()
-        self.answers(prompts, 1, **settings)
-        middle = _now()
-        answers = self.answers(prompts, num_tokens, **settings)
-        seconds = max(_now() - middle - (middle - begun), 1e-9)
-        return Run(answers, sum(map(len, answers)) - len(answers), seconds, first_token_seconds=middle - begun)
+        answers = self.answers(prompts, num_tokens, stopping_criteria=[clock], **settings)
+        ended, num_first = _now(), clock.length - max(map(len, prompts))
+        num_decoded = sum(max(len(answer) - num_first, 0) for answer in answers)
+        return Run(answers, num_decoded, ended - clock.seconds, first_token_seconds=clock.seconds - begun)
+
+
+def _first_token_clock() -> Any:
+    """What `generate` asks after each step whether to stop: it never does, and keeps when it was first asked."""
+    import transformers
+
+    class Clock(transformers.StoppingCriteria):
+        """seconds: of the clock; length: of the sequences then."""
+
+        seconds: float | None = None
+        length = 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            if self.seconds is None:
+                self.seconds, self.length = _now(), input_ids.shape[1]
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    return Clock()
 
 
 def _now() -> float:
