@@ -219,10 +219,8 @@ def test_sweep_writes_a_document_and_a_table(checkpoint: Path, texts: list[str],
         "ignore_eod": True,
     }  # fmt: skip
     rows = document["results"]["rows"]
-    assert [(row["batch"], row["name"]) for row in rows] == [
-        (batch, name) for batch in (1, 2)
-        for name in ("full", *(f"threshold 0.2, exit {layer}" for layer in (1, 2, 3)), "draft with exit 2, length adaptive")
-    ]  # fmt: skip
+    names = ["full", *(f"threshold 0.2, exit {layer}" for layer in (1, 2, 3)), "draft with exit 2, length adaptive"]
+    assert [(row["batch"], row["name"]) for row in rows] == [(batch, name) for batch in (1, 2) for name in names]
     with (tmp_path / "rows.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     for row, line in zip(rows, lines, strict=True):
@@ -247,7 +245,8 @@ def test_answers_that_end_in_their_first_token_have_no_speed(llm: LLM, prompts: 
 def test_all_lossless_ways_are_tried(llm: LLM) -> None:
     names = [case.name for case in lossless_cases(llm.engine.checks, ANSWERS, 4, 0.8)]
     assert len(names) == len(set(names)) == 5 + 3 * 3 + 2 + 3
-    assert {f"draft with exit {layer}, length {length}" for layer in (1, 2, 3) for length in (1, 4, "adaptive")} < set(names)
+    drafts = {f"draft with exit {layer}, length {length}" for layer in (1, 2, 3) for length in (1, 4, "adaptive")}
+    assert drafts < set(names)
 
 
 def test_a_difference_is_placed_and_measured(cfg: RunConfig, llm: LLM, prompts: list[EvalPrompt]) -> None:
@@ -346,11 +345,11 @@ def their_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def words_of_text(their_model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[object, ...]]:
+def words_of_text(their_model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     values = [{"ids": [(13 * i + j * j) % 250 for j in range(6 + i % 3)]} for i in range(4)]
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
-    yield "--load", their_model[1], "--prompts-file", path, "--answer-tokens", 8
+    return "--load", their_model[1], "--prompts-file", path, "--answer-tokens", 8
 
 
 def test_correctness_against_transformers(
@@ -453,4 +452,3 @@ def test_an_interruption_leaves_earlier_results(
 def interrupted(count: int) -> Iterator[float]:
     yield from map(float, range(count))
     raise KeyboardInterrupt
-

@@ -22,7 +22,11 @@ BYTES = build_tokenizer(TokenizerConfig(tokenizer_type="ByteLevelTokenizer"))
 
 
 def prompts(
-    *words: object, tokenizer: Tokenizer = BYTES, num_positions: int = 64, room: int = 8, default_prompts: int = 5,
+    *words: object,
+    tokenizer: Tokenizer = BYTES,
+    num_positions: int = 64,
+    room: int = 8,
+    default_prompts: int = 5,
     least: int = 1,
 ) -> PromptSet:
     parser = argparse.ArgumentParser()

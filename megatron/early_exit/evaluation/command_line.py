@@ -13,6 +13,7 @@ from megatron.early_exit.evaluation.commands import benchmark, calibrate, correc
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.platform.failures import in_words
+from megatron.early_exit.platform.world import check_world_size
 
 _COMMANDS = (exits, calibrate, sweep, correctness, benchmark, tasks, report)
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 if a worker failed, 2 for what cannot be evaluated."""
     args = build_parser().parse_args(argv)
     try:
+        if "load" in args:  # before the model's files are looked at
+            check_world_size(1)
         return args.run(args) or 0
     except BrokenPipeError:  # the reader of the output has ended: `run_program` deals with it
         raise

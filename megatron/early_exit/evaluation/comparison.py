@@ -76,6 +76,6 @@ def compare(
             measured, worth = of_way[variant.name], [quality[one] for one in answers[batch, variant.name]]
             rows.append(row_of(variant, batch, measured, baseline, worth, settings.seed))
             numbers.append(per_prompt(variant.name, batch, measured, baseline, worth))
-        for name in of_way.keys() - ours.keys():
+        for name in (name for name in of_way if name not in ours):
             others.append({"name": name, "mode": "transformers", **speed_columns(batch, of_way[name], baseline)})
     return Comparison(rows, numbers, others)

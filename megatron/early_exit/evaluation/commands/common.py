@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.inference.model_flags import add_model_flags, engine_settings
-from megatron.early_exit.platform.world import check_world_size
 
 if TYPE_CHECKING:
     from megatron.early_exit.inference.engine_loading import LoadedEngine
@@ -42,7 +41,6 @@ def load(args: argparse.Namespace, **overrides: Any) -> tuple[LLM, LoadedEngine]
     from megatron.early_exit.inference.engine_loading import load_engine
     from megatron.early_exit.inference.llm import LLM
 
-    check_world_size(1)
     check_output(args.output)
     loaded = load_engine(args.load, **engine_settings(args) | {"worker_timeout": args.worker_timeout} | overrides)
     return LLM(loaded.engine, loaded.tokenizer, loaded.engine.exits), loaded
