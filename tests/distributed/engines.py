@@ -152,13 +152,16 @@ def check_against_reference(
     policy = params.exit_policy(cfg.exits)
     for row, token in enumerate(result.tokens, start=len(prompt) - 1):
         enabled = () if policy is None else policy.exit_layers
+        enabled = cfg.exits.exit_layer_nums if params.observe_exits else enabled
         predictions = iter(token.predictions)
         for head in (*enabled, None):
             log_prob, best = log_probs[head][row].max(0)
             reading = next(predictions)
             assert (reading.exit_layer, reading.token) == (head, best.item()), (row, token)
             assert reading.confidence == pytest.approx(log_prob.exp().item(), rel=1e-5)
-            if head is not None and log_prob.exp().item() >= policy.thresholds[policy.exit_layers.index(head)]:
+            if head is None or policy is None:
+                continue
+            if log_prob.exp().item() >= policy.thresholds[policy.exit_layers.index(head)]:
                 break
         assert next(predictions, None) is None
         assert (token.exit_layer, token.is_final) == (head or cfg.model.num_layers, head is None)
@@ -187,7 +190,7 @@ def check_statistics(cfg: RunConfig, params: GenerationParams, result: RequestRe
         mine = [t.confidence for t in result.tokens if (t.exit_layer, t.is_final) == (usage.exit_layer, usage.is_final)]
         assert usage.tokens == len(mine)
         assert usage.mean_confidence == (pytest.approx(sum(mine) / len(mine)) if mine else None)
-    from_prefill = params.mode == "full" and len(result.tokens) > 0
+    from_prefill = params.mode == "full" and not params.observe_exits and len(result.tokens) > 0
     assert statistics.full_layer_passes == (len(result.tokens) - from_prefill) * num_layers
     assert statistics.queue_seconds >= 0
     if result.tokens:

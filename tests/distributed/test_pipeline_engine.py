@@ -169,6 +169,13 @@ def test_the_next_turn_of_a_chat_finds_the_rows_of_the_last(pair: Pair) -> None:
         check_against_reference(pair.cfg, prompt, full, run_all(engine)[request_id], VOCAB_SIZE)
 
 
+def test_observed_exits(pair: Pair) -> None:
+    params = GenerationParams(max_tokens=6, observe_exits=True)
+    observed, plain = pair.answers([(PROMPT, params), (PROMPT, replace(params, observe_exits=False))])
+    assert observed.token_ids == plain.token_ids
+    assert all(len(token.predictions) == len(pair.cfg.exits.exit_layer_nums) + 1 for token in observed.tokens)
+
+
 def test_more_requests_than_slots_that_share_prefixes(pair: Pair) -> None:
     prompts = [list(range(18)) + [50 + number] for number in range(10)]
     params = [replace(GenerationParams(max_tokens=5), **MODES[number % len(MODES)]) for number in range(10)]
