@@ -217,6 +217,7 @@ def test_other_risks(made: Path, folder: Path, risk: str) -> None:
     (["--shortlist-size", "100000", "--levels", "0.5"], "--shortlist-size is 100000; the vocabulary has"),
     (["--load", "nowhere", "--levels", "0.5"], "nowhere: no such folder"),
     (["--answer-tokens", "4000", "--levels", "0.5"], "the model takes"),
+    (["--prompts", "500", "--levels", "0.5", "--shortlist-size", "9"], "500 prompts are needed, but"),
 ])  # fmt: skip
 def test_what_cannot_be_calibrated(
     made: Path, folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]

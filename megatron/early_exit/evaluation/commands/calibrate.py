@@ -4,6 +4,8 @@ them."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.evaluation.commands.common import add_parser, finish, load
@@ -66,15 +68,16 @@ def run(args: argparse.Namespace) -> None:
 
     settings, machine = settings_of(args), machine_info()
     settings.check_prompts(args.prompts or args.default_prompts)  # before the shortlist is written
-    _count_frequent_tokens(args)
-    llm, loaded = load(args)
-    with llm:
+    with _new_shortlist(args):
+        llm, loaded = load(args)
         prompts = load_prompts(args, llm.tokenizer, llm.engine.description, settings.answer_tokens)
+        settings.check_prompts(len(prompts.prompts))
+    with llm:
         found = calibrate(llm, loaded, prompts, settings, show_progress)
         add_certificates(loaded.checkpoint.folder, found.certificates)
         print(found.text())
         print(f"\nwrote {loaded.checkpoint.folder / CERTIFICATE_FILE}")
-        finish(args, loaded, vars_of(args, settings), found.results, data=prompts.data, machine=machine)
+        finish(args, loaded, document_settings(args, settings), found.results, data=prompts.data, machine=machine)
 
 
 def settings_of(args: argparse.Namespace) -> CalibrationSettings:
@@ -87,7 +90,7 @@ def settings_of(args: argparse.Namespace) -> CalibrationSettings:
     )  # fmt: skip
 
 
-def vars_of(args: argparse.Namespace, settings: CalibrationSettings) -> dict[str, Any]:
+def document_settings(args: argparse.Namespace, settings: CalibrationSettings) -> dict[str, Any]:
     """The settings of the document."""
     from dataclasses import asdict
 
@@ -98,18 +101,22 @@ _MAX_COUNTED = 50_000_000
 """Tokens of the corpus that are counted for the shortlist."""
 
 
-def _count_frequent_tokens(args: argparse.Namespace) -> None:
-    """Raises ValueError or OSError if the corpus or the checkpoint cannot be read."""
+@contextmanager
+def _new_shortlist(args: argparse.Namespace) -> Iterator[None]:
+    """Write the corpus's frequent tokens, if they are to be counted; what was there comes back if the rest fails.
+
+    Raises ValueError or OSError if the corpus or the checkpoint cannot be read."""
     if args.shortlist_size is not None and args.shortlist_size > 0 and not args.data_path:
         raise ValueError("--shortlist-size counts the tokens of a corpus; give --data-path")
     if not args.data_path or args.shortlist_size == 0:
+        yield
         return
     import numpy as np
 
     from megatron.early_exit.config.serialize import checkpoint_folder, read_description
     from megatron.early_exit.data.text_samples import documents_of
     from megatron.early_exit.data.tokenizer import build_tokenizer
-    from megatron.early_exit.inference.shortlist import Shortlist
+    from megatron.early_exit.inference.shortlist import SHORTLIST_FILE, Shortlist
 
     folder = checkpoint_folder(args.load, args.load_iteration)
     vocab_size = build_tokenizer(read_description(folder).tokenizer).vocab_size
@@ -122,6 +129,14 @@ def _count_frequent_tokens(args: argparse.Namespace) -> None:
             counts += np.bincount(tokens, minlength=vocab_size)
             if counts.sum() > _MAX_COUNTED:
                 break
-    shortlist = Shortlist.of_counts(counts, size)
+    shortlist, path = Shortlist.of_counts(counts, size), folder / SHORTLIST_FILE
+    before = path.read_bytes() if path.exists() else None
     shortlist.save(folder)
+    try:
+        yield
+    except Exception:
+        path.unlink()
+        if before is not None:
+            path.write_bytes(before)
+        raise
     print(f"{size} frequent tokens cover {shortlist.coverage:.2%} of {counts.sum():,} counted")
