@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from megatron.early_exit.evaluation.lm_eval.adapter import EarlyExitLM
 from megatron.early_exit.evaluation.lm_eval.model_arguments import ModelArguments
 from megatron.early_exit.evaluation.lm_eval.modes import DecodingMode
+from megatron.early_exit.inference.certificates import AnswerSettings, Certificate, Certificates
+from megatron.early_exit.inference.fingerprint import ExitFingerprint
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from tests.server import models
 
@@ -192,6 +195,27 @@ def test_modes_of_answers(chat: EarlyExitLM) -> None:
         expected = [chat.llm.tokenizer.detokenize(one.result.token_ids)
                     for one in chat.llm.generate([text for text, _ in questions], params)]  # fmt: skip
         assert answers[words] == expected != answers["full"]
+
+
+def test_certified_thresholds(chat: EarlyExitLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate holds for one length of answers; likelihoods need none."""
+    fingerprint = ExitFingerprint("", (2, 4), "fp32", None, None, "", ())
+    certificate = Certificate(
+        0.9, 0.05, "A-max", fingerprint, AnswerSettings(max_tokens=12), {2: 0.1, 4: 0.2}, None, 0.01, 0.02, {}
+    )
+    checks = replace(chat.llm.engine.checks, certificates=Certificates((certificate,)))
+    with pytest.raises(ValueError, match=r"certified:0\.9 needs a certificate"):
+        in_mode(chat, "certified:0.9")
+    monkeypatch.setattr(chat.llm.engine, "checks", checks)
+    lm, questions = in_mode(chat, "certified:0.9"), [(text, {"max_gen_toks": 12}) for text in ("a small", "it is")]
+    answers = lm.generate_until(instances("generate_until", questions))
+    assert answers == in_mode(chat, "early_exit:0.1,0.2").generate_until(instances("generate_until", questions))
+    assert lm.get_model_info()["thresholds"] == {"2": 0.1, "4": 0.2}
+    with pytest.raises(ValueError, match="made for answers of max_tokens 12, not 20"):
+        lm.check_answers({"max_gen_toks": 20})
+    with pytest.raises(ValueError, match="made for answers of max_tokens 12, not 20"):
+        lm.generate_until(instances("generate_until", [("a", {"max_gen_toks": 20})]))
+    assert lm.loglikelihood(instances("loglikelihood", PAIRS[:2]), disable_tqdm=True)
 
 
 def test_samples_differ_and_can_be_repeated(chat: EarlyExitLM) -> None:

@@ -95,7 +95,7 @@ def test_an_interrupted_command_goes_on(
     command: list[str], tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    command += ["--tasks", "hellaswag_100", "mmlu_dev"]
+    command += ["--tasks", "hellaswag_100", "mmlu_dev", "--modes", "exit:2", "--num-fewshot", "0"]
     evaluate, runs = task_runs.evaluate, []
 
     def interrupted(lm: Any, tasks: Any, name: str, settings: Any) -> Any:
@@ -117,18 +117,22 @@ def test_an_interrupted_command_goes_on(
     kept.write_text(json.dumps(content))
     monkeypatch.setattr(task_runs, "evaluate", lambda *a: (runs.append(a[2]), evaluate(*a))[1])
     assert main(command) == 0
-    assert runs == ["hellaswag_100", "mmlu_dev"] and not kept.exists()
-    assert "hellaswag_100, full: finished before" in capfd.readouterr().err
+    assert runs == ["hellaswag_100"] * 2 + ["mmlu_dev"] * 2 and not kept.exists()
+    assert "hellaswag_100, exit:2: finished before" in capfd.readouterr().err
     assert set(json.loads((tmp_path / "tasks.json").read_text())["results"]["tasks"]) == set(runs)
 
 
 def test_tasks_of_ones_own_in_chats(command: list[str], tmp_path: Path) -> None:
     folder = own_task(tmp_path / "own")
     more = ["--include-path", str(folder), "--tasks", "own", "--chat", "--num-fewshot", "1", "--seed", "5"]
-    assert main([*command, *more]) == 0
-    document = json.loads((tmp_path / "tasks.json").read_text())
-    (task,) = document["results"]["tasks"].values()
-    assert (task["n"], task["num_fewshot"], document["settings"]["chat"]) == (2, 1, True)
+    answers = []
+    for length in ([], ["--answer-tokens", "1"]):
+        assert main([*command, *more, *length]) == 0
+        document = json.loads((tmp_path / "tasks.json").read_text())
+        (task,) = document["results"]["tasks"].values()
+        assert (task["n"], task["num_fewshot"], document["settings"]["chat"]) == (2, 1, True)
+        answers.append([one["responses"] for one in document["results"]["per_prompt"]["own"]["full"]])
+    assert all(len(whole) > len(short) for whole, short in zip(*answers, strict=True))
 
 
 def own_task(folder: Path) -> Path:
@@ -153,6 +157,7 @@ def own_task(folder: Path) -> Path:
         (["--tasks", "mmlu_dev", "--modes", "early"], "'early' names no way to decode"),
         (["--tasks", "mmlu_dev", "--modes", "certified:0.99"], "certif"),
         (["--tasks", "mmlu_dev", "--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["--tasks", "gsm8k_100", "--answer-tokens", "0"], "--answer-tokens is 0; it must be at least 1"),
         (["--tasks", "mmlu_dev", "--include-path", "nowhere"], "--include-path nowhere is no folder"),
         (["--tasks", "gsm8k_100", "--max-length", "256"], "an answer may have 256 tokens"),
     ],

@@ -40,6 +40,10 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     tasks.add_argument("--limit", type=int, metavar="N", help="questions of each task; default: all")
     tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples before a question; default: the task's")
+    tasks.add_argument(
+        "--answer-tokens", type=int, metavar="N",
+        help="longest answer; default: the task's. A certificate holds for the length that it was made with",
+    )  # fmt: skip
     tasks.add_argument("--chat", action="store_true", help="ask in turns of the model's chat template")
     tasks.add_argument("--seed", type=int, default=1234, metavar="N", help="of examples and intervals; default 1234")
     tasks.add_argument("--include-path", type=Path, metavar="DIR", help="folder with YAML files of more tasks")
@@ -71,9 +75,11 @@ def run(args: argparse.Namespace) -> None:
     from megatron.early_exit.evaluation.lm_eval.modes import DecodingMode
     from megatron.early_exit.evaluation.lm_eval.offline_tasks import as_value_error, check_data, chosen_tasks
 
-    for name, value in (("--limit", args.limit), ("--num-fewshot", args.num_fewshot)):
-        if value is not None and value < (1 if name == "--limit" else 0):
-            raise ValueError(f"{name} is {value}; it must be {'at least 1' if name == '--limit' else '0 or more'}")
+    for name, value, least in (
+        ("--limit", args.limit, 1), ("--answer-tokens", args.answer_tokens, 1), ("--num-fewshot", args.num_fewshot, 0),
+    ):  # fmt: skip
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
     if args.include_path is not None and not args.include_path.is_dir():
         raise ValueError(f"--include-path {args.include_path} is no folder")
     check_output(args.output)
@@ -90,7 +96,9 @@ def run(args: argparse.Namespace) -> None:
         raise as_value_error(error) from None
     names = chosen_tasks(args.tasks, tasks.own, args.allow_code_execution)
     check_data(names, args.data_folder, args.fetch)
-    settings = TaskSettings(args.limit, args.num_fewshot, args.chat, args.seed, args.allow_code_execution)
+    settings = TaskSettings(
+        args.limit, args.num_fewshot, args.answer_tokens, args.chat, args.seed, args.allow_code_execution
+    )
     for name in names:
         tasks.load(name)
     _evaluate(args, tasks, names, modes, settings)
@@ -109,6 +117,10 @@ def _evaluate(
     models = {mode.name: EarlyExitLM(llm, mode) for mode in modes}  # refuses what the model cannot do
     if settings.chat:
         models["full"].apply_chat_template([{"role": "user", "content": "?"}])
+    for name in names:
+        arguments = tasks.generation_arguments(name, settings)
+        for lm in models.values() if arguments is not None else ():
+            lm.check_answers(arguments)
     runs = _runs(args, tasks, names, models, settings, loaded)
     results = _results(tasks, runs, models, settings)
     _print(results)
@@ -142,18 +154,14 @@ def _runs(
         for mode, lm in models.items():
             if tasks.uses_likelihoods(name) and mode != "full" and not lm.mode.changes_likelihoods:
                 continue
-            digest = f"{tasks.digest(name)} {_thresholds(lm)}"
+            # The thresholds of a certificate may be others tomorrow.
+            digest = f"{tasks.digests[name]} {lm.thresholds}"
             kept = finished.get(name, mode, digest)
             print(f"{name}, {mode}{': finished before' if kept else ''}", file=sys.stderr, flush=True)
             runs[name][mode] = kept or evaluate(lm, tasks, name, settings)
             if kept is None:
                 finished.keep(name, mode, digest, runs[name][mode])
     return runs
-
-
-def _thresholds(lm: Any) -> list[list[float]]:
-    """As numbers: those of a certificate may be others tomorrow."""
-    return [[one.exit, one.threshold] for one in lm.llm.engine.checks.thresholds(lm.mode.params)]
 
 
 def _results(
@@ -177,11 +185,15 @@ def _results(
         }
     return {
         "tasks": of_tasks,
-        "modes": {name: lm.mode.settings | {"thresholds": _thresholds(lm)} for name, lm in models.items()},
+        "modes": {name: {**lm.mode.settings, "thresholds": _by_layer(lm)} for name, lm in models.items()},
         "per_prompt": {
             name: {mode: one["per_prompt"] for mode, one in of_modes.items()} for name, of_modes in runs.items()
         },
     }
+
+
+def _by_layer(lm: Any) -> dict[str, float]:
+    return {str(layer): threshold for layer, threshold in lm.thresholds.items()}
 
 
 def _print(results: dict[str, Any]) -> None:

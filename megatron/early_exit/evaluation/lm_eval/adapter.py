@@ -69,7 +69,8 @@ class EarlyExitLM(TemplateLM):
 
         Raises ValueError if the model cannot do what the mode asks for."""
         super().__init__()
-        llm.engine.checks.check(mode.params)
+        if mode.params.certified_level is None:  # else it depends on the length of answers as well
+            llm.engine.checks.check(mode.params)
         mode.score_params.heads(llm.exits)
         self.llm, self.mode = llm, mode
         self._tokenizer, self._add_bos_token, self._prefix_token_id = llm.tokenizer, add_bos_token, prefix_token_id
@@ -77,6 +78,8 @@ class EarlyExitLM(TemplateLM):
         library = llm.tokenizer.library
         self.tokenizer = library.tokenizer if isinstance(library, HuggingFaceLibrary) else None
         """That of transformers, if it is one: lm-eval reports its special tokens and asks for its chat template."""
+        self.thresholds = self._thresholds()
+        """By layer, of exits that may be taken; also those of a certificate."""
 
     @classmethod
     def create_from_arg_obj(
@@ -103,6 +106,18 @@ class EarlyExitLM(TemplateLM):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> EarlyExitLM:
         return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
+
+    def _thresholds(self) -> dict[int, float]:
+        """Raises ValueError if there is no certificate of the level."""
+        params = self.mode.params
+        if params.certified_level is not None:
+            return self.llm.engine.checks.certificates.find(params.certified_level).thresholds
+        policy = params.exit_policy(self.llm.exits)
+        return {} if policy is None else dict(zip(policy.exit_layers, policy.thresholds, strict=True))
+
+    def check_answers(self, arguments: Mapping[str, Any]) -> None:
+        """Raise ValueError if the model cannot answer with these generation arguments, whatever the prompt."""
+        self.llm.engine.checks.check(_Answer(self, "", arguments).params)
 
     # What lm-eval asks about the model.
 
@@ -149,7 +164,8 @@ class EarlyExitLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What a table of results should say beside the numbers."""
-        return {**self._model_info, "max_length": self.max_length, **self.mode.settings}
+        thresholds = {"thresholds": {str(layer): value for layer, value in self.thresholds.items()}}
+        return {**self._model_info, "max_length": self.max_length, **self.mode.settings, **thresholds}
 
     # Text to ids.
 

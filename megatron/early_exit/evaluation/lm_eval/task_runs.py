@@ -38,6 +38,8 @@ class TaskSettings:
     """Questions of each task, the first ones; None: all."""
     num_fewshot: int | None = None
     """Examples before each question; None: what the task says."""
+    answer_tokens: int | None = None
+    """Longest answer; None: what the task says."""
     chat: bool = False
     """Whether questions are turns of a chat."""
     seed: int = 1234
@@ -59,6 +61,8 @@ class Tasks:
         self.own = sorted(set(self._manager.all_tasks) - set(offline_tasks()))
         """Names of those in the user's folder."""
         self._loaded: dict[str, Any] = {}
+        self.digests: dict[str, str] = {}
+        """Of how each loaded task asks and measures, by its file."""
 
     def load(self, name: str) -> dict[str, Any]:
         """What `evaluate` takes, with the one task `name`. Raises ValueError if its questions cannot be read."""
@@ -66,18 +70,22 @@ class Tasks:
             self._loaded[name] = self._manager.load([name])
             if list(self._loaded[name]["tasks"]) != [name]:
                 raise ValueError(f"{name} is a group of tasks; name them one by one")
+            self.digests[name] = _digest(json.dumps(self.task(name).dump_config(), sort_keys=True, default=str))
         return self._loaded[name]
 
     def task(self, name: str) -> Any:
         return self.load(name)["tasks"][name]
 
+    def generation_arguments(self, name: str, settings: TaskSettings) -> dict[str, Any] | None:
+        """How the task asks for answers; None: it compares likelihoods."""
+        if self.uses_likelihoods(name):
+            return None
+        longest = {} if settings.answer_tokens is None else {"max_gen_toks": settings.answer_tokens}
+        return {**self.task(name).get_config("generation_kwargs"), **longest}
+
     def uses_likelihoods(self, name: str) -> bool:
         """Whether answers are compared by their likelihoods, rather than generated."""
         return self.task(name).OUTPUT_TYPE != "generate_until"
-
-    def digest(self, name: str) -> str:
-        """Of how the task asks and measures."""
-        return _digest(json.dumps(self.task(name).dump_config(), sort_keys=True, default=str))
 
     def main_metric(self, name: str, run: Run) -> str:
         """The metric that modes are compared by: what the task says, or its first."""
@@ -94,6 +102,9 @@ def evaluate(lm: Any, tasks: Tasks, name: str, settings: TaskSettings) -> Run:
         task.set_config("num_fewshot", settings.num_fewshot)
     elif task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
+    arguments = tasks.generation_arguments(name, settings)
+    if arguments is not None:
+        task.set_config("generation_kwargs", arguments)
     task.set_fewshot_seed(settings.seed)  # the same examples in all modes
     random.seed(settings.seed)
     np.random.seed(settings.seed)
