@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.costs import StepCosts
+from megatron.early_exit.inference.engine.audit import ExitAudit
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.engine.generation import RunningGeneration
 from megatron.early_exit.inference.executor.local import LocalExecutor
@@ -103,6 +104,27 @@ def answer_and_check(cfg: RunConfig, requests: list[Request], **changes: Any) ->
             check_against_reference(cfg, prompt, params, result, changes.get("vocab_size", VOCAB_SIZE))
             check_statistics(cfg, params, result)
     return results
+
+
+def audit_and_check(cfg: RunConfig, engine: Engine, requests: list[Request]) -> float:
+    """Audit all of `requests`, greedy ones with early exit; the losses are those of the reference over their answers.
+    Returns the mean loss."""
+    engine.audit = ExitAudit(1.0)
+    ids = [engine.add(prompt, params) for prompt, params in requests]
+    results = run_all(engine)
+    while engine.audit.has_work:
+        assert engine.step() == []
+    losses = []
+    for (prompt, _), request_id in zip(requests, ids, strict=True):
+        answer = results[request_id].token_ids
+        _, logits = reference_over(cfg, prompt + answer[:-1])
+        best = logits[None][len(prompt) - 1 :, :VOCAB_SIZE].argmax(-1).tolist()
+        losses.append(sum(map(int.__ne__, best, answer)) / len(answer))
+    (report,) = engine.audit.reports()
+    assert (report.num_audited, report.num_not_auditable, report.num_dropped) == (len(requests), 0, 0)
+    assert report.loss_sum == pytest.approx(sum(losses))
+    engine.audit = ExitAudit()
+    return report.mean_loss
 
 
 class RecordingReference(ReferenceModel):

@@ -198,6 +198,13 @@ def test_a_thousand_requests_come_and_go(head: str) -> None:
     assert reasons["error"] == 0
 
 
+AUDITED = [
+    (PROMPT, early_exit([0.0])),
+    (PROMPT, early_exit([0.0, 0.0, 0.02], max_deferred=3)),
+    ([7, 7, 20, 9] * 5, early_exit([0.012], exit_layers=(3,), max_tokens=9)),
+    ([11, 60, 2], early_exit([1.0])),
+    ([2] * 30, early_exit([0.02, 0.0109, 0.03])),
+]
 MIXED = [
     (PROMPT, GenerationParams(max_tokens=15)),
     (PROMPT[:1], GenerationParams(max_tokens=24, mode="self_speculative", draft_length=3, draft_exit=2)),

@@ -21,9 +21,17 @@ from megatron.early_exit.inference.params import GenerationParams, SamplingSetti
 from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.worker.placement import AlonePlacement
 from tests.configs import VOCAB_SIZE
-from tests.distributed.engines import COSTS, Request, add_random_request, check_against_reference, run_all, score_all
+from tests.distributed.engines import (
+    COSTS,
+    Request,
+    add_random_request,
+    audit_and_check,
+    check_against_reference,
+    run_all,
+    score_all,
+)
 from tests.distributed.reference_workers import config_of, factory, make_worker
-from tests.distributed.test_engine import MIXED, PROMPT, early_exit
+from tests.distributed.test_engine import AUDITED, MIXED, PROMPT, early_exit
 from tests.distributed.test_pipeline_simulator import compare
 from tests.distributed.test_scores import check_scores
 
@@ -152,6 +160,10 @@ def test_scores(pair: Pair) -> None:
         sequences = [PROMPT * 4, [7], list(range(30)), PROMPT, [1, 2]]
         for tokens, result in zip(sequences, score_all(engine, sequences, params), strict=True):
             check_scores(pair.cfg, params, tokens, result)
+
+
+def test_audits(pair: Pair) -> None:
+    assert audit_and_check(pair.cfg, pair.stages, AUDITED) > 0
 
 
 def test_the_next_turn_of_a_chat_finds_the_rows_of_the_last(pair: Pair) -> None:

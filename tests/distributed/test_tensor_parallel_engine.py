@@ -21,9 +21,17 @@ from megatron.early_exit.inference.params import GenerationParams, SamplingSetti
 from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.worker.placement import AlonePlacement
 from tests.configs import VOCAB_SIZE
-from tests.distributed.engines import COSTS, Request, add_random_request, check_against_reference, run_all, score_all
+from tests.distributed.engines import (
+    COSTS,
+    Request,
+    add_random_request,
+    audit_and_check,
+    check_against_reference,
+    run_all,
+    score_all,
+)
 from tests.distributed.reference_workers import config_of, factory, make_worker
-from tests.distributed.test_engine import MIXED, PROMPT, early_exit
+from tests.distributed.test_engine import AUDITED, MIXED, PROMPT, early_exit
 from tests.distributed.test_scores import check_scores
 
 MODELS = [("untied_norm", "llama", VOCAB_SIZE), ("block", "gpt2", VOCAB_SIZE), ("mlp", "llama", 40)]
@@ -154,6 +162,12 @@ def test_scores(pair: Pair) -> None:
         return
     for tokens, result in zip(sequences, score_all(engine, sequences, params), strict=True):
         check_scores(pair.cfg, params, tokens, result)
+
+
+def test_audits(pair: Pair) -> None:
+    if pair.vocab_size == VOCAB_SIZE:  # the reference has so many ids
+        _, engine = pair.engines()
+        assert audit_and_check(pair.cfg, engine, AUDITED) > 0
 
 
 def test_the_next_turn_of_a_chat_finds_the_rows_of_the_last(pair: Pair) -> None:

@@ -11,6 +11,7 @@ from megatron.early_exit.config.serialize import iteration_of
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.certificates import Certificates, read_certificates
+from megatron.early_exit.inference.engine.audit import ExitAudit
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor import distributed
 from megatron.early_exit.inference.executor.base import Executor
@@ -39,6 +40,7 @@ def load_engine(
     max_waiting: int | None = None,
     prefill_chunk: int = 256,
     chat_template: str | None = None,
+    audit_share: float = 0.0,
     join_torchrun: bool = False,
     worker_timeout: float = distributed.DEFAULT_LIMITS.hang,
     **settings: Any,
@@ -48,6 +50,7 @@ def load_engine(
     chat_template: the one that chats are written with, if it is not the tokenizer's: certificates may depend on it.
     settings: fields of `LoadConfig`"""
     config = LoadConfig(path=str(path), **settings)
+    audit = ExitAudit(audit_share)
     limits = distributed.Limits(hang=checked.number("worker_timeout", worker_timeout))
     joins_torchrun = join_torchrun and world_size() > 1
     if joins_torchrun:
@@ -68,6 +71,7 @@ def load_engine(
         certificates=Certificates.of(
             read_certificates(checkpoint.folder), exits, None if template is None else text_digest(template)
         ),
+        audit=audit,
     )
     return LoadedEngine(engine, tokenizer, checkpoint)
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
+from megatron.early_exit.inference.engine.audit import AuditReport
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.engine_loading import load_engine
 from megatron.early_exit.inference.executor import distributed
@@ -61,6 +62,7 @@ class LLM:
         kv_cache_gib: float | None = None,
         max_waiting: int | None = None,
         prefill_chunk: int = 256,
+        audit_share: float = 0.0,
         quantize: str | None = None,
         shortlist: bool | None = None,
         cuda_graphs: bool = True,
@@ -69,8 +71,9 @@ class LLM:
     ) -> LLM:
         """Load a training checkpoint of any layout.
 
-        path: the --save folder. max_waiting, prefill_chunk: see `Engine`. join_torchrun: this is rank 0 of a
-        torchrun job, whose ranks share the model; the others call `serve_torchrun_rank`. worker_timeout:
+        path: the --save folder. max_waiting, prefill_chunk: see `Engine`. audit_share: of the early_exit requests,
+        0 to 1, of which the final head checks every token afterwards, see `finish_audits`. join_torchrun: this is rank
+        0 of a torchrun job, whose ranks share the model; the others call `serve_torchrun_rank`. worker_timeout:
         seconds without progress after which worker processes count as dead. The other arguments are those of
         `LoadConfig`; with a `tensor_parallel_size` or `pipeline_parallel_size` above 1 the workers are processes that
         are started here.
@@ -95,6 +98,7 @@ class LLM:
             cuda_graphs=cuda_graphs,
             max_waiting=max_waiting,
             prefill_chunk=prefill_chunk,
+            audit_share=audit_share,
             join_torchrun=join_torchrun,
             worker_timeout=worker_timeout,
         )
@@ -176,6 +180,13 @@ class LLM:
                 while mailbox.news:
                     result = mailbox.news.popleft()
                     yield place.pop(result.request_id), result
+
+    def finish_audits(self) -> tuple[AuditReport, ...]:
+        """Check the answers that were drawn (`audit_share`) and have ended; nothing else waits for that. Returns what
+        all audits have found so far, for each promise that was made."""
+        while self.engine.audit.has_work:
+            self._step()
+        return self.engine.audit.reports()
 
     @contextmanager
     def _mailbox(self) -> Iterator[_Mailbox]:

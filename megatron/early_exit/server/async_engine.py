@@ -18,6 +18,7 @@ from typing import Protocol
 
 from megatron.early_exit.data.token_text import TokenTexts
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.early_exit.inference.engine.audit import AuditReport
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.protocol import StageLoad
@@ -104,6 +105,8 @@ class AsyncEngine:
         self.load = EngineLoad()
         self.stage_loads: tuple[StageLoad, ...] = ()
         """What each pipeline stage has done since it was loaded, as of a second ago."""
+        self.audits: tuple[AuditReport, ...] = ()
+        """What audits of early exit have found since it was loaded, as of a second ago."""
         self.is_draining = False
         """About to end: what runs may finish, nothing new is taken."""
         self.num_admitted = 0
@@ -286,7 +289,7 @@ class AsyncEngine:
         try:
             while isinstance(message := await link.receive_or_end(), StepEvents | Pong):
                 if isinstance(message, Pong):
-                    self.stage_loads = message.stages
+                    self.stage_loads, self.audits = message.stages, message.audits
                 elif not self._is_closing:
                     self._take(message, model)
         except Exception as error:
@@ -314,7 +317,7 @@ class AsyncEngine:
     def _fail(self, error: str) -> None:
         """Tell everybody."""
         model, self.model, self.failure, self.load = self.model, None, error, EngineLoad()
-        self.stage_loads = ()
+        self.stage_loads, self.audits = (), ()
         if model is not None:
             self._deliver(model.text_engine.fail_all(error))
 

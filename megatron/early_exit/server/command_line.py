@@ -94,6 +94,11 @@ def _add_early_exit_flags(parser: argparse.ArgumentParser) -> None:
     exits.add_argument("--draft-exit", type=int, metavar="N", help="self_speculative: exit that drafts")
     exits.add_argument("--draft-length", type=int, metavar="N", help="self_speculative: tokens to draft at once")
     exits.add_argument("--speculation", choices=SPECULATIONS, help="as in generate.py; default: auto")
+    exits.add_argument(
+        "--audit-share", type=float, default=0.01, metavar="F",
+        help="share of the early_exit requests of which the final head checks every token when they have ended, for "
+        "/metrics; 0: none; default 0.01",
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,8 +138,9 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         raise ValueError(
             "--restart-workers cannot start torchrun's processes again; have torchrun do it (--max-restarts)"
         )
+    settings = {**engine_settings(args), "audit_share": args.audit_share}
     return ServerConfig(
-        engine=EngineConfig(args.load, engine_settings(args), args.worker_timeout, args.restart_workers),
+        engine=EngineConfig(args.load, settings, args.worker_timeout, args.restart_workers),
         host=args.host,
         port=args.port,
         served_model_name=args.served_model_name,

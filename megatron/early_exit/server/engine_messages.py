@@ -9,6 +9,7 @@ import msgspec
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.certificates import Certificates
+from megatron.early_exit.inference.engine.audit import AuditReport
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.protocol import StageLoad, WorkerDescription
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
@@ -114,6 +115,7 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
     """The answer to `Ping`; also the first word of the process, before it loads anything."""
 
     stages: tuple[StageLoad, ...] = ()
+    audits: tuple[AuditReport, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

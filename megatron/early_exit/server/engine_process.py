@@ -199,7 +199,8 @@ class _EngineLoop:
     def _is_idle(self) -> bool:
         """Whether there is nothing to run and nothing to tell."""
         engine = self._engine
-        return not (engine.has_work or engine.failure or self._others) and self._load == self._sent_load
+        has_work = engine.has_work or engine.audit.has_work
+        return not (has_work or engine.failure or self._others) and self._load == self._sent_load
 
     def _take(self, message: ToEngine) -> None:
         match message:
@@ -212,7 +213,7 @@ class _EngineLoop:
                 if result is not None:
                     self._others.append(RequestEvent(message.request_id, [], result))
             case Ping():
-                self._channel.send(Pong(self._engine.executor.stage_loads()))
+                self._channel.send(Pong(self._engine.executor.stage_loads(), self._engine.audit.reports()))
 
     def _add(self, message: Add) -> None:
         try:

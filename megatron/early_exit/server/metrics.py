@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.utils import floatToGoString
 
+from megatron.early_exit.inference.engine.audit import LOSS_BUCKETS, AuditReport
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.text_engine import OutputDelta
@@ -133,6 +136,35 @@ class _EngineCollector:
             rows.add_metric([str(stage)], load.rows)
             backlog.add_metric([str(stage)], load.backlog)
         yield from (busy, passes, rows, backlog)
+        yield from _audit_metrics(engine.audits)
+
+
+def _audit_metrics(reports: Sequence[AuditReport]) -> Iterator[Metric]:
+    """What audits have found, by promise."""
+    counter = lambda name, words: CounterMetricFamily(_PREFIX + name, words, labels=["promise"])
+    audited = counter("audited_requests", "Early-exit answers whose every token the final head has checked")
+    others = counter("audit_not_auditable", "Answers that were drawn, but are no greedy ones or have no tokens")
+    dropped = counter("audit_dropped", "Answers that were drawn, but never checked: too many waited, or they failed")
+    alarms = counter("audit_alarms", "Times that the test of a promise has found it broken")
+    losses = HistogramMetricFamily(
+        f"{_PREFIX}audit_loss", "Share of an answer's tokens that the full model would not have taken",
+        labels=["promise"],
+    )  # fmt: skip
+    evidence = GaugeMetricFamily(
+        f"{_PREFIX}audit_evidence", "That the promise is broken; 1: none, 20: alarm", labels=["promise"]
+    )
+    for one in reports:
+        labels = [one.promise]
+        audited.add_metric(labels, one.num_audited)
+        others.add_metric(labels, one.num_not_auditable)
+        dropped.add_metric(labels, one.num_dropped)
+        bounds = map(floatToGoString, LOSS_BUCKETS)
+        buckets = [*zip(bounds, accumulate(one.loss_counts), strict=True), ("+Inf", one.num_audited)]
+        losses.add_metric(labels, buckets, one.loss_sum)
+        if one.evidence is not None:
+            evidence.add_metric(labels, one.evidence)
+            alarms.add_metric(labels, one.num_alarms)
+    yield from (audited, others, dropped, losses, evidence, alarms)
 
 
 def _gauge(name: str, words: str, value: float) -> Metric:

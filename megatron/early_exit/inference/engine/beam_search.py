@@ -52,6 +52,7 @@ def beam_search(
     _check(model, beam_width, max_tokens, length_penalty, num_return)
     if engine.has_work:
         raise RuntimeError("beam search needs the engine's slots: wait until all requests have ended")
+    engine.interrupt_audits()
     ends = engine.ends if stop_token is None else {stop_token}
     # The last token is not fed back.
     max_tokens = min(max_tokens, model.num_positions - len(prompt) + 1)

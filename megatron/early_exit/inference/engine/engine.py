@@ -17,12 +17,13 @@ import numpy as np
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificates
 from megatron.early_exit.inference.costs import StepCosts, guessed_costs
+from megatron.early_exit.inference.engine.audit import ExitAudit
 from megatron.early_exit.inference.engine.draft_length import DraftLength, DraftWindow
 from megatron.early_exit.inference.engine.exit_selection import ExitSelector
 from megatron.early_exit.inference.engine.generation import GenerationRequest, RunningGeneration
 from megatron.early_exit.inference.engine.request import Progress, Request, Result, RunningRequest
 from megatron.early_exit.inference.engine.request_checks import RequestChecks
-from megatron.early_exit.inference.engine.scoring import ScoringRequest
+from megatron.early_exit.inference.engine.scoring import RunningScoring, ScoringRequest
 from megatron.early_exit.inference.engine.slots import Slots
 from megatron.early_exit.inference.executor.base import Executor, ExecutorError
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
@@ -38,6 +39,9 @@ from megatron.early_exit.inference.protocol import (
 from megatron.early_exit.inference.results import FinishReason, GeneratedToken, RequestResult
 
 log = logging.getLogger(__name__)
+
+_ROWS_OF_AUDITS = 32
+"""In a step that users wait for."""
 
 
 class QueueFull(RuntimeError):
@@ -69,12 +73,14 @@ class Engine:
         costs: StepCosts | None = None,
         exit_scores: np.ndarray | None = None,
         certificates: Certificates = NO_CERTIFICATES,
+        audit: ExitAudit | None = None,
     ) -> None:
         """ends: ids that end an answer. max_waiting: requests that may queue for a slot, default any number.
         prefill_chunk: rows of prompts in one step, so that long prompts do not stop the others; over pipeline stages,
         as many steps of them may be in flight as there are stages, and one more. costs: of layers and
         heads, for drafts of adaptive length and planned exits; see `prepare`. exit_scores: [decisions, exits] from
-        records, for planned exits. certificates: those that hold for this model."""
+        records, for planned exits. certificates: those that hold for this model.
+        audit: which answers are checked when they have ended; none by default."""
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk is {prefill_chunk}; it must be at least 1")
         self.executor, self.exits, self.ends = executor, exits, frozenset(ends)
@@ -90,6 +96,8 @@ class Engine:
         self._queue: dict[int, Request] = {}
         self._running: dict[int, RunningRequest] = {}
         """In the order of admission."""
+        self.audit = audit or ExitAudit()
+        """It has requests of its own, which no count of requests here includes."""
         self._operations: list[SlotOperation] = []
         """For the next step."""
         self._num_planned_for = 0
@@ -125,6 +133,8 @@ class Engine:
                 draft_exit=draft_exit,
                 draft_length=self._draft_length(params, draft_exit) if verifies_together else None,
                 draft_window=DraftWindow(params.draft_length, model.num_stages, self._costs) if across_stages else None,
+                certificate=self.checks.certificate(params),
+                is_audited=self.audit.draws(params),
             )
         )
 
@@ -152,11 +162,12 @@ class Engine:
 
     def stop(self, request_id: int, num_tokens: int) -> Result | None:
         """As `cancel`, with finish reason 'stop': the caller found a stop string in the first `num_tokens` tokens."""
-        result = self._end(request_id, "stop")
-        return result.stopped_after(num_tokens) if isinstance(result, RequestResult) else result
+        return self._end(request_id, "stop", num_tokens=num_tokens)
 
     def fail_all(self, error: str) -> list[Event]:
         """End every request with an error."""
+        for audit in self.audit.drop_all():
+            self._leave(audit, is_clean=False)
         ids = [*self._running, *self._queue]
         return [Event(request_id, [], self._end(request_id, "error", error)) for request_id in ids]
 
@@ -171,6 +182,7 @@ class Engine:
     def measure_costs(self) -> StepCosts:
         """What layers and heads cost, measured once; the engine must be idle. A guess if the workers have ended."""
         if self._measured_costs is None:
+            self.interrupt_audits()
             self.slots.borrow(1)  # which is overwritten
             try:
                 self._measured_costs = self.executor.measure_costs()
@@ -193,8 +205,16 @@ class Engine:
         except ExecutorError as error:
             self.failure = str(error)
 
+    def interrupt_audits(self) -> None:
+        """Take back the slots of audits that run, for somebody who needs them; they begin again later."""
+        for running in reversed(self.audit.running.values()):
+            self.audit.put_back(running.request)
+            self._leave(running, is_clean=True)
+        self.audit.running.clear()
+
     @property
     def has_work(self) -> bool:
+        """Whether there are requests that have not ended. Audits are none: while `audit.has_work`, steps run them."""
         return bool(self._queue or self._running)
 
     @property
@@ -225,7 +245,8 @@ class Engine:
     def _check_room(self) -> None:
         if self.failure is not None:
             raise ExecutorError(self.failure)
-        num_waiting = len(self._queue) - self.slots.num_free  # the others get a slot with the next step
+        num_free = self.slots.num_free + len(self.audit.running)
+        num_waiting = len(self._queue) - num_free  # the others get a slot with the next step
         if self.max_waiting is not None and num_waiting >= self.max_waiting:
             raise QueueFull(
                 f"all {self.description.num_slots} slots are taken and {num_waiting} requests wait; try again "
@@ -236,18 +257,30 @@ class Engine:
         self._queue[request.request_id] = request
         return request.request_id
 
-    def _end(self, request_id: int, reason: FinishReason, error: str | None = None) -> Result | None:
-        """End a request, queued or running. After an error its slot's rows are of no use to others."""
-        queued = self._queue.pop(request_id, None)
-        if queued is not None:
-            return queued.result(reason, error)
-        request = self._running.pop(request_id, None)
-        if request is None:
+    def _end(
+        self, request_id: int, reason: FinishReason, error: str | None = None, num_tokens: int | None = None
+    ) -> Result | None:
+        """End a request, queued or running. After an error its slot's rows are of no use to others. num_tokens: of the
+        answer that count; None: all."""
+        request = self._queue.pop(request_id, None)
+        if request is not None:
+            result = request.result(reason, error)
+        elif request_id in self._running:
+            running = self._running.pop(request_id)
+            self._leave(running, is_clean=error is None)
+            request, result = running.request, running.result(reason, error)
+        else:
             return None
-        is_clean = error is None
-        self._operations.append(Free(request.slot, request.complete_to if is_clean else 0))
-        self.slots.free(request.slot, is_clean=is_clean)
-        return request.result(reason, error)
+        if num_tokens is not None and isinstance(result, RequestResult):
+            result = result.stopped_after(num_tokens)
+        if isinstance(request, GenerationRequest) and request.is_audited:
+            self.audit.take(request, result, next(self._request_ids), self.slots)
+        return result
+
+    def _leave(self, running: RunningRequest, is_clean: bool) -> None:
+        """Take the slot of a request that runs no more."""
+        self._operations.append(Free(running.slot, running.complete_to if is_clean else 0))
+        self.slots.free(running.slot, is_clean=is_clean)
 
     # One step.
 
@@ -263,7 +296,7 @@ class Engine:
             while self.executor.can_submit and self._submit():
                 pass
             # A step whose requests have ended, interrupted for instance, may still be what the executor waits for.
-            if not self.executor.can_submit or any(request.is_in_flight for request in self._running.values()):
+            if not self.executor.can_submit or any(one.is_in_flight for one in self._all_running):
                 for output in self.executor.poll():
                     self._receive(output, events)
         except ExecutorError as error:
@@ -289,7 +322,16 @@ class Engine:
             self.slots.free(slot, is_clean=False)
 
     def _admit(self, events: dict[int, Event]) -> None:
-        for request in list(self._queue.values()):
+        if len(self._queue) > self.slots.num_free:
+            self.interrupt_audits()
+        self._admit_from(self._queue, self._running, events)
+        if not self._queue:
+            self._admit_from(self.audit.waiting, self.audit.running, events)
+
+    def _admit_from(
+        self, queue: dict[int, Request], running: dict[int, RunningRequest], events: dict[int, Event]
+    ) -> None:
+        for request in list(queue.values()):
             if not self.slots.num_free:
                 return
             has_block = lambda index: self.description.exits[index].has_block
@@ -298,13 +340,12 @@ class Engine:
             )
             if assignment is None:
                 continue  # another request is about to have computed what this one needs
-            del self._queue[request.request_id]
-            running = request.start(assignment)
-            self._running[request.request_id] = running
+            del queue[request.request_id]
+            one = running[request.request_id] = request.start(assignment)
             if assignment.copy_from is not None:
                 self._operations.append(CopyPrefix(assignment.copy_from, assignment.slot, assignment.num_shared))
-            self._operations.append(running.admission())
-            reason = running.finished_without_rows()
+            self._operations.append(one.admission())
+            reason = one.finished_without_rows()
             if reason is not None:
                 events[request.request_id] = Event(request.request_id, [], self._end(request.request_id, reason))
 
@@ -320,12 +361,18 @@ class Engine:
                 candidates = self.checks.thresholds(request.params)
                 request.thresholds = self._selector.select(candidates, num_running, self._costs)
 
+    @property
+    def _all_running(self) -> list[RunningRequest]:
+        return [*self._running.values(), *self.audit.running.values()]
+
     def _submit(self) -> bool:
         """Submit a step. False if no request has rows to run now."""
-        in_flight = sum(request.num_prompt_rows_in_flight for request in self._running.values())
+        in_flight = sum(request.num_prompt_rows_in_flight for request in self._all_running)
         most = (self.description.num_stages + 1) * self.prefill_chunk
         budget, rows = min(self.prefill_chunk, max(most - in_flight, 0)), []
-        for request in self._running.values():
+        for request in self._all_running:
+            if request.request_id in self.audit.running and self._running:
+                budget = min(budget, _ROWS_OF_AUDITS)
             following = request.next_rows(budget, len(self._running))
             if following is not None:
                 rows.append(request.submit(following))
@@ -336,7 +383,7 @@ class Engine:
         return bool(rows)
 
     def _receive(self, output: RowsOutput, events: dict[int, Event]) -> None:
-        request = self._running.get(output.request_id)
+        request = self._running.get(output.request_id) or self.audit.running.get(output.request_id)
         if request is None or output.generation != request.generation:
             return  # it has ended since
         try:
@@ -347,6 +394,9 @@ class Engine:
             progress = Progress(finish_reason="error", error=message)
         if progress.error is None:  # else it may be in no state to say
             self.slots.advance(request.slot, request.tokens, request.complete_to)
+        if output.request_id in self.audit.running:
+            self._receive_audit(request, progress)
+            return
         result = None
         if progress.finish_reason is not None:
             result = self._end(output.request_id, progress.finish_reason, progress.error)
@@ -355,3 +405,9 @@ class Engine:
             event = events.setdefault(output.request_id, Event(output.request_id, []))
             event.tokens.extend(progress.tokens)
             event.result = result
+
+    def _receive_audit(self, running: RunningScoring, progress: Progress) -> None:
+        if progress.finish_reason is not None:
+            del self.audit.running[running.request_id]
+            self._leave(running, is_clean=progress.error is None)
+            self.audit.finish(running.request, running.result(progress.finish_reason, progress.error))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron.early_exit.inference.certificates import Certificate
 from megatron.early_exit.inference.engine.draft_length import DraftLength, DraftWindow
 from megatron.early_exit.inference.engine.request import Progress, Request, RunningRequest
 from megatron.early_exit.inference.engine.slots import Assignment
@@ -50,6 +51,10 @@ class GenerationRequest(Request):
     draft_window: DraftWindow | None = None
     """self_speculative across stages: rows go on through all layers while their drafts are fed, instead of being
     verified together."""
+    certificate: Certificate | None = None
+    """early_exit: the one that these thresholds are of."""
+    is_audited: bool = False
+    """Whether its tokens are checked when it has ended."""
 
     @cached_property
     def num_prompt_tokens(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificates
+from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificate, Certificates
 from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
 from megatron.early_exit.inference.params import (
     GenerationParams,
@@ -77,6 +77,10 @@ class RequestChecks:
             ExitPolicy.for_model(self.exits, (1.0,), params.exit_layers)  # refuses exits that the model lacks
             thresholds = self.certificates.thresholds(params)
         return tuple(ExitThreshold(self.model.index_of(layer), value) for layer, value in thresholds.items())
+
+    def certificate(self, params: GenerationParams) -> Certificate | None:
+        """The one whose promise is asked for."""
+        return None if params.certified_level is None else self.certificates.find(params.certified_level)
 
     def draft_exit(self, params: GenerationParams) -> int | None:
         """Index of the exit that drafts, None: nothing is drafted."""
