@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
+from megatron.early_exit.inference.certificates import AnswerSettings, Certificate, Certificates
 from megatron.early_exit.inference.engine.audit import LOSS_BUCKETS, AuditReport, ExitAudit
 from megatron.early_exit.inference.engine.engine import Engine, QueueFull
+from megatron.early_exit.inference.engine.risk_monitor import RiskMonitor
+from megatron.early_exit.inference.fingerprint import ExitFingerprint
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.protocol import FINAL_HEAD, Rows
 from megatron.early_exit.inference.results import RequestResult
-from tests.unit.fake_executor import FakeExecutor, predict
+from tests.unit.fake_executor import EXITS, FakeExecutor, answer_of, predict
 from tests.unit.test_scheduler import PROMPT, make_engine, run_all
 
 EARLY = GenerationParams(max_tokens=12, mode="early_exit", exit_thresholds=(0.4,))
@@ -228,6 +232,65 @@ def test_audits_end_with_the_workers() -> None:
     assert not engine.audit.has_work
     (report,) = engine.audit.reports()
     assert report.num_audited + report.num_dropped == 4 and report.num_dropped >= 3
+
+
+# Promises.
+
+
+def certificate(level: float = 0.9, risk: str = "A-max", threshold: float = 0.0) -> Certificate:
+    """What no calibration would certify: exits of the fake model are wrong once in three times."""
+    fingerprint = ExitFingerprint("weights", EXITS.exit_layer_nums, "fp32", None, None, "tokenizer", ())
+    return Certificate(
+        level, 0.05, risk, fingerprint, AnswerSettings(EARLY.max_tokens), {2: threshold}, refusal=None, p_value=0.01,
+        calibration_risk=0.0, num_prompts={},
+    )  # fmt: skip
+
+
+def audited_promises(certificates: Sequence[Certificate], asked: Sequence[str], num_prompts: int) -> Engine:
+    """After so many prompts with each of these thresholds."""
+    engine = make_engine(audit=ExitAudit(1.0), certificates=Certificates(tuple(certificates)))
+    for thresholds in asked:
+        for number in range(num_prompts):
+            engine.add([number, 1, 2], replace(EARLY, exit_thresholds=thresholds))
+        run_all(engine)
+        while engine.audit.has_work:
+            engine.step()
+    return engine
+
+
+def test_a_promise_that_does_not_hold_raises_an_alarm_that_says_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
+    good = certificate(0.99, threshold=1.0)
+    engine = audited_promises([certificate(0.9), good], ["certified:0.9", "certified:0.99", 0.0], 40)
+    reports = {one.promise: one for one in engine.audit.reports()}
+    assert list(reports) == ["0.9", "0.99", "none"]
+    assert reports["0.9"].num_audited == reports["0.99"].num_audited == 40
+    assert reports["0.9"].num_alarms > 0 and reports["0.9"].mean_loss == reports["none"].mean_loss > 0.2
+    assert (reports["0.99"].num_alarms, reports["0.99"].mean_loss) == (0, 0.0) and reports["0.99"].evidence <= 1
+    assert (reports["none"].num_alarms, reports["none"].evidence) == (0, None)
+    words = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(words) == reports["0.9"].num_alarms
+    assert "certified:0.9'" in words[0] and "10.00% of the tokens" in words[0] and "calibrate again" in words[0]
+
+
+def test_the_evidence_is_that_of_the_monitor_over_the_losses_of_each_promise() -> None:
+    engine = audited_promises([certificate(0.7), certificate(0.6)], ["certified:0.7", "certified:0.6"], 9)
+    for report in engine.audit.reports():
+        monitor = RiskMonitor(1 - float(report.promise))
+        for number in range(9):
+            answer = answer_of([number, 1, 2], replace(EARLY, exit_layers=(2,), exit_thresholds=0.0), 50, 64)
+            monitor.observe(expected_loss([number, 1, 2], answer))
+        assert report.evidence == pytest.approx(monitor.evidence)
+        assert report.num_alarms == monitor.num_alarms
+
+
+def test_the_loss_is_the_certificate_s() -> None:
+    """B: whether anything differs. C is about texts, which nobody has here: shares of tokens are counted, not tested."""
+    level = "certified:0.9"
+    (share,), (any_,), (of_text,) = (
+        audited_promises([certificate(risk=risk)], [level], 30).audit.reports() for risk in ("A-max", "B", "C")
+    )
+    assert any_.loss_sum == 30 - share.loss_counts[0] > share.loss_sum and any_.num_alarms > 0
+    assert (of_text.loss_sum, of_text.evidence, of_text.num_alarms) == (share.loss_sum, None, 0)
 
 
 # Nobody notices.
