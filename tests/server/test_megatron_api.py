@@ -112,9 +112,10 @@ def test_post_and_put_are_the_same(server: RunningServer) -> None:
     assert put == post and put["logprobs"] is None  # I3
 
 
-def test_what_the_server_says_holds_for_requests_that_do_not() -> None:
+def test_what_the_server_says_holds_for_requests_that_do_not(offline: LLM) -> None:
+    checks = offline.engine.checks
     defaults = GenerationParams(mode="self_speculative", exit_thresholds=(0.3,), exit_layers=(4,), draft_length=3)
-    of = lambda **fields: generation_params(GenerateRequest(prompts=["a"], **fields), defaults)
+    of = lambda **fields: generation_params(GenerateRequest(prompts=["a"], **fields), defaults, checks)
     assert of().mode == "self_speculative" and of().draft_length == 3
     assert of(use_early_exit=True).mode == "early_exit" and of(use_early_exit=True).exit_thresholds == (0.3,)
     assert of(use_early_exit=True, exit_layers=[]).exit_layers == (4,)

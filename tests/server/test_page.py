@@ -413,8 +413,10 @@ def test_the_page_offers_what_the_model_has(browser: Browser, server: RunningSer
     described = httpx.get(f"{server.url}/page/model").json()
     assert described == {
         "name": "model", "num_layers": models.NUM_LAYERS, "exit_layers": list(models.EXITS),
-        "num_positions": models.MAX_POSITIONS, "has_chat_template": True,
-        "defaults": {"mode": "full", "exit_thresholds": [0.8], "exit_layers": [2, 4], "draft_exit": 2},
+        "num_positions": models.MAX_POSITIONS, "has_chat_template": True, "certified": [],
+        "defaults": {
+            "mode": "full", "exit_thresholds": [0.8], "certified": None, "exit_layers": [2, 4], "draft_exit": 2,
+        },
     }  # fmt: skip
     described |= {"exit_layers": [], "has_chat_template": False}
     described["defaults"] |= {"exit_layers": [], "draft_exit": None}

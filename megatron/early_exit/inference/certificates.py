@@ -95,17 +95,20 @@ class Certificates:
                 valid.append(one)
         return cls(tuple(valid), tuple(dict.fromkeys(mismatches)))
 
+    @property
+    def certified(self) -> tuple[Certificate, ...]:
+        """One of each level that can be asked for, ascending."""
+        return tuple(sorted({one.level: one for one in self.valid if one.refusal is None}.values(), key=_level))
+
     def find(self, level: float) -> Certificate:
         """The certificate of a level. Raises ValueError if there is none that holds."""
-        found = [one for one in self.valid if abs(one.level - level) < 1e-9]
-        certified = [one for one in found if one.refusal is None]
-        if certified:
-            return certified[-1]
-        if found:
+        has_level = lambda one: abs(one.level - level) < 1e-9
+        if found := [*filter(has_level, self.certified)]:
+            return found[0]
+        if found := [*filter(has_level, self.valid)]:
             raise ValueError(f"certified:{level:g} is not to be had for this model: {found[-1].refusal}")
-        levels = sorted({one.level for one in self.valid if one.refusal is None})
-        if levels:
-            there = ", ".join(f"certified:{one:g}" for one in levels)
+        if self.certified:
+            there = ", ".join(f"certified:{one.level:g}" for one in self.certified)
             raise ValueError(f"certified:{level:g} has no certificate; there are {there}")
         reasons = "; ".join(self.mismatches) or "the checkpoint has none"
         raise ValueError(
@@ -158,6 +161,10 @@ def add_certificates(folder: Path, certificates: Sequence[Certificate]) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode([*kept, *certificates]), indent=1))
     os.replace(partial, path)
+
+
+def _level(certificate: Certificate) -> float:
+    return certificate.level
 
 
 def _other(differences: Sequence[str]) -> str:

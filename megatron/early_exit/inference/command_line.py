@@ -21,7 +21,7 @@ from megatron.early_exit.platform.world import world_size
 # What needs core is imported in the functions: --help and wrong flags should not wait for it.
 if TYPE_CHECKING:
     from megatron.early_exit.inference.llm import LLM
-    from megatron.early_exit.inference.params import GenerationParams
+    from megatron.early_exit.inference.params import CertifiedThresholds, GenerationParams
     from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
 
 
@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     prompts.add_argument("--chat", action="store_true", help="talk: each answer sees the conversation before it")
     sampling = parser.add_argument_group("sampling (the default is greedy)")
-    sampling.add_argument("--tokens-to-generate", type=int, default=64, metavar="N", help="at most; default 64")
+    sampling.add_argument(
+        "--tokens-to-generate", type=int, metavar="N", help="at most; default 64, or as was certified (--certified)"
+    )
     sampling.add_argument("--min-tokens", type=int, default=0, metavar="N", help="no end and no stop before; default 0")
     sampling.add_argument("--temperature", type=float, help="0: greedy; default: 1 with --top-k, --top-p or --min-p")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K most probable; 0: all")
@@ -73,6 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--early-exit-thres", type=float, nargs="+", metavar="F",
         help="probability of its best token from which on an exit is taken, one for all exits or one for each; 0: "
         "always the first exit, 1: only where the probability rounds to 1; default 0.8",
+    )  # fmt: skip
+    exits.add_argument(
+        "--certified", type=float, metavar="LEVEL",
+        help="with the thresholds that are certified for this level, as in 0.99: the share of tokens, averaged over "
+        "prompts, that are the full model's (tools/evaluate.py calibrate); implies --mode early_exit",
     )  # fmt: skip
     exits.add_argument("--exit-layers", type=int, nargs="+", metavar="N", help="exits to evaluate; default: all")
     exits.add_argument(
@@ -161,7 +168,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
     if temperature is None:
         temperature = 1.0 if args.top_k > 1 or args.top_p > 0 or args.min_p > 0 else 0.0
     params = GenerationParams(
-        max_tokens=args.tokens_to_generate,
+        max_tokens=64 if args.tokens_to_generate is None else args.tokens_to_generate,
         min_tokens=args.min_tokens,
         mode=mode,
         sampling=SamplingSettings(
@@ -177,7 +184,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
             logit_bias=args.logit_bias,
             seed=args.seed,
         ),
-        exit_thresholds=(0.8,) if args.early_exit_thres is None else tuple(args.early_exit_thres),
+        exit_thresholds=_thresholds(args),
         exit_layers=tuple(args.exit_layers or ()),
         max_deferred=32 if args.max_deferred is None else args.max_deferred,
         plan_exits=args.plan_exits,
@@ -193,6 +200,8 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
     from megatron.early_exit.inference.stage_layers import stages_in_words
 
     llm = LLM.load(args.load, **engine_settings(args), join_torchrun=True, worker_timeout=args.worker_timeout)
+    if args.tokens_to_generate is None:
+        params = llm.engine.checks.as_certified(params)
     llm.engine.checks.check(params)
     model = llm.engine.description
     has_stages = model.num_stages > 1
@@ -206,12 +215,13 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
 
 def _checked_mode(args: argparse.Namespace) -> str:
     problems = []
-    mode = args.mode or ("early_exit" if args.use_early_exit else "full")
+    mode = args.mode or ("early_exit" if args.use_early_exit or args.certified is not None else "full")
     if args.use_early_exit and mode != "early_exit":
         problems.append(f"--use-early-exit contradicts --mode {mode}")
     needs = {
         "early_exit": {
             "--early-exit-thres": args.early_exit_thres,
+            "--certified": args.certified,
             "--exit-layers": args.exit_layers,
             "--max-deferred": args.max_deferred,
             "--plan-exits": args.plan_exits or None,
@@ -225,6 +235,8 @@ def _checked_mode(args: argparse.Namespace) -> str:
     for needed, flags in needs.items():
         useless = [flag for flag, value in flags.items() if value is not None and mode != needed]
         problems += [f"{flag} has no effect without --mode {needed}" for flag in useless]
+    if args.certified is not None and args.early_exit_thres is not None:
+        problems.append("--certified and --early-exit-thres both say from when on exits are taken; give one")
     if args.chat and (args.prompt or args.prompt_file):
         problems.append("--chat reads from standard input; leave out --prompt and --prompt-file")
     if args.chat and args.no_special_tokens:
@@ -234,6 +246,14 @@ def _checked_mode(args: argparse.Namespace) -> str:
     if problems:
         raise ValueError("\n".join(problems))
     return mode
+
+
+def _thresholds(args: argparse.Namespace) -> tuple[float, ...] | CertifiedThresholds:
+    from megatron.early_exit.inference.params import CertifiedThresholds
+
+    if args.certified is not None:
+        return CertifiedThresholds(args.certified)
+    return (0.8,) if args.early_exit_thres is None else tuple(args.early_exit_thres)
 
 
 def _is_interactive(args: argparse.Namespace) -> bool:

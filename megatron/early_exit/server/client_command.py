@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     server.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of silence; default 600")
     sampling = parser.add_argument_group("sampling (the default is greedy)")
-    sampling.add_argument("--tokens-to-generate", type=int, default=64, metavar="N", help="at most; default 64")
+    sampling.add_argument(
+        "--tokens-to-generate", type=int, metavar="N", help="at most; default 64, or as was certified (--certified)"
+    )
     sampling.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K most probable; 0: all")
     sampling.add_argument("--top-p", type=float, default=0.0, metavar="P", help="choose among probability P; 0: all")
@@ -51,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     exits = parser.add_argument_group("early exit (the default is the server's)")
     exits.add_argument("--mode", choices=("full", "early_exit", "self_speculative"))
     exits.add_argument("--early-exit-thres", type=float, nargs="+", metavar="F", help="one, or one for each exit")
+    exits.add_argument(
+        "--certified", type=float, metavar="LEVEL", help="thresholds that are certified for this level, as in 0.99"
+    )
     exits.add_argument("--exit-layers", type=int, nargs="+", metavar="N", help="exits to evaluate; default: all")
     exits.add_argument("--draft-exit", type=int, metavar="N", help="self_speculative: exit that drafts")
     exits.add_argument("--draft-length", type=int, metavar="N", help="self_speculative: tokens to draft at once")
@@ -84,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.certified is not None and args.early_exit_thres is not None:
+        raise ValueError("--certified and --early-exit-thres both say from when on exits are taken; give one")
+    if args.certified is not None and args.mode not in (None, "early_exit"):
+        raise ValueError(f"--certified has no effect with --mode {args.mode}; leave one out")
     of_openai = {"--chat": args.chat or None, "--draft-exit": args.draft_exit, "--draft-length": args.draft_length}
     if args.api == "megatron":
         useless = [flag for flag, value in of_openai.items() if value is not None]
@@ -141,11 +150,11 @@ class _OpenAISession:
     def _settings(self) -> dict[str, Any]:
         args = self._args
         exits = {
-            "mode": args.mode or _implied_mode(args), "exit_thresholds": args.early_exit_thres,
+            "mode": args.mode or _implied_mode(args), "exit_thresholds": _thresholds(args),
             "exit_layers": args.exit_layers, "draft_exit": args.draft_exit, "draft_length": args.draft_length,
         }  # fmt: skip
         return {
-            "max_tokens": args.tokens_to_generate, "temperature": args.temperature, "top_k": args.top_k,
+            **_length(args, "max_tokens"), "temperature": args.temperature, "top_k": args.top_k,
             "top_p": args.top_p or 1.0, "seed": args.seed, "stop": args.stop or None, "return_exit_details": True,
             **{name: value for name, value in exits.items() if value is not None},
         }  # fmt: skip
@@ -205,19 +214,32 @@ class _MegatronSession:
         args = self._args
         mode = args.mode or _implied_mode(args)
         body = {
-            "prompts": [prompt], "tokens_to_generate": args.tokens_to_generate, "temperature": args.temperature,
+            "prompts": [prompt], **_length(args, "tokens_to_generate"), "temperature": args.temperature,
             "top_k": args.top_k, "top_p": args.top_p, "random_seed": args.seed, "logprobs": True,
             "print_max_prob": args.print_max_prob, "exit_layers": args.exit_layers or [], "stop_sequences": args.stop,
         }  # fmt: skip
         if mode is not None:
             body["use_early_exit"] = mode == "early_exit"
-        if args.early_exit_thres is not None:
+        if args.certified is not None:
+            body["early_exit_thres"] = _thresholds(args)
+        elif args.early_exit_thres is not None:
             body["early_exit_thres"] = args.early_exit_thres[0]
         return body
 
 
+def _thresholds(args: argparse.Namespace) -> list[float] | str | None:
+    return args.early_exit_thres if args.certified is None else f"certified:{args.certified:g}"
+
+
+def _length(args: argparse.Namespace, field: str) -> dict[str, int]:
+    """Without it the server takes what was certified."""
+    if args.tokens_to_generate is None and args.certified is not None:
+        return {}
+    return {field: 64 if args.tokens_to_generate is None else args.tokens_to_generate}
+
+
 def _implied_mode(args: argparse.Namespace) -> str | None:
-    if args.early_exit_thres is not None or args.exit_layers is not None:
+    if any(one is not None for one in (args.early_exit_thres, args.certified, args.exit_layers)):
         return "early_exit"
     return "self_speculative" if args.draft_exit is not None or args.draft_length is not None else None
 
@@ -244,5 +266,6 @@ def _usage_table(usage: dict[str, Any], finish_reason: str | None) -> str:
     rows = [("exit", "tokens", "share")]
     rows += [(name, str(count), f"{count / total:.1%}") for name, count in exits["tokens_by_exit"].items()]
     drafted = f"; drafted {exits['drafted']}, accepted {exits['accepted']}" if exits["drafted"] else ""
-    saved = f"{exits['mode']}: {exits['runs_saved']:.1%} of the layer runs saved{drafted}"
+    promise = f", certified {exits['certified']:g}" if exits["certified"] else ""
+    saved = f"{exits['mode']}{promise}: {exits['runs_saved']:.1%} of the layer runs saved{drafted}"
     return f"{report.aligned(rows)}\n{saved}; {usage['completion_tokens']} tokens; stopped by {finish_reason}"

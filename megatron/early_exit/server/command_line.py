@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron.early_exit.data.chat_template import read_chat_template
 from megatron.early_exit.inference.model_flags import add_model_flags, check_torchrun, engine_settings
-from megatron.early_exit.inference.params import MODES, SPECULATIONS, GenerationParams
+from megatron.early_exit.inference.params import MODES, SPECULATIONS, CertifiedThresholds, GenerationParams
 from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.processes import die_with_torchrun
@@ -88,6 +88,11 @@ def _add_early_exit_flags(parser: argparse.ArgumentParser) -> None:
     exits = parser.add_argument_group("early exit (for requests that do not say)")
     exits.add_argument("--mode", choices=MODES, help="default: full")
     exits.add_argument("--early-exit-thres", type=float, nargs="+", metavar="F", help="one, or one for each exit")
+    exits.add_argument(
+        "--certified", type=float, metavar="LEVEL",
+        help="the thresholds that are certified for this level, as in 0.99, for greedy requests of the certified "
+        "length; others get all layers; implies --mode early_exit",
+    )  # fmt: skip
     exits.add_argument("--exit-layers", type=int, nargs="+", metavar="N", help="exits to evaluate; default: all")
     exits.add_argument("--max-deferred", type=int, metavar="N", help="rows of a request that may be deferred")
     exits.add_argument("--plan-exits", action="store_true", default=None, help="only exits that pay (calibrate)")
@@ -138,14 +143,15 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         raise ValueError(
             "--restart-workers cannot start torchrun's processes again; have torchrun do it (--max-restarts)"
         )
-    settings = {**engine_settings(args), "audit_share": args.audit_share}
+    template = None if args.chat_template is None else read_chat_template(Path(args.chat_template))
+    settings = {**engine_settings(args), "chat_template": template, "audit_share": args.audit_share}
     return ServerConfig(
         engine=EngineConfig(args.load, settings, args.worker_timeout, args.restart_workers),
         host=args.host,
         port=args.port,
         served_model_name=args.served_model_name,
         defaults=_defaults(args),
-        chat_template=None if args.chat_template is None else read_chat_template(Path(args.chat_template)),
+        chat_template=template,
         limits=RequestLimits(**{field.name: getattr(args, field.name) for field in fields(RequestLimits)}),
         api_keys=_api_keys(args),
         allowed_origins=tuple(args.allowed_origins),
@@ -157,6 +163,12 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
 def _defaults(args: argparse.Namespace) -> GenerationParams:
     names = ("exit_layers", "draft_exit", "draft_length", "mode", "max_deferred", "plan_exits", "speculation")
     given = {"exit_thresholds": args.early_exit_thres, **{name: getattr(args, name) for name in names}}
+    if args.certified is not None:
+        if args.early_exit_thres is not None:
+            raise ValueError("--certified and --early-exit-thres both say from when on exits are taken; give one")
+        if args.mode not in (None, "early_exit"):
+            raise ValueError(f"--certified has no effect with --mode {args.mode}; leave one out")
+        given |= {"exit_thresholds": CertifiedThresholds(args.certified), "mode": "early_exit"}
     return GenerationParams(**{name: value for name, value in given.items() if value is not None})
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from megatron.early_exit.inference.certificates import Certificate
+from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.params import LONGEST_DRAFT, GenerationParams, Mode, Speculation
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.server.request_fields import RequestBody, otherwise
 
 _MAX_EXITS = 1024
 _Threshold = Annotated[float, Field(ge=0, le=1)]
+LevelText = Annotated[str, Field(pattern=r"^certified:0?\.[0-9]{1,12}$")]
+"""In place of thresholds."""
 _Layer = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 _FIELDS_OF_MODES: dict[Mode, tuple[str, ...]] = {
@@ -31,10 +35,12 @@ class EarlyExitFields(RequestBody):
     """full: all layers for every token. early_exit: take a token from the first exit that is confident.
     self_speculative: an exit drafts tokens, all layers verify them."""
     exit_thresholds: Annotated[
-        _Threshold | Annotated[list[_Threshold], Field(min_length=1, max_length=_MAX_EXITS)] | None,
-        otherwise("it must be a number from 0 to 1, or a list of them, one for each exit"),
+        _Threshold | Annotated[list[_Threshold], Field(min_length=1, max_length=_MAX_EXITS)] | LevelText | None,
+        otherwise("it must be a number from 0 to 1, a list of them, one for each exit, or a level as certified:0.99"),
     ] = None
-    """early_exit: take an exit from this probability of its best token on; one for all exits, or one for each."""
+    """early_exit: take an exit from this probability of its best token on; one for all exits, or one for each. Or a
+    certified level, as in certified:0.99, with the thresholds of its certificate: temperature, max_tokens and the like
+    are then, where they are left out, those of the certified answers."""
     exit_layers: Annotated[list[_Layer], Field(max_length=_MAX_EXITS)] | None = None
     """early_exit: exits that may be taken, by the numbers of their layers; empty: all."""
     max_deferred: Annotated[int, Field(ge=0)] | None = None
@@ -92,6 +98,8 @@ class EarlyExitUsage(BaseModel):
     """What early exit did for the answers to a request."""
 
     mode: Mode
+    certified: float | None
+    """The level that was promised: the share of tokens, averaged over prompts, that are the full model's."""
     layers_saved: float
     """Share of the full model's layer computations that was not run."""
     runs_saved: float
@@ -100,6 +108,29 @@ class EarlyExitUsage(BaseModel):
     """By the layer of the exit; `final` for the final head."""
     drafted: int
     accepted: int
+
+
+def certified_or_full(
+    exits: GenerationParams,
+    is_asked: bool,
+    checks: RequestChecks,
+    settings: Callable[[GenerationParams, Certificate | None], GenerationParams],
+) -> GenerationParams:
+    """The settings of a request whose mode and exits are those of `exits`. A promise that it asks for must cover it; one
+    that it gets by default holds for requests that it covers, and the full model answers the others.
+
+    is_asked: whether the request names the thresholds itself. settings: all of its settings, by its exits, and by the
+    certificate for what it leaves out. Raises ValueError."""
+    if exits.certified_level is None:
+        return settings(exits, None)
+    try:
+        params = settings(exits, checks.certificate(exits))
+        checks.thresholds(params)
+    except ValueError:
+        if is_asked:
+            raise
+        return settings(replace(exits, mode="full"), None)
+    return params
 
 
 def exit_details(pieces: Sequence[str], tokens: Sequence[GeneratedToken]) -> list[TokenExit]:
@@ -113,7 +144,7 @@ def exit_details(pieces: Sequence[str], tokens: Sequence[GeneratedToken]) -> lis
     ]  # fmt: skip
 
 
-def early_exit_usage(mode: Mode, results: Sequence[RequestResult]) -> EarlyExitUsage:
+def early_exit_usage(params: GenerationParams, results: Sequence[RequestResult]) -> EarlyExitUsage:
     """Of all answers together."""
     statistics = [result.statistics for result in results]
     full = sum(one.full_layer_passes for one in statistics)
@@ -123,7 +154,8 @@ def early_exit_usage(mode: Mode, results: Sequence[RequestResult]) -> EarlyExitU
         for usage in result.usage:
             tokens["final" if usage.is_final else str(usage.exit_layer)] += usage.tokens
     return EarlyExitUsage(
-        mode=mode,
+        mode=params.mode,
+        certified=params.certified_level,
         layers_saved=saved(sum(one.layer_passes for one in statistics)),
         runs_saved=saved(sum(one.layer_runs for one in statistics)),
         tokens_by_exit=dict(tokens),

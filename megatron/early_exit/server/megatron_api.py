@@ -15,6 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from megatron.early_exit.data.token_text import segments
 from megatron.early_exit.data.tokenizer import Tokenizer
+from megatron.early_exit.inference.certificates import Certificate
+from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.params import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
@@ -26,6 +28,7 @@ from megatron.early_exit.inference.text import pieces
 from megatron.early_exit.inference.text_engine import RequestOutput, TextEngine
 from megatron.early_exit.server.async_engine import PromptMaker
 from megatron.early_exit.server.context import ServerContext
+from megatron.early_exit.server.early_exit_fields import LevelText, certified_or_full
 from megatron.early_exit.server.errors import BadRequest
 from megatron.early_exit.server.openai_api.log_probs import finite
 from megatron.early_exit.server.responses import unless_disconnected
@@ -51,14 +54,16 @@ class GenerateRequest(BaseModel):
     ] = Field(min_length=1)
     """One text, or several."""
     tokens_to_generate: int = Field(64, ge=0)
-    """At most; 0: score the prompts, which implies logprobs and echo_prompts."""
+    """At most; 0: score the prompts, which implies logprobs and echo_prompts. With a certified level, left out: as its
+    certificate says."""
     logprobs: bool = False
     echo_prompts: bool = False
     """Text, segments and logprobs begin with the prompt."""
     use_early_exit: bool | None = None
     """Not given: as the server's --mode says."""
-    early_exit_thres: float | None = None
-    """Take an exit from this largest probability on. Above 1: never; 0 and less: always. Not given: the server's."""
+    early_exit_thres: float | LevelText | None = None
+    """Take an exit from this largest probability on. Above 1: never; 0 and less: always. Or a certified level, as in
+    certified:0.99. Not given: the server's."""
     exit_layers: list[int] = []
     """Exits to evaluate; none: all."""
     print_max_prob: bool = False
@@ -132,6 +137,8 @@ class GenerateResponse(BaseModel):
     gave the token."""
     finish_reasons: list[str]
     """eod, stop or max_tokens."""
+    certified: float | None
+    """The level that was promised: the share of tokens, averaged over prompts, that are the full model's."""
     ignored_fields: list[str]
     """Of the request, which have no meaning here."""
     request_time: float
@@ -162,7 +169,7 @@ async def _generate(context: ServerContext, body: GenerateRequest) -> GenerateRe
         raise BadRequest(f"prompts has {len(body.prompts)} texts; give at most {most}", param="prompts")
     prompts = [_with_begin(model.text_engine, prompt) if body.add_BOS else prompt for prompt in body.prompts]
     try:
-        params = generation_params(body, context.config.defaults)
+        params = generation_params(body, context.config.defaults, model.client.checks)
         answers = await context.engine.answer(prompts, params, must_fit=True)
     except ValueError as error:
         raise BadRequest(str(error)) from error
@@ -171,30 +178,41 @@ async def _generate(context: ServerContext, body: GenerateRequest) -> GenerateRe
     return _response(model.tokenizer, body, params, outputs, seconds)
 
 
-def generation_params(body: GenerateRequest, defaults: GenerationParams) -> GenerationParams:
+def generation_params(body: GenerateRequest, defaults: GenerationParams, checks: RequestChecks) -> GenerationParams:
     """The engine's settings. Raises ValueError."""
-    mode = defaults.mode
+    ends_of_line = ["\n"] * body.stop_on_eol + ["\n\n"] * body.stop_on_double_eol
+
+    def make(exits: GenerationParams, certificate: Certificate | None) -> GenerationParams:
+        if certificate is not None:
+            exits = checks.as_certified(exits)
+        is_length_given = certificate is None or "tokens_to_generate" in body.model_fields_set
+        return replace(
+            exits,
+            max_tokens=body.tokens_to_generate if is_length_given else exits.max_tokens,
+            sampling=SamplingSettings(
+                temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, top_p_decay=body.top_p_decay,
+                top_p_bound=body.top_p_bound, seed=body.random_seed,
+            ),
+            stop=tuple([*(body.stop_sequences or ()), *ends_of_line]),
+            echo=body.echo_prompts or body.tokens_to_generate == 0,
+        )  # fmt: skip
+
+    return certified_or_full(_exits(body, defaults), body.early_exit_thres is not None, checks, make)
+
+
+def _exits(body: GenerateRequest, defaults: GenerationParams) -> GenerationParams:
+    """`defaults` with the mode and the exits of the request."""
+    mode, thresholds = defaults.mode, defaults.exit_thresholds
     if body.use_early_exit is not None:
         mode = "early_exit" if body.use_early_exit else "full"
-    thresholds = defaults.exit_thresholds
-    if body.early_exit_thres is not None:
+    if isinstance(body.early_exit_thres, str):
+        thresholds = body.early_exit_thres
+    elif body.early_exit_thres is not None:
         if body.early_exit_thres > 1 and mode == "early_exit":
             mode = "full"
         thresholds = (min(max(body.early_exit_thres, 0.0), 1.0),)
-    ends_of_line = ["\n"] * body.stop_on_eol + ["\n\n"] * body.stop_on_double_eol
-    return replace(
-        defaults,
-        max_tokens=body.tokens_to_generate,
-        mode=mode,
-        exit_thresholds=thresholds,
-        exit_layers=tuple(body.exit_layers) or defaults.exit_layers,
-        sampling=SamplingSettings(
-            temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, top_p_decay=body.top_p_decay,
-            top_p_bound=body.top_p_bound, seed=body.random_seed,
-        ),
-        stop=tuple([*(body.stop_sequences or ()), *ends_of_line]),
-        echo=body.echo_prompts or body.tokens_to_generate == 0,
-    )  # fmt: skip
+    exit_layers = tuple(body.exit_layers) or defaults.exit_layers
+    return replace(defaults, mode=mode, exit_thresholds=thresholds, exit_layers=exit_layers)
 
 
 def _with_begin(text_engine: TextEngine, prompt: str) -> PromptMaker:
@@ -232,6 +250,7 @@ def _response(
         if body.print_max_prob
         else None,
         finish_reasons=[result.finish_reason for result in results],
+        certified=params.certified_level,
         ignored_fields=sorted(body.model_extra),
         request_time=seconds,
         requst_time=seconds,

@@ -31,6 +31,11 @@ def otherwise(words: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+def first_given(*values: Any) -> Any:
+    """The first value that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
 NEUTRAL = otherwise("it is not supported; leave it out")
 """Of a field that is accepted only with the value that changes nothing."""
 

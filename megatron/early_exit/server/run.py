@@ -97,7 +97,8 @@ async def _load_and_run(context: ServerContext, url: str) -> None:
     print(f"loading {context.config.engine.path}; {url}/health says when it is ready", file=sys.stderr, flush=True)
     model = await context.engine.start()
     try:
-        model.client.checks.check(context.config.defaults)
+        checks = model.client.checks
+        checks.check(checks.as_certified(context.config.defaults))
     except ValueError as error:
         raise ValueError(f"requests could not be answered with the defaults of the flags: {error}") from error
     # A full collection would look at all that has been imported, and nobody is served meanwhile.
@@ -133,6 +134,10 @@ def _in_words(model: LoadedModel, name: str) -> str:
         f"model {name}: {ready.checkpoint}, {ready.description.num_layers} layers, exits {exits}",
         f"keys and values: {ready.memory}",
     ]
+    if levels := [f"{one.level:g}" for one in ready.certificates.certified]:
+        lines.append(f"certified levels of early exit: {', '.join(levels)}")
+    if ready.certificates.mismatches:
+        lines.append(f"certificates that do not hold: {'; '.join(ready.certificates.mismatches)}")
     if ready.description.num_stages > 1:
         lines.append(f"pipeline stages: {ready.stages}")
     return "\n".join(lines)

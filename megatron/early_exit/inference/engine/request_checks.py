@@ -4,7 +4,7 @@ requests can ask as well as the engine's."""
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificate, Certificates
@@ -81,6 +81,14 @@ class RequestChecks:
     def certificate(self, params: GenerationParams) -> Certificate | None:
         """The one whose promise is asked for."""
         return None if params.certified_level is None else self.certificates.find(params.certified_level)
+
+    def as_certified(self, params: GenerationParams) -> GenerationParams:
+        """`params`, and where they ask for a promise the length and the end of the answers that it is about. Raises
+        ValueError if there is no such promise."""
+        certificate = self.certificate(params)
+        if certificate is None:
+            return params
+        return replace(params, max_tokens=certificate.answers.max_tokens, ignore_eod=certificate.answers.ignore_eod)
 
     def draft_exit(self, params: GenerationParams) -> int | None:
         """Index of the exit that drafts, None: nothing is drafted."""

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
+from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
 from megatron.early_exit.server.chat_messages import Messages, NoTemplate, prompt_of
@@ -96,10 +97,10 @@ class ChatRequest(AnswerRequest):
                 param="max_tokens",
             )
 
-    def generation_params(self, defaults: GenerationParams) -> list[GenerationParams]:
+    def generation_params(self, defaults: GenerationParams, checks: RequestChecks) -> GenerationParams:
         """Of the one prompt. Raises ValueError."""
-        most = _MOST_TOKENS if self.max_new_tokens is None else self.max_new_tokens
-        return [self.params(defaults, max_tokens=most, top_log_probs=self.top_logprobs or 0)]
+        top_log_probs = self.top_logprobs or 0
+        return self.params(defaults, checks, self.max_new_tokens, _MOST_TOKENS, top_log_probs=top_log_probs)
 
 
 class AnswerMessage(BaseModel):
@@ -158,8 +159,10 @@ class ChatCompletionChunk(BaseModel):
 class ChatWriter(AnswerWriter):
     """Writes the answers to one request, as a whole or in chunks."""
 
-    def __init__(self, context: ServerContext, body: ChatRequest, answers: Answers) -> None:
-        super().__init__(context, body, answers, kind="chatcmpl")
+    def __init__(
+        self, context: ServerContext, body: ChatRequest, params: GenerationParams, answers: Answers
+    ) -> None:
+        super().__init__(context, body, params, answers, kind="chatcmpl")
 
     def whole(self, outputs: Sequence[RequestOutput]) -> ChatCompletion:
         """All answers."""
@@ -222,11 +225,11 @@ def router(context: ServerContext) -> APIRouter:
         check_model(context, body.model)
         body.check_fields(context.config.limits)
         with refusals("messages"):
-            params = body.generation_params(context.config.defaults)
+            params = body.generation_params(context.config.defaults, context.ready_model().client.checks)
         prompt = prompt_of(context, body.messages)
         must_fit = body.max_new_tokens is not None
-        answers = await start_answers(context, [prompt], params, "messages", must_fit=must_fit)
+        answers = await start_answers(context, [prompt], [params], "messages", must_fit=must_fit)
         with closing_on_error(answers):
-            return await respond(context, request, answers, ChatWriter(context, body, answers), body.stream)
+            return await respond(context, request, answers, ChatWriter(context, body, params, answers), body.stream)
 
     return routes

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
+from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput
 from megatron.early_exit.server.config import RequestLimits
@@ -46,7 +47,7 @@ class CompletionRequest(AnswerRequest):
         otherwise("it must be a text, a list of texts, a list of token ids, or a list of such lists, and not empty"),
     ]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Default 16, or what fits; 0 with echo alone."""
+    """Default 16, or what fits; 0 with echo alone. With a certified level: as its certificate says."""
     echo: bool | None = None
     """Begin the text with the prompt."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOG_PROBS)] | None = None
@@ -80,11 +81,13 @@ class CompletionRequest(AnswerRequest):
                 param="best_of",
             )
 
-    def generation_params(self, defaults: GenerationParams) -> list[GenerationParams]:
+    def generation_params(self, defaults: GenerationParams, checks: RequestChecks) -> list[GenerationParams]:
         """Of each prompt. Raises ValueError."""
         params = self.params(
             defaults,
-            max_tokens=_DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
+            checks,
+            self.max_tokens,
+            _DEFAULT_MAX_TOKENS,
             add_special_tokens=self.add_special_tokens is not False,
             top_log_probs=self.logprobs or 0,
             echo=bool(self.echo) and (self.logprobs is not None or self.max_tokens == 0),
@@ -114,8 +117,15 @@ class Completion(BaseModel):
 class CompletionWriter(AnswerWriter):
     """Writes the answers to one request, as a whole or in chunks."""
 
-    def __init__(self, context: ServerContext, body: CompletionRequest, answers: Answers, echo: Echo | None) -> None:
-        super().__init__(context, body, answers, kind="cmpl")
+    def __init__(
+        self,
+        context: ServerContext,
+        body: CompletionRequest,
+        params: GenerationParams,
+        answers: Answers,
+        echo: Echo | None,
+    ) -> None:
+        super().__init__(context, body, params, answers, kind="cmpl")
         self._echo = echo
         self._echoes_log_probs = echo is not None and body.logprobs is not None
         self._num_characters: dict[int, int] = {}
@@ -175,13 +185,14 @@ def router(context: ServerContext) -> APIRouter:
         check_model(context, body.model)
         body.check_fields(context.config.limits)
         with refusals("prompt"):
-            params = body.generation_params(context.config.defaults)
+            params = body.generation_params(context.config.defaults, context.ready_model().client.checks)
         answers = await start_answers(context, body.prompts, params, "prompt", must_fit=body.max_tokens is not None)
         with closing_on_error(answers):
             echo = None
             if body.echo:
                 tokenizer = context.ready_model().tokenizer
                 echo = await asyncio.to_thread(Echo, tokenizer, body.prompts, answers.prompt_ids)
-            return await respond(context, request, answers, CompletionWriter(context, body, answers, echo), body.stream)
+            writer = CompletionWriter(context, body, params[0], answers, echo)
+            return await respond(context, request, answers, writer, body.stream)
 
     return routes

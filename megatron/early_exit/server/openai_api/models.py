@@ -7,9 +7,36 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
+from megatron.early_exit.inference.certificates import Certificate
 from megatron.early_exit.server.context import ServerContext
+from megatron.early_exit.server.engine_messages import Ready
 from megatron.early_exit.server.openai_api.answers import check_model
 from megatron.early_exit.server.openai_api.errors import ERROR_RESPONSES
+
+
+class CertifiedLevel(BaseModel):
+    """A promise, and the thresholds for which it holds."""
+
+    level: float
+    """At least this share is the full model's, averaged over prompts."""
+    of: Literal["tokens", "answers", "ROUGE-L"]
+    """What the share is of: of the tokens along the full model's answer, of answers as a whole, or how much of the full
+    model's words is there."""
+    delta: float
+    """The probability that so much is certified though it does not hold."""
+    thresholds: dict[int, float]
+    """By exit, by the number of its layer; the others are not taken."""
+    max_tokens: int
+    """Of the answers that were certified; requests must ask for that, or leave it out."""
+    ignore_eos: bool
+    """The same of their ends."""
+    prompts: dict[str, int]
+    """How many there were, by split."""
+    calibration_risk: float | None
+    """What was lost on the calibration's own prompts; 1 - level is what is promised."""
+    is_certified_free_running: bool
+    """Whether it also holds for what early exit itself has generated, as the audits of `/metrics` see it."""
+    date: str
 
 
 class Model(BaseModel):
@@ -27,6 +54,8 @@ class Model(BaseModel):
     num_layers: int
     exit_layers: list[int]
     """Exits, by the numbers of their layers."""
+    certified: list[CertifiedLevel]
+    """What `exit_thresholds` may name as certified:LEVEL."""
 
 
 class ModelList(BaseModel):
@@ -63,4 +92,26 @@ def _model(context: ServerContext) -> Model:
         max_model_len=ready.description.num_positions,
         num_layers=ready.description.num_layers,
         exit_layers=[one.layer_number for one in ready.description.exits],
+        certified=certified_levels(ready),
+    )
+
+
+def certified_levels(ready: Ready) -> list[CertifiedLevel]:
+    """What requests may ask for, ascending."""
+    return [_level(one) for one in ready.certificates.certified]
+
+
+def _level(certificate: Certificate) -> CertifiedLevel:
+    free_running = certificate.free_running
+    return CertifiedLevel(
+        level=certificate.level,
+        of={"A-max": "tokens", "B": "answers", "C": "ROUGE-L"}[certificate.risk],
+        delta=certificate.delta,
+        thresholds=certificate.thresholds,
+        max_tokens=certificate.answers.max_tokens,
+        ignore_eos=certificate.answers.ignore_eod,
+        prompts=certificate.num_prompts,
+        calibration_risk=certificate.calibration_risk,
+        is_certified_free_running=free_running is not None and free_running.is_certified,
+        date=certificate.date,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megatron.early_exit.inference.certificates import Certificate
+from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.params import (
     LARGEST_LOGIT_BIAS,
     MAX_LOGIT_BIASES,
@@ -20,9 +21,9 @@ from megatron.early_exit.inference.params import (
     SamplingSettings,
 )
 from megatron.early_exit.server.config import RequestLimits
-from megatron.early_exit.server.early_exit_fields import EarlyExitFields
+from megatron.early_exit.server.early_exit_fields import EarlyExitFields, certified_or_full
 from megatron.early_exit.server.errors import BadRequest
-from megatron.early_exit.server.request_fields import NEUTRAL, Id, Nothing, RequestBody, otherwise
+from megatron.early_exit.server.request_fields import NEUTRAL, Id, Nothing, RequestBody, first_given, otherwise
 
 MAX_LOG_PROBS = 20
 """Beside each token."""
@@ -48,7 +49,7 @@ class AnswerRequest(EarlyExitFields):
     model: Annotated[str, Field(max_length=1024)] | None = None
     """Left out: the one that is served."""
     temperature: Annotated[float, Field(ge=0)] | None = None
-    """0: the most probable token, whatever top_p and the others are; default 1."""
+    """0: the most probable token, whatever top_p and the others are; default 1, or 0 with a certified level."""
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Choose among the fewest most probable tokens with this probability; default 1: all."""
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
@@ -130,20 +131,34 @@ class AnswerRequest(EarlyExitFields):
             message = f"the request asks for {num_answers} answers (prompts times n); it may for {limits.max_answers}"
             raise BadRequest(message, param="n")
 
-    def params(self, defaults: GenerationParams, **settings: Any) -> GenerationParams:
-        """Settings of the engine. settings: those that the kinds of requests call differently. Raises ValueError."""
+    def params(
+        self,
+        defaults: GenerationParams,
+        checks: RequestChecks,
+        max_tokens: int | None,
+        default_max_tokens: int,
+        **settings: Any,
+    ) -> GenerationParams:
+        """Settings of the engine. max_tokens, settings: what the kinds of requests call differently. Raises
+        ValueError."""
         stop = self.stop or []
-        params = replace(
-            defaults,
-            sampling=self._sampling(),
-            n=self.num_samples,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            stop_tokens=tuple(self.stop_token_ids or ()),
-            ignore_eod=bool(self.ignore_eos),
-            min_tokens=self.min_tokens or 0,
-            **settings,
-        )
-        return self.with_exits(params)
+
+        def make(exits: GenerationParams, certificate: Certificate | None) -> GenerationParams:
+            certified = None if certificate is None else certificate.answers
+            return replace(
+                exits,
+                max_tokens=first_given(max_tokens, certified and certified.max_tokens, default_max_tokens),
+                # Who asks for a promise about greedy answers means one; else OpenAI's default holds.
+                sampling=self._sampling(0.0 if certified and self.exit_thresholds is not None else 1.0),
+                n=self.num_samples,
+                stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                stop_tokens=tuple(self.stop_token_ids or ()),
+                ignore_eod=first_given(self.ignore_eos, certified and certified.ignore_eod, False),
+                min_tokens=self.min_tokens or 0,
+                **settings,
+            )
+
+        return certified_or_full(self.with_exits(defaults), self.exit_thresholds is not None, checks, make)
 
     def seeded(self, params: GenerationParams, num_prompts: int) -> list[GenerationParams]:
         """The settings of each prompt. Without a seed equal prompts have other answers too."""
@@ -152,17 +167,16 @@ class AnswerRequest(EarlyExitFields):
         first = params.sampling
         return [replace(params, sampling=first.of_sample(index * params.n)) for index in range(num_prompts)]
 
-    def _sampling(self) -> SamplingSettings:
-        given: Callable[[Any, Any], Any] = lambda value, default: default if value is None else value
-        top_p, top_k = given(self.top_p, 1.0), max(given(self.top_k, 0), 0)
+    def _sampling(self, default_temperature: float) -> SamplingSettings:
+        top_p, top_k = first_given(self.top_p, 1.0), max(first_given(self.top_k, 0), 0)
         return SamplingSettings(
-            temperature=given(self.temperature, 1.0),
+            temperature=first_given(self.temperature, default_temperature),
             top_p=0.0 if top_p == 1.0 else top_p,
             top_k=1 if top_p == 0.0 else top_k,  # the fewest tokens with a probability of 0: the best one
-            min_p=given(self.min_p, 0.0),
-            repetition_penalty=given(self.repetition_penalty, 1.0),
-            frequency_penalty=given(self.frequency_penalty, 0.0),
-            presence_penalty=given(self.presence_penalty, 0.0),
+            min_p=first_given(self.min_p, 0.0),
+            repetition_penalty=first_given(self.repetition_penalty, 1.0),
+            frequency_penalty=first_given(self.frequency_penalty, 0.0),
+            presence_penalty=first_given(self.presence_penalty, 0.0),
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             seed=secrets.randbits(63) if self.seed is None else self.seed,
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import FinishReason
 from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
 from megatron.early_exit.server.context import ServerContext
@@ -48,10 +49,11 @@ class Choice(BaseModel):
 class AnswerWriter:
     """Writes the answers to one request."""
 
-    def __init__(self, context: ServerContext, body: AnswerRequest, answers: Answers, kind: str) -> None:
-        """kind: how ids begin."""
-        self._body, self._prompt_ids = body, answers.prompt_ids
-        self._mode = body.mode_or(context.config.defaults.mode)
+    def __init__(
+        self, context: ServerContext, body: AnswerRequest, params: GenerationParams, answers: Answers, kind: str
+    ) -> None:
+        """params: of any of the answers. kind: how ids begin."""
+        self._body, self._params, self._prompt_ids = body, params, answers.prompt_ids
         self._log_probs = LogProbWriter(context.ready_model().token_texts, bool(body.return_tokens_as_token_ids))
         self._head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": context.model_name}
         self._is_begun: set[int] = set()
@@ -97,7 +99,7 @@ class AnswerWriter:
             prompt_tokens=num_prompt,
             completion_tokens=num_generated,
             total_tokens=num_prompt + num_generated,
-            early_exit=early_exit_usage(self._mode, [output.result for output in outputs]),
+            early_exit=early_exit_usage(self._params, [output.result for output in outputs]),
         )
 
 

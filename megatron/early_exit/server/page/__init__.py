@@ -15,8 +15,10 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 
+from megatron.early_exit.inference.params import CertifiedThresholds
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.openai_api.errors import ERROR_RESPONSES
+from megatron.early_exit.server.openai_api.models import CertifiedLevel, certified_levels
 
 _FOLDER = Path(__file__).parent
 _STYLE = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">')
@@ -29,6 +31,8 @@ class PageDefaults(BaseModel):
     mode: str
     exit_thresholds: list[float]
     """One for all exits, or one for each."""
+    certified: float | None
+    """The level in place of thresholds."""
     exit_layers: list[int]
     """Those that are evaluated."""
     draft_exit: int | None
@@ -46,6 +50,8 @@ class PageModel(BaseModel):
     num_positions: int
     """Longest prompt and answer together, in tokens."""
     has_chat_template: bool
+    certified: list[CertifiedLevel]
+    """Levels that may be asked for, ascending."""
     defaults: PageDefaults
 
 
@@ -76,15 +82,18 @@ def _describe(context: ServerContext) -> PageModel:
     """Raises NotReady while there is no model."""
     model, defaults = context.ready_model(), context.config.defaults
     exits = [one.layer_number for one in model.ready.description.exits]
+    is_certified = isinstance(defaults.exit_thresholds, CertifiedThresholds)
     return PageModel(
         name=context.model_name,
         num_layers=model.ready.description.num_layers,
         exit_layers=exits,
         num_positions=model.ready.description.num_positions,
         has_chat_template=bool(context.config.chat_template or model.tokenizer.chat_template),
+        certified=certified_levels(model.ready),
         defaults=PageDefaults(
             mode=defaults.mode,
-            exit_thresholds=list(defaults.exit_thresholds),
+            exit_thresholds=[0.8] if is_certified else list(defaults.exit_thresholds),
+            certified=defaults.certified_level,
             exit_layers=list(defaults.exit_layers) or exits,
             draft_exit=exits[0] if exits and defaults.draft_exit is None else defaults.draft_exit,
         ),

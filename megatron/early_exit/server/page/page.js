@@ -3,6 +3,7 @@
 
 const MOST_TOKENS = 2048; // differences between two longer answers would take long to find
 const SECONDS_BETWEEN_TRIES = 2;
+const NAMES_OF_PARTS = { tokens: "tokens", answers: "answers", "ROUGE-L": "words" };
 const NAMES = { full: "Full model", early_exit: "Early exit", self_speculative: "Self-speculative" };
 
 const at = (id) => document.getElementById(id);
@@ -61,6 +62,11 @@ function fill() {
     at("draft").append(element("option", { value: layer, textContent: `after layer ${layer}` }));
   }
   at("draft").value = defaults.draft_exit ?? "";
+  for (const { level, of } of model.certified) {
+    const words = `Certified: ${Number((100 * level).toFixed(4))}% of the ${NAMES_OF_PARTS[of]} are the full model's`;
+    at("promise").append(element("option", { value: level, textContent: words }));
+  }
+  at("promise").value = defaults.certified ?? "";
   const hasExits = model.exit_layers.length > 0;
   // Who opens the page wants to see exits at work, also where the server's own default is the full model.
   at("mode").value = !hasExits ? "full" : defaults.mode === "full" ? "early_exit" : defaults.mode;
@@ -73,10 +79,20 @@ function fill() {
   showChoices();
 }
 
+/** The certified level that is chosen, if one is. */
+function promise() {
+  if (at("mode").value !== "early_exit") return undefined;
+  return model.certified.find((one) => String(one.level) === at("promise").value);
+}
+
 /** What the form shows depends on what is chosen. */
 function showChoices() {
-  const mode = at("mode").value, isChat = kind() === "chat";
-  at("threshold-field").hidden = at("exits").hidden = mode !== "early_exit";
+  const mode = at("mode").value, isChat = kind() === "chat", certified = promise();
+  at("exits").hidden = mode !== "early_exit";
+  at("promise-field").hidden = mode !== "early_exit" || model.certified.length === 0;
+  at("threshold-field").hidden = mode !== "early_exit" || certified !== undefined;
+  at("max-tokens").disabled = at("temperature").disabled = certified !== undefined;
+  at("promise-hint").hidden = certified === undefined;
   const boxes = [...at("exits").querySelectorAll("input")], hasExit = boxes.some((box) => box.checked);
   boxes[0]?.setCustomValidity(mode !== "early_exit" || hasExit ? "" : "Choose at least one exit.");
   at("draft-field").hidden = mode !== "self_speculative";
@@ -98,9 +114,13 @@ function openAiRequest(mode, content) {
     seed: at("seed").valueAsNumber, stream: true, stream_options: { include_usage: true }, return_exit_details: true,
     ...content,
   };
+  const certified = promise();
+  if (certified) { // the full model's answer beside it as well
+    Object.assign(body, { max_tokens: certified.max_tokens, temperature: 0, ignore_eos: certified.ignore_eos });
+  }
   if (mode === "early_exit") {
     const boxes = [...at("exits").querySelectorAll("input:checked")];
-    body.exit_thresholds = thresholds;
+    body.exit_thresholds = certified ? `certified:${certified.level}` : thresholds;
     body.exit_layers = boxes.map((box) => Number(box.value));
   }
   if (mode === "self_speculative") body.draft_exit = Number(at("draft").value);
