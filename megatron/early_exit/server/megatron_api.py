@@ -31,6 +31,7 @@ from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.early_exit_fields import LevelText, certified_or_full
 from megatron.early_exit.server.errors import BadRequest
 from megatron.early_exit.server.openai_api.log_probs import finite
+from megatron.early_exit.server.request_fields import otherwise
 from megatron.early_exit.server.responses import unless_disconnected
 
 _RENAMED = {"max_len": "tokens_to_generate", "sentences": "prompts"}
@@ -61,7 +62,9 @@ class GenerateRequest(BaseModel):
     """Text, segments and logprobs begin with the prompt."""
     use_early_exit: bool | None = None
     """Not given: as the server's --mode says."""
-    early_exit_thres: float | LevelText | None = None
+    early_exit_thres: Annotated[
+        float | LevelText | None, otherwise("it must be a number, or a level as certified:0.99")
+    ] = None
     """Take an exit from this largest probability on. Above 1: never; 0 and less: always. Or a certified level, as in
     certified:0.99. Not given: the server's."""
     exit_layers: list[int] = []
