@@ -8,7 +8,7 @@ import msgspec
 
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.inference.certificates import Certificates
+from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificates
 from megatron.early_exit.inference.engine.audit import AuditReport
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.protocol import StageLoad, WorkerDescription
@@ -77,7 +77,6 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     tokenizer: TokenizerConfig
     is_calibrated: bool
     """Whether exits can be planned."""
-    certificates: Certificates
     checkpoint: str
     """Folder that was loaded."""
     iteration: int
@@ -85,6 +84,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """For keys and values, in words."""
     stages: str
     """Which layers and exits each pipeline stage has, in words."""
+    certificates: Certificates = NO_CERTIFICATES
+    """Those of the checkpoint."""
 
 
 class RequestEvent(msgspec.Struct, frozen=True):
