@@ -21,6 +21,7 @@ from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.server import client_command, command_line
+from tests.server import test_page
 from tests.server.raw_http import connect, post
 from tests.server.serving import RunningServer, start_server
 from tests.server.test_operation_metrics import Numbers, change, numbers
@@ -102,7 +103,9 @@ def test_the_model_says_what_is_certified(certified: RunningServer) -> None:
     assert "certificates that do not hold: the certificate of 0.95 is for another dtype" in certified.output
 
 
-def test_who_asks_for_a_level_gets_the_certified_length_and_greedy_answers(certified: RunningServer, alone: LLM) -> None:
+def test_who_asks_for_a_level_gets_the_certified_length_and_greedy_answers(
+    certified: RunningServer, alone: LLM
+) -> None:
     answer = complete(certified, exit_thresholds=BROKEN)
     assert promised(answer) == ("early_exit", 0.9)
     assert answer["choices"][0]["token_ids"] == tokens_of(alone, PROMPT)
@@ -177,6 +180,36 @@ def test_the_default_level_holds_for_requests_that_it_covers(
     assert all(len(choice["token_ids"]) <= length for choice in answer["choices"])
     if expected[1]:
         assert len(answer["choices"][0]["token_ids"]) == LENGTH
+
+
+def test_the_page_offers_certified_levels(certified: RunningServer) -> None:
+    """Its requests are those of the API, also for the full model's answer beside it."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is missing")
+    if test_page.CHROMIUM is None:
+        pytest.skip("there is no /usr/bin/chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=test_page.CHROMIUM, args=test_page.FLAGS)
+        with test_page.opened(browser, certified) as page:
+            sent: list[dict[str, Any]] = []
+            page.on("request", lambda one: "completions" in one.url and sent.append(one.post_data_json))
+            levels = page.get_by_label("What tokens need to leave")
+            sync_api.expect(levels).to_have_value("0.99")  # the server's default
+            levels.select_option(label="Certified: 90% of the tokens are the full model's")
+            page.get_by_text("More settings").click()
+            sync_api.expect(page.get_by_label("A token leaves")).to_be_hidden()
+            sync_api.expect(page.get_by_label("Most tokens")).to_be_disabled()
+            test_page.generate(page, PROMPT)
+            assert len(page.locator(".answer").first.locator(".token").all()) == LENGTH
+            levels.select_option("")
+            sync_api.expect(page.get_by_label("A token leaves")).to_be_visible()
+            sync_api.expect(page.get_by_label("Most tokens")).to_be_enabled()
+        browser.close()
+    asked = [{key: body.get(key) for key in ("mode", "exit_thresholds", "max_tokens", "temperature")} for body in sent]
+    common = {"max_tokens": LENGTH, "temperature": 0}
+    assert asked == [
+        {"mode": "early_exit", "exit_thresholds": BROKEN, **common},
+        {"mode": "full", "exit_thresholds": None, **common},
+    ]
 
 
 # Programs.

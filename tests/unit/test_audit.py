@@ -284,7 +284,7 @@ def test_the_evidence_is_that_of_the_monitor_over_the_losses_of_each_promise() -
 
 
 def test_the_loss_is_the_certificate_s() -> None:
-    """B: whether anything differs. C is about texts, which nobody has here: shares of tokens are counted, not tested."""
+    """B: whether anything differs. C is about texts, which nobody has here: shares of tokens are counted alone."""
     level = "certified:0.9"
     (share,), (any_,), (of_text,) = (
         audited_promises([certificate(risk=risk)], [level], 30).audit.reports() for risk in ("A-max", "B", "C")

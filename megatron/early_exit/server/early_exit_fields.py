@@ -116,8 +116,8 @@ def certified_or_full(
     checks: RequestChecks,
     settings: Callable[[GenerationParams, Certificate | None], GenerationParams],
 ) -> GenerationParams:
-    """The settings of a request whose mode and exits are those of `exits`. A promise that it asks for must cover it; one
-    that it gets by default holds for requests that it covers, and the full model answers the others.
+    """The settings of a request whose mode and exits are those of `exits`. A promise that it asks for must cover it;
+    one that it gets by default holds for requests that it covers, and the full model answers the others.
 
     is_asked: whether the request names the thresholds itself. settings: all of its settings, by its exits, and by the
     certificate for what it leaves out. Raises ValueError."""

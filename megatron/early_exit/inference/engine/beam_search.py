@@ -52,7 +52,6 @@ def beam_search(
     _check(model, beam_width, max_tokens, length_penalty, num_return)
     if engine.has_work:
         raise RuntimeError("beam search needs the engine's slots: wait until all requests have ended")
-    engine.interrupt_audits()
     ends = engine.ends if stop_token is None else {stop_token}
     # The last token is not fed back.
     max_tokens = min(max_tokens, model.num_positions - len(prompt) + 1)
@@ -108,7 +107,7 @@ class _BeamRows:
     def __init__(self, engine: Engine, beam_width: int, num_candidates: int) -> None:
         self.num_candidates = num_candidates
         self._engine = engine
-        self._generations = engine.slots.borrow(beam_width)
+        self._generations = engine.borrow(beam_width)
 
     def prefill(self, prompt: list[int]) -> list[list[TokenLogProb]]:
         """Run the prompt in slot 0. Returns, as `extend`, what may follow."""

@@ -182,8 +182,7 @@ class Engine:
     def measure_costs(self) -> StepCosts:
         """What layers and heads cost, measured once; the engine must be idle. A guess if the workers have ended."""
         if self._measured_costs is None:
-            self.interrupt_audits()
-            self.slots.borrow(1)  # which is overwritten
+            self.borrow(1)  # which is overwritten
             try:
                 self._measured_costs = self.executor.measure_costs()
             except ExecutorError as error:
@@ -195,7 +194,7 @@ class Engine:
     def forget_prefixes(self) -> None:
         """Drop the rows that slots keep for later requests to share, so that the next ones compute their prompts; the
         engine must be idle."""
-        self.slots.borrow(self.description.num_slots)
+        self.borrow(self.description.num_slots)
         self.give_back(self.description.num_slots)
 
     def look_after_workers(self) -> None:
@@ -205,7 +204,7 @@ class Engine:
         except ExecutorError as error:
             self.failure = str(error)
 
-    def interrupt_audits(self) -> None:
+    def _interrupt_audits(self) -> None:
         """Take back the slots of audits that run, for somebody who needs them; they begin again later."""
         for running in reversed(self.audit.running.values()):
             self.audit.put_back(running.request)
@@ -304,8 +303,13 @@ class Engine:
             return [*events.values(), *self.fail_all(self.failure)]
         return list(events.values())
 
+    def borrow(self, count: int) -> tuple[int, ...]:
+        """As `Slots.borrow`; the engine must be idle, but for audits."""
+        self._interrupt_audits()
+        return self.slots.borrow(count)
+
     def run_step(self, operations: Sequence[SlotOperation], rows: Sequence[Rows]) -> list[RowsOutput]:
-        """Run a step for somebody who has borrowed slots (`slots.borrow`), beside the scheduler; the engine must be
+        """Run a step for somebody who has borrowed slots (`borrow`), beside the scheduler; the engine must be
         idle. Returns the rows' outputs in the order of slots. Raises ExecutorError."""
         self.executor.submit(Step(next(self._step_numbers), (*self._operations, *operations), tuple(rows)))
         self._operations.clear()
@@ -323,7 +327,7 @@ class Engine:
 
     def _admit(self, events: dict[int, Event]) -> None:
         if len(self._queue) > self.slots.num_free:
-            self.interrupt_audits()
+            self._interrupt_audits()
         self._admit_from(self._queue, self._running, events)
         if not self._queue:
             self._admit_from(self.audit.waiting, self.audit.running, events)

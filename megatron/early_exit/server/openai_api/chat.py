@@ -159,9 +159,7 @@ class ChatCompletionChunk(BaseModel):
 class ChatWriter(AnswerWriter):
     """Writes the answers to one request, as a whole or in chunks."""
 
-    def __init__(
-        self, context: ServerContext, body: ChatRequest, params: GenerationParams, answers: Answers
-    ) -> None:
+    def __init__(self, context: ServerContext, body: ChatRequest, params: GenerationParams, answers: Answers) -> None:
         super().__init__(context, body, params, answers, kind="chatcmpl")
 
     def whole(self, outputs: Sequence[RequestOutput]) -> ChatCompletion:
