@@ -219,8 +219,8 @@ def _warn(certificate: Certificate, monitor: RiskMonitor) -> None:
     what = "answers" if certificate.risk == "B" else "tokens"
     log.warning(
         "early exit does not keep its promise: with 'certified:%g' at most %.2f%% of the %s should differ from the "
-        "full model's, and the last audits speak against that (%.2f%% of all %d audits). What is asked no longer looks like "
-        "the prompts of the calibration: calibrate again with such prompts (tools/evaluate.py calibrate), and ask for "
-        "mode 'full' until then",
+        "full model's, and the last audits speak against that (%.2f%% of all %d audits). What is asked no longer looks "
+        "like the prompts of the calibration: calibrate again with such prompts (tools/evaluate.py calibrate), and ask "
+        "for mode 'full' until then",
         certificate.level, 100 * monitor.alpha, what, 100 * monitor.mean_loss, monitor.num_losses,
     )  # fmt: skip
