@@ -38,6 +38,16 @@ def test_evidence_by_hand() -> None:
     assert monitor.mean_loss == pytest.approx(0.5 / 33)
 
 
+@pytest.mark.parametrize("loss", [0.0, 0.009, 0.01])
+def test_evidence_is_never_all_lost(loss: float) -> None:
+    """Equal losses teach a variance of nearly 0, by which alone bets would take more than there is."""
+    monitor = RiskMonitor(0.01)
+    for _ in range(3000):
+        monitor.observe(loss)
+        assert 0.5 <= monitor.evidence <= 1
+    assert monitor.num_alarms == 0
+
+
 def test_an_alarm_starts_anew() -> None:
     monitor = RiskMonitor(0.01, delta=0.05)
     alarms = [monitor.observe(0.2) for _ in range(20)]

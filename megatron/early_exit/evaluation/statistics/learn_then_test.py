@@ -100,7 +100,7 @@ def least_prompts(alpha: float, delta: float) -> int:
     _require_probability("alpha", alpha)
     _require_probability("delta", delta)
     n = max(1, math.floor(math.log(delta) / math.log1p(-alpha)) - 1)
-    while binomial_p_value(0, n, alpha) > delta * (1 + 1e-12):  # (.9 * .9 may be above .81 by its last bit)
+    while binomial_p_value(0, n, alpha) > delta:  # as the test has it, to the last bit
         n += 1
     return n
 
