@@ -195,16 +195,24 @@ def benchmark_results(of: Json, draw: random.Random) -> Json:
             row("self-speculative", "self_speculative", batch, 1.17 * fade * fade, 1.0, draft_exit=of["exit_layers"][0],
                 acceptance=0.61),
         ]  # fmt: skip
-    parts = (("layers", 0.0224), ("heads", 0.0071), ("embedding", 0.0002), ("sampling", 0.0011), ("scheduler", 0.0016))
+    parts = (("layers", 0.0224), ("final head", 0.0071), ("rest", 0.0029))
+    columns = ("batch", "tokens_per_second", "speedup", "speedup_interval", "first_token_seconds", "seconds_per_token")
+    beside = [
+        {"name": name, "mode": "transformers"} | {key: row("", "other", 1, speedup, 1.0)[key] for key in columns}
+        for name, speedup in (("transformers", 0.71), ("transformers, prompt lookup", 0.93))
+    ]
     return {
         "rows": rows, "per_prompt": [],
-        "transformers": row("transformers", "transformers", 1, 0.71, 1.0, layer_run_speedup=None),
-        "step": [{"part": name, "seconds": seconds} for name, seconds in parts],
+        "transformers": beside[0], "beside": beside,
+        "step": [
+            {"batch": batch, "part": name, "seconds": seconds * batch**0.4, "share": seconds / 0.0324}
+            for batch in (1, 4, 16, 32) for name, seconds in parts
+        ],
     }  # fmt: skip
 
 
 def correctness_results() -> Json:
-    difference = {"prompt": 17, "position": 41, "expected": 318, "got": 2041, "margin": 0.00003}
+    difference = {"prompt": 17, "position": 41, "expected": 318, "got": 2041, "gap": 0.00004, "margin": 0.00003}
     rows = [
         ("self-speculative, drafts of 3", "self_speculative", 199, [difference]),
         ("early exit 1.0", "early_exit", 200, []),
@@ -213,7 +221,7 @@ def correctness_results() -> Json:
         "rows": [
             {
                 "name": name, "mode": mode, "settings": {"draft_length": 3}, "prompts": 200, "identical": identical,
-                "identical_interval": [0.9725, 0.9999], "tokens": 12800, "first_differences": differences,
+                "identical_interval": [0.9725, 0.9999], "tokens": 12800, "errors": 0, "first_differences": differences,
             }
             for name, mode, identical, differences in rows
         ]
@@ -226,12 +234,12 @@ def tasks_results() -> Json:
         "certified 99%": {"value": 0.42, "stderr": 0.0493},
     }  # fmt: skip
     paired = {
-        "early exit 0.8": {"mcnemar_p": 0.375, "difference": -0.012, "interval": [-0.04, 0.013]},
+        "early exit 0.8": {"metric": "acc,none", "mcnemar_p": 0.375, "difference": -0.012, "interval": [-0.04, 0.013]},
         "certified 99%": {"mcnemar_p": 1.0, "difference": -0.001, "interval": [-0.01, 0.01]},
     }
     return {
         "tasks": {
-            "hellaswag": {"n": 100, "metrics": {"acc": scores, "acc_norm": scores}, "paired": paired},
+            "hellaswag": {"n": 100, "metrics": {"acc,none": scores, "acc_norm,none": scores}, "paired": paired},
             "gsm8k": {"n": 100, "metrics": {"exact_match": scores}, "paired": paired},
         },
         "modes": {"full": {"mode": "full"}, "early exit 0.8": {"mode": "early_exit", "forced_exit": None}},

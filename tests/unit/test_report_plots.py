@@ -64,8 +64,8 @@ def test_pareto_shows_certified_ways_and_the_best_drafts() -> None:
     plot = pareto(results.rows)
     assert "Certified at 99%: 1.05 times (99.4%) at batch 1" in plot.finding
     words = words_of(drawn(plot))
-    assert {"certified 99%", "certified 95%", "early exit 0.4", "drafts of 3 from 8"} <= set(words)
-    assert not any(name.startswith("drafts of 1 ") for name in words)
+    assert {"certified 99%", "certified 95%", "early exit 0.4", "drafts of exit 8 by 3"} <= set(words)
+    assert not any(name.endswith(" by 1") for name in words)
     assert pareto(results.rows[:1]) is None
 
 
@@ -121,7 +121,7 @@ def test_throughput_names_every_line_and_batch() -> None:
     best = max(results.rows, key=lambda row: row.tokens_per_second)
     assert f"{best.tokens_per_second:,.0f} tokens per second, of {best.name} at batch 32" in plot.finding
     figure = drawn(plot)
-    names = {row.name for row in results.rows}
+    names = {modes.short_name(row) for row in results.rows}
     in_legend = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
     assert {f"32: {name}" for name in names} <= set(words_of(figure)) or names <= in_legend
     many = [row for row in results.rows for _ in range(3)]
@@ -192,9 +192,18 @@ def test_path_stops_at_the_first_failure(p_values: Sequence[float], words: str |
 
 
 def test_bars_of_a_step_begin_at_zero() -> None:
-    plot = step_parts.step_parts([schema.StepPart("layers", 0.003), schema.StepPart("heads", 0.001)])
-    assert plot.finding == "Most of a step of 4.00 ms goes to layers: 75%."
-    assert drawn(plot).axes[0].get_xlim()[0] == 0
+    parts = [
+        schema.StepPart(name, seconds, batch)
+        for batch, of_step in {4: (0.005, 0.001, -0.002), 1: (0.003, 0.001, 0.0)}.items()
+        for name, seconds in zip(("layers", "final head", "rest"), of_step)
+    ]
+    plot = step_parts.step_parts(parts)
+    first, second = "At batch 1 most of a step of 4.00 ms goes to layers: 75%.", "At batch 4 most of a step of 4.00 ms"
+    assert plot.finding == f"{first} {second} goes to layers: 125%."
+    figure = drawn(plot)
+    assert figure.axes[0].get_xlim() == (0, 1)
+    assert words_of(figure) == ["75%", "25%", "83%", "17%"], "of what is above 0"
+    assert step_parts.step_parts(parts[:1]) is None
 
 
 def test_models_are_compared_by_depth() -> None:
@@ -225,7 +234,8 @@ def test_colours_are_told_apart(name: str) -> None:
 
 def test_shares_beside_each_other_differ_in_grey() -> None:
     grounds = [to_linear(colour) for colour in (*exit_share.GROUNDS[:3], exit_share.FINAL)]
-    for one, other in itertools.pairwise(grounds):
+    parts = [to_linear(colour) for colour in step_parts.GROUNDS[:3]]
+    for one, other in (*itertools.pairwise(grounds), *itertools.pairwise(parts)):
         assert contrast(one, other) > 1.25
 
 

@@ -39,12 +39,20 @@ class ReliabilityBin(msgspec.Struct):
     count: int
 
 
+class OtherExits(msgspec.Struct):
+    """Of another checkpoint, on the same text."""
+
+    checkpoint: str
+    heads: list[Head]
+
+
 class Exits(msgspec.Struct):
     tokens: int
     heads: list[Head]
     reliability: dict[str, list[ReliabilityBin]]
     """By layer."""
     by_domain: dict[str, list[Head]] = {}
+    compare: list[OtherExits] = []
 
 
 class PathPoint(msgspec.Struct):
@@ -143,10 +151,10 @@ class Row(msgspec.Struct):
     tokens_per_second: Number
     speedup: Number
     speedup_interval: Interval
-    layer_run_speedup: Number
-    agreement: Number
+    layer_run_speedup: Number = None
+    agreement: Number = None
     """Share of tokens that the full model would have taken at their place."""
-    agreement_interval: Interval
+    agreement_interval: Interval = None
     thresholds: Any = None
     level: Number = None
     """Of the certificate whose thresholds these are."""
@@ -155,6 +163,8 @@ class Row(msgspec.Struct):
     layers_saved: Number = None
     runs_saved: Number = None
     identical_answers: Number = None
+    """Share."""
+    identical_interval: Interval = None
     acceptance: Number = None
     perplexity: Number = None
     loop_rate: Number = None
@@ -165,8 +175,11 @@ class Row(msgspec.Struct):
 
 
 class StepPart(msgspec.Struct):
+    """Of a step of the full model."""
+
     part: str
     seconds: Number
+    batch: int = 1
 
 
 class Speed(msgspec.Struct):
@@ -174,7 +187,13 @@ class Speed(msgspec.Struct):
 
     rows: list[Row]
     transformers: Row | None = None
+    beside: list[Row] = []
+    """Ways that are not ours, whose speed alone is compared; `transformers` may be one of them."""
     step: list[StepPart] = []
+
+    @property
+    def others(self) -> list[Row]:
+        return self.beside or ([self.transformers] if self.transformers else [])
 
 
 class Difference(msgspec.Struct):
@@ -186,6 +205,8 @@ class Difference(msgspec.Struct):
     got: Any
     margin: Number
     """Log-probability (nats) by which the full model prefers its best token to its second there."""
+    gap: Number = None
+    """The same between the token that was expected and the one that came."""
 
 
 class Comparison(msgspec.Struct):
@@ -195,6 +216,8 @@ class Comparison(msgspec.Struct):
     identical: int
     identical_interval: Interval
     tokens: int | None
+    errors: int | None = None
+    """Differences that rounding does not explain."""
     settings: Any = None
     first_differences: list[Difference] = []
 
@@ -211,6 +234,8 @@ class Score(msgspec.Struct):
 class Paired(msgspec.Struct):
     """A mode against the full model on the same items."""
 
+    metric: str | None = None
+    """Which is compared; None: all."""
     mcnemar_p: Number = None
     difference: Number = None
     interval: Interval = None

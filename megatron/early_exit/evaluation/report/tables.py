@@ -14,7 +14,7 @@ def table(
     """columns: headings; the first cell of each row is the row's heading. Numbers stand at the right of their column.
     marked: rows that stand out."""
     cells = [[markup(cell) for cell in row] for row in rows]
-    classes = ["number" if cells and all(map(_is_number, column)) else None for column in zip(*cells)]
+    classes = ["number" if _is_of_numbers(column) else None for column in zip(*cells)]
     heading = element(
         "tr", [element("th", column, scope="col", class_=class_) for column, class_ in zip(columns, classes)]
     )
@@ -35,8 +35,10 @@ def _scrolling(caption: str, inner: Markup) -> Markup:
     return element("div", inner, class_="scroll", tabindex=0, role="group", aria_label=caption)
 
 
-def _is_number(cell: Markup) -> bool:
-    return cell.startswith("<data") or cell == UNKNOWN
+def _is_of_numbers(column: Sequence[Markup]) -> bool:
+    """Some are numbers, and the others unknown."""
+    known = [cell for cell in column if cell != UNKNOWN]
+    return bool(known) and all(cell.startswith("<data") for cell in known)
 
 
 def _row(cells: Sequence[Markup], classes: Sequence[str | None], is_marked: bool) -> Markup:

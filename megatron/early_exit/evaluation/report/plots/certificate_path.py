@@ -77,7 +77,7 @@ def _draw(card: Certificate, points: Sequence[PathPoint], num_accepted: int, wha
     if num_accepted:
         last = points[num_accepted - 1]
         words = f"certified: {last.risk:.2%}, p = {last.p_value:.3f}"
-        label_points(axes, [Label(last.budget, last.risk, words, base.GREEN, True)], list(zip(budgets, risks)))
+        label_points(axes, [Label(last.budget, last.risk, words, base.GREEN, True, True)], list(zip(budgets, risks)))
     return figure
 
 

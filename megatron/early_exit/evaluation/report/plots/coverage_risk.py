@@ -59,7 +59,8 @@ def _draw(curves: Curves) -> Figure:
         base.percents(axes.yaxis)
     highest = max(point.risk for points in curves.values() for point in points)
     all_axes[0].set(xlim=(0, 1.02), xticks=(0, 0.5, 1), ylim=(0, min(1.08 * highest + 1e-3, 1.02)))
-    all_axes[0].legend(loc="upper left", fontsize=8)
+    handles = all_axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", ncols=2, fontsize=8)
     figure.supxlabel("decisions that leave here", fontsize=9)
     figure.supylabel("of these, wrong", fontsize=9)
     return figure

@@ -18,17 +18,19 @@ _OFFSETS = (
 )  # fmt: skip
 """Points of the page, from the nearest to those that need a line to what they name."""
 _NEEDS_LINE = 14
+_NEAR = tuple(offset for offset in _OFFSETS if abs(offset[1]) <= _NEEDS_LINE)
 
 
 @dataclass(frozen=True)
 class Label:
-    """A word for the point (x, y) of the data."""
+    """A word for the point (x, y) of the data; an important one may stand further off, with a line."""
 
     x: float
     y: float
     words: str
     colour: str
     is_important: bool = False
+    is_bold: bool = False
 
 
 def label_points(axes: Axes, labels: Sequence[Label], obstacles: Sequence[tuple[float, float]] = ()) -> list[str]:
@@ -62,12 +64,12 @@ def _write(axes: Axes, label: Label, inside: Bbox, taken: Sequence[Bbox]) -> Bbo
 
     ink = INK.get(label.colour, label.colour)
     line = {"arrowstyle": "-", "lw": 0.6, "color": ink, "shrinkB": 3}
-    for dx, dy in _OFFSETS:
+    for dx, dy in _OFFSETS if label.is_important else _NEAR:
         text = axes.annotate(
             label.words, (label.x, label.y), (dx, dy), textcoords="offset points", fontsize=7.5, color=ink,
             ha="left" if dx > 0 else "right" if dx < 0 else "center",
             va="center" if abs(dy) <= 8 and dx else "bottom" if dy > 0 else "top",
-            fontweight="bold" if label.is_important else "normal",
+            fontweight="bold" if label.is_bold else "normal",
             arrowprops=line if abs(dy) > _NEEDS_LINE else None,
             path_effects=[withStroke(linewidth=2, foreground="white")], zorder=5,
         )  # fmt: skip
@@ -104,7 +106,7 @@ def label_ends(axes: Axes, labels: Sequence[Label], gap: float = 10.0) -> None:
         axes.annotate(
             label.words, (1.0, (placed[i] * scale - inside.y0) / inside.height), (5, 0), xycoords="axes fraction",
             textcoords="offset points", va="center", color=label.colour, fontsize=8,
-            fontweight="bold" if label.is_important else "normal", annotation_clip=False,
+            fontweight="bold" if label.is_bold else "normal", annotation_clip=False,
         )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def _draw(lines: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     for (name, line), (colour, marker, dash) in zip(lines.items(), looks):
         axes.plot(*zip(*line), color=colour, marker=marker, linestyle=dash)
         depth, agreement = line[-2]
-        labels.append(Label(depth, agreement, name, colour, True))
+        labels.append(Label(depth, agreement, name, colour, True, True))
     axes.set(xlim=(0, 1.02), ylim=(0, 1.04))
     base.percents(axes.xaxis)
     base.percents(axes.yaxis)

@@ -21,5 +21,15 @@ def kind_of(row: Row) -> str:
     return "certified" if row.level is not None else row.mode if row.mode in LOOKS else "early_exit"
 
 
+def short_name(row: Row) -> str:
+    """For a label in a plot; the table has the whole name."""
+    if row.level is not None:
+        return f"certified {100 * row.level:.6g}%"
+    if row.draft_exit is None:
+        return row.name
+    length = f" by {row.draft_length}" if isinstance(row.draft_length, int) else ""
+    return f"drafts of exit {row.draft_exit}{length}"
+
+
 def size_of(row: Row) -> float:
     return SIZES.get(kind_of(row), 6)

@@ -26,8 +26,9 @@ def pareto(rows: Sequence[Row]) -> base.Plot | None:
     return base.Plot(
         "pareto",
         "Share of tokens that the full model would have taken (vertical, does not begin at zero) against measured "
-        "speed-up over the full model (horizontal), with 95% intervals. Up and to the right is better. The grey line "
-        "joins the ways that no other beats in both. Of drafts from one exit, the fastest length alone is shown.",
+        "speed-up over the full model (horizontal), with 95% intervals, which may go on below the picture. Up and to "
+        "the right is better. The grey line joins the ways that no other beats in both. Of drafts from one exit, the "
+        "fastest length alone is shown.",
         _finding(known),
         lambda: _draw(known, batches),
     )
@@ -74,6 +75,7 @@ def _draw(rows: Sequence[Row], batches: Sequence[int]) -> Figure:
         figure, all_axes = base.panels([f"batch {batch}" for batch in batches], (3.4, 3.0), num_columns=2)
     for axes in all_axes:
         axes.margins(0.12)
+        axes.set_ylim(*_heights(rows))
         axes.axvline(1, color="#999999", linewidth=0.9, linestyle=":")
         base.percents(axes.yaxis)
     of_batch = [[row for row in rows if row.batch == batch] for batch in batches]
@@ -86,24 +88,42 @@ def _draw(rows: Sequence[Row], batches: Sequence[int]) -> Figure:
     for axes, own in zip(all_axes, of_batch):
         best = frontier(own)
         labels = [
-            Label(row.speedup, row.agreement, row.name, modes.LOOKS[modes.kind_of(row)][1], row.level is not None)
-            for row in sorted(own, key=lambda row: row not in best)
+            _label(row, row in best or row.is_baseline)
+            for row in sorted(own, key=lambda row: (row.level is None, not row.is_baseline, row not in best))
         ]
         label_points(axes, labels, [point for row in own for point in _along_errors(row)])
     return figure
+
+
+def _label(row: Row, is_important: bool) -> Label:
+    is_certified = row.level is not None
+    colour = modes.LOOKS[modes.kind_of(row)][1]
+    return Label(row.speedup, row.agreement, modes.short_name(row), colour, is_important or is_certified, is_certified)
 
 
 def _along_errors(row: Row) -> list[tuple[float, float]]:
     """Points on the lines of the intervals, which labels leave free."""
     steps = [i / 4 for i in range(5)]
     across, up = ((low + (high - low) * step for step in steps) for low, high in (
-        _bounds(row.speedup, row.speedup_interval), _bounds(row.agreement, row.agreement_interval)
+        _bounds(row.speedup, row.speedup_interval), _bounds(row.agreement, _agreement_interval(row))
     ))  # fmt: skip
     return [*((x, row.agreement) for x in across), *((row.speedup, y) for y in up)]
 
 
+def _agreement_interval(row: Row) -> Interval:
+    """None for ways that give the full model's answers by construction."""
+    return None if row.mode in ("full", "self_speculative") else row.agreement_interval
+
+
 def _bounds(value: float, interval: Interval) -> tuple[float, float]:
     return (value, value) if not interval or None in interval else interval
+
+
+def _heights(rows: Sequence[Row]) -> tuple[float, float]:
+    """All points; intervals of few prompts may be longer than what is left to see of the points."""
+    lowest = min(row.agreement for row in rows)
+    room = max(1 - lowest, 0.02)
+    return lowest - 0.35 * room, 1 + 0.12 * room
 
 
 def _handle(kind: str) -> object:
@@ -120,7 +140,7 @@ def _points(axes: Axes, rows: Sequence[Row]) -> None:
         _, colour, marker = modes.LOOKS[modes.kind_of(row)]
         axes.errorbar(
             row.speedup, row.agreement, xerr=_errors(row.speedup, row.speedup_interval),
-            yerr=_errors(row.agreement, row.agreement_interval), color=colour, marker=marker,
+            yerr=_errors(row.agreement, _agreement_interval(row)), color=colour, marker=marker,
             markersize=modes.size_of(row), markeredgecolor="white", markeredgewidth=0.6, elinewidth=0.9, zorder=3,
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""Parts of a step as bars."""
+"""Parts of a step as bars, one bar for each batch size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron.early_exit.evaluation.report.plots import base
@@ -11,32 +11,55 @@ from megatron.early_exit.evaluation.report.schema import StepPart
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+GROUNDS = ("#0072B2", "#F0E442", "#B8B8B8", "#56B4E9", "#E69F00", "#009E73")
+"""The first ones, of layers, head and rest, differ in grey too."""
+
 
 def step_parts(parts: Sequence[StepPart]) -> base.Plot | None:
     """None with fewer than two parts."""
-    if len(parts) < 2:
+    names = list(dict.fromkeys(part.part for part in parts))[: len(GROUNDS)]
+    batches = sorted({part.batch for part in parts})
+    steps = {batch: {part.part: part.seconds for part in parts if part.batch == batch} for batch in batches}
+    if len(names) < 2:
         return None
-    total = sum(part.seconds for part in parts)
-    largest = max(parts, key=lambda part: part.seconds)
     return base.Plot(
         "step_parts",
-        "Milliseconds of each part of a decoding step.",
-        f"Most of a step of {1e3 * total:.2f} ms goes to {largest.part}: {largest.seconds / total:.0%}.",
-        lambda: _draw(parts, total),
+        "Shares of the parts of a decoding step of the full model (horizontal), for each batch size.",
+        " ".join(_finding(batch, of_step) for batch, of_step in steps.items()),
+        lambda: _draw(steps, names),
     )
 
 
-def _draw(parts: Sequence[StepPart], total: float) -> Figure:
-    figure, axes = base.single((6.6, 0.9 + 0.27 * len(parts)))
-    milliseconds = [1e3 * part.seconds for part in parts]
-    axes.barh(range(len(parts)), milliseconds, color=base.BLUE, height=0.68)
-    for height, (part, length) in enumerate(zip(parts, milliseconds)):
-        axes.annotate(
-            f"{part.seconds / total:.0%}", (length, height), (4, 0), textcoords="offset points", va="center", fontsize=8
-        )
-    axes.set_yticks(range(len(parts)), [part.part for part in parts])
+def _finding(batch: int, of_step: Mapping[str, float]) -> str:
+    largest, total = max(of_step, key=of_step.__getitem__), sum(of_step.values())
+    share = f": {of_step[largest] / total:.0%}" if total > 0 else ""
+    return f"At batch {batch} most of a step of {1e3 * total:.2f} ms goes to {largest}{share}."
+
+
+def _draw(steps: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> Figure:
+    figure, axes = base.single((6.6, 1.1 + 0.36 * len(steps)))
+    for height, of_step in enumerate(steps.values()):
+        shown = {name: max(of_step.get(name, 0.0), 0.0) for name in names}
+        begin, total = 0.0, sum(shown.values()) or 1.0
+        for name, ground in zip(names, GROUNDS):
+            share = shown[name] / total
+            axes.barh(height, share, 0.72, begin, color=ground, edgecolor="white", linewidth=0.8)
+            if share > 0.05:
+                ink = "white" if ground == GROUNDS[0] else "black"
+                axes.text(begin + share / 2, height, f"{share:.0%}", ha="center", va="center", fontsize=8, color=ink)
+            begin += share
+    axes.set_yticks(range(len(steps)), [f"batch {batch}" for batch in steps])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_xlim(0, 1.08 * max(milliseconds))
-    axes.set_xlabel("milliseconds")
+    axes.set_xlim(0, 1)
+    base.percents(axes.xaxis)
+    axes.set_xlabel("share of the time of a step")
+    handles = [_patch(name, ground) for name, ground in zip(names, GROUNDS)]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
     return figure
+
+
+def _patch(name: str, ground: str) -> object:
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=ground, edgecolor="#888888", linewidth=0.5, label=name)

@@ -61,7 +61,7 @@ def _draw(lines: Mapping[str, list[Row]]) -> Figure:
     axes.set_ylabel("tokens per second, all requests (log.)")
     labels = [_label(row, row is own[-1], looks[name][0]) for name, own in lines.items() for row in own]
     axes.set_xlim(right=1.7 * max(label.x for label in labels))  # room for names
-    if any(own[-1].name in words for words in label_points(axes, labels) for own in lines.values()):
+    if any(":" in words for words in label_points(axes, labels)):
         figure.legend(loc="outside lower center", ncols=3)
     return figure
 
@@ -79,8 +79,8 @@ def _looks(lines: Mapping[str, list[Row]]) -> dict[str, tuple[str, str, object]]
 
 def _label(row: Row, is_last: bool, colour: str) -> Label:
     """The batch size, with the way's name where its line ends."""
-    words = f"{row.batch}: {row.name}" if is_last else str(row.batch)
-    return Label(1e3 * row.seconds_per_token, row.tokens_per_second, words, colour, is_last)
+    words = f"{row.batch}: {modes.short_name(row)}" if is_last else str(row.batch)
+    return Label(1e3 * row.seconds_per_token, row.tokens_per_second, words, colour, is_last, is_last)
 
 
 def _places(rows: Sequence[Row]) -> tuple[list[float], list[float]]:

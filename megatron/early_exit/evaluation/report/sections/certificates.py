@@ -117,7 +117,7 @@ def _thresholds(thresholds: dict[str, float] | None) -> Content:
 
 
 def _prompts(prompts: dict[str, int | None]) -> Content:
-    known = [(name, count) for name, count in prompts.items() if count is not None]
+    known = [(name, count) for name, count in prompts.items() if count]
     return [
         [", " if i else "", name.replace("_", "-"), ": ", number(count, "{:,}".format)]
         for i, (name, count) in enumerate(known)

@@ -8,8 +8,8 @@ from megatron.early_exit.evaluation.report.schema import Comparison, Correctness
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import table
 
-COLUMNS = ("Way to decode", "Mode", "Prompts", "Identical answers (95%)", "Tokens")
-DIFFERENCES = ("Way to decode", "Prompt", "Position", "Full model", "Here", "Margin (nats)")
+COLUMNS = ("Way to decode", "Mode", "Prompts", "Identical answers (95%)", "Errors", "Tokens")
+DIFFERENCES = ("Way to decode", "Prompt", "Position", "Full model", "Here", "Gap (nats)", "Margin (nats)")
 MOST_DIFFERENCES = 20
 
 
@@ -32,19 +32,13 @@ def _row(row: Comparison) -> list[Content]:
     share = row.identical / row.prompts if row.prompts else None
     count = number(row.prompts, "{:,}".format)
     identical = [number(row.identical, "{:,}".format), ": ", with_interval(share, row.identical_interval, percent)]
-    return [row.name, row.mode, count, identical, number(row.tokens, "{:,}".format)]
+    return [row.name, row.mode, count, identical, number(row.errors, str), number(row.tokens, "{:,}".format)]
 
 
 def _difference(row: Comparison, one: Difference) -> list[Content]:
-    position = number(one.position, "{:,}".format)
-    return [
-        row.name,
-        _text(one.prompt),
-        position,
-        _text(one.expected),
-        _text(one.got),
-        number(one.margin, "{:.2g}".format),
-    ]
+    few_digits = "{:.2g}".format
+    tokens = [_text(one.prompt), number(one.position, "{:,}".format), _text(one.expected), _text(one.got)]
+    return [row.name, *tokens, number(one.gap, few_digits), number(one.margin, few_digits)]
 
 
 def _text(value: object) -> Content:
@@ -58,10 +52,10 @@ SECTION = Section(
     "correctness",
     "Correctness",
     ("correctness",),
-    "Self-speculative decoding, and early exit with no exit taken, must give the full model's answer. A few answers "
-    "may differ by rounding, since other batch shapes add numbers in another order: then the margin between the full "
-    "model's two best tokens is tiny (below about 0.001 nats in fp32, 0.1 in bf16). A difference at a large margin is "
-    "an error of the program. Early exit with thresholds may differ; that is the price it states. Trap: no difference "
-    "in n answers only shows that fewer than about 3/n differ.",
+    "Self-speculative decoding, other batches and early exit with no exit taken must give the full model's answer. A "
+    "few answers may differ by rounding, since other batch shapes add numbers in another order: then the gap, by which "
+    "the full model prefers the expected token to the one that came, is tiny (below about 0.001 nats in fp32, 0.25 in "
+    "bf16). A difference with a large gap is an error of the program. Early exit with thresholds may differ; that is "
+    "the price it states. Trap: no difference in n answers only shows that fewer than about 3/n differ.",
     _parts,
 )

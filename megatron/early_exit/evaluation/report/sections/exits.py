@@ -43,10 +43,9 @@ def _parts(document: Document) -> Parts:
     if not results.heads:
         return []
     plot = reliability(results)
-    return [
-        heads_table(f"Heads on {results.tokens:,} tokens of held-out text", results.heads),
-        *([plot] if plot else []),
-    ]
+    others = [heads_table(f"Heads of {one.checkpoint} on the same text", one.heads) for one in results.compare]
+    own = heads_table(f"Heads on {results.tokens:,} tokens of text", results.heads)
+    return [own, *([plot] if plot else []), *others]
 
 
 SECTION = Section(

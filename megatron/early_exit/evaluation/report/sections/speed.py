@@ -26,7 +26,7 @@ SPEED_COLUMNS = (
     "Way to decode", "Batch", "Tokens/s", "Speed-up (95%)", "By layer runs", "Overhead", "First token", "Per token",
 )  # fmt: skip
 QUALITY_COLUMNS = (
-    "Way to decode", "Batch", "Agrees with the full model (95%)", "Whole answers identical", "Drafts accepted",
+    "Way to decode", "Batch", "Agrees with the full model (95%)", "Whole answers identical (95%)", "Drafts accepted",
     "Perplexity", "Answers that loop", "Tokens by head",
 )  # fmt: skip
 
@@ -43,12 +43,17 @@ def _parts(document: Document) -> Parts:
     rows = sorted(results.rows, key=lambda row: row.batch)
     if not rows:
         return []
-    timed = [*rows, *([results.transformers] if results.transformers else [])]
-    marked = [number for number, row in enumerate(timed) if row.level is not None]
+    timed = sorted([*rows, *results.others], key=lambda row: row.batch)
+    certified = lambda shown: [number for number, row in enumerate(shown) if row.level is not None]
     plots: list[Content | Plot | None] = [pareto(rows), throughput_latency(rows), draft_heat_map(rows)]
     return [
-        table("Speed, over the full model in the same run", SPEED_COLUMNS, [_speed(row) for row in timed], marked),
-        table("Quality of the same answers", QUALITY_COLUMNS, [_quality(row) for row in rows], marked),
+        table(
+            "Speed, over the full model in the same run",
+            SPEED_COLUMNS,
+            [_speed(row) for row in timed],
+            certified(timed),
+        ),
+        table("Quality of the same answers", QUALITY_COLUMNS, [_quality(row) for row in rows], certified(rows)),
         *(plot for plot in plots if plot),
     ]
 
@@ -76,7 +81,7 @@ def _quality(row: Row) -> Sequence[Content]:
         _name(row),
         number(row.batch, str),
         with_interval(row.agreement, row.agreement_interval, percent),
-        number(row.identical_answers, percent),
+        with_interval(row.identical_answers, row.identical_interval, percent),
         number(row.acceptance, percent),
         number(row.perplexity, decimals(2)),
         number(row.loop_rate, percent),

@@ -22,10 +22,13 @@ def _parts(document: Document) -> Parts:
 
 def _rows(name: str, task: Task) -> list[list[Content]]:
     return [
-        [name, number(task.n, "{:,}".format), metric, mode, _score(score), *_paired(task.paired.get(mode))]
+        [
+            name, number(task.n, "{:,}".format), metric.removesuffix(",none"), mode, _score(score),
+            *_paired(task.paired.get(mode), metric),
+        ]
         for metric, by_mode in task.metrics.items()
         for mode, score in by_mode.items()
-    ]
+    ]  # fmt: skip
 
 
 def _score(score: Score) -> Content:
@@ -34,8 +37,8 @@ def _score(score: Score) -> Content:
     return [number(score.value), " ± ", number(score.stderr)]
 
 
-def _paired(paired: Paired | None) -> list[Content]:
-    if paired is None:
+def _paired(paired: Paired | None, metric: str) -> list[Content]:
+    if paired is None or paired.metric not in (None, metric):
         return [UNKNOWN, UNKNOWN]
     signed = "{:+.3f}".format
     difference: list[Content] = [number(paired.difference, signed)]
