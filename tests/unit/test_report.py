@@ -19,9 +19,6 @@ import pytest
 from PIL import Image
 
 from megatron.early_exit.evaluation.command_line import main
-from megatron.early_exit.evaluation.report.numbers import UNKNOWN
-from megatron.early_exit.evaluation.report.schema import Paired, Score, Task
-from megatron.early_exit.evaluation.report.sections.tasks import _rows as task_rows
 from tests.unit import report_documents as made
 
 ROOT = Path(__file__).parents[2]
