@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from benchmarks import certificate_simulation as simulation
+from benchmarks import risk_monitor_simulation as monitor_simulation
 from benchmarks.certificate_exits import DECISIONS, MISLEADING, Population, decide, draw_population
 from benchmarks.certificate_simulation import Case, Grid, goals, simulate
 from megatron.early_exit.evaluation import certification
 from megatron.early_exit.evaluation.statistics.learn_then_test import binomial_p_value
+from megatron.early_exit.inference.engine.risk_monitor import RiskMonitor
 
 ALPHA = 0.05
 
@@ -111,3 +113,18 @@ def test_goals_need_right_methods_to_pass_and_wrong_ones_to_fail() -> None:
     rows += [row("first_failing", "A-max", True), row("first_failing", "A-max", False)]
     found = goals({"cases": rows, "power": [{"power": 0.8, "p_value": 1e-9}]})
     assert [goal["met"] for goal in found.values()] == [False, True, True, False, False]
+
+
+def test_the_monitor_s_simulation_counts_audits(population: Population) -> None:
+    generator = np.random.default_rng(0)
+    assert monitor_simulation.audits_until_alarm(np.zeros(5), ALPHA, generator, 200) is None
+    all_wrong = monitor_simulation.audits_until_alarm(np.ones(5), ALPHA, generator, 200)
+    monitor = RiskMonitor(ALPHA, monitor_simulation.DELTA)
+    assert [monitor.observe(1.0) for _ in range(all_wrong)].index(True) + 1 == all_wrong
+    losses = population.errors(population.threshold(3 * ALPHA)) / DECISIONS
+    assert all(monitor_simulation.audits_until_alarm(losses, ALPHA, generator, 2000) < 200 for _ in range(20))
+    row = monitor_simulation.row_of([3, None, 5], 1000, risk_over_alpha=1.0)
+    assert row == {"risk_over_alpha": 1.0, "without_alarm": 1 / 3, "median": 5, "mean_at_least": 336.0}
+    assert monitor_simulation.row_of([3, None, None], 1000)["median"] is None
+    verdicts = monitor_simulation.goals([{**row, "mean_at_least": 19.0}, {**row, "risk_over_alpha": 2.0}])
+    assert [one["met"] for one in verdicts.values()] == [False, False]
