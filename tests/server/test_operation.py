@@ -241,6 +241,7 @@ def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     ))  # fmt: skip
     assert config.api_keys == ("zeroth", "third", "first", "second") and "zeroth" not in repr(config)
     assert config.chat_template == template.read_text()
+    assert config.engine.settings["chat_template"] == config.chat_template  # certificates may depend on it
     assert (config.limits.max_waiting, config.limits.body_seconds) == (3, 2.5)
     assert (config.defaults.mode, config.defaults.exit_thresholds) == ("early_exit", (0.5, 0.7))
     assert config.defaults.max_deferred == 4 and not config.access_log
@@ -248,6 +249,7 @@ def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delenv(command_line.KEY_VARIABLE)
     plain = command_line.server_config(parse())
     assert (plain.api_keys, plain.host, plain.port, plain.access_log) == ((), "127.0.0.1", 5000, True)
+    assert "chat_template" not in plain.engine.settings
 
 
 def test_a_server_for_everybody_without_a_key_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

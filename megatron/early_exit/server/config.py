@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron.early_exit.inference.params import GenerationParams
@@ -91,3 +91,6 @@ class ServerConfig:
             raise ValueError(f"port is {self.port}; it must lie between 0 (any free one) and 65535")
         if not 0 <= self.drain_seconds < math.inf:
             raise ValueError(f"drain_seconds is {self.drain_seconds}; it must be a number of seconds, 0 or more")
+        if self.chat_template is not None:  # certificates may depend on it
+            settings = self.engine.settings | {"chat_template": self.chat_template}
+            object.__setattr__(self, "engine", replace(self.engine, settings=settings))

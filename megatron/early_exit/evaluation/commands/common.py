@@ -38,11 +38,16 @@ def check_output(path: Path | None) -> None:
 
 def load(args: argparse.Namespace, **overrides: Any) -> tuple[LLM, LoadedEngine]:
     """The model of the flags. overrides: arguments of `load_engine`. Raises ValueError or OSError."""
+    from megatron.early_exit.data.chat_template import read_chat_template
     from megatron.early_exit.inference.engine_loading import load_engine
     from megatron.early_exit.inference.llm import LLM
 
     check_output(args.output)
-    loaded = load_engine(args.load, **engine_settings(args) | {"worker_timeout": args.worker_timeout} | overrides)
+    settings = engine_settings(args) | {"worker_timeout": args.worker_timeout}
+    template = getattr(args, "chat_template", None)  # of commands that read prompts
+    if template is not None:  # certificates may depend on it
+        settings["chat_template"] = read_chat_template(template)
+    loaded = load_engine(args.load, **settings | overrides)
     return LLM(loaded.engine, loaded.tokenizer, loaded.engine.exits), loaded
 
 
