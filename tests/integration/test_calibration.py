@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron.early_exit.evaluation import calibration
 from megatron.early_exit.evaluation.command_line import main
+from megatron.early_exit.evaluation.recording import RoundingFloor
 from megatron.early_exit.inference.certificates import read_certificates
 from megatron.early_exit.inference.exit_records import read_records
 from megatron.early_exit.inference.llm import LLM
@@ -197,6 +199,20 @@ def test_a_level_that_exits_cannot_keep_is_refused_with_the_reason(
         )
 
 
+@pytest.mark.parametrize(("risk", "floor", "what"), [
+    ("B", RoundingFloor(16, 3, 1000, 0.01), "18.75% of the full model's answers"),
+    ("C", RoundingFloor(16, 3, 1000, 0.11), "11.00% of the full model's answers' words"),
+])  # fmt: skip
+def test_rounding_is_counted_as_the_risk_is(
+    made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, risk: str, floor: RoundingFloor, what: str
+) -> None:
+    """What is rare among decisions may be frequent among answers."""
+    monkeypatch.setattr(calibration, "rounding_floor", lambda *_: floor)
+    assert calibrate(made, folder, "--levels", "0.9", "--delta", "0.2", "--risk", risk, "--grid", "1.0") == 0
+    (one,) = read_certificates(iteration(folder))
+    assert f"rounding alone changes {what}" in one.refusal
+
+
 @pytest.mark.parametrize("risk", ["B", "C"])
 def test_other_risks(made: Path, folder: Path, risk: str) -> None:
     words = ["--levels", "0.9", "--delta", "0.2", "--rounding-prompts", "0", "--risk", risk, "--grid", "1.0"]
@@ -226,6 +242,22 @@ def test_what_cannot_be_calibrated(
     assert calibrate(made, folder, *words) == 2
     assert message in capsys.readouterr().err
     assert sorted(iteration(folder).iterdir()) == before
+
+
+def test_the_template_that_certified_chats_are_written_with(
+    made: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template, chats = tmp_path / "template", tmp_path / "chats.jsonl"
+    template.write_text("{{ messages[0]['content'] }}:")
+    lines = [{"messages": [{"role": "user", "content": f"{i} of {i * i}"}]} for i in range(60)]
+    chats.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = ["--load", str(folder), "--prompts-file", str(chats), "--answer-tokens", str(ANSWER)]
+    words = ["--levels", "0.5", "--delta", "0.2", "--rounding-prompts", "0", "--chat-template", str(template)]
+    assert main(["calibrate", *model, *words]) == 0
+    sweep = ["sweep", *model, "--prompts", "2", "--rounds", "2", "--batch", "2", "--thresholds", "--draft-lengths"]
+    assert main([*sweep, "--certified", "0.5", "--chat-template", str(template)]) == 0
+    assert main([*sweep, "--certified", "0.5"]) == 2  # with the tokenizer's
+    assert "the certificate of 0.5 is for another chat template" in capsys.readouterr().err
 
 
 def test_a_model_without_exits(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

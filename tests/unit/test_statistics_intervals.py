@@ -13,6 +13,7 @@ from scipy import stats
 from megatron.early_exit.evaluation.statistics.intervals import (
     bootstrap,
     clopper_pearson,
+    loss_interval,
     mcnemar,
     paired_bootstrap,
     ratio_of_sums,
@@ -34,6 +35,14 @@ def test_bootstrap_is_scipy_s(statistic, confidence: float) -> None:
     assert found == bootstrap(VALUES, statistic, confidence=confidence)  # its seed is given
     if statistic is np.mean:  # medians are few
         assert found != bootstrap(VALUES, statistic, confidence=confidence, seed=1)
+
+
+def test_losses_that_are_all_alike_have_an_interval() -> None:
+    """Of 100 prompts without a loss, 3.6% may have one; a bootstrap would say that none has."""
+    assert loss_interval(np.zeros(100), seed=0) == pytest.approx((0, 1 - 0.025**0.01))
+    assert loss_interval(np.ones(100), seed=0) == pytest.approx((0.025**0.01, 1))
+    losses = np.repeat([0.0, 0.25, 1.0], [80, 15, 5])
+    assert loss_interval(losses, seed=3) == bootstrap(losses, seed=3)
 
 
 def test_bootstrap_of_a_ratio_resamples_whole_prompts() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nltk.util import ngrams
 from rouge_score.rouge_scorer import RougeScorer
 
-from megatron.early_exit.evaluation.statistics.text_metrics import distinct_n, is_loop, rouge_l
+from megatron.early_exit.evaluation.statistics.text_metrics import distinct_n, is_loop, rouge_l, text_loss
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=False)
 WORDS = "the The a cat sat-on mat's über naïve 東京 l33t _ x_y É K İ \t\n .. 12.5 don't ﬁ ".split(" ")
@@ -44,6 +44,11 @@ def test_rouge_l_by_hand() -> None:
     assert rouge_l("a b c d", "b x d") == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     assert rouge_l("Same words.", "same, WORDS") == 1.0
     assert rouge_l("", "a") == rouge_l("a", "") == rouge_l("", "") == rouge_l("東京", "東京") == 0.0
+
+
+def test_the_same_text_loses_nothing() -> None:
+    assert text_loss("", "") == text_loss("東京", "東京") == text_loss("a b", "a b") == 0.0
+    assert text_loss("東京", "京都") == 1.0 and text_loss("a b c d", "b x d") == 1 - rouge_l("a b c d", "b x d")
 
 
 @given(st.lists(st.integers(0, 4), max_size=30), st.integers(1, 4))

@@ -26,9 +26,9 @@ from megatron.early_exit.evaluation.free_running import FreeAnswer, free_running
 from megatron.early_exit.evaluation.prompts import PromptSet
 from megatron.early_exit.evaluation.recording import Progress, rounding_floor, take_records
 from megatron.early_exit.evaluation.statistics.exit_metrics import coverage_risk
-from megatron.early_exit.evaluation.statistics.intervals import bootstrap
+from megatron.early_exit.evaluation.statistics.intervals import loss_interval
 from megatron.early_exit.evaluation.statistics.learn_then_test import least_prompts, prompts_needed
-from megatron.early_exit.evaluation.statistics.text_metrics import distinct_n, is_loop, rouge_l
+from megatron.early_exit.evaluation.statistics.text_metrics import distinct_n, is_loop, text_loss
 from megatron.early_exit.inference.certificates import AnswerSettings, Certificate, FreeRunningCertificate, Risk
 from megatron.early_exit.inference.engine_loading import LoadedEngine
 from megatron.early_exit.inference.exit_records import AboutRecords, PromptRecord, RecordsFolder
@@ -72,6 +72,8 @@ class CalibrationSettings:
 
     def check_prompts(self, num_prompts: int) -> None:
         """Raise ValueError if a level could not be certified with so many prompts, whatever exits do."""
+        if num_prompts < 10:
+            raise ValueError(f"{num_prompts} prompts leave less than 2 to test on; give at least 10 (--prompts 10)")
         for level in self.levels:
             least = least_prompts(1.0 - level, self.delta_of_test)
             if _smallest_test(num_prompts, self) >= least:
@@ -211,7 +213,7 @@ class _Calibrator:
             return certificate, card, None
         free = free_running(self._llm, self._of(self._split.test), thresholds, self._answers, self._show("test"))
         of_test = self._test_losses(line.thresholds[tested.chosen], free)
-        low, high = bootstrap(of_test, seed=settings.seed)
+        low, high = loss_interval(of_test, settings.seed)
         shares = exit_shares(self._records_of(self._split.test), line.thresholds[tested.chosen])
         saved = sum(share * (1 - depth / self._num_layers) for share, depth in zip(shares, self._depths))
         free_losses = np.array([one.loss for one in free])
@@ -224,7 +226,7 @@ class _Calibrator:
                 "risk": None if second is None else second.risk,
                 "is_certified": None if second is None else second.is_certified,
                 "test_risk": float(free_losses.mean()),
-                "test_risk_interval": list(bootstrap(free_losses, seed=settings.seed)),
+                "test_risk_interval": list(loss_interval(free_losses, settings.seed)),
                 "runs_saved": _runs_saved(free),
             },
         }
@@ -251,7 +253,7 @@ class _Calibrator:
         text = self._llm.tokenizer.detokenize
         records = self._records_of(numbers)
         return np.array([
-            1.0 - rouge_l(text(record.tokens.tolist()), text(list(answer.tokens)))
+            text_loss(text(record.tokens.tolist()), text(list(answer.tokens)))
             for record, answer in zip(records, free, strict=True)
         ])  # fmt: skip
 
@@ -269,11 +271,13 @@ class _Calibrator:
 
     def _refusal(self, level: float, line: ThresholdLine, tested: LineTest) -> str | None:
         alpha, settings = 1.0 - level, self._settings
-        if alpha < self._rounding.rate:
+        floor = self._rounding.risk(settings.risk)
+        if alpha < floor:
+            what = {"A-max": "decisions", "B": "answers", "C": "answers' words (1 - ROUGE-L)"}[settings.risk]
             return (
-                f"rounding alone changes {self._rounding.rate:.2%} of the full model's decisions (batch 1 against the "
-                f"batches of the records, {self._rounding.num_prompts} prompts): no promise above "
-                f"{1 - self._rounding.rate:.4g} means anything; choose fp32, or a lower level"
+                f"rounding alone changes {floor:.2%} of the full model's {what} (batch 1 against the batches of the "
+                f"records, {self._rounding.num_prompts} prompts): no promise above {1 - floor:.4g} means anything; "
+                "choose fp32, or a lower level"
             )
         if tested.chosen is None:
             text = (

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron.early_exit.evaluation.prompts import EvalPrompt
-from megatron.early_exit.inference.certificates import AnswerSettings
+from megatron.early_exit.evaluation.statistics.text_metrics import text_loss
+from megatron.early_exit.inference.certificates import AnswerSettings, Risk
 from megatron.early_exit.inference.exit_records import PromptRecord, RecordsFolder
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams
@@ -75,17 +76,27 @@ def _record(number: int, output: RequestOutput) -> PromptRecord:
 
 @dataclass(frozen=True)
 class RoundingFloor:
-    """How often the full model at batch 1 decides otherwise than in the batches of the records."""
+    """How much the full model at batch 1 differs from itself in the batches of the records."""
 
     num_prompts: int
     num_differing: int
     num_decisions: int
     """Up to the first difference, this one included."""
+    text_loss: float
+    """1 - ROUGE-L, on average."""
 
     @property
     def rate(self) -> float:
-        """Per decision: no promise below it means anything."""
+        """Of decisions that differ."""
         return self.num_differing / self.num_decisions if self.num_decisions else 0.0
+
+    def risk(self, risk: Risk) -> float:
+        """What rounding alone costs: no promise below it means anything."""
+        if risk == "C":
+            return self.text_loss
+        if risk == "B":
+            return self.num_differing / self.num_prompts if self.num_prompts else 0.0
+        return self.rate
 
 
 def rounding_floor(
@@ -97,6 +108,7 @@ def rounding_floor(
 ) -> RoundingFloor:
     """Answer every prompt by itself, and compare with the records."""
     num_differing = num_decisions = 0
+    text_losses, text = [], llm.tokenizer.detokenize
     for number, (prompt, record) in enumerate(zip(prompts, records, strict=True), start=1):
         (output,) = outputs_as_they_end(llm, [prompt.ids], full_params(answers))
         alone = np.array(output.result.token_ids)
@@ -104,5 +116,7 @@ def rounding_floor(
         differs = np.flatnonzero(alone[:common] != record.tokens[:common])
         num_differing += bool(differs.size)
         num_decisions += int(differs[0]) + 1 if differs.size else common
+        text_losses.append(text_loss(text(record.tokens.tolist()), text(alone.tolist())))
         progress(number, len(prompts))
-    return RoundingFloor(len(prompts), num_differing, num_decisions)
+    mean_loss = float(np.mean(text_losses)) if text_losses else 0.0
+    return RoundingFloor(len(prompts), num_differing, num_decisions, mean_loss)

@@ -45,6 +45,15 @@ def bootstrap(
     return Interval(*(float(end) for end in np.quantile(found, [tail, 1 - tail])))
 
 
+def loss_interval(losses: Any, seed: int) -> Interval:
+    """Of the mean of losses in [0, 1] of prompts: by `bootstrap`. If all are 0, or all are 1, no resample differs; then
+    Clopper and Pearson's, of the share of prompts that are like these, which the other losses cannot make wider."""
+    losses = _checked(losses)
+    if not losses.any() or (losses == 1).all():
+        return clopper_pearson(int(losses.sum()), len(losses))
+    return bootstrap(losses, seed=seed)
+
+
 def ratio_of_sums(values: np.ndarray) -> float:
     """Sum of the first column over that of the second, of values [prompts, 2]: such as tokens that agree and tokens."""
     numerator, denominator = values.sum(0)

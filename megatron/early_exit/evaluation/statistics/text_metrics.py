@@ -24,6 +24,11 @@ def rouge_l(reference: str, answer: str) -> float:
     return 2 * common / (len(reference_words) + len(answer_words)) if common else 0.0
 
 
+def text_loss(reference: str, answer: str) -> float:
+    """1 - ROUGE-L; 0 for the same text, also for one in which ROUGE-L knows no words."""
+    return 0.0 if answer == reference else 1.0 - rouge_l(reference, answer)
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
