@@ -26,19 +26,15 @@ class AnswerQuality:
 def answer_quality(
     llm: LLM, answers: Sequence[Answer], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[Answer, AnswerQuality]:
-    """Of each different answer; they are scored once, as many at a time as the model takes. A prompt and its answer
-    must fit together. Raises ValueError if they do not."""
+    """Of each different answer, which is scored once. A prompt and its answer must fit together. Raises ValueError if
+    they do not."""
     different = list(dict.fromkeys(answers))
-    step = llm.engine.description.num_slots
+    wanted = [ScoreParams(exit_layers=(), score_from=len(prompt) - 1) for prompt, _ in different]
     found: dict[Answer, AnswerQuality] = {}
-    for first in range(0, len(different), step):
-        some = different[first : first + step]
-        wanted = [ScoreParams(exit_layers=(), score_from=len(prompt) - 1) for prompt, _ in some]
-        scored = llm.score([[*prompt, *answer] for prompt, answer in some], wanted)
-        for one, result in zip(some, scored, strict=True):
-            (final,) = result.check().heads
-            # One more position was scored than the answer has tokens.
-            num_agreeing = sum(best == token for best, token in zip(final.tokens, one[1], strict=False))
-            found[one] = AnswerQuality(len(one[1]), num_agreeing, sum(final.log_probs))
+    for index, result in llm.stream_scores([[*prompt, *answer] for prompt, answer in different], wanted):
+        (final,), (_, answer) = result.check().heads, different[index]
+        # One more position was scored than the answer has tokens.
+        num_agreeing = sum(best == token for best, token in zip(final.tokens, answer, strict=False))
+        found[different[index]] = AnswerQuality(len(answer), num_agreeing, sum(final.log_probs))
         progress(len(found), len(different))
     return found

@@ -41,14 +41,14 @@ class HeadScores:
 def head_scores(
     llm: LLM, sequences: Sequence[Sequence[int]], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[HeadScores]:
-    """Every exit in the order of layers, and then the final head, over `sequences` of at least two ids each; as many
-    at a time as the model takes."""
-    step, found = llm.engine.description.num_slots, []
-    for first in range(0, len(sequences), step):
-        found += [result.check().heads for result in llm.score([list(ids) for ids in sequences[first : first + step]])]
+    """Every exit in the order of layers, and then the final head, over `sequences` of at least two ids each."""
+    found = {}
+    for index, result in llm.stream_scores([list(ids) for ids in sequences]):
+        found[index] = result.check().heads
         progress(len(found), len(sequences))
-    num_layers = llm.engine.description.num_layers
-    return [_scores_of(of_head, sequences, [heads[-1] for heads in found], num_layers) for of_head in zip(*found)]
+    of_sequences = [found[index] for index in range(len(sequences))]
+    finals, num_layers = [heads[-1] for heads in of_sequences], llm.engine.description.num_layers
+    return [_scores_of(of_head, sequences, finals, num_layers) for of_head in zip(*of_sequences, strict=True)]
 
 
 def _scores_of(
