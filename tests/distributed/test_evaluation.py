@@ -412,7 +412,7 @@ def test_benchmark_beside_transformers(
     (["sweep", "--batch", "4", "--max-requests", "2"], "--max-requests is 2, but 4 prompts are answered at once"),
     (["sweep", "--csv", "."], "--csv .: this is a folder"),
     (["sweep", "--answer-tokens", "1"], "--answer-tokens is 1; it must be at least 2"),
-    (["sweep", "--answer-tokens", "20", "--prompt-length", "22"], "the model takes 1 to 20"),
+    (["sweep", "--answer-tokens", "20", "--prompt-length", "22"], "the model takes 1 to 21"),
     (["sweep", "--prompts", "3", "--batch", "9"], "9 prompts are needed, but"),
     (["benchmark", "--transformers", "nowhere", "--batch", "1"], "nowhere: no such folder"),
     (["correctness", "--batch", "0"], "--batch is 0"),

@@ -110,9 +110,9 @@ def test_where_a_step_goes() -> None:
 
 def test_tables_and_files_have_the_numbers(tmp_path: Path) -> None:
     row = {
-        "name": "threshold 0.5", "batch": 2, "tokens_per_second": 12.34, "speedup": 1.5, "speedup_interval": (1.25, 1.75),
-        "first_token_seconds": None, "agreement": 0.985, "agreement_interval": (0.97, 0.99), "exit_shares": {"2": 0.25},
-        "acceptance": None,
+        "name": "threshold 0.5", "batch": 2, "tokens_per_second": 12.34, "speedup": 1.5, "first_token_seconds": None,
+        "speedup_interval": (1.25, 1.75), "agreement": 0.985, "agreement_interval": (0.97, 0.99), "acceptance": None,
+        "exit_shares": {"2": 0.25},
     }  # fmt: skip
     text = table([row])
     assert "1.50x [1.25, 1.75]" in text and "98.5% [97.0%, 99.0%]" in text and "accepted" not in text

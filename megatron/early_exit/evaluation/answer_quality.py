@@ -22,19 +22,22 @@ class AnswerQuality:
     log_prob: float
     """Nats, of all tokens, in the full model's distribution."""
 
+    @property
+    def disagreement(self) -> float:
+        """Share of tokens that the full model would not have taken."""
+        return (self.num_tokens - self.num_agreeing) / self.num_tokens
+
 
 def answer_quality(
     llm: LLM, answers: Sequence[Answer], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[Answer, AnswerQuality]:
-    """Of each different answer, which is scored once. A prompt and its answer must fit together. Raises ValueError if
-    they do not."""
+    """Of each different answer, which is scored once. Raises ValueError for one that the model cannot have given."""
     different = list(dict.fromkeys(answers))
-    wanted = [ScoreParams(exit_layers=(), score_from=len(prompt) - 1) for prompt, _ in different]
+    wanted = [ScoreParams(exit_layers=(), score_from=len(prompt) - 1, score_last=False) for prompt, _ in different]
     found: dict[Answer, AnswerQuality] = {}
     for index, result in llm.stream_scores([[*prompt, *answer] for prompt, answer in different], wanted):
         (final,), (_, answer) = result.check().heads, different[index]
-        # One more position was scored than the answer has tokens.
-        num_agreeing = sum(best == token for best, token in zip(final.tokens, answer, strict=False))
+        num_agreeing = sum(best == token for best, token in zip(final.tokens, answer, strict=True))
         found[different[index]] = AnswerQuality(len(answer), num_agreeing, sum(final.log_probs))
         progress(len(found), len(different))
     return found

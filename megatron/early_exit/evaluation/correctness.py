@@ -204,7 +204,7 @@ class CorrectnessCheck:
 
     def median_score(self) -> float:
         """Half of the exits' scores along the full model's answers lie below it."""
-        wanted = [ScoreParams(final=False, score_from=len(prompt.ids) - 1) for prompt in self.prompts]
+        wanted = [ScoreParams(final=False, score_from=len(prompt.ids) - 1, score_last=False) for prompt in self.prompts]
         answers = self.reference(self.answers.sampling)
         ids = [[*prompt.ids, *answer] for prompt, answer in zip(self.prompts, answers, strict=True)]
         return median(
@@ -258,7 +258,8 @@ class CorrectnessCheck:
     def _log_prob(self, prompt: EvalPrompt, answer: Sequence[int], token: int, exit_layer: int | None) -> float:
         """Of `token` behind the beginning of an answer, at an exit or the final head."""
         layers = () if exit_layer is None else (exit_layer,)
-        wanted = ScoreParams(layers, final=exit_layer is None, score_from=len(prompt.ids) + len(answer) - 1)
+        first = len(prompt.ids) + len(answer) - 1
+        wanted = ScoreParams(layers, final=exit_layer is None, score_from=first, score_last=False)
         (scored,) = self.llm.score([[*prompt.ids, *answer, token]], wanted)
         return scored.check().heads[-1].log_probs[0]
 

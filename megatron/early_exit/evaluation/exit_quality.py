@@ -12,6 +12,7 @@ from megatron.early_exit.evaluation.rows import Row, share_interval
 from megatron.early_exit.evaluation.statistics.exit_metrics import auroc, expected_calibration_error, reliability
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.llm import LLM
+from megatron.early_exit.inference.params import ScoreParams
 from megatron.early_exit.inference.results import ScoredHead
 
 
@@ -43,7 +44,7 @@ def head_scores(
 ) -> list[HeadScores]:
     """Every exit in the order of layers, and then the final head, over `sequences` of at least two ids each."""
     found = {}
-    for index, result in llm.stream_scores([list(ids) for ids in sequences]):
+    for index, result in llm.stream_scores([list(ids) for ids in sequences], ScoreParams(score_last=False)):
         found[index] = result.check().heads
         progress(len(found), len(sequences))
     of_sequences = [found[index] for index in range(len(sequences))]
@@ -55,14 +56,14 @@ def _scores_of(
     of_head: Sequence[ScoredHead], sequences: Sequence[Sequence[int]], finals: Sequence[ScoredHead], num_layers: int
 ) -> HeadScores:
     layer = of_head[0].exit_layer
-    predicted = [np.array(head.tokens[:-1]) for head in of_head]
+    predicted = [np.array(head.tokens) for head in of_head]
     return HeadScores(
         layer=num_layers if layer is None else layer,
         is_final=layer is None,
         log_probs=tuple(np.array(head.log_probs) for head in of_head),
-        scores=tuple(np.array(head.confidences[:-1]) for head in of_head),
+        scores=tuple(np.array(head.confidences) for head in of_head),
         is_right=tuple(own == np.array(ids[1:]) for own, ids in zip(predicted, sequences, strict=True)),
-        agrees=tuple(own == np.array(final.tokens[:-1]) for own, final in zip(predicted, finals, strict=True)),
+        agrees=tuple(own == np.array(final.tokens) for own, final in zip(predicted, finals, strict=True)),
     )
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from megatron.early_exit.evaluation.answer_quality import answer_quality
 from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.evaluation.recording import Progress, full_params, outputs_as_they_end
 from megatron.early_exit.inference.certificates import AnswerSettings
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import GenerationParams, ScoreParams
+from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import Statistics
 
 
@@ -41,12 +40,9 @@ def free_running(
     for output in outputs_as_they_end(llm, [prompt.ids for prompt in prompts], params):
         outputs[output.prompt_index] = output
         progress(len(outputs), len(prompts))
-    found = []
-    for number, prompt in enumerate(prompts):
-        result, ids = outputs[number].result, list(prompt.ids)
-        # The last token has no row of its own: what the final head would have said stands in the row before it.
-        wanted = ScoreParams(exit_layers=(), score_from=len(ids) - 1)
-        (scores,) = llm.score([ids + result.token_ids[:-1]], wanted)
-        is_wrong = np.array(result.token_ids) != np.array(scores.check().heads[-1].tokens)
-        found.append(FreeAnswer(tuple(result.token_ids), float(is_wrong.mean()), result.statistics))
-    return found
+    answered = [(prompt.ids, tuple(outputs[number].result.token_ids)) for number, prompt in enumerate(prompts)]
+    quality = answer_quality(llm, answered)
+    return [
+        FreeAnswer(answer, quality[ids, answer].disagreement, outputs[number].result.statistics)
+        for number, (ids, answer) in enumerate(answered)
+    ]

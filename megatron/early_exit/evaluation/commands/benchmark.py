@@ -17,7 +17,6 @@ from megatron.early_exit.evaluation.commands.comparing import (
     comparison_settings,
     grid_of,
     load_for,
-    room_of,
     settings_of,
 )
 from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompts
@@ -69,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             args.draft_exits = list(llm.exits.exit_layer_nums[:1])
         grid = grid_of(args)
         variants = variants_of(grid, answers, llm.engine.checks)
-        prompts = load_prompts(args, llm.tokenizer, llm.engine.description, room_of(args), max(settings.batches))
+        prompts = load_prompts(args, llm.tokenizer, llm.engine.description, args.answer_tokens, max(settings.batches))
         beside = _beside(args, llm, loaded)
         found = compare(llm, prompts.prompts, variants, settings, show_progress, beside)
         of_full = [one for one in found.per_prompt if one["name"] == FULL]

@@ -135,12 +135,7 @@ def _max_length(args: argparse.Namespace) -> dict[str, int]:
     if args.max_length is not None or not args.data_path:
         return {}
     longest = read_description(checkpoint_folder(args.load, args.load_iteration)).max_position_embeddings
-    return {"max_length": max(min(prompt_length(args) + room_of(args) - 1, longest), 1)}
-
-
-def room_of(args: argparse.Namespace) -> int:
-    """Tokens behind a prompt: one more than the answer's, as all of them are scored afterwards."""
-    return args.answer_tokens + 1
+    return {"max_length": max(min(prompt_length(args) + args.answer_tokens - 1, longest), 1)}
 
 
 def settings_of(args: argparse.Namespace, *parts: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.evaluation.commands.common import add_parser, finish
-from megatron.early_exit.evaluation.commands.comparing import add_answer_flags, answers_of, load_for, room_of
+from megatron.early_exit.evaluation.commands.comparing import add_answer_flags, answers_of, load_for
 from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompts, prompt_length
 from megatron.early_exit.platform.command_line import show_progress
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = loaded.checkpoint
         dtype = "bf16" if checkpoint.config.quantize == "all" else str(checkpoint.dtype).removeprefix("torch.")
         tolerance = TOLERANCES.get(dtype, TOLERANCES["bf16"]) if args.tolerance is None else args.tolerance
-        prompts = load_prompts(args, llm.tokenizer, llm.engine.description, room_of(args))
+        prompts = load_prompts(args, llm.tokenizer, llm.engine.description, args.answer_tokens)
         theirs = None if args.hf is None else _transformers(args, llm, checkpoint.dtype)
         check, outcomes = check_all(llm, prompts.prompts, answers, args.batch, args.temperature, show_progress("ways"))
         if theirs is not None:

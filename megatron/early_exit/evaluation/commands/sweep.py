@@ -14,7 +14,6 @@ from megatron.early_exit.evaluation.commands.comparing import (
     comparison_settings,
     grid_of,
     load_for,
-    room_of,
     settings_of,
 )
 from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompts
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
                 "there is nothing to compare with the full model: give --thresholds, --certified or --draft-lengths"
                 if llm.exits.exit_layer_nums else "the model has no exits: there is nothing to compare"
             )  # fmt: skip
-        prompts = load_prompts(args, llm.tokenizer, llm.engine.description, room_of(args), max(settings.batches))
+        prompts = load_prompts(args, llm.tokenizer, llm.engine.description, args.answer_tokens, max(settings.batches))
         found = compare(llm, prompts.prompts, variants, settings, show_progress)
         print(table(found.rows))
         if args.csv is not None:
