@@ -389,8 +389,8 @@ def test_benchmark_beside_transformers(
     full = {one["batch"]: one for one in results["per_prompt"] if one["name"] == "full"}
     for batch, numbers in full.items():
         step = sum(one["seconds"] for one in parts if one["batch"] == batch)
-        fastest = (np.array(numbers["decode_seconds"]) / np.array(numbers["decode_tokens"])).min()
-        assert step == pytest.approx(batch * fastest)
+        assert step == pytest.approx(min(map(min, numbers["fastest_step_seconds"])))
+        assert step <= batch * np.divide(numbers["decode_seconds"], numbers["decode_tokens"]).min() * (1 + 1e-9)
         assert sum(one["share"] for one in parts if one["batch"] == batch) == pytest.approx(1)
     assert "where a step of the full model goes" in capsys.readouterr().out
 

@@ -101,11 +101,11 @@ def test_interval_of_a_share_of_tokens() -> None:
 
 def test_where_a_step_goes() -> None:
     costs = StepCosts((1.0, 2.0, 3.0, 4.0, 5.0), (0.0,) * 5, (0.0,) * 5, (2.0, 2.5, 3.0, 3.5, 4.0))
-    full = {"batch": 4, "decode_seconds": [[40.0, 30.0], [36.0, 0.0]], "decode_tokens": [[4, 4], [8, 0]]}
+    full = {"batch": 4, "fastest_step_seconds": [[40.0, 30.0], [18.0, None]]}
     parts = step_parts([full], costs, num_layers=3)
     assert [(one["part"], one["seconds"]) for one in parts] == [("layers", 9.0), ("final head", 3.0), ("rest", 6.0)]
     assert [one["share"] for one in parts] == pytest.approx([9 / 18, 3 / 18, 6 / 18])
-    assert step_parts([{"batch": 1, "decode_seconds": [[1.0]], "decode_tokens": [[0]]}], costs, 3) == []
+    assert step_parts([{"batch": 1, "fastest_step_seconds": [[None]]}], costs, 3) == []
 
 
 def test_tables_and_files_have_the_numbers(tmp_path: Path) -> None:

@@ -29,7 +29,10 @@ class Run:
     results: tuple[RequestResult, ...] = ()
     """Of our engine."""
     first_token_seconds: float | None = None
-    """From the start until all had their first token; None: it was not seen."""
+    """From the start until all had their first token."""
+    fastest_step_seconds: float | None = None
+    """Of our engine: the fastest of the steps that gave each prompt a token or more; None: there was none, as over
+    pipeline stages, which work on several at once."""
 
     @property
     def seconds_per_token(self) -> float:
@@ -52,17 +55,19 @@ def decode(engine: Engine, params: GenerationParams, prompts: Sequence[Ids], *, 
     results: dict[int, RequestResult] = {}
     waiting = set(ids)
     all_begun: float | None = None
-    num_tokens = 0
+    num_tokens, fastest = 0, None
+    before = begun
     while engine.has_work:
-        for event in engine.step():
-            if all_begun is not None:
-                num_tokens += len(event.tokens)
-            waiting.discard(event.request_id)
-            if event.result is not None:
-                results[event.request_id] = event.result
+        events, ended = engine.step(), time.perf_counter()
+        if all_begun is not None:
+            num_tokens += sum(len(event.tokens) for event in events)
+            if len(events) == len(prompts):
+                fastest = min(fastest or ended - before, ended - before)
+        before = ended
+        waiting -= {event.request_id for event in events}
+        results |= {event.request_id: event.result for event in events if event.result is not None}
         if all_begun is None and not waiting:
-            all_begun = time.perf_counter()
-    ended = time.perf_counter()
+            all_begun = ended
     if engine.failure is not None:
         raise ExecutorError(engine.failure)
     in_order = tuple(results[one] for one in ids)
@@ -70,7 +75,7 @@ def decode(engine: Engine, params: GenerationParams, prompts: Sequence[Ids], *, 
     if failed is not None:
         raise ValueError(f"a prompt could not be answered: {failed.error}")
     answers = tuple(tuple(one.token_ids) for one in in_order)
-    return Run(answers, num_tokens, ended - all_begun, in_order, all_begun - begun)
+    return Run(answers, num_tokens, ended - all_begun, in_order, all_begun - begun, fastest)
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,7 @@ def per_prompt(
         "decode_seconds": of_runs(lambda run: run.decode_seconds),
         "decode_tokens": of_runs(lambda run: run.decode_tokens),
         "first_token_seconds": of_runs(lambda run: run.first_token_seconds),
+        "fastest_step_seconds": of_runs(lambda run: run.fastest_step_seconds),
     }
 
 

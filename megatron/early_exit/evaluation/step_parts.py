@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from megatron.early_exit.evaluation.rows import Row
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.report import aligned
@@ -14,18 +12,17 @@ PARTS = ("layers", "final head", "rest")
 
 
 def step_parts(full: Sequence[Row], costs: StepCosts, num_layers: int) -> list[Row]:
-    """Of each batch size, seconds and share of the fastest step that was seen, as `costs` are the fastest as well.
-    full: `per_prompt` of the full model at each batch size.
+    """Of each batch size, seconds and share of the fastest step that was seen, as `costs` are the fastest as well;
+    nothing over pipeline stages, where steps overlap. full: `per_prompt` of the full model at each batch size.
 
-    A step gives each of `batch` requests a token. The rest is the scheduler, the sampling, what attention needs beyond
-    a first row, and on a GPU the launches; it is what is left, and so below 0 where layers were measured too slow."""
+    The rest is the scheduler, the sampling, what attention needs beyond a first row, and on a GPU the launches; it is
+    what is left, and so below 0 where layers were measured too slow."""
     found = []
     for one in full:
-        pairs = zip(np.ravel(one["decode_seconds"]), np.ravel(one["decode_tokens"]), strict=True)
-        fastest = min((seconds / tokens for seconds, tokens in pairs if tokens), default=None)
-        if fastest is None:
+        steps = [seconds for of_round in one["fastest_step_seconds"] for seconds in of_round if seconds is not None]
+        if not steps:
             continue
-        step, batch = float(one["batch"] * fastest), one["batch"]
+        step, batch = min(steps), one["batch"]
         layers, head = num_layers * costs.layer(batch), costs.final_head(batch)
         for part, seconds in zip(PARTS, (layers, head, step - layers - head), strict=True):
             found.append({"batch": batch, "part": part, "seconds": seconds, "share": seconds / step})

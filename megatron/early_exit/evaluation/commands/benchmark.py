@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> None:
         of_full = [one for one in found.per_prompt if one["name"] == FULL]
         parts = step_parts(of_full, llm.engine.measure_costs(), llm.engine.description.num_layers)
         print(table([*found.rows, *found.beside]))
-        print(f"\nwhere a step of the full model goes:\n{step_table(parts)}")
+        if parts:
+            print(f"\nwhere a step of the full model goes (the fastest that was seen):\n{step_table(parts)}")
         if args.csv is not None:
             write_csv([*found.rows, *found.beside], args.csv)
             print(f"\nwrote {args.csv}")
