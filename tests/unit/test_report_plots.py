@@ -87,6 +87,22 @@ def test_labels_cover_neither_points_nor_each_other() -> None:
         assert not any(box.contains(*point) for box in boxes)
 
 
+def test_labels_leave_intervals_free() -> None:
+    rows = rows_of(
+        made.row("full", "full", 1, 1.0, 1.0),
+        made.row(
+            "with wide intervals", "early_exit", 1, 1.4, 0.9, speedup_interval=[1.0, 1.8], agreement_interval=[0.8, 1],
+        ),
+    )  # fmt: skip
+    figure = drawn(pareto(rows))
+    (axes,) = figure.axes
+    (text,) = (one for one in axes.texts if one.get_text() == "with wide intervals")
+    box = matplotlib.text.Text.get_window_extent(text)
+    for share in np.linspace(0, 1, 50):
+        for point in ((1 + 0.8 * share, 0.9), (1.4, 0.8 + 0.2 * share)):
+            assert not box.contains(*axes.transData.transform(point))
+
+
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
 def test_spread_keeps_order_and_distance_and_moves_little(heights: list[float]) -> None:
     heights.sort()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 _KEYS = ("prompt", "messages", "ids")
 """What a line of JSON may give, one of them."""
+_JSON_OBJECT = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{\s*"')
+"""How the first line begins, perhaps behind a byte-order mark, if lines are JSON whatever the file's name."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +302,7 @@ def _read_lines(path: Path) -> Iterator[_Line]:
             if line.is_blank:
                 continue
             if is_json is None:
-                is_json = path.suffix in (".jsonl", ".json") or line.content.strip().startswith(b'{"')
+                is_json = path.suffix in (".jsonl", ".json") or bool(_JSON_OBJECT.match(line.content))
             if is_json:
                 yield _parsed(parse_json(line.content, line.location), line.location)
             else:
