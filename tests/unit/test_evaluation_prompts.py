@@ -97,6 +97,12 @@ def test_lines_of_text_and_of_json(tmp_path: Path) -> None:
     assert {prompt.name for prompt in parsed.prompts} == {f"{tmp_path}/b.txt:1", f"{tmp_path}/b.txt:2"}
 
 
+@pytest.mark.parametrize("start", ["\ufeff", " ", ""], ids=["mark", "space", "plain"])
+def test_json_whatever_stands_before_it(tmp_path: Path, start: str) -> None:
+    path = lines(tmp_path / "a.txt", start + '{ "prompt": "ab" }', '{"prompt": "cd"}')
+    assert sorted(prompt.ids for prompt in prompts("--prompts-file", path).prompts) == [(97, 98), (99, 100)]
+
+
 def test_chats(tmp_path: Path) -> None:
     backend = byte_pairs()
     begin(backend)

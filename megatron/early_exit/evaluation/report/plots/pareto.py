@@ -26,9 +26,9 @@ def pareto(rows: Sequence[Row]) -> base.Plot | None:
     return base.Plot(
         "pareto",
         "Share of tokens that the full model would have taken (vertical, does not begin at zero) against measured "
-        "speed-up over the full model (horizontal), with 95% intervals, which may go on below the picture. Up and to "
-        "the right is better. The grey line joins the ways that no other beats in both. Of drafts from one exit, the "
-        "fastest length alone is shown.",
+        "speed-up over the full model (horizontal), with 95% intervals (at 100% agreement those are in the table "
+        "alone). Up and to the right is better. The grey line joins the ways that no other beats in both. Of drafts "
+        "from one exit, the fastest length alone is shown.",
         _finding(known),
         lambda: _draw(known, batches),
     )
@@ -103,16 +103,18 @@ def _label(row: Row, is_important: bool) -> Label:
 
 def _along_errors(row: Row) -> list[tuple[float, float]]:
     """Points on the lines of the intervals, which labels leave free."""
-    steps = [i / 4 for i in range(5)]
-    across, up = ((low + (high - low) * step for step in steps) for low, high in (
-        _bounds(row.speedup, row.speedup_interval), _bounds(row.agreement, _agreement_interval(row))
-    ))  # fmt: skip
+    across = _steps(*_bounds(row.speedup, row.speedup_interval))
+    up = _steps(*_bounds(row.agreement, _agreement_interval(row)))
     return [*((x, row.agreement) for x in across), *((row.speedup, y) for y in up)]
 
 
+def _steps(low: float, high: float) -> list[float]:
+    return [low + (high - low) * i / 40 for i in range(41)]
+
+
 def _agreement_interval(row: Row) -> Interval:
-    """None for ways that give the full model's answers by construction."""
-    return None if row.mode in ("full", "self_speculative") else row.agreement_interval
+    """None where all agree: what few prompts leave open there would be lines across all the rest."""
+    return None if row.agreement == 1 else row.agreement_interval
 
 
 def _bounds(value: float, interval: Interval) -> tuple[float, float]:
