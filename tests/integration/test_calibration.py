@@ -180,11 +180,15 @@ def test_an_interrupted_calibration_goes_on(made: Path, folder: Path, monkeypatc
         calibrate(made, folder, *words)
     (records,) = iteration(folder).glob("exit_records/*")
     assert sorted(one.prompt for one in read_records(records)) == sorted(answered)
+    planned = GenerationParams(max_tokens=ANSWER, mode="early_exit", plan_exits=True)
+    (output,) = LLM.load(str(folder)).generate([[1, 2]], planned)
+    assert "plan_exits needs a calibration" in output.error  # some records are no sample of all
     again: list[int] = []
     monkeypatch.setattr(recording, "_record", lambda number, output: again.append(number) or original(number, output))
     assert calibrate(made, folder, *words) == 0
     assert sorted(again + answered) == list(range(PROMPTS))
     assert calibrate(made, folder, *words) == 0 and len(again) + len(answered) == PROMPTS  # nothing is taken again
+    assert LLM.load(str(folder)).generate([[1, 2]], planned)[0].error is None
 
 
 def test_a_level_that_exits_cannot_keep_is_refused_with_the_reason(
@@ -258,6 +262,14 @@ def test_the_template_that_certified_chats_are_written_with(
     assert main([*sweep, "--certified", "0.5", "--chat-template", str(template)]) == 0
     assert main([*sweep, "--certified", "0.5"]) == 2  # with the tokenizer's
     assert "the certificate of 0.5 is for another chat template" in capsys.readouterr().err
+
+
+def test_weights_without_checksums(made: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another iteration of the same training would have the same fingerprint."""
+    (iteration(folder) / "checksums.json").unlink()
+    assert calibrate(made, folder, "--levels", "0.5") == 2
+    assert "has no checksums.json, by which certificates know weights" in capsys.readouterr().err
+    assert not (iteration(folder) / "exit_records").exists()
 
 
 def test_a_model_without_exits(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron.early_exit.checkpoint.checksums import CHECKSUMS_FILE
 from megatron.early_exit.evaluation.certification import (
     NAMED_GRID,
     NEVER,
@@ -134,10 +135,15 @@ def calibrate(
 ) -> Calibration:
     """Take records of `prompts`, or go on with those that are there, and certify every level.
 
-    show: makes a progress function for a kind of work. Raises ValueError for a model without exits, for too few
-    prompts, and for records that are damaged."""
+    show: makes a progress function for a kind of work. Raises ValueError for a model without exits, for one whose
+    weights cannot be told from others, for too few prompts, and for records that are damaged."""
     if not loaded.engine.exits.exit_layer_nums:
         raise ValueError(f"the model in {loaded.checkpoint.config.path} has no exits to calibrate")
+    if not (loaded.checkpoint.folder / CHECKSUMS_FILE).is_file():
+        raise ValueError(
+            f"{loaded.checkpoint.folder} has no {CHECKSUMS_FILE}, by which certificates know weights; let "
+            "tools/convert_checkpoint.py reshard write the checkpoint again"
+        )
     settings.check_prompts(len(prompts.prompts))
     return _Calibrator(llm, loaded, prompts, settings, show).run()
 

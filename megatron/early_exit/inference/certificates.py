@@ -3,7 +3,7 @@ makes them; they lie in the folder of the checkpoint.
 
 The promise (A-max): averaged over prompts that are drawn like those of the calibration, at least a share `level` of all
 decisions along the full model's greedy answer is that of the full model, whichever of the certified exits are enabled.
-The calibration certifies less than that with probability `delta` at most.
+The calibration of a level certifies less than that with probability `delta` at most.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AnswerSettings:
 @dataclass(frozen=True)
 class FreeRunningCertificate:
     """The promise for what early exit itself generates: at least a share `level` of its decisions is what the full
-    model would choose behind the same tokens."""
+    model would choose behind the same tokens, as long as all certified exits are enabled."""
 
     p_value: float
     risk: float

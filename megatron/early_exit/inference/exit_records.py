@@ -119,10 +119,12 @@ def recorded_scores(checkpoint: Path, fingerprint: ExitFingerprint) -> np.ndarra
 
     Raises ValueError if they cannot be read."""
     complete = []
-    for about in checkpoint.glob(f"{RECORDS_FOLDER}/*/{_ABOUT_FILE}"):
-        if _read_about(about.parent).fingerprint == fingerprint:
-            records = read_records(about.parent)
-            complete += [(about.stat().st_mtime, records)] if records else []
+    for file in checkpoint.glob(f"{RECORDS_FOLDER}/*/{_ABOUT_FILE}"):
+        about = _read_about(file.parent)
+        if about.fingerprint == fingerprint:
+            records = read_records(file.parent)
+            # Of an interrupted calibration there are those whose answers ended first, which are short.
+            complete += [(file.stat().st_mtime, records)] if len(records) == about.num_prompts else []
     if not complete:
         return None
     _, records = max(complete, key=lambda one: one[0])

@@ -33,7 +33,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )
     certificate.add_argument(
         "--delta", type=float, default=0.05, metavar="F",
-        help="probability that a promise is certified that does not hold; default 0.05",
+        help="probability that a promise is certified that does not hold, for each level; default 0.05",
     )  # fmt: skip
     certificate.add_argument(
         "--risk", choices=("A-max", "B", "C"), default="A-max",
