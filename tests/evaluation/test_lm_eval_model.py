@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -216,6 +217,18 @@ def test_certified_thresholds(chat: EarlyExitLM, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="made for answers of max_tokens 12, not 20"):
         lm.generate_until(instances("generate_until", [("a", {"max_gen_toks": 20})]))
     assert lm.loglikelihood(instances("loglikelihood", PAIRS[:2]), disable_tqdm=True)
+
+
+def test_results_are_given_to_a_cache_as_they_come(chat: EarlyExitLM) -> None:
+    lm, kept = in_mode(chat, "full"), []
+    lm.set_cache_hook(SimpleNamespace(add_partial=lambda *given: kept.append(given)))
+    values = lm.loglikelihood(instances("loglikelihood", PAIRS[:2]), disable_tqdm=True)
+    whole = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("a small",)]))
+    question = ("a small", {"max_gen_toks": 3})
+    answers = lm.generate_until(instances("generate_until", [question]))
+    expected = [("loglikelihood", pair, value) for pair, value in zip(PAIRS[:2], values, strict=True)]
+    expected += [("loglikelihood_rolling", ("a small",), whole[0]), ("generate_until", question, answers[0])]
+    assert sorted(kept, key=repr) == sorted(expected, key=repr)
 
 
 def test_samples_differ_and_can_be_repeated(chat: EarlyExitLM) -> None:
