@@ -43,6 +43,11 @@ def test_speed_is_that_of_rounds() -> None:
     assert speed_over(full, full) == (1.0, None)
 
 
+def test_the_time_of_the_first_token() -> None:
+    theirs = Measurement(((Run(((1, 2),), 1, 1.0, first_token_seconds=2.0), Run(((1, 2),), 1, 1.0, (), 4.0)),))
+    assert theirs.first_token_seconds == 3.0 and theirs.latency_per_token is None
+
+
 def test_groups_are_the_blocks_of_a_single_round() -> None:
     ratios = np.log([2.0, 2.5, 1.5])
     speed, interval = speed_over(measurement([[1.0, 2.0, 2.0]]), measurement([[2.0, 5.0, 3.0]]))

@@ -110,11 +110,10 @@ class Measurement:
 
     @property
     def first_token_seconds(self) -> float | None:
-        """Mean over requests and rounds."""
-        return _mean([
-            result.statistics.first_token_seconds
-            for of_round in self.rounds for run in of_round for result in run.results
-        ])  # fmt: skip
+        """Mean over requests and rounds; of others than our engine, until all of a group have one."""
+        runs = [run for of_round in self.rounds for run in of_round]
+        of_requests = [result.statistics.first_token_seconds for run in runs for result in run.results]
+        return _mean(of_requests or [run.first_token_seconds for run in runs])
 
     @property
     def latency_per_token(self) -> float | None:

@@ -73,11 +73,12 @@ def run(args: argparse.Namespace) -> None:
         found = compare(llm, prompts.prompts, variants, settings, show_progress, beside)
         of_full = [one for one in found.per_prompt if one["name"] == FULL]
         parts = step_parts(of_full, llm.engine.measure_costs(), llm.engine.description.num_layers)
-        print(table([*found.rows, *found.beside]))
+        rows = sorted([*found.rows, *found.beside], key=lambda row: row["batch"])
+        print(table(rows))
         if parts:
             print(f"\nwhere a step of the full model goes (the fastest that was seen):\n{step_table(parts)}")
         if args.csv is not None:
-            write_csv([*found.rows, *found.beside], args.csv)
+            write_csv(rows, args.csv)
             print(f"\nwrote {args.csv}")
         results = {
             "rows": found.rows,
