@@ -333,6 +333,20 @@ def test_audits_take_no_slot_while_a_request_waits_and_give_it_back_to_one_that_
     assert report.loss_sum == pytest.approx(expected)
 
 
+def test_audits_wait_also_for_a_request_that_waits_for_another_s_prompt() -> None:
+    """Though there are slots: those are its own."""
+    engine = make_engine(FakeExecutor(num_slots=3), audit=ExitAudit(1.0), prefill_chunk=4)
+    engine.add([1, 2], EARLY)
+    run_all(engine)
+    ids = [engine.add([3] * 40, EARLY) for _ in range(2)]
+    engine.step()
+    assert (engine.num_running, engine.num_waiting, engine.slots.num_free) == (1, 1, 2)
+    assert len(engine.audit.waiting) == 1 and not engine.audit.running
+    results = run_all(engine)
+    assert results[ids[0]].token_ids == results[ids[1]].token_ids
+    assert run_audits(engine)["none"].num_audited == 3
+
+
 def test_audits_do_not_make_the_queue_full() -> None:
     engine = make_engine(FakeExecutor(num_slots=1), audit=ExitAudit(1.0), max_waiting=0, prefill_chunk=4)
     engine.add(PROMPT, EARLY)
