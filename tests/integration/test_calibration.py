@@ -191,6 +191,21 @@ def test_an_interrupted_calibration_goes_on(made: Path, folder: Path, monkeypatc
     assert LLM.load(str(folder)).generate([[1, 2]], planned)[0].error is None
 
 
+def test_answers_that_go_on_have_records_of_their_own(made: Path, folder: Path) -> None:
+    for words in ([], ["--ignore-eod"]):
+        assert calibrate(made, folder, "--levels", "0.5", "--rounding-prompts", "0", *words) == 0
+    assert len([*iteration(folder).glob("exit_records/*")]) == 2
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed(
+    made: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (iteration(folder) / "evaluation").write_text("not a folder")
+    assert calibrate(made, folder, "--levels", "0.5") == 2
+    assert "evaluation is a file, in which nothing can be created" in capsys.readouterr().err
+    assert not (iteration(folder) / "exit_records").exists()
+
+
 def test_a_level_that_exits_cannot_keep_is_refused_with_the_reason(
     made: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,7 +69,7 @@ def model_facts(loaded: LoadedEngine) -> dict[str, Any]:
 def write_document(document: Mapping[str, Any], path: Path) -> None:
     """At once or not at all. Raises ValueError for NaN and infinity, which are not JSON: unknown values are None."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
 

@@ -158,7 +158,7 @@ def add_certificates(folder: Path, certificates: Sequence[Certificate]) -> None:
     replaced = {key(one) for one in certificates}
     kept = [one for one in read_certificates(folder) if key(one) not in replaced]
     path = folder / CERTIFICATE_FILE
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode([*kept, *certificates]), indent=1))
     os.replace(partial, path)
 

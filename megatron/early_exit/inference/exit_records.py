@@ -61,7 +61,8 @@ class RecordsFolder:
     """Records of one model and one set of prompts, as they come."""
 
     def __init__(self, checkpoint: Path, about: AboutRecords) -> None:
-        key = f"{about.fingerprint.digest[:12]}-{about.prompts[:12]}-{about.answers.max_tokens}"
+        answers = f"{about.answers.max_tokens}{'-ignore-eod' if about.answers.ignore_eod else ''}"
+        key = f"{about.fingerprint.digest[:12]}-{about.prompts[:12]}-{answers}"
         self.path = checkpoint / RECORDS_FOLDER / key
         self.about = about
 
@@ -74,7 +75,7 @@ class RecordsFolder:
                 raise ValueError(f"{self.path} holds records of another model or other prompts; remove it")
             return read_records(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = about.with_name(f"{about.name}.partial")
+        partial = _partial(about)
         partial.write_bytes(msgspec.json.format(msgspec.json.encode(self.about), indent=1))
         os.replace(partial, about)
         return []
@@ -84,7 +85,7 @@ class RecordsFolder:
         if not records:
             return
         path = self.path / f"part_{min(one.prompt for one in records):06}_{len(records)}.npz"
-        partial = path.with_suffix(".partial")
+        partial = _partial(path)
         join = lambda name: np.concatenate([getattr(one, name) for one in records])
         with partial.open("wb") as file:
             np.savez_compressed(
@@ -134,6 +135,11 @@ def recorded_scores(checkpoint: Path, fingerprint: ExitFingerprint) -> np.ndarra
 def all_scores(records: Collection[PromptRecord]) -> np.ndarray:
     """[decisions, exits], of all prompts one after the other."""
     return np.concatenate([one.scores for one in records])
+
+
+def _partial(path: Path) -> Path:
+    """Where this process writes `path`: others may calibrate the same model at the same time."""
+    return path.with_name(f"{path.name}.partial-{os.getpid()}")
 
 
 def _read_about(folder: Path) -> AboutRecords:

@@ -27,22 +27,23 @@ def add_parser(
     return parser
 
 
-def check_output(path: Path | None) -> None:
+def check_output(path: Path) -> None:
     """Raise ValueError before anything is computed if the document could not be written."""
     from megatron.early_exit.config.validate import unwritable
 
-    problem = None if path is None else unwritable(path, is_folder=False)
+    problem = unwritable(path, is_folder=False)
     if problem:
         raise ValueError(f"--output {path}: {problem}")
 
 
 def load(args: argparse.Namespace, **overrides: Any) -> tuple[LLM, LoadedEngine]:
     """The model of the flags. overrides: arguments of `load_engine`. Raises ValueError or OSError."""
+    from megatron.early_exit.config.serialize import checkpoint_folder
     from megatron.early_exit.data.chat_template import read_chat_template
     from megatron.early_exit.inference.engine_loading import load_engine
     from megatron.early_exit.inference.llm import LLM
 
-    check_output(args.output)
+    check_output(args.output or _default_output(args, checkpoint_folder(args.load, args.load_iteration)))
     settings = engine_settings(args) | {"worker_timeout": args.worker_timeout}
     template = getattr(args, "chat_template", None)  # of commands that read prompts
     if template is not None:  # certificates may depend on it
@@ -53,9 +54,13 @@ def load(args: argparse.Namespace, **overrides: Any) -> tuple[LLM, LoadedEngine]
 
 def output_path(args: argparse.Namespace, loaded: LoadedEngine) -> Path:
     """Where the document of the command goes."""
+    return args.output or _default_output(args, loaded.checkpoint.folder)
+
+
+def _default_output(args: argparse.Namespace, checkpoint: Path) -> Path:
     from megatron.early_exit.evaluation.documents import RESULTS_FOLDER
 
-    return args.output or loaded.checkpoint.folder / RESULTS_FOLDER / f"{args.command}.json"
+    return checkpoint / RESULTS_FOLDER / f"{args.command}.json"
 
 
 def finish(

@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     if args.include_path is not None and not args.include_path.is_dir():
         raise ValueError(f"--include-path {args.include_path} is no folder")
-    check_output(args.output)
+    if args.output is not None:
+        check_output(args.output)  # before packages are fetched
     modes = [DecodingMode.parse(words) for words in dict.fromkeys(["full", *args.modes])]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
