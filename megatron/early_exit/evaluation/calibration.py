@@ -171,11 +171,18 @@ class _Calibrator:
         self._rounding = rounding_floor(
             self._llm, self._of(few), self._records_of(few), self._answers, self._show("prompts again, one by one")
         )
-        rounding_seconds, level_seconds, levels = time.perf_counter() - start, {}, []
+        rounding_seconds, level_seconds, test_seconds, levels = time.perf_counter() - start, {}, {}, []
         for level in settings.levels:
             start = time.perf_counter()
-            levels.append(self._certify(level))
-            level_seconds[f"{level:g}"] = time.perf_counter() - start
+            certificate, card, chosen = self._certify(level)
+            certified = time.perf_counter()
+            of_test = None
+            if certificate.refusal is None:
+                of_test, measured = self._test(certificate, chosen)
+                card |= measured
+            levels.append((certificate, card, of_test))
+            level_seconds[f"{level:g}"] = certified - start
+            test_seconds[f"{level:g}"] = time.perf_counter() - certified
         cards = [card for _, card, _ in levels]
         found = Calibration([certificate for certificate, _, _ in levels])
         found.results = {
@@ -186,13 +193,14 @@ class _Calibrator:
                 "record_seconds": record_seconds,
                 "rounding_seconds": rounding_seconds,
                 "level_seconds": level_seconds,
+                "test_seconds": test_seconds,
             },
             "per_prompt": self._per_prompt(levels),
         }
         return found
 
-    def _certify(self, level: float) -> tuple[Certificate, dict[str, Any], np.ndarray | None]:
-        """(certificate, card, losses of the test split's prompts)"""
+    def _certify(self, level: float) -> tuple[Certificate, dict[str, Any], np.ndarray]:
+        """(certificate, card, [exits] thresholds of the last point that was accepted, else of the first)"""
         settings, alpha = self._settings, 1.0 - level
         line = self._line(alpha)
         tested = test_line(
@@ -200,11 +208,9 @@ class _Calibrator:
             delta=settings.delta_of_test, risk=settings.risk, seed=settings.seed,
         )  # fmt: skip
         refusal = self._refusal(level, line, tested)
-        thresholds: dict[int, float] = {}
-        if refusal is None:
-            chosen = line.thresholds[tested.chosen]
-            thresholds = {layer: float(value) for layer, value in zip(self._layers, chosen) if value != NEVER}
         last = tested.chosen if tested.chosen is not None else 0
+        chosen = line.thresholds[last]
+        thresholds = {} if refusal is not None else self._by_layer(chosen)
         second = None
         if refusal is None and settings.with_free_running:
             second = self._second_certificate(thresholds, level)
@@ -214,29 +220,34 @@ class _Calibrator:
             calibration_risk=tested.risks[last], num_prompts=self._split.sizes, free_running=second,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
-        card = self._card(certificate, line, tested)
-        if refusal is not None:
-            return certificate, card, None
-        free = free_running(self._llm, self._of(self._split.test), thresholds, self._answers, self._show("test"))
-        of_test = self._test_losses(line.thresholds[tested.chosen], free)
-        low, high = loss_interval(of_test, settings.seed)
-        shares = exit_shares(self._records_of(self._split.test), line.thresholds[tested.chosen])
+        return certificate, self._card(certificate, line, tested), chosen
+
+    def _test(self, certificate: Certificate, chosen: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+        """([prompts] losses of the test split, what the card says of it). chosen: [exits] thresholds"""
+        seed, second = self._settings.seed, certificate.free_running
+        numbers = self._split.test
+        free = free_running(self._llm, self._of(numbers), certificate.thresholds, self._answers, self._show("test"))
+        of_test = self._test_losses(chosen, free)
+        shares = exit_shares(self._records_of(numbers), chosen)
         saved = sum(share * (1 - depth / self._num_layers) for share, depth in zip(shares, self._depths))
         free_losses = np.array([one.loss for one in free])
-        card |= {
+        return of_test, {
             "test_risk": float(of_test.mean()),
-            "test_risk_interval": [low, high],
+            "test_risk_interval": list(loss_interval(of_test, seed)),
             "expected_runs_saved": float(saved),
             "free_running": {
                 "p_value": None if second is None else second.p_value,
                 "risk": None if second is None else second.risk,
                 "is_certified": None if second is None else second.is_certified,
                 "test_risk": float(free_losses.mean()),
-                "test_risk_interval": list(loss_interval(free_losses, settings.seed)),
+                "test_risk_interval": list(loss_interval(free_losses, seed)),
                 "runs_saved": _runs_saved(free),
             },
         }
-        return certificate, card, of_test
+
+    def _by_layer(self, thresholds: np.ndarray) -> dict[int, float]:
+        """thresholds: [exits]"""
+        return {layer: float(value) for layer, value in zip(self._layers, thresholds) if value != NEVER}
 
     def _line(self, alpha: float) -> ThresholdLine:
         if self._settings.grid is None and self._settings.risk == "A-max":
@@ -251,8 +262,7 @@ class _Calibrator:
         return lambda point: of_points[:, point]
 
     def _text_losses(self, numbers: np.ndarray, thresholds: np.ndarray, words: str) -> np.ndarray:
-        by_layer = {layer: float(value) for layer, value in zip(self._layers, thresholds) if value != NEVER}
-        free = free_running(self._llm, self._of(numbers), by_layer, self._answers, self._show(words))
+        free = free_running(self._llm, self._of(numbers), self._by_layer(thresholds), self._answers, self._show(words))
         return self._rouge_losses(numbers, free)
 
     def _rouge_losses(self, numbers: np.ndarray, free: Sequence[FreeAnswer]) -> np.ndarray:

@@ -131,6 +131,7 @@ class CalibrationCost(msgspec.Struct):
     record_seconds: Number
     rounding_seconds: Number = None
     level_seconds: dict[str, Number] = {}
+    test_seconds: dict[str, Number] = {}
 
 
 class Calibration(msgspec.Struct):

@@ -30,10 +30,8 @@ def _parts(document: Document) -> Parts:
         rows += [
             ("Time to take the records", number(cost.record_seconds, seconds)),
             ("Time to answer some of them one by one", number(cost.rounding_seconds, seconds)),
-            *(
-                (f"Time to certify and test {level}", number(value, seconds))
-                for level, value in cost.level_seconds.items()
-            ),
+            *((f"Time to certify {level}", number(value, seconds)) for level, value in cost.level_seconds.items()),
+            *((f"Time to test {level}", number(value, seconds)) for level, value in cost.test_seconds.items()),
         ]
     return [facts("Answers on which the certificates rest", rows)] if rows else []
 
