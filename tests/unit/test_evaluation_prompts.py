@@ -83,7 +83,7 @@ def test_no_prompt_comes_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     same = write_documents(tmp_path / "same", [[1, 2, 3, 4, 5 + i] for i in range(9)] + [[7, 7, 7, 7]])
     drawn = prompts("--data-path", same)
     assert sorted(prompt.ids for prompt in drawn.prompts) == [(1, 2, 3, 4), (7, 7, 7, 7)]
-    assert "8 prompts that were drawn before were left out" in caplog.text
+    assert "8 prompts have the same ids as others and were left out" in caplog.text
 
 
 def test_lines_of_text_and_of_json(tmp_path: Path) -> None:

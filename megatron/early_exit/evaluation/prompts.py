@@ -162,7 +162,7 @@ def _drawn(args: argparse.Namespace, source: _Documents | _Lines, least: int) ->
         else:
             drawn[prompt.ids] = prompt
     if num_twice:
-        log.warning("%d prompts that were drawn before were left out", num_twice)
+        log.warning("%d prompts have the same ids as others and were left out", num_twice)
     if len(drawn) < needed:
         raise ValueError(
             f"{needed} prompts are needed, but {source.where} has {len(drawn)} different {source.words}; give more "
