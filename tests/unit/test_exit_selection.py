@@ -76,6 +76,10 @@ def test_thresholds_belong_to_their_exits() -> None:
     assert select_exits(CONFIDENCES, (1.0, 1.0), (2, 6), 10, costs(probe=0.1)) == ()
 
 
+def test_no_exits_to_choose_from() -> None:
+    assert select_exits(np.zeros((3, 0)), (), (), 10, costs()) == ()
+
+
 def test_too_many_exits_are_refused() -> None:
     with pytest.raises(ValueError, match="11 exits are too many"):
         select_exits(np.zeros((3, 11)), (0.5,) * 11, range(1, 12), 12, costs())

@@ -172,13 +172,14 @@ def test_cards_say_what_is_promised_and_what_is_not(page: Page) -> None:
     assert "at most 5% of the decisions along the full model's own greedy answer differ" in cards[0][1]
     assert "wrong promise in at most 5% of the draws" in cards[0][1] and "Not promised" in cards[0][1]
     assert "accepted at 0.025 or less" in cards[0][1], "two tests share delta"
+    assert "with only some of the certified exits" in cards[0][1]
     assert "held_out_text_document.bin (SHA-256 beefbeefbeef)" in cards[1][1]
     assert "2,875 more are needed" in cards[2][1] and "Not promised" not in cards[2][1]
 
 
 @pytest.mark.parametrize("risk, words", [
     ("B", "at most 5% of the answers differ"),
-    ("C", "the answer loses at most 5% of its quality measure"),
+    ("C", "averaged over prompts, 1 − ROUGE-L of the answer to the full model's answer is at most 5%"),
     ("odd <risk>", "the risk “odd <risk>” is at most 5%"),
 ])  # fmt: skip
 def test_promises_of_other_risks(tmp_path: Path, capsys: pytest.CaptureFixture[str], risk: str, words: str) -> None:

@@ -30,6 +30,8 @@ def select_exits(
     num_requests: rows that decode together. All subsets are tried on the recorded decisions: cheap, and right however
     the confidences of different exits depend on each other."""
     exits = range(len(depths))
+    if not depths:  # a certificate may leave out all exits that a request names
+        return ()
     if len(depths) > _MAX_EXITS:
         raise ValueError(f"{len(depths)} exits are too many to plan; name up to {_MAX_EXITS} of them")
     would_leave = confidences >= np.asarray(thresholds, dtype=confidences.dtype)  # [tokens, exits]

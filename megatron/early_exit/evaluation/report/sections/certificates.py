@@ -14,8 +14,7 @@ PROMISES = {
     "A": "averaged over prompts, at most {alpha} of the decisions along the full model's own greedy answer differ from "
     "what the full model decides there",
     "B": "at most {alpha} of the answers differ from the full model's answer in any token",
-    "C": "averaged over prompts, the answer loses at most {alpha} of its quality measure (1 − ROUGE-L to the full "
-    "model's answer, or the drop of a task's score)",
+    "C": "averaged over prompts, 1 − ROUGE-L of the answer to the full model's answer is at most {alpha}",
 }
 """By the first letter of the risk's name."""
 NOT_PROMISED = (
@@ -28,6 +27,10 @@ NOT_PROMISED = (
 NOT_FREE_RUNNING = (
     "What early exit generates by itself. Once a token differs, what follows is another text: the risk along its own "
     "answers is measured, not promised, unless --free-running certifies it too."
+)
+NOT_FOR_SOME_EXITS = (
+    "What early exit generates with only some of the certified exits (--exit-layers, --plan-exits): its own answers "
+    "were tested with all of them."
 )
 
 
@@ -73,7 +76,7 @@ def _refusal(card: Certificate) -> Markup:
 
 def _not_promised(card: Certificate) -> list[str]:
     is_both = card.free_running is not None and card.free_running.is_certified
-    return [*NOT_PROMISED, *([] if is_both else [NOT_FREE_RUNNING])]
+    return [*NOT_PROMISED, NOT_FOR_SOME_EXITS if is_both else NOT_FREE_RUNNING]
 
 
 def _facts(card: Certificate, document: Document) -> list[tuple[Content, Content]]:
