@@ -330,6 +330,7 @@ def test_correctness_over_ranks_and_stages(checkpoint: Path, texts: list[str], t
     document = read_document(tmp_path / "out.json")
     rows = document["results"]["rows"]
     assert document["model"]["pipeline_parallel_size"] == document["model"]["tensor_parallel_size"] == 2
+    assert document["model"]["dtype"] == "float32" and document["settings"]["tolerance"] == 1e-3
     assert {row["settings"].get("speculation") for row in rows} == {None, "draft_then_verify", "across_stages"}
     assert all(row["prompts"] == 2 and row["errors"] == 0 for row in rows)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron.early_exit.evaluation.transformers_models import TransformersModel
     from megatron.early_exit.inference.llm import LLM
 
-TOLERANCES = {"fp32": 1e-3, "bf16": 0.25}
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25}
 """Nats between two tokens that rounding may swap; weights in int8 round as bf16 does."""
 
 _SHOWN = 5
@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     llm, loaded = load_for(args, args.batch)
     with llm:
         checkpoint = loaded.checkpoint
-        dtype = "bf16" if checkpoint.config.quantize == "all" else str(checkpoint.dtype).removeprefix("torch.")
-        tolerance = TOLERANCES.get(dtype, TOLERANCES["bf16"]) if args.tolerance is None else args.tolerance
+        dtype = "bfloat16" if checkpoint.config.quantize == "all" else str(checkpoint.dtype).removeprefix("torch.")
+        tolerance = TOLERANCES.get(dtype, TOLERANCES["bfloat16"]) if args.tolerance is None else args.tolerance
         prompts = load_prompts(args, llm.tokenizer, llm.engine.description, args.answer_tokens)
         theirs = None if args.hf is None else _transformers(args, llm, checkpoint.dtype)
         check, outcomes = check_all(llm, prompts.prompts, answers, args.batch, args.temperature, show_progress("ways"))
