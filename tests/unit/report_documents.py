@@ -243,5 +243,8 @@ def tasks_results() -> Json:
             "hellaswag": {"n": 100, "metrics": {"acc,none": scores, "acc_norm,none": scores}, "paired": paired},
             "gsm8k": {"n": 100, "metrics": {"exact_match": scores}, "paired": paired},
         },
-        "modes": {"full": {"mode": "full"}, "early exit 0.8": {"mode": "early_exit", "forced_exit": None}},
+        "modes": {
+            "full": {"mode": "full"},
+            "early exit 0.8": {"mode": "early_exit", "forced_exit": None, "thresholds": {"8": 0.8}},
+        },
     }

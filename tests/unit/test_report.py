@@ -159,6 +159,12 @@ def test_tables_hold_the_numbers_of_the_documents(page: Page, results: Path) -> 
     assert [number for number in wanted if number not in values] == []
 
 
+def test_modes_of_tasks_are_told_and_pairs_stand_at_their_metric(page: Page) -> None:
+    assert "mode: early_exit, thresholds: (8: 0.8)" in {text for _, text in page.all("td")}
+    rows = [text for _, text in page.all("tr") if text.startswith("hellaswag") and "early exit 0.8" in text]
+    assert ["-0.012" in row for row in rows] == [True, False], "of acc, not of acc_norm"
+
+
 def test_numbers_are_rounded_as_readers_expect(page: Page) -> None:
     shown = {(found["value"], text) for found, text in page.all("data")}
     exact = lambda value, text: (repr(value), text) in shown

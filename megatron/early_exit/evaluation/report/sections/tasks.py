@@ -49,9 +49,13 @@ def _paired(paired: Paired | None, metric: str) -> list[Content]:
 
 
 def _settings(settings: object) -> str:
-    if not isinstance(settings, dict):
-        return str(settings)
-    return ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+    """In words; what is not set is left out."""
+    if isinstance(settings, dict):
+        known = [(name, value) for name, value in settings.items() if value not in (None, {}, [])]
+        return ", ".join(
+            f"{name}: {f'({_settings(value)})' if isinstance(value, dict) else value}" for name, value in known
+        )
+    return str(settings)
 
 
 SECTION = Section(
@@ -60,7 +64,8 @@ SECTION = Section(
     ("tasks",),
     "Scores are lm-eval's, with the standard error over items. What counts is the paired difference to the full model "
     "on the same items: an interval that holds 0, or a large McNemar p, means that no loss was shown, not that there "
-    "is none. Traps: with 100 items only differences of ten points show; and a likelihood task scores given text, so "
-    "it says something about an exit only where the settings say that the exit was forced.",
+    "is none. Traps: with 100 items only differences of ten points show; and a task of likelihoods scores given text "
+    "by one head, so a mode without a row there is the full model, and only modes that force an exit say something "
+    "of it.",
     _parts,
 )
