@@ -26,6 +26,7 @@ Run = dict[str, Any]
 """Of one task in one mode: n, metrics, per_prompt, documents (a hash of the questions)."""
 
 _STDERR_RESAMPLES = 1000
+_TARGET_CHARACTERS = 200
 _SLOW_RESAMPLES = 2000
 """Of a metric that is no mean: lm-eval aggregates it in Python."""
 
@@ -149,11 +150,18 @@ def _per_prompt(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     prompts: dict[int, dict[str, Any]] = {}
     for one in samples:
         prompt = prompts.setdefault(one["doc_id"], {
-            "question": one["doc_id"], "hash": one["prompt_hash"], "target": _plain(one["target"]),
+            "question": one["doc_id"], "hash": one["prompt_hash"], "target": _begin(_plain(one["target"])),
             "responses": _plain(one["resps"]), "scores": {},
         })  # fmt: skip
         prompt["scores"] |= {f"{metric},{one['filter']}": _plain(one[metric]) for metric in one["metrics"]}
     return [prompts[number] for number in sorted(prompts)]
+
+
+def _begin(target: Any) -> Any:
+    """Not all of a long text: the hash says which question it is."""
+    return (
+        f"{target[:_TARGET_CHARACTERS]}..." if isinstance(target, str) and len(target) > _TARGET_CHARACTERS else target
+    )
 
 
 def _plain(value: Any) -> Any:
