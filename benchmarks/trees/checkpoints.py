@@ -37,8 +37,12 @@ def run(tree: Path, *command: str | Path) -> None:
 
 def calibrate(tree: Path, checkpoint: Path, data: Path, tokens: int) -> None:
     """Do what planned exits need, unless it is done."""
-    if not list(checkpoint.glob("iter_*/exit_calibration.npz")):
+    if list(checkpoint.glob("iter_*/exit_calibration.npz")):
+        return
+    if (tree / "tools/calibrate_exits.py").is_file():
         run(tree, "tools/calibrate_exits.py", "--load", checkpoint, "--data-path", data, "--tokens", str(tokens))
+    else:  # later trees have records of whole answers in its place; here the confidences over a text are enough
+        run(tree, Path(__file__).with_name("score_exits.py"), checkpoint, data, str(tokens))
 
 
 def corpus(tree: Path, folder: Path) -> Path:
