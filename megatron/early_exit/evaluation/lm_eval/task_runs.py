@@ -159,9 +159,9 @@ def _per_prompt(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _begin(target: Any) -> Any:
     """Not all of a long text: the hash says which question it is."""
-    return (
-        f"{target[:_TARGET_CHARACTERS]}..." if isinstance(target, str) and len(target) > _TARGET_CHARACTERS else target
-    )
+    if not isinstance(target, str) or len(target) <= _TARGET_CHARACTERS:
+        return target
+    return f"{target[:_TARGET_CHARACTERS]}..."
 
 
 def _plain(value: Any) -> Any:
