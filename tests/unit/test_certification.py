@@ -143,6 +143,8 @@ def test_too_few_prompts_are_refused_with_how_many_are_missing(changes: dict, me
         CalibrationSettings(**settings).check_prompts(changes.get("num_prompts", 300))
     assert message in str(caught.value)
     CalibrationSettings().check_prompts(497)
+    with pytest.raises(ValueError, match="give 49927868 more"):  # at once, not by trying one number after the other
+        CalibrationSettings(levels=(0.9999999,)).check_prompts(1000)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

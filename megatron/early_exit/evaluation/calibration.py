@@ -79,7 +79,8 @@ class CalibrationSettings:
             least = least_prompts(1.0 - level, self.delta_of_test)
             if _smallest_test(num_prompts, self) >= least:
                 continue
-            needed = num_prompts
+            parts = 2 if self.with_free_running else 1
+            needed = max(num_prompts, 5 * (parts * least - 2) // 3)  # three fifths of less cannot be enough
             while _smallest_test(needed, self) < least:
                 needed += 1
             raise ValueError(
@@ -90,8 +91,8 @@ class CalibrationSettings:
 
 
 def _smallest_test(num_prompts: int, settings: CalibrationSettings) -> int:
-    sizes = Split.draw(num_prompts, 0, settings.with_free_running).sizes
-    return min(sizes["calibration"], sizes["free_running"] if settings.with_free_running else num_prompts)
+    rest = num_prompts - 2 * (num_prompts // 5)  # as `Split.draw` has it
+    return rest // 2 if settings.with_free_running else rest
 
 
 @dataclass
