@@ -69,6 +69,11 @@ def test_pareto_shows_certified_ways_and_the_best_drafts() -> None:
     assert pareto(results.rows[:1]) is None
 
 
+def test_names_are_no_formulas() -> None:
+    heads = msgspec.convert(made.all_documents()[0]["results"]["heads"], list[schema.Head])
+    drawn(models({r"$\frac{$": heads, "b": heads}))
+
+
 def test_labels_cover_neither_points_nor_each_other() -> None:
     with matplotlib.rc_context(base.SETTINGS):
         figure, axes = base.single()

@@ -29,6 +29,7 @@ SETTINGS = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E3E3E3",
     "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.edgecolor": "#444444", "lines.linewidth": 1.6,
     "lines.markersize": 5.5, "legend.frameon": False, "savefig.facecolor": "white",
+    "text.parse_math": False,  # dollars in names are dollars
 }  # fmt: skip
 """Of matplotlib, for all plots."""
 
