@@ -48,7 +48,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 def calibrate(made: Path, folder: Path, *words: str) -> int:
     return main([
         "calibrate", "--load", str(folder), "--data-path", str(made / "text"), "--prompt-length", str(LENGTH),
-        "--answer-tokens", str(ANSWER), "--prompts", str(PROMPTS), "--shortlist-size", "0", *words,
+        "--answer-tokens", str(ANSWER), "--prompts", str(PROMPTS), *words,
     ])  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_generation_with_certified_thresholds(certified: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"exit_thresholds": "certified:0.97"},
-     "certified:0.97 has no certificate; there are certified:0.8, certified:0.9"),
+     "certified:0.97 has no certificate that holds; there are certified:0.8, certified:0.9"),
     ({"max_tokens": 9}, "certified:0.9 was made for answers of max_tokens 8, not 9"),
     ({"ignore_eod": True}, "was made with ignore_eod False"),
     ({"min_tokens": 2}, "does not cover min_tokens"),
@@ -146,7 +146,9 @@ def test_what_no_certificate_covers(certified: Path, changes: dict, message: str
 
 def test_another_model_than_the_certified_one(certified: Path, made: Path, tmp_path: Path) -> None:
     params = GenerationParams(max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.9")
-    with pytest.raises(ValueError, match=r"the certificate of 0.8 is for another dtype \(bf16, not fp32\)"):
+    with pytest.raises(
+        ValueError, match=r"the certificate of 0.8 is for another dtype \(fp32; the loaded model has bf16\)"
+    ):
         LLM.load(str(certified), dtype="bf16").generate([1, 2], params)
     other = tmp_path / "other"
     shutil.copytree(certified, other)
@@ -204,6 +206,29 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed
     assert calibrate(made, folder, "--levels", "0.5") == 2
     assert "evaluation is a file, in which nothing can be created" in capsys.readouterr().err
     assert not (iteration(folder) / "exit_records").exists()
+
+
+def test_a_shortlist_stays_only_with_the_certificates_that_were_made_with_it(
+    made: Path, certified: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.early_exit.evaluation import recording
+
+    folder = tmp_path / "model"
+    shutil.copytree(certified, folder)
+    params = GenerationParams(max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.9")
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "_record", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(made, folder, "--levels", "0.8", "--delta", "0.2", "--shortlist-size", "50")
+    assert LLM.load(str(folder)).generate([1, 2], params)[0].error is None
+    words = ["--levels", "0.8", "--delta", "0.2", "--rounding-prompts", "0", "--shortlist-size", "50"]
+    assert calibrate(made, folder, *words) == 0
+    with pytest.raises(ValueError, match=r"another shortlist \(none; the loaded model has one\)"):
+        LLM.load(str(folder)).generate([1, 2], params)
 
 
 def test_a_level_that_exits_cannot_keep_is_refused_with_the_reason(
@@ -297,7 +322,7 @@ def test_the_benchmark_of_certificates(made: Path, folder: Path, tmp_path: Path)
 
     benchmark([
         "--name", "tiny", "--load", str(folder), "--data-path", str(made / "text"), "--prompt-length", str(LENGTH),
-        "--answer-tokens", str(ANSWER), "--prompts", "60", "--levels", "0.5", "--shortlist-size", "0", "--cost-prompts",
+        "--answer-tokens", str(ANSWER), "--prompts", "60", "--levels", "0.5", "--cost-prompts",
         "16", "--block", "8", "--output", str(tmp_path / "result.json"),
     ])  # fmt: skip
     document = json.loads((tmp_path / "result.json").read_text())

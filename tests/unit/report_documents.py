@@ -94,6 +94,10 @@ def exits_results(of: Json, draw: random.Random) -> Json:
     }  # fmt: skip
 
 
+def certified_thresholds(of: Json) -> Json:
+    return {str(layer): 0.97 - 0.004 * layer for layer in of["exit_layers"]}
+
+
 def card(of: Json, level: float, certified: bool = True) -> Json:
     alpha = 1 - level
     budgets = [alpha / 32 * 64 ** (i / 63) for i in range(50)]
@@ -109,7 +113,7 @@ def card(of: Json, level: float, certified: bool = True) -> Json:
     return {
         "level": level, "delta": 0.05, "risk": "A-max", "status": "certified" if certified else "refused",
         "reason": None if certified else "120 prompts of calibration are too few for 99.9%: 2,875 more are needed",
-        "thresholds": {str(layer): 0.97 - 0.004 * layer for layer in of["exit_layers"]} if certified else None,
+        "thresholds": certified_thresholds(of) if certified else None,
         "prompts": {"tuning": 200, "calibration": 500, "free_running": 150, "test": 150},
         "p_value": 0.0113 if certified else 1.0, "calibration_risk": alpha * 0.55, "test_risk": alpha * 0.61,
         "test_risk_interval": [alpha * 0.42, alpha * 0.83],
@@ -173,7 +177,8 @@ def sweep_results(of: Json, draw: random.Random) -> Json:
         rows.append(row(f"early exit {threshold}", "early_exit", 1, speedup, agreement, thresholds=[threshold]))
     for level, speedup in ((0.99, 1.05), (0.95, 1.16)):
         name = f"certified {level:.0%}"
-        rows.append(row(name, "early_exit", 1, speedup, level + 0.004, level=level, thresholds=[0.9]))
+        rows.append(row(name, "early_exit", 1, speedup, level + 0.004, level=level,
+                        thresholds=certified_thresholds(of)))  # fmt: skip
     for exit_layer in of["exit_layers"]:
         for length in (1, 2, 3, 4, 6):
             speedup = 1.3 - 0.02 * exit_layer - 0.05 * abs(length - 3) + draw.uniform(0, 0.02)
@@ -192,7 +197,8 @@ def benchmark_results(of: Json, draw: random.Random) -> Json:
             row("full", "full", batch, 1.0, 1.0),
             row("early exit 0.8", "early_exit", batch, 1.13 * fade, 0.952, thresholds=[0.8]),
             row("early exit 0.6", "early_exit", batch, 1.27 * fade, 0.883, thresholds=[0.6]),
-            row("certified 99%", "early_exit", batch, 1.05 * fade, 0.994, level=0.99),
+            row("certified 99%", "early_exit", batch, 1.05 * fade, 0.994, level=0.99,
+                thresholds=certified_thresholds(of)),
             row("self-speculative", "self_speculative", batch, 1.17 * fade * fade, 1.0, draft_exit=of["exit_layers"][0],
                 acceptance=0.61),
         ]  # fmt: skip

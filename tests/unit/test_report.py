@@ -359,6 +359,18 @@ def test_documents_that_do_not_go_together_are_told(
     assert words in warning
 
 
+def test_certified_ways_with_other_thresholds_than_their_certificates_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], page: Page
+) -> None:
+    assert not list(page.all("aside"))
+    calibrate = changed("calibrate")
+    calibrate["results"]["certificates"][0]["thresholds"] = {"8": 0.5}
+    made.write_all(tmp_path, [changed("sweep"), calibrate])
+    make(capsys, "--results", str(tmp_path), "--output", str(tmp_path / "report"))
+    ((_, warning),) = Page((tmp_path / "report/report.html").read_text(encoding="utf-8")).all("aside")
+    assert "certified 95% in sweep.json: measured with other thresholds than the certificates have" in warning
+
+
 def test_speeds_of_a_busy_machine_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], page: Page) -> None:
     assert not list(page.all("aside"))
     busy = {"cpu": "x", "cpu_cores": 2, "load_average_1min": 7.25, "gpus": []}

@@ -84,7 +84,7 @@ class CalibrationSettings:
             while _smallest_test(needed, self) < least:
                 needed += 1
             raise ValueError(
-                f"{num_prompts} prompts cannot support level {level:g}: its test needs {least} prompts even if no "
+                f"{num_prompts} prompts cannot support level {level}: its test needs {least} prompts even if no "
                 f"decision differs, and gets {_smallest_test(num_prompts, self)} of them; give "
                 f"{needed - num_prompts} more (--prompts {needed}), or ask for a lower level"
             )

@@ -109,7 +109,8 @@ class Certificates:
             raise ValueError(f"certified:{level:g} is not to be had for this model: {found[-1].refusal}")
         if self.certified:
             there = ", ".join(f"certified:{one.level:g}" for one in self.certified)
-            raise ValueError(f"certified:{level:g} has no certificate; there are {there}")
+            others = f" ({'; '.join(self.mismatches)})" if self.mismatches else ""
+            raise ValueError(f"certified:{level:g} has no certificate that holds; there are {there}{others}")
         reasons = "; ".join(self.mismatches) or "the checkpoint has none"
         raise ValueError(
             f"certified:{level:g} needs a certificate that holds for the loaded model ({reasons}); make one with "

@@ -17,6 +17,9 @@ _WORDS = {
     "ends": "other ids that end an answer",
 }
 
+_DIGESTS = ("weights", "tokenizer", "shortlist")
+"""Which say nothing to people."""
+
 
 @dataclass(frozen=True)
 class ExitFingerprint:
@@ -35,15 +38,16 @@ class ExitFingerprint:
     """Ids that end an answer, ascending."""
 
     def differences(self, other: ExitFingerprint) -> list[str]:
-        """What `other` has that this one has not, in words."""
+        """What the model that is loaded now, `other`, has otherwise than this one, in words."""
         found = []
         for one in fields(self):
             mine, theirs = getattr(self, one.name), getattr(other, one.name)
-            if mine != theirs:
-                is_digest = one.name in ("weights", "tokenizer", "shortlist") and mine and theirs
-                found.append(
-                    _WORDS[one.name] if is_digest else f"{_WORDS[one.name]} ({_text(theirs)}, not {_text(mine)})"
-                )
+            if mine == theirs:
+                continue
+            words = _WORDS[one.name]
+            if one.name in _DIGESTS:
+                mine, theirs = (value and "one" for value in (mine, theirs))
+            found.append(words if mine == theirs else f"{words} ({_text(mine)}; the loaded model has {_text(theirs)})")
         return found
 
     @property
@@ -60,5 +64,4 @@ def text_digest(text: str) -> str:
 def _text(value: object) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
-    text = "none" if value is None else str(value)
-    return f"{text[:12]}..." if len(text) > 16 else text
+    return "none" if value is None else str(value)

@@ -13,7 +13,9 @@ from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompt
 from megatron.early_exit.platform.command_line import show_progress
 
 if TYPE_CHECKING:
-    from megatron.early_exit.evaluation.calibration import CalibrationSettings
+    from megatron.early_exit.evaluation.calibration import Calibration, CalibrationSettings
+    from megatron.early_exit.evaluation.prompts import PromptSet
+    from megatron.early_exit.inference.engine_loading import LoadedEngine
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -55,29 +57,38 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument_group("shortlist").add_argument(
         "--shortlist-size", type=int, metavar="N",
-        help="with --data-path: count the corpus's most frequent tokens, with which exits are probed first; default: a "
-        "sixth of the vocabulary; 0: leave the shortlist as it is",
+        help="with --data-path: count the corpus's N most frequent tokens, with which exits are probed first from then "
+        "on (a sixth of the vocabulary is a good size); certificates of another shortlist, or of none, hold no more; "
+        "default: the shortlist stays as it is",
     )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron.early_exit.evaluation.calibration import calibrate
-    from megatron.early_exit.inference.certificates import CERTIFICATE_FILE, add_certificates
+    from megatron.early_exit.inference.certificates import CERTIFICATE_FILE
     from megatron.early_exit.platform.machine import machine_info
 
     settings, machine = settings_of(args), machine_info()
     settings.check_prompts(args.prompts or args.default_prompts)  # before the shortlist is written
     with _new_shortlist(args):
-        llm, loaded = load(args)
+        loaded, prompts, found = _certify(args, settings)
+    print(found.text())
+    print(f"\nwrote {loaded.checkpoint.folder / CERTIFICATE_FILE}")
+    finish(args, loaded, document_settings(args, settings), found.results, data=prompts.data, machine=machine)
+
+
+def _certify(args: argparse.Namespace, settings: CalibrationSettings) -> tuple[LoadedEngine, PromptSet, Calibration]:
+    """Calibrate, and write the certificates."""
+    from megatron.early_exit.evaluation.calibration import calibrate
+    from megatron.early_exit.inference.certificates import add_certificates
+
+    llm, loaded = load(args)
+    with llm:
         prompts = load_prompts(args, llm.tokenizer, llm.engine.description, settings.answer_tokens)
         settings.check_prompts(len(prompts.prompts))
-    with llm:
         found = calibrate(llm, loaded, prompts, settings, show_progress)
-        add_certificates(loaded.checkpoint.folder, found.certificates)
-        print(found.text())
-        print(f"\nwrote {loaded.checkpoint.folder / CERTIFICATE_FILE}")
-        finish(args, loaded, document_settings(args, settings), found.results, data=prompts.data, machine=machine)
+    add_certificates(loaded.checkpoint.folder, found.certificates)
+    return loaded, prompts, found
 
 
 def settings_of(args: argparse.Namespace) -> CalibrationSettings:
@@ -103,14 +114,16 @@ _MAX_COUNTED = 50_000_000
 
 @contextmanager
 def _new_shortlist(args: argparse.Namespace) -> Iterator[None]:
-    """Write the corpus's frequent tokens, if they are to be counted; what was there comes back if the rest fails.
+    """Write the corpus's frequent tokens, if they are to be counted; what was there comes back if the rest fails, or is
+    interrupted: certificates depend on it.
 
     Raises ValueError or OSError if the corpus or the checkpoint cannot be read."""
-    if args.shortlist_size is not None and args.shortlist_size > 0 and not args.data_path:
-        raise ValueError("--shortlist-size counts the tokens of a corpus; give --data-path")
-    if not args.data_path or args.shortlist_size == 0:
+    size = args.shortlist_size
+    if size is None:
         yield
         return
+    if not args.data_path:
+        raise ValueError("--shortlist-size counts the tokens of a corpus; give --data-path")
     import numpy as np
 
     from megatron.early_exit.config.serialize import checkpoint_folder, read_description
@@ -120,7 +133,6 @@ def _new_shortlist(args: argparse.Namespace) -> Iterator[None]:
 
     folder = checkpoint_folder(args.load, args.load_iteration)
     vocab_size = build_tokenizer(read_description(folder).tokenizer).vocab_size
-    size = max(vocab_size // 6, 1) if args.shortlist_size is None else args.shortlist_size
     if not 1 <= size <= vocab_size:
         raise ValueError(f"--shortlist-size is {size}; the vocabulary has {vocab_size} ids")
     counts = np.zeros(vocab_size, dtype=np.int64)
@@ -132,11 +144,11 @@ def _new_shortlist(args: argparse.Namespace) -> Iterator[None]:
     shortlist, path = Shortlist.of_counts(counts, size), folder / SHORTLIST_FILE
     before = path.read_bytes() if path.exists() else None
     shortlist.save(folder)
+    print(f"{size} frequent tokens cover {shortlist.coverage:.2%} of {counts.sum():,} counted")
     try:
         yield
-    except Exception:
+    except BaseException:
         path.unlink()
         if before is not None:
             path.write_bytes(before)
         raise
-    print(f"{size} frequent tokens cover {shortlist.coverage:.2%} of {counts.sum():,} counted")

@@ -109,7 +109,10 @@ def _in_words(model: Model) -> str:
 
 def warnings(model: Evaluated) -> list[str]:
     """What makes the documents of a model hard to compare with each other, one sentence each."""
-    return [*_differences(model.documents), *_changed_code(model.documents), *_busy_machine(model.documents)]
+    documents = model.documents
+    return [
+        *_differences(documents), *_changed_code(documents), *_busy_machine(documents), *_other_certificates(model)
+    ]  # fmt: skip
 
 
 _MUST_BE_EQUAL: dict[str, Callable[[Document], Any]] = {
@@ -153,3 +156,21 @@ def _busy_machine(documents: Iterable[Document]) -> list[str]:
         if document.kind in ("sweep", "benchmark")
         and (document.machine.load_average_1min or 0) > 0.5 * (document.machine.cpu_cores or 1)
     ]
+
+
+def _other_certificates(model: Evaluated) -> list[str]:
+    """Certified ways whose thresholds are not those of the cards."""
+    cards = [card for document in model.of_kind("calibrate") for card in document.results.certificates]
+    thresholds = {card.level: card.thresholds for card in cards if card.status == "certified"}
+    if not cards:
+        return []
+    found = []
+    for document in model.of_kind("sweep", "benchmark"):
+        rows = [row for row in document.results.rows if row.level is not None]
+        others = {row.name for row in rows if row.thresholds != thresholds.get(row.level)}
+        if others:
+            found.append(
+                f"{', '.join(sorted(others))} in {document.path.name}: measured with other thresholds than the "
+                "certificates have here. Run it again."
+            )
+    return found

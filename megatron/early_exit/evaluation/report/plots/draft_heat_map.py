@@ -34,7 +34,7 @@ def _draw(rows: Sequence[Row]) -> Figure:
     exits = sorted({row.draft_exit for row in rows})
     lengths = sorted({row.draft_length for row in rows}, key=lambda one: (isinstance(one, str), one))
     cells = {(row.draft_exit, row.draft_length): row for row in rows}
-    figure, axes = base.single((1.9 + 0.85 * len(lengths), 1.2 + 0.55 * len(exits)))
+    figure, axes = base.single((6.6, 1.2 + 0.55 * len(exits)))
     values = [[cells[e, n].speedup if (e, n) in cells else float("nan") for n in lengths] for e in exits]
     distance = max(abs(row.speedup - 1) for row in rows) or 0.1
     image = axes.imshow(values, cmap="PuOr", vmin=1 - distance, vmax=1 + distance, aspect="auto")
