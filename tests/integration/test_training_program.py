@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_files import write_documents
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -113,11 +114,14 @@ def test_train_resume_and_generate(data: str, tmp_path: Path) -> None:
     assert '"exit_layer": 2' in generated.stdout
     full = run_tool("tools/generate.py", *prompt)
     assert '"exit_layer": 2' not in full.stdout and '"exit_layer": 4' in full.stdout
+    others = write_documents(
+        tmp_path / "others", [list(f"{number} quick brown foxes".encode()) for number in range(40)]
+    )
     calibrated = run_tool(
-        "tools/evaluate.py", "calibrate", "--load", str(folder), "--data-path", data, "--prompts", "30",
-        "--prompt-length", "8", "--answer-tokens", "4", "--levels", "0.5", "--shortlist-size", "60",
+        "tools/evaluate.py", "calibrate", "--load", str(folder), "--data-path", others, "--prompts", "30",
+        "--prompt-length", "8", "--answer-tokens", "4", "--levels", "0.5", "--shortlist-size", "20",
     )  # fmt: skip
-    assert "60 frequent tokens cover" in calibrated.stdout
+    assert "20 frequent tokens cover" in calibrated.stdout
     drafted, planned, in_int8 = (
         [json.loads(line) for line in run_tool("tools/generate.py", *prompt, *flags).stdout.splitlines()]
         for flags in (
