@@ -19,7 +19,6 @@ from benchmarks import common
 from benchmarks.decode import in_turn, quality, run_requests, their_seconds
 from benchmarks.decode_models import TwinModel, make_engine, score
 from benchmarks.gpu.record import Record
-from megatron.early_exit.inference.calibration import observations
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import RequestResult
@@ -151,11 +150,13 @@ def _captured(decoder: Decoder | None) -> dict[str, Any]:
 def _exits(run: Decoding, batch: int, record: Record) -> None:
     """Early exit at several shares of leaving tokens, and self-speculation, against all layers."""
     engine, prompts = run.engine(run.decoder(batch)), run.prompts(batch)
-    confidences, agrees = observations(score(engine, run.prompts(4), [ScoreParams()] * 4))
     leaving = run.exit_layers[-1]
+    scored = score(engine, run.prompts(4), [ScoreParams(exit_layers=(leaving,))] * 4)
+    confidences = np.concatenate([one.heads[0].confidences for one in scored])
+    agrees = np.concatenate([np.equal(one.heads[0].tokens, one.heads[1].tokens) for one in scored])
     variants = {"all layers": run.params()}
     for share in _EXIT_SHARES:
-        threshold = float(np.quantile(confidences[:, -1], 1 - share))
+        threshold = float(np.quantile(confidences, 1 - share))
         variants[f"early exit, {share:.0%} leave"] = run.params(
             mode="early_exit", exit_thresholds=(threshold,), exit_layers=(leaving,)
         )
@@ -179,6 +180,6 @@ def _exits(run: Decoding, batch: int, record: Record) -> None:
             "layer_runs_saved": 1 - sum(result.statistics.layer_runs for result in results) / passes,
             "acceptance": sum(result.statistics.accepted for result in results) / drafted if drafted else None,
             "agreement": quality(engine, prompts[:1], results[:1])["agreement"],
-            "exit_agrees": float(agrees[:, run.exit_layers.index(leaving)].mean()),
+            "exit_agrees": float(agrees.mean()),
             "raw_seconds": taken,
         })  # fmt: skip

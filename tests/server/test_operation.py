@@ -249,7 +249,7 @@ def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delenv(command_line.KEY_VARIABLE)
     plain = command_line.server_config(parse())
     assert (plain.api_keys, plain.host, plain.port, plain.access_log) == ((), "127.0.0.1", 5000, True)
-    assert "chat_template" not in plain.engine.settings
+    assert plain.engine.settings["chat_template"] is None
 
 
 def test_a_server_for_everybody_without_a_key_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -417,7 +417,7 @@ def test_an_exit_that_no_stage_has(tmp_path: Path) -> None:
         ({"fill_min_rows": 8}, "fill_min_rows has no effect on one stage"),
         ({"pipeline_parallel_size": 2, "fill_min_rows": 65}, "fill_min_rows is 65; at most 64 rows go on at once"),
         ({"quantize": "int8"}, "quantize is 'int8'"),
-        ({"shortlist": True}, "shortlist needs a calibration"),
+        ({"shortlist": True}, "shortlist needs frequent tokens"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_reading(
