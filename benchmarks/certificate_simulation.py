@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks import common
 from benchmarks.certificate_exits import DECISIONS, Population, draw_population
-from megatron.early_exit.evaluation.certification import Split, ThresholdLine, losses, test_line
+from megatron.early_exit.evaluation.certification import Split, ThresholdLine, losses, run_line_test
 from megatron.early_exit.evaluation.statistics.distributions import binomial_cdf
 from megatron.early_exit.evaluation.statistics.learn_then_test import (
     betting_p_value,
@@ -194,7 +194,7 @@ def simulate_program(population: Population, case: Case, repeats: int, seed: int
         split = Split.draw(len(records), number, with_free_running=False)
         line = ThresholdLine.tuned([records[i] for i in split.tuning], case.alpha)
         of_points = losses([records[i] for i in split.calibration], line.thresholds, "A-max")
-        tested = test_line(
+        tested = run_line_test(
             lambda point, of=of_points: of[:, point],
             len(line),
             alpha=case.alpha,

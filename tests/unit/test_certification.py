@@ -16,7 +16,7 @@ from megatron.early_exit.evaluation.certification import (
     first_exits,
     losses,
     p_value,
-    test_line,
+    run_line_test,
 )
 from megatron.early_exit.inference.exit_records import PromptRecord
 
@@ -112,10 +112,10 @@ def test_the_sequence_stops_at_the_first_failure_and_takes_the_point_before() ->
         asked.append(point)
         return columns[point]
 
-    tested = test_line(of_point, 4, alpha=0.05, delta=0.05, risk="A-max", seed=1)
+    tested = run_line_test(of_point, 4, alpha=0.05, delta=0.05, risk="A-max", seed=1)
     assert tested.chosen == 1 and asked == [0, 1, 2]  # what lies behind a failure is not looked at
     assert tested.p_values == tuple(p_value(columns[point], 0.05, "A-max", 1) for point in range(3))
-    nothing = test_line(lambda _: columns[2], 4, alpha=0.05, delta=0.05, risk="A-max", seed=1)
+    nothing = run_line_test(lambda _: columns[2], 4, alpha=0.05, delta=0.05, risk="A-max", seed=1)
     assert nothing.chosen is None and len(nothing.p_values) == 1
 
 

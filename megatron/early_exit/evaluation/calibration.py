@@ -21,7 +21,7 @@ from megatron.early_exit.evaluation.certification import (
     first_exits,
     losses,
     p_value,
-    test_line,
+    run_line_test,
 )
 from megatron.early_exit.evaluation.free_running import FreeAnswer, free_running
 from megatron.early_exit.evaluation.prompts import PromptSet
@@ -204,7 +204,7 @@ class _Calibrator:
         """(certificate, card, [exits] thresholds of the last point that was accepted, else of the first)"""
         settings, alpha = self._settings, 1.0 - level
         line = self._line(alpha)
-        tested = test_line(
+        tested = run_line_test(
             self._losses_on(self._split.calibration, line, f"level {level:g}"), len(line), alpha=alpha,
             delta=settings.delta_of_test, risk=settings.risk, seed=settings.seed,
         )  # fmt: skip

@@ -130,7 +130,7 @@ class LineTest:
     """The last point that passed; None: the safest one failed."""
 
 
-def test_line(
+def run_line_test(
     losses_of: Callable[[int], np.ndarray], num_points: int, *, alpha: float, delta: float, risk: Risk, seed: int
 ) -> LineTest:
     """losses_of: [prompts] of a point; asked for one point after the other until one fails."""
@@ -142,9 +142,6 @@ def test_line(
         if p_values[-1] > delta:
             break
     return LineTest(tuple(p_values), tuple(risks), fixed_sequence(p_values, delta))
-
-
-test_line.__test__ = False  # not pytest's
 
 
 def first_exits(record: PromptRecord, thresholds: np.ndarray) -> np.ndarray:

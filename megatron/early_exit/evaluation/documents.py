@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ import torch
 from megatron.early_exit.checkpoint.read_model import fingerprint
 from megatron.early_exit.config.serialize import iteration_of
 from megatron.early_exit.inference.engine_loading import LoadedEngine
+from megatron.early_exit.platform.files import replaced
 from megatron.early_exit.platform.machine import commit, machine_info, versions
 
 RESULTS_FOLDER = "evaluation"
@@ -69,9 +69,8 @@ def model_facts(loaded: LoadedEngine) -> dict[str, Any]:
 def write_document(document: Mapping[str, Any], path: Path) -> None:
     """At once or not at all. Raises ValueError for NaN and infinity, which are not JSON: unknown values are None."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def read_document(path: Path) -> dict[str, Any]:

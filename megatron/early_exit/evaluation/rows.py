@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from megatron.early_exit.evaluation.statistics.intervals import (
 from megatron.early_exit.evaluation.statistics.text_metrics import is_loop
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import RequestResult
+from megatron.early_exit.platform.files import replaced
 
 if TYPE_CHECKING:
     from megatron.early_exit.evaluation.prompts import EvalPrompt
@@ -222,9 +222,8 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
     writer.writeheader()
     writer.writerows(lines)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text.getvalue(), newline="")
-    os.replace(partial, path)
+    with replaced(path) as partial:
+        partial.write_text(text.getvalue(), newline="")
 
 
 def _flat(row: Mapping[str, Any]) -> Row:

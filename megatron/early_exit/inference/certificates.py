@@ -8,7 +8,6 @@ The calibration of a level certifies less than that with probability `delta` at 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 
 from megatron.early_exit.inference.fingerprint import ExitFingerprint
 from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.platform.files import replaced
 
 CERTIFICATE_FILE = "exit_certificates.json"
 
@@ -156,12 +156,10 @@ def read_certificates(folder: Path) -> tuple[Certificate, ...]:
 def add_certificates(folder: Path, certificates: Sequence[Certificate]) -> None:
     """Write certificates into the folder of a checkpoint, in place of those of the same level for the same model."""
     key = lambda one: (one.level, one.fingerprint)
-    replaced = {key(one) for one in certificates}
-    kept = [one for one in read_certificates(folder) if key(one) not in replaced]
-    path = folder / CERTIFICATE_FILE
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode([*kept, *certificates]), indent=1))
-    os.replace(partial, path)
+    new = {key(one) for one in certificates}
+    kept = [one for one in read_certificates(folder) if key(one) not in new]
+    with replaced(folder / CERTIFICATE_FILE) as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode([*kept, *certificates]), indent=1))
 
 
 def _level(certificate: Certificate) -> float:

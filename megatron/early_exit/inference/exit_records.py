@@ -10,8 +10,7 @@ an interrupted calibration goes on where it was.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from megatron.early_exit.inference.certificates import AnswerSettings
 from megatron.early_exit.inference.fingerprint import ExitFingerprint
+from megatron.early_exit.platform.files import replaced
 
 RECORDS_FOLDER = "exit_records"
 _ABOUT_FILE = "about.json"
@@ -75,9 +75,8 @@ class RecordsFolder:
                 raise ValueError(f"{self.path} holds records of another model or other prompts; remove it")
             return read_records(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        partial = _partial(about)
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(self.about), indent=1))
-        os.replace(partial, about)
+        with replaced(about) as partial:
+            partial.write_bytes(msgspec.json.format(msgspec.json.encode(self.about), indent=1))
         return []
 
     def add(self, records: Sequence[PromptRecord]) -> None:
@@ -85,15 +84,13 @@ class RecordsFolder:
         if not records:
             return
         path = self.path / f"part_{min(one.prompt for one in records):06}_{len(records)}.npz"
-        partial = _partial(path)
         join = lambda name: np.concatenate([getattr(one, name) for one in records])
-        with partial.open("wb") as file:
+        with replaced(path) as partial, partial.open("wb") as file:
             np.savez_compressed(
                 file, prompts=np.array([one.prompt for one in records]),
                 lengths=np.array([len(one.tokens) for one in records]), tokens=join("tokens"), scores=join("scores"),
                 choices=join("choices"), final_confidences=join("final_confidences"),
             )  # fmt: skip
-        os.replace(partial, path)
 
 
 def read_records(folder: Path) -> list[PromptRecord]:
@@ -129,17 +126,7 @@ def recorded_scores(checkpoint: Path, fingerprint: ExitFingerprint) -> np.ndarra
     if not complete:
         return None
     _, records = max(complete, key=lambda one: one[0])
-    return all_scores(records)
-
-
-def all_scores(records: Collection[PromptRecord]) -> np.ndarray:
-    """[decisions, exits], of all prompts one after the other."""
     return np.concatenate([one.scores for one in records])
-
-
-def _partial(path: Path) -> Path:
-    """Where this process writes `path`: others may calibrate the same model at the same time."""
-    return path.with_name(f"{path.name}.partial-{os.getpid()}")
 
 
 def _read_about(folder: Path) -> AboutRecords:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.early_exit.platform.files import replaced
+
 SHORTLIST_FILE = "exit_shortlist.npz"
 
 
@@ -36,10 +38,8 @@ class Shortlist:
 
     def save(self, folder: Path) -> None:
         """Write `SHORTLIST_FILE` into `folder`, at once or not at all."""
-        partial = folder / f"{SHORTLIST_FILE}.partial"
-        with partial.open("wb") as file:
+        with replaced(folder / SHORTLIST_FILE) as partial, partial.open("wb") as file:
             np.savez_compressed(file, ids=self.ids, coverage=self.coverage)
-        partial.replace(folder / SHORTLIST_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> Shortlist | None:
