@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,8 @@ def test_a_shortlist_stays_only_with_the_certificates_that_were_made_with_it(
     assert calibrate(made, folder, *words) == 0
     with pytest.raises(ValueError, match=r"another shortlist \(none; the loaded model has one\)"):
         LLM.load(str(folder)).generate([1, 2], params)
+    with pytest.raises(ValueError, match=r"there are certified:0.8$"):  # nothing of the other level's
+        LLM.load(str(folder)).generate([1, 2], replace(params, exit_thresholds="certified:0.7"))
 
 
 def test_a_level_that_exits_cannot_keep_is_refused_with_the_reason(

@@ -90,7 +90,7 @@ class Certificates:
             if one.answers.chat_template not in (None, chat_template):
                 differences.append("another chat template")
             if differences:
-                mismatches.append(f"the certificate of {one.level:g} is for {_other(differences)}")
+                mismatches.append(_mismatch(one.level) + " and ".join(differences))
             else:
                 valid.append(one)
         return cls(tuple(valid), tuple(dict.fromkeys(mismatches)))
@@ -109,7 +109,7 @@ class Certificates:
             raise ValueError(f"certified:{level:g} is not to be had for this model: {found[-1].refusal}")
         if self.certified:
             there = ", ".join(f"certified:{one.level:g}" for one in self.certified)
-            others = f" ({'; '.join(self.mismatches)})" if self.mismatches else ""
+            others = "".join(f" ({words})" for words in self.mismatches if words.startswith(_mismatch(level)))
             raise ValueError(f"certified:{level:g} has no certificate that holds; there are {there}{others}")
         reasons = "; ".join(self.mismatches) or "the checkpoint has none"
         raise ValueError(
@@ -166,5 +166,6 @@ def _level(certificate: Certificate) -> float:
     return certificate.level
 
 
-def _other(differences: Sequence[str]) -> str:
-    return " and ".join(differences)
+def _mismatch(level: float) -> str:
+    """How every sentence about a certificate of this level begins that does not hold."""
+    return f"the certificate of {level:g} is for "
