@@ -265,6 +265,9 @@ MISBEHAVING = """
     socket = context.socket(zmq.PAIR)
     socket.connect(settings.endpoint)
     send = lambda message: socket.send(msgspec.msgpack.encode(message))
+    def wait_for_request():  # pings come before it
+        while not isinstance(msgspec.msgpack.decode(socket.recv(), type=ToEngine), Add):
+            pass
     def end():  # what was sent arrives
         socket.close(linger=5000)
         context.term()
@@ -405,8 +408,8 @@ def test_nobody_waits_for_an_engine_that_is_not_listened_to(monkeypatch: pytest.
 
     monkeypatch.setattr(engine_link, "_SECONDS_TO_END", 0.3)
     token = "RequestEvent(0, [GeneratedToken(65, 2, True, 0.5, -0.5)])"
-    step = f"socket.recv(); send(StepEvents([{token}], EngineLoad())); time.sleep(60)"
-    misbehaving(monkeypatch, tmp_path, f"send(ready); {step}")
+    step = f"send(StepEvents([{token}], EngineLoad())); time.sleep(60)"
+    misbehaving(monkeypatch, tmp_path, f"send(ready); wait_for_request(); {step}")
     asyncio.run(run())
 
 
