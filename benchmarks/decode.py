@@ -33,7 +33,7 @@ from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.worker.attention import Segment
-from megatron.early_exit.inference.worker.weights import ExitProbe
+from megatron.early_exit.inference.worker.weights import ApproximateHeads
 from megatron.early_exit.platform.device import device, use_cuda
 
 PARTS = ("full", "overhead", "heads", "assisted", "early_exit", "speculative", "throughput")
@@ -207,18 +207,16 @@ def measure_overhead(model: SmolLM2, settings: argparse.Namespace) -> list[dict[
 def measure_heads(model: SmolLM2, settings: argparse.Namespace) -> list[dict[str, Any]]:
     """What evaluating the exit costs, in milliseconds and in layers."""
     frequent = tuple(range(0, model.vocab_size, model.vocab_size // 8192))[:8192]
-    probes = {
+    kinds = {
         "full": None,
-        "shortlist": ExitProbe(frequent),
-        "int8": ExitProbe(int8=True),
-        "both": ExitProbe(frequent, True),
+        "shortlist": ApproximateHeads(frequent),
+        "int8": ApproximateHeads(int8=True),
+        "both": ApproximateHeads(frequent, True),
     }
     rows = []
     for count in (1, 2, 4, 8):
         progress(f"heads: {count} rows")
-        decoders = {
-            name: model.decoder(exit_probe=exit_probe, num_slots=1, length=64) for name, exit_probe in probes.items()
-        }
+        decoders = {name: model.decoder(approximate_heads=kind, num_slots=1, length=64) for name, kind in kinds.items()}
         attention = decoders["full"].attention_metadata([Segment(0, 0, count)])
         hidden = decoders["full"].embed([5] * count, attention)
 
@@ -229,13 +227,13 @@ def measure_heads(model: SmolLM2, settings: argparse.Namespace) -> list[dict[str
             return (now() - started) / times
 
         layers = decoders["full"].num_layers
-        variants = {name: (lambda d=d: timed(lambda: d.probe_exit(0, hidden))) for name, d in decoders.items()}
+        variants = {name: (lambda d=d: timed(lambda: d.approximate_output(0, hidden))) for name, d in decoders.items()}
         variants["layer"] = lambda: timed(lambda: decoders["full"].run_layers(hidden, attention, 0, layers), 2) / layers
         seconds = in_turn(variants, settings.rounds)
         rows.append({
             "rows": count,
             **{f"{name}_ms": 1e3 * common.median(taken) for name, taken in seconds.items()},
-            **{f"{name}_in_layers": common.median_ratio(seconds[name], seconds["layer"]) for name in probes},
+            **{f"{name}_in_layers": common.median_ratio(seconds[name], seconds["layer"]) for name in kinds},
             "raw_seconds": seconds,
         })  # fmt: skip
     return rows

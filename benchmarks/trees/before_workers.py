@@ -13,7 +13,7 @@ from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams  # noqa: F401
 from megatron.early_exit.inference.sampling import SamplingSettings  # noqa: F401
 
-_NEW_NAMES = {"ask_seconds": "probe_seconds", "is_asking_cheap": "has_approximate_heads"}
+_NEW_NAMES = {"ask_seconds": "approximate_seconds", "is_asking_cheap": "has_approximate_heads"}
 """Of costs."""
 
 

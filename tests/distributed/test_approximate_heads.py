@@ -1,4 +1,4 @@
-"""ExitProbe exits with a shortlist or in int8: what is decided, and what never changes."""
+"""Exits behind approximate heads, with a shortlist or in int8: what is decided, and what never changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_linear
-from megatron.early_exit.inference.worker.weights import ExitProbe
+from megatron.early_exit.inference.worker.weights import ApproximateHeads
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import (
@@ -36,19 +36,21 @@ from tests.reference_checkpoint import decoding_config
 
 PROMPT = [5, 17, 80, 3, 41]
 SHORTLIST = tuple(range(0, 96, 3))
-CHEAP = {"shortlist": ExitProbe(SHORTLIST), "one rank's": ExitProbe((1, 2, 40)), "int8": ExitProbe(int8=True),
-         "both": ExitProbe(SHORTLIST, int8=True)}  # fmt: skip
+CHEAP = {"shortlist": ApproximateHeads(SHORTLIST), "one rank's": ApproximateHeads((1, 2, 40)),
+         "int8": ApproximateHeads(int8=True), "both": ApproximateHeads(SHORTLIST, int8=True)}  # fmt: skip
 SAMPLED = SamplingSettings(temperature=1.0, seed=5)
 
 
-def make_decoder(cfg: RunConfig, exit_probe: ExitProbe | None = None, **changes: object) -> Decoder:
-    weights = reference_weights(cfg, exit_probe=exit_probe, **changes)
+def make_decoder(cfg: RunConfig, approximate_heads: ApproximateHeads | None = None, **changes: object) -> Decoder:
+    weights = reference_weights(cfg, approximate_heads=approximate_heads, **changes)
     return Decoder(weights, num_slots=3, vocab_size=VOCAB_SIZE)
 
 
-def answer(cfg: RunConfig, params: list[GenerationParams], exit_probe: ExitProbe | None) -> list[RequestResult]:
+def answer(
+    cfg: RunConfig, params: list[GenerationParams], approximate_heads: ApproximateHeads | None
+) -> list[RequestResult]:
     with layout(cfg):
-        engine = Engine(LocalExecutor(Worker(make_decoder(cfg, exit_probe))), cfg.exits, costs=COSTS)
+        engine = Engine(LocalExecutor(Worker(make_decoder(cfg, approximate_heads))), cfg.exits, costs=COSTS)
         for one in params:
             engine.add(PROMPT, one)
         results = run_all(engine)
@@ -56,19 +58,19 @@ def answer(cfg: RunConfig, params: list[GenerationParams], exit_probe: ExitProbe
         return [results[i] for i in sorted(results)]
 
 
-def compare_questions(cfg: RunConfig, exit_probe: ExitProbe) -> None:
+def compare_questions(cfg: RunConfig, approximate_heads: ApproximateHeads) -> None:
     """The cheap head says of its ids what the exit's own head says, among themselves."""
     with layout(cfg), torch.inference_mode():
-        decoder = make_decoder(cfg, exit_probe)
+        decoder = make_decoder(cfg, approximate_heads)
         rows = decoder.attention_metadata([Segment(0, 0, len(PROMPT))])
         hidden = decoder.run_layers(decoder.embed(PROMPT, rows), rows, 0, 1)[0]
-        cheap, own = decoder.probe_exit(0, hidden), decoder.exit_output(0, hidden)
+        cheap, own = decoder.approximate_output(0, hidden), decoder.exit_output(0, hidden)
         assert decoder.has_approximate_heads
-        ids = list(exit_probe.shortlist) or list(range(VOCAB_SIZE))
+        ids = list(approximate_heads.shortlist) or list(range(VOCAB_SIZE))
         others = sorted(set(range(VOCAB_SIZE)) - set(ids))
         for row in range(len(PROMPT)):
             logits = own.logits(row)[:VOCAB_SIZE]
-            tolerance = 0.05 * logits.abs().max().item() if exit_probe.int8 else 1e-5
+            tolerance = 0.05 * logits.abs().max().item() if approximate_heads.int8 else 1e-5
             assert (cheap.logits(row)[ids] - logits[ids]).abs().max() < tolerance
             assert torch.isneginf(cheap.logits(row)[others]).all()
             among = cheap.logits(row)[ids].log_softmax(-1)
@@ -81,10 +83,10 @@ def compare_questions(cfg: RunConfig, exit_probe: ExitProbe) -> None:
 @pytest.mark.parametrize("kind", CHEAP)
 def test_what_a_cheap_head_says(kind: str, world_size: int) -> None:
     cfg = decoding_config(tensor_model_parallel_size=world_size, use_exit_norm=True)
-    run_distributed(world_size, compare_questions, cfg=cfg, exit_probe=CHEAP[kind])
+    run_distributed(world_size, compare_questions, cfg=cfg, approximate_heads=CHEAP[kind])
 
 
-def never_falsely_confident(cfg: RunConfig, exit_probe: ExitProbe) -> None:
+def never_falsely_confident(cfg: RunConfig, approximate_heads: ApproximateHeads) -> None:
     thresholds = (0.0122, 0.0123, 0.0122)
     params = [
         GenerationParams(
@@ -93,7 +95,7 @@ def never_falsely_confident(cfg: RunConfig, exit_probe: ExitProbe) -> None:
         for seed in range(6)
     ]
     taken = 0
-    for result in answer(cfg, params, exit_probe):
+    for result in answer(cfg, params, approximate_heads):
         # What it says of tokens that left is the exits' own word.
         logits = reference_over(cfg, PROMPT + result.token_ids[:-1])[1]
         for row, token in enumerate(result.tokens, start=len(PROMPT) - 1):
@@ -111,14 +113,16 @@ def never_falsely_confident(cfg: RunConfig, exit_probe: ExitProbe) -> None:
 @pytest.mark.parametrize("kind", CHEAP)
 def test_exits_are_taken_only_where_their_own_heads_are_sure(kind: str) -> None:
     cfg = decoding_config(use_exit_norm=True, untie_exit_output_weights=True)
-    run_distributed(1, never_falsely_confident, cfg=cfg, exit_probe=CHEAP[kind])
+    run_distributed(1, never_falsely_confident, cfg=cfg, approximate_heads=CHEAP[kind])
 
 
 def test_a_shortlist_of_everything_changes_nothing() -> None:
     cfg = decoding_config(use_exit_norm=True)
     params = [GenerationParams(max_tokens=20, mode="early_exit", exit_thresholds=(0.016,), sampling=SAMPLED)]
-    (with_list,) = run_distributed(1, answer, cfg=cfg, params=params, exit_probe=ExitProbe(tuple(range(VOCAB_SIZE))))[0]
-    (without,) = run_distributed(1, answer, cfg=cfg, params=params, exit_probe=None)[0]
+    (with_list,) = run_distributed(
+        1, answer, cfg=cfg, params=params, approximate_heads=ApproximateHeads(tuple(range(VOCAB_SIZE)))
+    )[0]
+    (without,) = run_distributed(1, answer, cfg=cfg, params=params, approximate_heads=None)[0]
     assert with_list.token_ids == without.token_ids
     assert [t.exit_layer for t in with_list.tokens] == [t.exit_layer for t in without.tokens]
 
@@ -139,7 +143,7 @@ def test_cheap_drafts_give_the_full_model_s_tokens(kind: str, world_size: int) -
         replace(one, sampling=biased, min_tokens=20, stop_tokens=(1, 2), max_tokens=20)
         for one in (params[0], params[2])
     ]
-    for rank in run_distributed(world_size, answer_and_check, cfg=cfg, params=params, exit_probe=CHEAP[kind]):
+    for rank in run_distributed(world_size, answer_and_check, cfg=cfg, params=params, approximate_heads=CHEAP[kind]):
         full, penalised, drafted, penalised_drafted, forced, forced_drafted = (result.token_ids for result in rank)
         assert (full, penalised) == (drafted, penalised_drafted)
         assert forced == forced_drafted == [chosen] * 20
@@ -152,8 +156,8 @@ def test_no_exit_is_taken_because_of_a_bias(kind: str) -> None:
     common = {"max_tokens": 20, "mode": "early_exit", "sampling": SamplingSettings(logit_bias={3: 100})}
     params = [GenerationParams(**common, exit_thresholds=(threshold,)) for threshold in (0.0122, 0.9)]
     params += [GenerationParams(**common | {"mode": "full"})]
-    own = run_distributed(1, answer_and_check, cfg=cfg, params=params, exit_probe=None)[0]
-    cheap = run_distributed(1, answer, cfg=cfg, params=params, exit_probe=CHEAP[kind])[0]
+    own = run_distributed(1, answer_and_check, cfg=cfg, params=params, approximate_heads=None)[0]
+    cheap = run_distributed(1, answer, cfg=cfg, params=params, approximate_heads=CHEAP[kind])[0]
     for mine, theirs in zip(cheap, own, strict=True):
         assert mine.token_ids == theirs.token_ids == [3] * 20
         for token, of_own_heads in zip(mine.tokens, theirs.tokens, strict=True):
@@ -161,8 +165,10 @@ def test_no_exit_is_taken_because_of_a_bias(kind: str) -> None:
     assert all(token.is_final for token in cheap[1].tokens)
 
 
-def answer_and_check(cfg: RunConfig, params: list[GenerationParams], exit_probe: ExitProbe) -> list[RequestResult]:
-    results = answer(cfg, params, exit_probe)
+def answer_and_check(
+    cfg: RunConfig, params: list[GenerationParams], approximate_heads: ApproximateHeads
+) -> list[RequestResult]:
+    results = answer(cfg, params, approximate_heads)
     with layout(cfg):
         for one, result in zip(params, results, strict=True):
             check_against_reference(cfg, PROMPT, one, result, VOCAB_SIZE)
@@ -189,10 +195,10 @@ def test_the_whole_decoder_in_int8(world_size: int) -> None:
     run_distributed(world_size, answer_in_int8, cfg=cfg)
 
 
-def observe(cfg: RunConfig, exit_probe: ExitProbe | None = None) -> None:
+def observe(cfg: RunConfig, approximate_heads: ApproximateHeads | None = None) -> None:
     """What observed exits report is what early exit compares with thresholds, along the full model's own answer."""
     with layout(cfg):
-        engine = Engine(LocalExecutor(Worker(make_decoder(cfg, exit_probe))), cfg.exits)
+        engine = Engine(LocalExecutor(Worker(make_decoder(cfg, approximate_heads))), cfg.exits)
         prompts = [PROMPT, [1, 2], [90] * 9]
         full = GenerationParams(max_tokens=4, ignore_eod=True)
         plain = [engine.add(prompt, full) for prompt in prompts]
@@ -210,7 +216,7 @@ def observe(cfg: RunConfig, exit_probe: ExitProbe | None = None) -> None:
                 for one in exits:
                     exact = logits[one.exit_layer][len(prompt) - 1 + index, :VOCAB_SIZE].softmax(-1)
                     assert one.token == exact.argmax() and not one.is_approximate
-                    if exit_probe is None:
+                    if approximate_heads is None:
                         assert one.confidence == pytest.approx(exact.max().item(), rel=1e-4)
                     # Rounding depends on the batch, so not the very next numbers.
                     for threshold, is_taken in ((one.confidence * 0.9999, True), (one.confidence * 1.0001, False)):
@@ -227,9 +233,9 @@ def test_observed_exits_say_what_early_exit_would_compare(head: dict) -> None:
     run_distributed(1, observe, cfg=decoding_config(use_exit_norm=True, **head))
 
 
-@pytest.mark.parametrize("probe", ["shortlist", "int8"])
-def test_observed_exits_behind_an_approximate_head(probe: str) -> None:
-    run_distributed(1, observe, cfg=decoding_config(use_exit_norm=True), exit_probe=CHEAP[probe])
+@pytest.mark.parametrize("kind", ["shortlist", "int8"])
+def test_observed_exits_behind_an_approximate_head(kind: str) -> None:
+    run_distributed(1, observe, cfg=decoding_config(use_exit_norm=True), approximate_heads=CHEAP[kind])
 
 
 def test_observing_needs_the_full_model() -> None:
@@ -256,7 +262,7 @@ def plan(cfg: RunConfig) -> None:
     with layout(cfg):
         decoder = make_decoder(cfg, CHEAP["shortlist"])
         measured = measure_costs(decoder, repetitions=1)
-        assert measured.has_approximate_heads and min(measured.layer_seconds + measured.probe_seconds) > 0
+        assert measured.has_approximate_heads and min(measured.layer_seconds + measured.approximate_seconds) > 0
         scores = np.tile([0.1, 0.9, 0.9], (10, 1))
         engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, exit_scores=scores)
         engine.add(PROMPT, GenerationParams(max_tokens=4, mode="early_exit", exit_thresholds=(0.0,), plan_exits=True))

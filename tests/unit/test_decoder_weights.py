@@ -21,8 +21,8 @@ from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.linear import DenseLinear, Int8Linear
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 from megatron.early_exit.inference.worker.weights import (
+    ApproximateHeads,
     DecoderWeights,
-    ExitProbe,
     check_can_decode,
     decoder_weights,
     num_ids_with_rows,
@@ -118,7 +118,7 @@ def test_costs_of_a_stage_are_those_of_what_it_has(stage: int) -> None:
     costs = measure_costs(decoder, repetitions=1)
     assert min(costs.layer_seconds) > 0 and costs.batch_seconds > 0
     for seconds, is_here in (
-        (costs.probe_seconds, stage in (0, 3)),
+        (costs.approximate_seconds, stage in (0, 3)),
         (costs.exit_head_seconds, stage in (0, 3)),
         (costs.final_head_seconds, stage == 3),
     ):
@@ -171,7 +171,7 @@ def test_everything_is_read_once(style: str, head: str) -> None:
     cfg = decoding_config(**{**HEADS[head], **STYLES[style]})
     opened: list[str] = []
     tensors = reference_tensors(cfg)
-    decoder_weights(recording(tensors, opened), reference_description(cfg), exit_probe=ExitProbe((1, 2)))
+    decoder_weights(recording(tensors, opened), reference_description(cfg), approximate_heads=ApproximateHeads((1, 2)))
     shared = [name for name in tensors if head == "mlp" and ".pre_mlp_layernorm." in name and ".layers.3." not in name]
     assert sorted(opened) == sorted([*tensors, *shared])
 
@@ -277,13 +277,15 @@ def test_ids_of_which_the_model_knows_nothing() -> None:
     assert count(0, 93) == 93
 
 
-@pytest.mark.parametrize("probe", [ExitProbe((90, 1, 2, 40)), ExitProbe(int8=True), ExitProbe((1, 2), int8=True)])
-def test_heads_that_share_a_weight_share_its_approximation(probe: ExitProbe) -> None:
-    weights = read(decoding_config(use_exit_norm=True), exit_probe=probe)
+@pytest.mark.parametrize(
+    "heads", [ApproximateHeads((90, 1, 2, 40)), ApproximateHeads(int8=True), ApproximateHeads((1, 2), int8=True)]
+)
+def test_heads_that_share_a_weight_share_its_approximation(heads: ApproximateHeads) -> None:
+    weights = read(decoding_config(use_exit_norm=True), approximate_heads=heads)
     first, *others = (one.approximate for one in weights.exits)
     assert all(one is first for one in others)
-    assert isinstance(first.linear, Int8Linear) == probe.int8
-    assert (None if first.ids is None else first.ids.tolist()) == (sorted(probe.shortlist) or None)
+    assert isinstance(first.linear, Int8Linear) == heads.int8
+    assert (None if first.ids is None else first.ids.tolist()) == (sorted(heads.shortlist) or None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,10 +12,16 @@ from megatron.early_exit.inference.engine.exit_selection import select_exits, st
 
 
 def costs(
-    layer: float = 1.0, probe: float = 0.0, head: float = 0.0, per_row: float = 0.0, approximate: bool = False
+    layer: float = 1.0,
+    approximate: float = 0.0,
+    head: float = 0.0,
+    per_row: float = 0.0,
+    has_approximate_heads: bool = False,
 ) -> StepCosts:
     rising = lambda cost: tuple(cost * (1 + per_row * (rows - 1)) for rows in ROW_COUNTS)
-    return StepCosts(rising(layer), rising(probe), rising(head), rising(head), has_approximate_heads=approximate)
+    return StepCosts(
+        rising(layer), rising(approximate), rising(head), rising(head), has_approximate_heads=has_approximate_heads
+    )
 
 
 # Of ten tokens five are confident at the first exit, and three more at the second.
@@ -26,9 +32,9 @@ LEAVES = CONFIDENCES >= 0.5
 def test_expected_time_of_one_request() -> None:
     # Ten layers for all tokens; with the exit after layer 2, eight of them for half of the tokens.
     assert step_seconds((), LEAVES, (2, 6), 10, costs(head=4.0)) == pytest.approx(14.0)
-    enabled = step_seconds((0,), LEAVES, (2, 6), 10, costs(probe=3.0, head=4.0))
+    enabled = step_seconds((0,), LEAVES, (2, 6), 10, costs(approximate=3.0, head=4.0))
     assert enabled == pytest.approx(2 + 3 + 0.5 * (8 + 4))
-    both = step_seconds((0, 1), LEAVES, (2, 6), 10, costs(probe=3.0, head=4.0))
+    both = step_seconds((0, 1), LEAVES, (2, 6), 10, costs(approximate=3.0, head=4.0))
     assert both == pytest.approx(2 + 3 + 0.5 * (4 + 3) + 0.2 * (4 + 4))
 
 
@@ -45,8 +51,8 @@ def test_rows_that_waited_are_paid_for() -> None:
     assert enabled == pytest.approx(2 * 1 + 0.5 * 8 * 2)
 
 
-def test_a_probe_is_followed_by_the_exits_own_head() -> None:
-    enabled = step_seconds((0,), LEAVES, (2, 6), 10, costs(probe=1.0, head=4.0, approximate=True))
+def test_an_approximate_head_is_followed_by_the_exits_own_head() -> None:
+    enabled = step_seconds((0,), LEAVES, (2, 6), 10, costs(approximate=1.0, head=4.0, has_approximate_heads=True))
     assert enabled == pytest.approx(2 + 1 + 0.5 * 4 + 0.5 * (8 + 4))
 
 
@@ -60,11 +66,15 @@ def test_many_requests_seldom_leave_together() -> None:
     ("settings", "num_requests", "expected"),
     [
         ({}, 1, (0, 1)),  # evaluating is free
-        ({"probe": 3.0}, 1, (0,)),  # 2 + 3 + 0.5 * 8 = 9.0; the second alone 6 + 3 + 0.2 * 4; both 2 + 3 + 3.5 + 0.8
-        ({"probe": 4.5}, 1, ()),  # more than is won
-        ({"probe": 3.0}, 8, ()),  # somebody always goes on
+        (
+            {"approximate": 3.0},
+            1,
+            (0,),
+        ),  # 2 + 3 + 0.5 * 8 = 9.0; the second alone 6 + 3 + 0.2 * 4; both 2 + 3 + 3.5 + 0.8
+        ({"approximate": 4.5}, 1, ()),  # more than is won
+        ({"approximate": 3.0}, 8, ()),  # somebody always goes on
         ({"per_row": 1.0}, 1, ()),  # rows that wait cost as much later
-        ({"probe": 1.0, "head": 0.0}, 1, (0, 1)),
+        ({"approximate": 1.0, "head": 0.0}, 1, (0, 1)),
     ],
 )
 def test_choice(settings: dict, num_requests: int, expected: tuple[int, ...]) -> None:
@@ -73,7 +83,7 @@ def test_choice(settings: dict, num_requests: int, expected: tuple[int, ...]) ->
 
 def test_thresholds_belong_to_their_exits() -> None:
     assert select_exits(CONFIDENCES, (0.95, 0.5), (2, 6), 10, costs()) == (1,)
-    assert select_exits(CONFIDENCES, (1.0, 1.0), (2, 6), 10, costs(probe=0.1)) == ()
+    assert select_exits(CONFIDENCES, (1.0, 1.0), (2, 6), 10, costs(approximate=0.1)) == ()
 
 
 def test_no_exits_to_choose_from() -> None:

@@ -302,7 +302,7 @@ def test_stages_agree_on_the_ids_that_the_model_knows(tmp_path: Path, num_exits:
     assert [one.vocab_size for one in load_stages(tmp_path / "ck", 4, 93)] == [90] * 4
 
 
-def test_all_stages_say_whether_exits_are_probed_at_less_cost(checkpoint: Path) -> None:
+def test_all_stages_say_whether_exits_are_evaluated_at_less_cost(checkpoint: Path) -> None:
     assert [one.has_approximate_heads for one in load_stages(checkpoint, 2, quantize="exits")] == [True] * 2
     assert [one.has_approximate_heads for one in load_stages(checkpoint, 2)] == [False] * 2
 

@@ -75,7 +75,7 @@ def head_row(head: HeadScores, costs: StepCosts, seed: int) -> Row:
     agrees = np.concatenate(head.agrees)
     agreeing = np.array([[one.sum(), one.size] for one in head.agrees], dtype=float)
     loss = float(-log_probs.mean())
-    in_layers = (costs.final_head(1) if head.is_final else costs.probe(1)) / costs.layer(1)
+    in_layers = (costs.final_head(1) if head.is_final else costs.approximate_head(1)) / costs.layer(1)
     return {
         "layer": head.layer,
         "is_final": head.is_final,

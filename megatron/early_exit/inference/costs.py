@@ -17,7 +17,7 @@ class StepCosts:
     """Seconds, each measured for `ROW_COUNTS` rows of one slot. Exits: of the first; zeros if the model has none."""
 
     layer_seconds: tuple[float, ...]
-    probe_seconds: tuple[float, ...]
+    approximate_seconds: tuple[float, ...]
     """What is evaluated for every row: the approximate head if there is one, else the exit's own."""
     exit_head_seconds: tuple[float, ...]
     final_head_seconds: tuple[float, ...]
@@ -37,8 +37,8 @@ class StepCosts:
     def layer(self, rows: float) -> float:
         return _interpolate(self.layer_seconds, rows)
 
-    def probe(self, rows: float) -> float:
-        return _interpolate(self.probe_seconds, rows)
+    def approximate_head(self, rows: float) -> float:
+        return _interpolate(self.approximate_seconds, rows)
 
     def exit_head(self, rows: float) -> float:
         return _interpolate(self.exit_head_seconds, rows)
@@ -71,7 +71,7 @@ def merged_costs(stages: Sequence[StepCosts], layers_per_stage: Sequence[int]) -
     first = lambda name: next(filter(any, (getattr(one, name) for one in stages)), (0.0,) * len(ROW_COUNTS))
     return StepCosts(
         tuple(layers),
-        first("probe_seconds"),
+        first("approximate_seconds"),
         first("exit_head_seconds"),
         first("final_head_seconds"),
         max(one.batch_seconds for one in stages),

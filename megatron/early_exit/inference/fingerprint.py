@@ -32,7 +32,7 @@ class ExitFingerprint:
     """fp32 or bf16"""
     quantize: str | None
     shortlist: str | None
-    """`Shortlist.digest` of the one that exits are probed with."""
+    """`Shortlist.digest` of the one that exits are evaluated with first."""
     tokenizer: str
     ends: tuple[int, ...]
     """Ids that end an answer, ascending."""

@@ -30,7 +30,7 @@ from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_line
 from megatron.early_exit.inference.worker.placement import AlonePlacement, Placement
 from megatron.early_exit.inference.worker.stage import FlowControl, Stage
 from megatron.early_exit.inference.worker.weights import (
-    ExitProbe,
+    ApproximateHeads,
     check_can_decode,
     decoder_weights,
     num_ids_with_rows,
@@ -73,9 +73,9 @@ class LoadConfig:
     """Memory of each rank for keys and values (GiB); default: 90% of what a GPU has free beside the weights; on the CPU
     4, or half of what is free."""
     quantize: str | None = None
-    """exits: probe exits with weights in int8; all: keep all linear layers in int8. On the CPU."""
+    """exits: evaluate exits first with weights in int8; all: keep all linear layers in int8. On the CPU."""
     shortlist: bool | None = None
-    """Probe exits over the frequent tokens of the checkpoint's shortlist; default if it has few enough."""
+    """Evaluate exits first over the frequent tokens of the checkpoint's shortlist; default if it has few enough."""
     cuda_graphs: bool = True
     """Start the kernels of several layers at once where that can be done."""
 
@@ -178,7 +178,7 @@ class InferenceCheckpoint:
         return choose_cache_size(token_bytes, memory, longest, config.max_requests, config.max_length)
 
     def shortlist(self, num_ids: int) -> Shortlist | None:
-        """The frequent tokens that exits are probed with; None: with all. num_ids: of the tokenizer."""
+        """The frequent tokens that exits are evaluated with first; None: with all. num_ids: of the tokenizer."""
         is_wanted = self.config.shortlist
         if is_wanted is None:
             is_wanted = self._shortlist is not None and 2 * len(self._shortlist.ids) <= num_ids
@@ -197,10 +197,10 @@ class InferenceCheckpoint:
             ends=tuple(sorted(tokenizer.ends)),
         )
 
-    def _exit_probe(self, num_ids: int) -> ExitProbe | None:
+    def _approximate_heads(self, num_ids: int) -> ApproximateHeads | None:
         shortlist, is_int8 = self.shortlist(num_ids), self.config.quantize == "exits"
         ids = () if shortlist is None else tuple(shortlist.ids.tolist())
-        return ExitProbe(ids, is_int8) if ids or is_int8 else None
+        return ApproximateHeads(ids, is_int8) if ids or is_int8 else None
 
     def load_decoder(self, num_ids: int, placement: Placement = _ALONE) -> Decoder:
         """Read this rank's weights and take the memory for keys and values. All ranks call it together.
@@ -220,7 +220,7 @@ class InferenceCheckpoint:
                 device=device(),
                 dtype=self.dtype,
                 make_linear=Int8Linear if self.config.quantize == "all" else fastest_linear,
-                exit_probe=self._exit_probe(num_ids),
+                approximate_heads=self._approximate_heads(num_ids),
             )
         speaks = tp.rank == 0 and self._stage == self._largest_stage
         size = self._agreed_cache_size(placement, speaks)

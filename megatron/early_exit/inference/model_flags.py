@@ -36,10 +36,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="without progress for so long, worker processes count as dead; default 60",
     )  # fmt: skip
     model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: that of the training")
-    model.add_argument("--quantize", choices=("exits", "all"), help="int8 weights: to probe exits, or for everything")
+    model.add_argument(
+        "--quantize", choices=("exits", "all"), help="int8 weights: to evaluate exits first, or for everything"
+    )
     model.add_argument(
         "--shortlist", action=argparse.BooleanOptionalAction,
-        help="probe exits with frequent tokens only; default: if the checkpoint is calibrated",
+        help="evaluate exits with frequent tokens first; default: if the checkpoint is calibrated",
     )  # fmt: skip
     model.add_argument("--max-requests", type=int, metavar="N", help="prompts that run at once; default: at most 16")
     model.add_argument(

@@ -61,7 +61,7 @@ class WorkerDescription(msgspec.Struct, frozen=True):
     """Memory for the keys and values of one position, on each rank; `num_slots` times `num_positions` of them are
     taken."""
     has_approximate_heads: bool = False
-    """Whether exits are probed by something cheaper than their own heads."""
+    """Whether exits are evaluated first by something cheaper than their own heads."""
     layers_per_stage: tuple[int, ...] = ()
     """Of each pipeline stage; empty: one stage has all."""
 

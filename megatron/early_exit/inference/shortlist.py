@@ -1,5 +1,5 @@
-"""The frequent tokens of a corpus, with which exits are probed first. `tools/evaluate.py calibrate` counts them; they
-lie in the folder of the checkpoint."""
+"""The frequent tokens of a corpus, with which exits are evaluated first. `tools/evaluate.py calibrate` counts them;
+they lie in the folder of the checkpoint."""
 
 from __future__ import annotations
 

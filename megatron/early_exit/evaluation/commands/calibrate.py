@@ -57,9 +57,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument_group("shortlist").add_argument(
         "--shortlist-size", type=int, metavar="N",
-        help="with --data-path: count the corpus's N most frequent tokens, with which exits are probed first from then "
-        "on (a sixth of the vocabulary is a good size); certificates of another shortlist, or of none, hold no more; "
-        "default: the shortlist stays as it is",
+        help="with --data-path: count the corpus's N most frequent tokens, with which exits are evaluated first from "
+        "then on (a sixth of the vocabulary is a good size); certificates of another shortlist, or of none, hold no "
+        "more; default: the shortlist stays as it is",
     )  # fmt: skip
     parser.set_defaults(run=run)
 

@@ -49,7 +49,7 @@ class DraftLength:
         """Of each request."""
         costs, acceptance, verified = self._costs, self.acceptance, num_requests * (length + 1)
         tokens = sum(acceptance**i for i in range(length + 1))
-        shallow = (length + 1) * self._depth * costs.layer(num_requests) + length * costs.probe(num_requests)
+        shallow = (length + 1) * self._depth * costs.layer(num_requests) + length * costs.approximate_head(num_requests)
         deep = (self._num_layers - self._depth) * costs.layer(verified) + costs.final_head(verified)
         return tokens / (shallow + deep + (length + 1) * costs.batch_seconds)
 

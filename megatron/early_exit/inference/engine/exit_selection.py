@@ -66,7 +66,7 @@ def step_seconds(
         evaluated = num_requests * goes_on / runs  # rows that have not left, in a step in which there are some
         if index is None:
             return seconds + runs * costs.final_head(evaluated)
-        seconds += runs * costs.probe(evaluated)
+        seconds += runs * costs.approximate_head(evaluated)
         leaves = staying & would_leave[:, index]
         if costs.has_approximate_heads:
             # The exit's own head gives the token.

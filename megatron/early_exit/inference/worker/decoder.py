@@ -145,10 +145,10 @@ class Decoder:
 
     @property
     def has_approximate_heads(self) -> bool:
-        """Whether `probe_exit` is cheaper, and says less, than `exit_output`, here and on other stages."""
+        """Whether `approximate_output` is cheaper, and says less, than `exit_output`, here and on other stages."""
         return self.weights.has_approximate_heads
 
-    def probe_exit(self, exit_index: int, hidden: Tensor) -> HeadOutput:
+    def approximate_output(self, exit_index: int, hidden: Tensor) -> HeadOutput:
         """What decides whether an exit may be taken, or is drafted from: its approximate head, or its own.
 
         Over a shortlist without the best token it tells less than the exit's own head; with it, the confidence

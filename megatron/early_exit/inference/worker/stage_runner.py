@@ -349,7 +349,7 @@ class StageRunner:
         An approximate head only says which rows may leave: the exit's own head then decides, and gives the token; so
         the confidence that counts is the smaller of both, and an exit that is observed reports that one. Drafts come
         from the approximate head, since they are verified anyway. states: [wanted, h]"""
-        output = self.decoder.probe_exit(index, states)
+        output = self.decoder.approximate_output(index, states)
         is_approximate = self.decoder.has_approximate_heads
         taken = [one for one in wanted if one.scheduled.gives_draft]
         candidates = []

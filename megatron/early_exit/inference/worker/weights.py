@@ -77,7 +77,7 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
-class ExitProbe:
+class ApproximateHeads:
     """How exits are evaluated at less cost than with their own heads."""
 
     shortlist: tuple[int, ...] = ()
@@ -144,7 +144,7 @@ class DecoderWeights:
     vocab_rows: int
     """Of an output weight on this rank; the same on all ranks, the last of which may have padding."""
     has_approximate_heads: bool
-    """Whether exits of the model, which other stages may have, are probed by something cheaper than their own heads."""
+    """Whether exits of the model, which other stages may have, are evaluated first by something cheaper."""
     tp: TensorParallel
     dtype: torch.dtype
     device: torch.device
@@ -218,14 +218,14 @@ def decoder_weights(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     make_linear: MakeLinear = fastest_linear,
-    exit_probe: ExitProbe | None = None,
+    approximate_heads: ApproximateHeads | None = None,
 ) -> DecoderWeights:
     """Read this rank's part of a model; beside the result, one tensor is in memory at a time.
 
     tensors: all parameters of the model that `description` describes (`checkpoint.parameters.expected_shapes`); what
     needs no change is shared with them. layers: indices from 0, default all. device: default the CPU. dtype: of weights
-    and computation, default that of the parameters. make_linear: (weight, bias) -> the linear layer to use. exit_probe:
-    approximate heads for the exits.
+    and computation, default that of the parameters. make_linear: (weight, bias) -> the linear layer to use.
+    approximate_heads: of the exits.
     Raises ValueError if the ranks cannot share the weights, and whatever reading a tensor raises."""
     tp = tp or TensorParallel()
     check_can_decode(description.model, tp.size)
@@ -234,7 +234,7 @@ def decoder_weights(
         raise ValueError(f"layers is {layers}; the model has the layers 0 to {description.model.num_layers - 1}")
     device = device or torch.device("cpu")
     dtype = dtype or tensors[WORD_EMBEDDING].dtype
-    return _Reader(tensors, description, layers, tp, device, dtype, make_linear, exit_probe).read()
+    return _Reader(tensors, description, layers, tp, device, dtype, make_linear, approximate_heads).read()
 
 
 class _Reader:
@@ -249,10 +249,10 @@ class _Reader:
         device: torch.device,
         dtype: torch.dtype,
         make_linear: MakeLinear,
-        exit_probe: ExitProbe | None,
+        approximate_heads: ApproximateHeads | None,
     ) -> None:
         self._tensors, self._layers, self._tp, self._device, self._dtype = tensors, layers, tp, device, dtype
-        self._make_linear, self._exit_probe = make_linear, exit_probe
+        self._make_linear, self._approximate_heads = make_linear, approximate_heads
         self._description, self._model, self._exits = description, description.model, description.exits
         self._vocab_rows = -(-description.padded_vocab_size // tp.size)
         self._output_name = _output_name(self._model)
@@ -269,8 +269,8 @@ class _Reader:
         if is_first and model.position_embedding_type == "learned_absolute":
             positions = self._converted(self._tensors[POSITION_EMBEDDING].read())
         if _needs_output_weight(self._description, self._layers):
-            is_probed = bool(numbers) and not self._exits.untie_exit_output_weights
-            self._read_head(self._output_name, is_probed, embedding)
+            is_approximated = bool(numbers) and not self._exits.untie_exit_output_weights
+            self._read_head(self._output_name, is_approximated, embedding)
         return DecoderWeights(
             description=self._description,
             first_layer=self._layers.start,
@@ -283,7 +283,7 @@ class _Reader:
             output=self._heads[self._output_name][0] if is_last else None,
             num_output_rows=self._num_output_rows,
             vocab_rows=self._vocab_rows,
-            has_approximate_heads=self._exit_probe is not None and self._exits.num_exits > 0,
+            has_approximate_heads=self._approximate_heads is not None and self._exits.num_exits > 0,
             tp=self._tp,
             dtype=self._dtype,
             device=self._device,
@@ -373,7 +373,7 @@ class _Reader:
         output_name = self._output_name
         if self._exits.untie_exit_output_weights:
             output_name = f"{layer}{EXIT_HEAD}{OUTPUT_WEIGHT}"
-            self._read_head(output_name, is_probed=True)
+            self._read_head(output_name, is_approximated=True)
         output, approximate = self._heads[output_name]
         has_mlp = self._exits.use_exit_mlp
         return ExitWeights(
@@ -391,11 +391,11 @@ class _Reader:
 
     # Weights with a row for each id.
 
-    def _read_head(self, name: str, is_probed: bool, embedding: Tensor | None = None) -> None:
+    def _read_head(self, name: str, is_approximated: bool, embedding: Tensor | None = None) -> None:
         """embedding: what is read already, if it may be the weight `name`."""
         weight = embedding if embedding is not None and name == WORD_EMBEDDING else self._vocabulary_rows(name)
-        probe = self._exit_probe if is_probed else None
-        approximate = None if probe is None else self._approximate_head(weight, probe)
+        kind = self._approximate_heads if is_approximated else None
+        approximate = None if kind is None else self._approximate_head(weight, kind)
         self._heads[name] = (self._make_linear(weight, None), approximate)
 
     def _vocabulary_rows(self, name: str) -> Tensor:
@@ -408,13 +408,13 @@ class _Reader:
             mine = torch.cat([mine, mine.new_zeros(self._vocab_rows - len(mine), mine.size(1))])
         return self._converted(mine)
 
-    def _approximate_head(self, weight: Tensor, probe: ExitProbe) -> ApproximateHead:
+    def _approximate_head(self, weight: Tensor, kind: ApproximateHeads) -> ApproximateHead:
         """weight: this rank's rows"""
-        make_linear = Int8Linear if probe.int8 else self._make_linear
-        if not probe.shortlist:
+        make_linear = Int8Linear if kind.int8 else self._make_linear
+        if not kind.shortlist:
             return ApproximateHead(make_linear(weight, None), None, None)
         rows, rank = self._vocab_rows, self._tp.rank
-        ids = torch.tensor(sorted(set(probe.shortlist)))
+        ids = torch.tensor(sorted(set(kind.shortlist)))
         num_columns = int(torch.bincount(ids // rows).max())  # of the rank that holds most of them
         mine = ids[ids // rows == rank] - rank * rows
         local = torch.cat([mine, mine.new_zeros(num_columns - len(mine))]).to(weight.device)
