@@ -137,6 +137,7 @@ def merged_exits(present: ExitConfig, wanted: ExitConfig, layers: tuple[int, ...
         return wanted
     weight = lambda exits, layer: exits.weights_at(10**12)[exits.exit_layer_nums.index(layer)]
     temperature = lambda exits, layer: exits.temperature_of(exits.exit_layer_nums.index(layer))
+    token_fraction = lambda exits, layer: exits.token_fraction_of(exits.exit_layer_nums.index(layer))
     owner = {layer: wanted if layer in wanted.exit_layer_nums else present for layer in layers}
     return replace(
         wanted,
@@ -145,6 +146,7 @@ def merged_exits(present: ExitConfig, wanted: ExitConfig, layers: tuple[int, ...
         exit_layer_weight_init=(),
         exit_layer_weight_warmup_iters=0,
         exit_layer_temperature=tuple(temperature(owner[layer], layer) for layer in layers),
+        exit_loss_token_fraction=tuple(token_fraction(owner[layer], layer) for layer in layers),
     )
 
 
@@ -158,4 +160,5 @@ def exits_of_layers(exits: ExitConfig, layers: tuple[int, ...]) -> ExitConfig:
         exit_layer_weight=of(exits.exit_layer_weight),
         exit_layer_weight_init=of(exits.exit_layer_weight_init),
         exit_layer_temperature=of(exits.exit_layer_temperature),
+        exit_loss_token_fraction=of(exits.exit_loss_token_fraction),
     )

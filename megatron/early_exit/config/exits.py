@@ -50,6 +50,10 @@ class ExitConfig:
     use_dynamic_exit_layer_weight: bool = False
     """Weigh every token's exit loss by the exit's own largest probability (without gradient)."""
 
+    exit_loss_token_fraction: tuple[float, ...] = ()
+    """Compute each exit's loss in training on this fraction of a microbatch's tokens, drawn anew every time and scaled
+    so that gradients are those of all tokens on average; one value for all exits, or one for each. Default: 1.0."""
+
     @property
     def num_exits(self) -> int:
         return len(self.exit_layer_nums)
@@ -75,8 +79,20 @@ class ExitConfig:
 
     def temperature_of(self, exit_index: int) -> float:
         """Softmax temperature of the exit with index `exit_index`."""
-        if not self.exit_layer_temperature:
-            return 1.0
-        if len(self.exit_layer_temperature) == 1:
-            return self.exit_layer_temperature[0]
-        return self.exit_layer_temperature[exit_index]
+        return _value_of(self.exit_layer_temperature, exit_index)
+
+    def token_fraction_of(self, exit_index: int) -> float:
+        """Fraction of the tokens that the exit with index `exit_index` learns from."""
+        return _value_of(self.exit_loss_token_fraction, exit_index)
+
+
+def _value_of(values: tuple[float, ...], exit_index: int) -> float:
+    """One of values that are given for all exits, for each, or not (1.0)."""
+    if not values:
+        return 1.0
+    return values[0] if len(values) == 1 else values[exit_index]
+
+
+def num_sampled_tokens(fraction: float, num_tokens: int) -> int:
+    """Of `num_tokens` unmasked ones (at least 1), how many an exit with this token fraction learns from."""
+    return max(1, round(fraction * num_tokens))

@@ -32,6 +32,9 @@ class BuildConfig:
     distillation_share: float = 0.0
     """Share of the exits' loss that is the divergence from the final head."""
 
+    seed: int = 0
+    """Of the tokens that exits with a token fraction learn from."""
+
     @property
     def num_built_layers(self) -> int:
         """Layers that are built: all, or with --tune-exit those up to the last exit."""
@@ -72,6 +75,7 @@ class RunSettings:
             parallel=self.parallel,
             tunes_exits=self.training.tune_exit,
             distillation_share=self.training.tune_exit_distillation,
+            seed=self.training.seed,
         )
 
     @property

@@ -209,11 +209,18 @@ def _exit_problems(cfg: RunSettings) -> Iterator[str]:
             f"--exit-layer-weight-init {_words(exits.exit_layer_weight_init)} is never used without"
             " --exit-layer-weight-warmup-iters: give the number of iterations, or leave it out"
         )
-    temperatures = exits.exit_layer_temperature
-    if len(temperatures) not in (0, 1, count):
-        yield f"--exit-layer-temperature has {len(temperatures)} values for {count} exits: give 1 or {count}"
+    for name in ("exit_layer_temperature", "exit_loss_token_fraction"):
+        values = getattr(exits, name)
+        if len(values) not in (0, 1, count):
+            yield f"{flag(name)} has {len(values)} values for {count} exits: give 1 or {count}"
+    temperatures, fractions = exits.exit_layer_temperature, exits.exit_loss_token_fraction
     if any(temperature <= 0 for temperature in temperatures):
         yield f"--exit-layer-temperature {_words(temperatures)}: logits are divided by it, it must be greater than 0"
+    if not all(0 < fraction <= 1 for fraction in fractions):
+        yield (
+            f"--exit-loss-token-fraction {_words(fractions)}: a fraction of the tokens is greater than 0 and at most 1;"
+            " --exit-layer-weight 0 turns an exit's loss off"
+        )
     if exits.use_exit_mlp and exits.pre_exit:
         yield (
             "--use-exit-mlp with --pre-exit: the MLP branch stands beside its layer's own MLP, before which a pre-exit"

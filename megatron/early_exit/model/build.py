@@ -134,8 +134,9 @@ def build_model(config: RunConfig | BuildConfig, vocab_size: int, *, wrap_with_d
     parallel, tunes_exits = build.parallel, build.tunes_exits
     core_config = transformer_config(build)
     exit_losses = ExitLosses(
-        build.exits, parallel.calculate_per_token_loss, device(), distillation_share=build.distillation_share
-    )
+        build.exits, parallel.calculate_per_token_loss, device(), distillation_share=build.distillation_share,
+        seed=build.seed,
+    )  # fmt: skip
     num_chunks = parallel.num_model_chunks(build.model.num_layers)
     chunks = [
         _build_chunk(build, core_config, exit_losses, vocab_size, vp_stage if num_chunks > 1 else None)

@@ -64,20 +64,55 @@ def cross_entropy_sums(
     """
     if sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
-        if teacher is not None:
-            with torch.no_grad():
-                whole = gather_from_sequence_parallel_region(teacher.hidden_states, group=tp_group)
-            teacher = teacher._replace(hidden_states=whole)
     else:
         hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
     if teacher is not None:
-        teacher = teacher._replace(hidden_states=teacher.hidden_states.flatten(0, 1))
-    sequence_length, batch_size, hidden_size = hidden_states.shape
-    # [b, s] -> [s * b]: the order of the hidden states. No copy of the hidden states is made.
-    labels = labels.t().reshape(-1)
-    loss_mask = loss_mask.t().reshape(-1).float()
+        whole = whole_hidden_states(teacher, tp_group, sequence_parallel)
+        teacher = teacher._replace(hidden_states=whole.flatten(0, 1))
+    return cross_entropy_of_rows(
+        hidden_states.flatten(0, 1),
+        weight,
+        # [b, s] -> [s * b]: the order of the hidden states. No copy of the hidden states is made.
+        labels.t().reshape(-1),
+        loss_mask.t().reshape(-1).float(),
+        teacher=teacher,
+        tp_group=tp_group,
+        temperature=temperature,
+        weigh_by_confidence=weigh_by_confidence,
+        gradient_scale=gradient_scale,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+@torch.no_grad()
+def whole_hidden_states(
+    teacher: Teacher, tp_group: torch.distributed.ProcessGroup, sequence_parallel: bool
+) -> Tensor:
+    """[s, b, h] of a teacher whose sequences TP ranks may share."""
+    if not sequence_parallel:
+        return teacher.hidden_states
+    return gather_from_sequence_parallel_region(teacher.hidden_states, group=tp_group)
+
+
+def cross_entropy_of_rows(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    teacher: Teacher | None = None,
+    tp_group: torch.distributed.ProcessGroup,
+    temperature: float = 1.0,
+    weigh_by_confidence: bool = False,
+    gradient_scale: Tensor | float = 1.0,
+    chunk_tokens: int | None = None,
+) -> LossSums:
+    """`cross_entropy_sums` of tokens that all TP ranks hold: hidden_states (and those of the teacher) [tokens, h];
+    labels, loss_mask: [tokens].
+
+    The gradient of the hidden states is this TP rank's part of a sum, which is the caller's to take."""
     objective, statistics = _ChunkedCrossEntropy.apply(
-        hidden_states.reshape(sequence_length * batch_size, hidden_size),
+        hidden_states,
         weight,
         labels,
         loss_mask,

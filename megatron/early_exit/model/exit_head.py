@@ -10,12 +10,23 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron.early_exit.model.cross_entropy import LossSums, Teacher, cross_entropy_sums
+from megatron.early_exit.model.cross_entropy import (
+    LossSums,
+    Teacher,
+    cross_entropy_of_rows,
+    cross_entropy_sums,
+    whole_hidden_states,
+)
+from megatron.early_exit.model.token_sampling import SampledTokens
 
 
 @dataclass(frozen=True)
@@ -95,15 +106,22 @@ class ExitHead(MegatronModule):
         hidden_states: [s, b, h] (or this TP rank's part of the sequence): the layer's output (its input with
         pre-exit); for an MLP branch the residual after attention. pre_mlp_norm: the owning layer's norm before its MLP
         (MLP branch). layer_arguments: what the owning layer was called with: mask and rotary embedding (block)."""
+        return self._normalised(self._branch(hidden_states, pre_mlp_norm, **layer_arguments))
+
+    def _branch(
+        self, hidden_states: Tensor, pre_mlp_norm: torch.nn.Module | None = None, **layer_arguments: Any
+    ) -> Tensor:
+        """Hidden states after the block or the MLP branch, if there is one."""
         if self.block is not None:
             hidden_states, _ = self.block(hidden_states=hidden_states, **layer_arguments)
         if self.mlp is not None:
             branch = self.mlp(pre_mlp_norm(hidden_states))
             add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
             hidden_states = add(branch, hidden_states, self.config.hidden_dropout)
-        if self.norm is not None:
-            hidden_states = self.norm(hidden_states)
         return hidden_states
+
+    def _normalised(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states if self.norm is None else self.norm(hidden_states)
 
     def loss(
         self,
@@ -113,21 +131,60 @@ class ExitHead(MegatronModule):
         gradient_scale: Tensor,
         pre_mlp_norm: torch.nn.Module | None = None,
         teacher: Teacher | None = None,
+        tokens: SampledTokens | None = None,
         **layer_arguments: Any,
     ) -> LossSums:
-        """The exit's cross-entropy over one microbatch; arguments as in `forward` and `cross_entropy_sums`."""
+        """The exit's cross-entropy over one microbatch; arguments as in `forward` and `cross_entropy_sums`.
+
+        tokens: estimate it from these; a block or MLP branch sees all tokens, norm and output projection these alone.
+        Their statistics are then unscaled."""
+        hidden_states = self._branch(hidden_states, pre_mlp_norm, **layer_arguments)
+        settings = {
+            "tp_group": self.tp_group, "temperature": self.spec.temperature,
+            "weigh_by_confidence": self.spec.weigh_by_confidence,
+        }  # fmt: skip
+        if tokens is not None:
+            return self._loss_of_tokens(hidden_states, tokens, gradient_scale, teacher, settings)
         return cross_entropy_sums(
-            self(hidden_states, pre_mlp_norm, **layer_arguments),
+            self._normalised(hidden_states),
             self.output_weight,
             labels,
             loss_mask,
-            tp_group=self.tp_group,
             sequence_parallel=self.config.sequence_parallel,
-            temperature=self.spec.temperature,
-            weigh_by_confidence=self.spec.weigh_by_confidence,
             gradient_scale=gradient_scale,
             teacher=teacher,
+            **settings,
         )
+
+    def _loss_of_tokens(
+        self,
+        hidden_states: Tensor,
+        tokens: SampledTokens,
+        gradient_scale: Tensor,
+        teacher: Teacher | None,
+        settings: dict[str, Any],
+    ) -> LossSums:
+        sequence_parallel = self.config.sequence_parallel
+        # With sequence parallelism gradients are summed over TP ranks where sequences were gathered, and those of the
+        # norm, whose rows all ranks have here, where core sums those of norms. Without, all ranks need whole ones.
+        if sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.tp_group)
+        hidden_states = self._normalised(tokens.rows_of(hidden_states))
+        if not sequence_parallel:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=self.tp_group)
+        if teacher is not None:
+            whole = whole_hidden_states(teacher, self.tp_group, sequence_parallel)
+            teacher = teacher._replace(hidden_states=tokens.rows_of(whole))
+        sums = cross_entropy_of_rows(
+            hidden_states,
+            self.output_weight,
+            tokens.labels,
+            tokens.loss_mask,
+            gradient_scale=gradient_scale * tokens.weight,
+            teacher=teacher,
+            **settings,
+        )
+        return sums._replace(objective=sums.objective * tokens.weight)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

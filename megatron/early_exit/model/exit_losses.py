@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.model.cross_entropy import LossSums, Teacher
+from megatron.early_exit.model.token_sampling import SampledTokens, draw_tokens
 
 FINAL = "final"
 """Name of the hidden states that the final output projection reads, among those that can be captured."""
@@ -27,7 +28,8 @@ class ExitLosses:
     layer runs again when another microbatch is current.
 
     statistics: [exits + 1, 3], fp64: for every exit in order, and last for the final head, the sum of losses, the
-    number of tokens and the number of correct predictions since `reset_statistics`.
+    number of tokens and the number of correct predictions since `reset_statistics`. Where an exit learns from some of
+    the tokens, these are what is counted, unscaled.
     """
 
     def __init__(
@@ -36,9 +38,12 @@ class ExitLosses:
         calculate_per_token_loss: bool,
         device: torch.device,
         distillation_share: float = 0.0,
+        seed: int = 0,
     ) -> None:
-        """distillation_share: of the loss of exits that are tuned, the part that follows the final head."""
+        """distillation_share: of the loss of exits that are tuned, the part that follows the final head. seed: of the
+        tokens that exits learn from."""
         self.exits = exits
+        self._seed, self._iteration = seed, 0
         self.distillation_share = distillation_share
         self._deferred_to_teacher: list[Callable[[Teacher], None]] = []
         self.calculate_per_token_loss = calculate_per_token_loss
@@ -63,13 +68,23 @@ class ExitLosses:
         weights: tuple[float, ...] | None = None,
         grad_scale_func: Callable[[Tensor], Tensor] | None = None,
         is_tuning: bool = False,
+        iteration: int = 0,
     ) -> None:
         """Set what holds for the next call of the schedule. grad_scale_func: the optimizer's `scale_loss`, or None.
-        is_tuning: layers run without gradients, and every exit's gradients are taken where its loss is (`tune`)."""
+        is_tuning: layers run without gradients, and every exit's gradients are taken where its loss is (`tune`).
+        iteration: number of finished ones, on which the tokens that exits learn from depend."""
         self.is_tuning = is_tuning
+        self._iteration = iteration
         self.num_microbatches = num_microbatches
         self.weights = self.exits.weights_at(0) if weights is None else weights
         self.grad_scale_func = grad_scale_func
+
+    def draw_tokens(self, exit_index: int, labels: Tensor, loss_mask: Tensor) -> SampledTokens | None:
+        """The tokens of a microbatch that an exit learns from in this iteration; None: all. labels, loss_mask: [b, s]"""
+        fraction = self.exits.token_fraction_of(exit_index)
+        if fraction == 1.0:
+            return None
+        return draw_tokens(labels, loss_mask, fraction, (self._seed, self._iteration, exit_index))
 
     def gradient_scale(self, loss_mask: Tensor) -> Tensor:
         """Factor between a sum of token losses and the objective whose gradient is taken: loss scale, mean over the

@@ -91,7 +91,11 @@ class EarlyExitTransformerLayer(TransformerLayer):
         exit_index = self.exit_head.spec.exit_index
 
         def compute(hidden_states: Tensor, gradient_scale: Tensor, **teacher: Teacher) -> LossSums:
-            return self.exit_head.loss(hidden_states, labels, loss_mask, gradient_scale, **teacher, **head_arguments)
+            # Validation is over all tokens.
+            tokens = self.exit_losses.draw_tokens(exit_index, labels, loss_mask) if self.exit_head.training else None
+            return self.exit_head.loss(
+                hidden_states, labels, loss_mask, gradient_scale, tokens=tokens, **teacher, **head_arguments
+            )
 
         if self.exit_losses.is_tuning:
             self.exit_losses.tune(hidden_states, exit_index, loss_mask, compute, self.config.sequence_parallel)

@@ -263,6 +263,7 @@ def _one_iteration(run: Run, iterators: list[Iterator[Batch] | None]) -> StepRes
         num_microbatches=microbatches.count,
         micro_batch_size=config.training.micro_batch_size,
         seq_length=config.training.seq_length,
+        iteration=state.iteration,
         has_hidden_states=run.caching is not None,
         planned=run.planned,
     )

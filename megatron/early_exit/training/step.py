@@ -76,15 +76,18 @@ def accumulate_gradients(
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
+    iteration: int = 0,
     has_hidden_states: bool = False,
     planned: PlannedPipeline | None = None,
 ) -> None:
     """Gradients of one global batch, reduced over the ranks: of everything, or of the exits if these are tuned.
 
-    has_hidden_states: batches bring what the frozen layers make of them, which do not run then. planned: follow its
+    iteration: number of finished ones. has_hidden_states: batches bring what the frozen layers make of them, which do not run then. planned: follow its
     plan, not core's schedule; each iterator then draws as many batches as the plan has microbatches, fill included."""
     tunes = model.tunes_exits
-    model.exit_losses.begin_iteration(num_microbatches, exit_weights, model.config.grad_scale_func, is_tuning=tunes)
+    model.exit_losses.begin_iteration(
+        num_microbatches, exit_weights, model.config.grad_scale_func, is_tuning=tunes, iteration=iteration
+    )
     with torch.set_grad_enabled(not tunes):
         sizes = {
             "num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size, "seq_length": seq_length
@@ -108,6 +111,7 @@ def train_step(
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
+    iteration: int = 0,
     has_hidden_states: bool = False,
     planned: PlannedPipeline | None = None,
 ) -> StepResult:
@@ -122,6 +126,7 @@ def train_step(
         num_microbatches=num_microbatches,
         micro_batch_size=micro_batch_size,
         seq_length=seq_length,
+        iteration=iteration,
         has_hidden_states=has_hidden_states,
         planned=planned,
     )
