@@ -52,6 +52,29 @@ def make_batches(
     return batches
 
 
+def drawn_token_weights(labels: Tensor, loss_mask: Tensor, fraction: float, key: tuple[int, int, int]) -> Tensor:
+    """[b, s]: n / n' at the tokens that an exit learns from, 0 elsewhere. In integers of Python, by the definition.
+
+    key: (seed, iteration, exit); labels, loss_mask: [b, s]"""
+    modulus = 2**64
+
+    def mix(value: int) -> int:
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % modulus
+        value = (value ^ value >> 27) * 0x94D049BB133111EB % modulus
+        return value ^ value >> 31
+
+    in_order = labels.t().flatten().tolist()  # as hidden states [s, b, h]
+    state = sum(mix((mix(place) + label) % modulus) for place, label in enumerate(in_order, start=1)) % modulus
+    for number in key:
+        state = mix((state + number) % modulus)
+    numbers = [mix((state + place * 0x9E3779B97F4A7C15) % modulus) for place in range(1, len(in_order) + 1)]
+    unmasked = [row for row, mask in enumerate(loss_mask.t().flatten().tolist()) if mask]
+    drawn = sorted(unmasked, key=lambda row: numbers[row])[: max(1, round(fraction * len(unmasked)))]
+    weights = torch.zeros(len(in_order))
+    weights[drawn] = len(unmasked) / max(len(drawn), 1)
+    return weights.view(labels.t().shape).t()
+
+
 class ReferenceModel:
     """Losses of all exits and of the final head for one microbatch."""
 
@@ -159,29 +182,42 @@ class ReferenceModel:
         logits.append(self.norm("decoder.final_layernorm", x) @ self.output_weight().t())
         return logits
 
-    def losses(self, batch: ReferenceBatch) -> tuple[list[Tensor], list[Tensor]]:
+    def token_weights(self, batch: ReferenceBatch, head: int, iteration: int) -> Tensor:
+        """[b, s]: how often each unmasked token counts in the loss of an exit, or (last) of the final head."""
+        exits = self.cfg.exits
+        if head == exits.num_exits or exits.token_fraction_of(head) == 1.0:
+            return torch.ones_like(batch.loss_mask)
+        key = (self.cfg.training.seed, iteration, head)
+        return drawn_token_weights(batch.labels, batch.loss_mask, exits.token_fraction_of(head), key)
+
+    def losses(self, batch: ReferenceBatch, iteration: int = 0) -> tuple[list[Tensor], list[Tensor]]:
         """(sums that are differentiated, plain sums of losses), one for every exit and last the final head."""
         objectives, plain = [], []
         for position, logits in enumerate(self.logits(batch)):
             token_losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
             token_losses = token_losses.view(batch.labels.shape) * batch.loss_mask
-            plain.append(token_losses.sum().detach())
+            token_weights = self.token_weights(batch, position, iteration)
+            plain.append((token_losses * (token_weights > 0)).sum().detach())
             is_exit = position < self.cfg.exits.num_exits
             if is_exit and self.cfg.exits.use_dynamic_exit_layer_weight:
                 token_losses = token_losses * logits.softmax(-1).amax(-1).detach()
-            objectives.append(token_losses.sum())
+            objectives.append((token_losses * token_weights).sum())
         return objectives, plain
 
-    def gradients(self, batches: list[ReferenceBatch], weights: tuple[float, ...]) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients of the objective over a global batch, and [exits + 1] mean losses in nats per token."""
+    def gradients(
+        self, batches: list[ReferenceBatch], weights: tuple[float, ...], iteration: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients of the objective over a global batch, and [exits + 1] mean losses in nats per token that counts."""
         sums, tokens = 0.0, 0.0
         total_tokens = sum(batch.loss_mask.sum() for batch in batches)
         for batch in batches:
-            objectives, plain = self.losses(batch)
+            objectives, plain = self.losses(batch, iteration)
             objective = sum(w * o for w, o in zip((*weights, 1.0), objectives, strict=True))
             divisor = batch.loss_mask.sum().clamp(min=1) * len(batches)
             if self.cfg.parallel.calculate_per_token_loss:
                 divisor = total_tokens
             (objective / divisor).backward()
-            sums, tokens = sums + torch.stack(plain), tokens + batch.loss_mask.sum()
+            heads = [self.token_weights(batch, head, iteration) for head in range(len(plain))]
+            counted = [(batch.loss_mask * (token_weights > 0)).sum() for token_weights in heads]
+            sums, tokens = sums + torch.stack(plain), tokens + torch.stack(counted)
         return {name: value.grad for name, value in self.params.items()}, sums / tokens

@@ -122,10 +122,15 @@ def reduced_statistics(model: Model) -> Tensor:
 
 
 def run_batches(
-    cfg: RunConfig, model: Model, batches: list[ReferenceBatch], weights: tuple[float, ...], forward_only: bool = False
+    cfg: RunConfig,
+    model: Model,
+    batches: list[ReferenceBatch],
+    weights: tuple[float, ...],
+    forward_only: bool = False,
+    iteration: int = 0,
 ) -> None:
     mine = my_batches(batches)
-    model.exit_losses.begin_iteration(len(mine), weights, model.config.grad_scale_func)
+    model.exit_losses.begin_iteration(len(mine), weights, model.config.grad_scale_func, iteration=iteration)
     run_schedule(
         model,
         iterators(model, mine),
@@ -160,9 +165,9 @@ def compare_with_reference(
             batches = make_batches(cfg, VOCAB_SIZE, num_microbatches, seed=iteration, masked=masked)
             if attention_mask is not None:
                 batches = [batch._replace(attention_mask=attention_mask) for batch in batches]
-            run_batches(cfg, model, batches, weights)
+            run_batches(cfg, model, batches, weights, iteration=iteration)
             reference = ReferenceModel(cfg, VOCAB_SIZE)
-            gradients, losses = reference.gradients(batches, weights)
+            gradients, losses = reference.gradients(batches, weights, iteration)
             statistics = reduced_statistics(model)
             mean_losses = statistics[:, 0] / statistics[:, 1]
             assert torch.allclose(mean_losses, losses.double(), rtol=1e-5), (mean_losses, losses)

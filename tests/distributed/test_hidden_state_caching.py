@@ -22,6 +22,7 @@ POINTS = {"mlp": "attention"}  # what exits read; all others the layer's output
     ("norm", 1, {}),
     ("untied", 1, {"eval_iters": 1, "eval_interval": 2, "split": "70,30,0"}),
     ("mlp", 1, {**UNTIED, "tune_exit_distillation": 0.5}),
+    ("mlp", 1, {**UNTIED, "tune_exit_distillation": 0.5, "exit_loss_token_fraction": (0.4,)}),
     ("norm", 2, {**UNTIED, "pipeline_model_parallel_size": 2}),
     ("block", 1, {}),
     ("pre_exit", 1, {"reset_attention_mask": True}),

@@ -39,7 +39,7 @@ class ReferenceWithCopies(ReferenceModel):
 
 
 def expected_gradients(
-    cfg: RunConfig, plan: Plan, batches: list[ReferenceBatch], weights: tuple[float, ...]
+    cfg: RunConfig, plan: Plan, batches: list[ReferenceBatch], weights: tuple[float, ...], iteration: int = 0
 ) -> dict[str, Tensor]:
     """The objective of each stage's parameters, term by term: every microbatch and head that the plan brings there,
     each with the weight that makes the sum a mean."""
@@ -63,7 +63,7 @@ def expected_gradients(
     tied = not cfg.model.untie_embeddings_and_output_weights
     for microbatch, batch in enumerate(batches):
         reference = ReferenceWithCopies(cfg, VOCAB_SIZE)
-        objectives, _ = reference.losses(batch)
+        objectives, _ = reference.losses(batch, iteration)
         own_output = cfg.exits.untie_exit_output_weights
         for head, (objective, weight) in enumerate(zip(objectives, (*weights, 1.0), strict=True)):
             objective = objective * weight / batch.loss_mask.sum().clamp(min=1)
@@ -113,7 +113,9 @@ def run_plan(cfg: RunConfig, plan: Plan, iterations: int = 1) -> None:
             count = (plan.num_microbatches + plan.num_fill) * dp_size
             batches = make_batches(cfg, VOCAB_SIZE, count, seed=iteration)
             replicas = [batches[replica::dp_size] for replica in range(dp_size)]
-            model.exit_losses.begin_iteration(plan.num_microbatches, weights, model.config.grad_scale_func)
+            model.exit_losses.begin_iteration(
+                plan.num_microbatches, weights, model.config.grad_scale_func, iteration=iteration
+            )
             mine = replicas[parallel_state.get_data_parallel_rank()]
             # Drawn first: what fills the warmup.
             order = [*plan.fill_warmup, *range(plan.num_microbatches), *plan.fill_cooldown]
@@ -123,7 +125,7 @@ def run_plan(cfg: RunConfig, plan: Plan, iterations: int = 1) -> None:
             )  # fmt: skip
             expected: dict[str, Any] = defaultdict(float)
             for replica in replicas:
-                for name, value in expected_gradients(cfg, plan, replica, weights).items():
+                for name, value in expected_gradients(cfg, plan, replica, weights, iteration).items():
                     expected[name] = expected[name] + value / dp_size
             compare_gradients(cfg, model, expected, 2e-5)
 

@@ -40,7 +40,7 @@ def comparable(record: dict) -> dict:
     {"hidden_dropout": 0.1, "attention_dropout": 0.1, "eval_interval": 3, "eval_iters": 2},
     {**VP2, **UNTIED, "exit_layer_nums": (1, 2, 3), "exit_layer_weight": (0.25, 0.5, 0.5)},
     {**DISTRIBUTED, **BF16},
-    {**PP2, **BF16},
+    {**PP2, **BF16, "use_exit_norm": True, "exit_loss_token_fraction": (0.25, 0.5)},
     {"fp16": True, "initial_loss_scale": 256.0, "loss_scale_window": 2},
 ], ids=str)  # fmt: skip
 def test_same_layout_is_bit_equal(data: str, tmp_path: Path, settings: dict) -> None:

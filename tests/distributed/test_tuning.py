@@ -80,10 +80,10 @@ def compare_with_reference(cfg: RunConfig, checkpoint: Path | None = None) -> di
         batches = make_batches(cfg, VOCAB_SIZE, 4)
         mine = my_batches(batches)
         accumulate_gradients(
-            model, iterators(model, mine), exit_weights=weights, num_microbatches=len(mine),
+            model, iterators(model, mine), exit_weights=weights, num_microbatches=len(mine), iteration=7,
             micro_batch_size=cfg.training.micro_batch_size, seq_length=cfg.training.seq_length,
         )  # fmt: skip
-        gradients, losses = ReferenceModel(cfg, VOCAB_SIZE).gradients(batches, weights)
+        gradients, losses = ReferenceModel(cfg, VOCAB_SIZE).gradients(batches, weights, iteration=7)
         statistics = reduced_statistics(model)
         means = statistics[:-1, 0] / statistics[:-1, 1]
         assert torch.allclose(means, losses[:-1].double(), rtol=1e-5), (means, losses)
@@ -183,12 +183,13 @@ def compare_distillation(cfg: RunConfig) -> None:
         for batch in batches:
             *exits, final = reference.logits(batch)
             teacher, mask = final.detach().log_softmax(-1), batch.loss_mask
-            for logits, weight in zip(exits, weights, strict=True):
+            for head, (logits, weight) in enumerate(zip(exits, weights, strict=True)):
                 labels = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
                 ours = logits.log_softmax(-1)
                 divergence = F.kl_div(ours, teacher, log_target=True, reduction="none").sum(-1)
                 both = (1 - share) * labels.view(mask.shape) + share * divergence
-                objective = objective + weight * (both * mask).sum() / mask.sum() / len(batches)
+                drawn = reference.token_weights(batch, head, iteration=0)
+                objective = objective + weight * (both * mask * drawn).sum() / mask.sum() / len(batches)
         objective.backward()
         (chunk,) = model.chunks
         compared = 0

@@ -58,6 +58,14 @@ def test_temperatures(temperatures, expected):
     assert [config.temperature_of(position) for position in range(2)] == expected
 
 
+@pytest.mark.parametrize(
+    ("fractions", "expected"), [((), [1.0, 1.0]), ((0.5,), [0.5, 0.5]), ((0.25, 1.0), [0.25, 1.0])]
+)
+def test_token_fractions(fractions, expected):
+    config = exits(exit_loss_token_fraction=fractions)
+    assert [config.token_fraction_of(position) for position in range(2)] == expected
+
+
 def test_index_of_an_exit():
     assert exits().index_of(4) == 1
     assert exits().index_of(3) is None

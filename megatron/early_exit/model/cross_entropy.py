@@ -85,9 +85,7 @@ def cross_entropy_sums(
 
 
 @torch.no_grad()
-def whole_hidden_states(
-    teacher: Teacher, tp_group: torch.distributed.ProcessGroup, sequence_parallel: bool
-) -> Tensor:
+def whole_hidden_states(teacher: Teacher, tp_group: torch.distributed.ProcessGroup, sequence_parallel: bool) -> Tensor:
     """[s, b, h] of a teacher whose sequences TP ranks may share."""
     if not sequence_parallel:
         return teacher.hidden_states

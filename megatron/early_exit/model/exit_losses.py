@@ -80,7 +80,9 @@ class ExitLosses:
         self.grad_scale_func = grad_scale_func
 
     def draw_tokens(self, exit_index: int, labels: Tensor, loss_mask: Tensor) -> SampledTokens | None:
-        """The tokens of a microbatch that an exit learns from in this iteration; None: all. labels, loss_mask: [b, s]"""
+        """The tokens of a microbatch that an exit learns from in this iteration; None: all.
+
+        labels, loss_mask: [b, s]"""
         fraction = self.exits.token_fraction_of(exit_index)
         if fraction == 1.0:
             return None

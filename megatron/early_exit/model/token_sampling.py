@@ -4,8 +4,9 @@ Of n unmasked tokens exactly n' = max(1, round(fraction * n)) are drawn without 
 times: the expectation of the gradient is the gradient over all of them, whatever else the tokens are weighted with.
 
 A draw is a function of its key (seed, iteration, exit) and of the labels alone. No generator is advanced, so all
-tensor-parallel ranks, any schedule, a recomputed layer and a resumed run draw the same tokens. Keys and labels are mixed
-by SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) in integers, which are the same on every device; nothing waits for one.
+tensor-parallel ranks, any schedule, a recomputed layer and a resumed run draw the same tokens. Keys and labels are
+mixed by SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) in integers, which are the same on every device; nothing waits for
+one.
 """
 
 from __future__ import annotations

@@ -82,8 +82,9 @@ def accumulate_gradients(
 ) -> None:
     """Gradients of one global batch, reduced over the ranks: of everything, or of the exits if these are tuned.
 
-    iteration: number of finished ones. has_hidden_states: batches bring what the frozen layers make of them, which do not run then. planned: follow its
-    plan, not core's schedule; each iterator then draws as many batches as the plan has microbatches, fill included."""
+    iteration: number of finished ones. has_hidden_states: batches bring what the frozen layers make of them, which do
+    not run then. planned: follow its plan, not core's schedule; each iterator then draws as many batches as the plan
+    has microbatches, fill included."""
     tunes = model.tunes_exits
     model.exit_losses.begin_iteration(
         num_microbatches, exit_weights, model.config.grad_scale_func, is_tuning=tunes, iteration=iteration
