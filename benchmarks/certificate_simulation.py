@@ -186,13 +186,14 @@ def simulate_program(population: Population, case: Case, repeats: int, seed: int
     generator = np.random.default_rng(seed)
     scores, is_wrong = (np.moveaxis(of, 0, -1) for of in (population.decisions.scores, population.decisions.is_wrong))
     choices = is_wrong.astype(np.int64)
+    savings = 1.0 - np.arange(1, scores.shape[-1] + 1) / (scores.shape[-1] + 1)
     right, sure = np.zeros(DECISIONS, np.int64), np.ones(DECISIONS)
     risks: list[float | None] = []
     for number in range(repeats):
         drawn = generator.integers(len(scores), size=case.prompts).tolist()
         records = [PromptRecord(i, right, scores[one].astype(float), choices[one], sure) for i, one in enumerate(drawn)]
         split = Split.draw(len(records), number, with_free_running=False)
-        line = ThresholdLine.tuned([records[i] for i in split.tuning], case.alpha)
+        line = ThresholdLine.tuned([records[i] for i in split.tuning], case.alpha, savings)
         of_points = losses([records[i] for i in split.calibration], line.thresholds, "A-max")
         tested = run_line_test(
             lambda point, of=of_points: of[:, point],

@@ -14,6 +14,7 @@ from megatron.early_exit.evaluation.certification import (
     ThresholdLine,
     exit_shares,
     first_exits,
+    layers_saved,
     losses,
     p_value,
     run_line_test,
@@ -72,28 +73,63 @@ def test_the_loss_bounds_that_of_every_choice_of_exits() -> None:
             assert np.mean(wrong) <= most + 1e-12
 
 
+SAVINGS = (0.75, 0.5, 0.25)
+
+
 @pytest.mark.parametrize("digits", [None, 2])
 def test_the_tuned_line_spends_its_budget_and_no_more(digits: int | None) -> None:
-    records = make_records(200, digits=digits)
-    line = ThresholdLine.tuned(records, alpha=0.05)
-    risks = losses(records, line.thresholds, "A-max").mean(0)
-    assert len(line) == 64 and (np.diff(line.thresholds, axis=0) <= 0).all() and (np.diff(risks) >= 0).all()
-    for budget, thresholds, risk in zip(line.names, line.thresholds, risks, strict=True):
-        assert risk <= budget + 1e-12
-        for index, threshold in enumerate(thresholds):
-            alone = np.full((2, 3), NEVER)
-            alone[:, index] = threshold, math.nextafter(threshold, 0.0)
-            within, beyond = losses(records, alone, "A-max").mean(0)
-            assert within <= budget / 3 + 1e-12
-            # The next smaller threshold would let one more wrong score in.
-            assert threshold in (0.0, NEVER) or beyond > budget / 3
+    records = make_records(60, digits=digits)
+    line = ThresholdLine.tuned(records, alpha=0.05, savings=SAVINGS)
+    curves = risk_curves(records)
+    assert len(line) == 64 and (np.diff(line.names) > 0).all()
+    for budget, thresholds in zip(line.names, line.thresholds, strict=True):
+        assert losses(records, thresholds[None], "A-max").mean() <= budget + 1e-12
+        of_each = [
+            np.array([thresholds[np.argmax(risks <= budget / count + 1e-12)] for thresholds, risks in curves])
+            for count in (1, 2, 3)
+        ]
+        used = np.flatnonzero(thresholds < NEVER)
+        # An exit that shares the budget may find no threshold for its part.
+        assert any((thresholds[used] == of_each[count - 1][used]).all() for count in range(max(len(used), 1), 4))
+        saved = layers_saved(records, thresholds, SAVINGS)
+        for subset in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):
+            other = np.full(3, NEVER)
+            other[subset] = of_each[len(subset) - 1][subset]
+            assert saved >= layers_saved(records, other, SAVINGS)
+
+
+def risk_curves(records: list[PromptRecord]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each exit alone, its thresholds from the smallest on, and their risks; beyond 1 none is reached."""
+    curves = []
+    for index in range(3):
+        beyond = {math.nextafter(score, 2) for one in records for score in one.scores[:, index]}
+        candidates = np.array([*sorted({0.0, *beyond}), NEVER])
+        points = np.full((len(candidates), 3), NEVER)
+        points[:, index] = candidates
+        curves.append((np.where(candidates > 1.0, NEVER, candidates), losses(records, points, "A-max").mean(0)))
+    return curves
+
+
+def test_an_exit_that_is_often_wrong_leaves_the_budget_to_another() -> None:
+    draw, records = np.random.default_rng(0), []
+    for number in range(100):
+        scores, tokens = draw.random((50, 2)), np.ones(50, np.int64)
+        # The first exit is mostly wrong, at random, the second where its score is low.
+        is_wrong = np.column_stack([draw.random(50) < 0.9, scores[:, 1] < 0.5])
+        records.append(PromptRecord(number, tokens, scores, np.where(is_wrong, 2, 1), np.ones(50)))
+    line = ThresholdLine.tuned(records, alpha=0.1, savings=(0.6, 0.5))
+    middle = line.thresholds[line.names.index(min(line.names, key=lambda budget: abs(budget - 0.1)))]
+    assert middle[0] == NEVER and middle[1] < 0.45
+    # Where leaving at the second saves next to nothing, the first is worth its part.
+    other = ThresholdLine.tuned(records, alpha=0.1, savings=(0.75, 0.01)).thresholds
+    assert (other[32:, 0] < 1.0).all()
 
 
 def test_an_exit_that_is_always_wrong_is_never_taken_and_one_that_never_is_always() -> None:
     records = [
         PromptRecord(0, np.array([1, 2]), np.array([[1.0, 0.3], [1.0, 0.2]]), np.array([[5, 1], [5, 2]]), np.ones(2))
     ]
-    line = ThresholdLine.tuned(records, alpha=0.05)
+    line = ThresholdLine.tuned(records, alpha=0.05, savings=(0.75, 0.5))
     assert (line.thresholds[:, 0] == NEVER).all() and (line.thresholds[:, 1] == 0.0).all()
 
 

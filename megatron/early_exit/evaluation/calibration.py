@@ -17,8 +17,8 @@ from megatron.early_exit.evaluation.certification import (
     LineTest,
     Split,
     ThresholdLine,
-    exit_shares,
     first_exits,
+    layers_saved,
     losses,
     p_value,
     run_line_test,
@@ -159,8 +159,8 @@ class _Calibrator:
         about = AboutRecords(self._fingerprint, self._answers, prompts.digest, len(prompts.prompts))
         self._folder = RecordsFolder(loaded.checkpoint.folder, about)
         self._layers = loaded.engine.exits.exit_layer_nums
-        self._depths = [one.depth for one in loaded.engine.description.exits]
-        self._num_layers = loaded.engine.description.num_layers
+        model = loaded.engine.description
+        self._savings = [1.0 - one.depth / model.num_layers for one in model.exits]
         self._split = Split.draw(len(prompts.prompts), settings.seed, settings.with_free_running)
 
     def run(self) -> Calibration:
@@ -229,13 +229,12 @@ class _Calibrator:
         numbers = self._split.test
         free = free_running(self._llm, self._of(numbers), certificate.thresholds, self._answers, self._show("test"))
         of_test = self._test_losses(chosen, free)
-        shares = exit_shares(self._records_of(numbers), chosen)
-        saved = sum(share * (1 - depth / self._num_layers) for share, depth in zip(shares, self._depths))
+        saved = layers_saved(self._records_of(numbers), chosen, self._savings)
         free_losses = np.array([one.loss for one in free])
         return of_test, {
             "test_risk": float(of_test.mean()),
             "test_risk_interval": list(loss_interval(of_test, seed)),
-            "expected_runs_saved": float(saved),
+            "expected_runs_saved": saved,
             "free_running": {
                 "p_value": None if second is None else second.p_value,
                 "risk": None if second is None else second.risk,
@@ -252,7 +251,7 @@ class _Calibrator:
 
     def _line(self, alpha: float) -> ThresholdLine:
         if self._settings.grid is None and self._settings.risk == "A-max":
-            return ThresholdLine.tuned(self._records_of(self._split.tuning), alpha)
+            return ThresholdLine.tuned(self._records_of(self._split.tuning), alpha, self._savings)
         return ThresholdLine.named(self._settings.grid or NAMED_GRID, len(self._layers))
 
     def _losses_on(self, numbers: np.ndarray, line: ThresholdLine, words: str) -> Callable[[int], np.ndarray]:

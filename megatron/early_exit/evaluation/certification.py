@@ -9,6 +9,7 @@ is at most delta. The unit of all of it is the prompt.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ NAMED_GRID = (0.999, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 _NUM_POINTS = 64
 # The tuning split's risk at the ends of the line, in parts of alpha.
 _SAFEST, _RISKIEST = 1 / 32, 2.0
+# Beyond this many exits not all subsets are tried.
+_MOST_EXITS = 5
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,22 @@ class ThresholdLine:
     """Of each point: the risk on the tuning split that it was chosen for, or the threshold of all exits."""
 
     @classmethod
-    def tuned(cls, records: Sequence[PromptRecord], alpha: float) -> ThresholdLine:
-        """Every exit gets the smallest threshold with which its wrong decisions, of the records' prompts on average,
-        are at most its even part of a budget; the budget grows from point to point."""
+    def tuned(cls, records: Sequence[PromptRecord], alpha: float, savings: Sequence[float]) -> ThresholdLine:
+        """At each point some of the exits share a budget of wrong decisions, of the records' prompts on average, in
+        even parts: each gets the smallest threshold with which its own are at most its part. Which exits share it is
+        what saves most layers there: one that is often wrong would use up what others need. The budget grows from
+        point to point. savings: for each exit, the share of the layers that a token saves that leaves there."""
         budgets = np.geomspace(_SAFEST * alpha, _RISKIEST * alpha, _NUM_POINTS)
         num_exits = records[0].scores.shape[1]
-        columns = [_smallest_thresholds(records, index, budgets / num_exits) for index in range(num_exits)]
-        return cls(np.stack(columns, 1), tuple(budgets.tolist()))
+        options = []
+        for subset in _subsets(num_exits):
+            option = np.full((_NUM_POINTS, num_exits), NEVER)
+            for index in subset:
+                option[:, index] = _smallest_thresholds(records, index, budgets / len(subset))
+            options.append(option)
+        saved = [[layers_saved(records, point, savings) for point in option] for option in options]
+        best = np.argmax(saved, 0)
+        return cls(np.stack(options)[best, np.arange(_NUM_POINTS)], tuple(budgets.tolist()))
 
     @classmethod
     def named(cls, grid: Sequence[float], num_exits: int) -> ThresholdLine:
@@ -84,6 +96,13 @@ class ThresholdLine:
 
     def __len__(self) -> int:
         return len(self.thresholds)
+
+
+def _subsets(num_exits: int) -> list[tuple[int, ...]]:
+    """All of them, of many exits those of up to two, and all exits together, which come first."""
+    sizes = range(1, num_exits if num_exits <= _MOST_EXITS else 3)
+    smaller = [subset for size in sizes for subset in itertools.combinations(range(num_exits), size)]
+    return [tuple(range(num_exits)), *smaller]
 
 
 def _smallest_thresholds(records: Sequence[PromptRecord], exit_index: int, budgets: np.ndarray) -> np.ndarray:
@@ -156,3 +175,9 @@ def exit_shares(records: Sequence[PromptRecord], thresholds: np.ndarray) -> np.n
     """[exits + 1]: share of decisions along the full model's answers that each exit, and the final head, would give."""
     taken = np.concatenate([first_exits(one, thresholds) for one in records])
     return np.bincount(taken, minlength=len(thresholds) + 1) / len(taken)
+
+
+def layers_saved(records: Sequence[PromptRecord], thresholds: np.ndarray, savings: Sequence[float]) -> float:
+    """Share of the layers that do not run along the full model's answers. thresholds: [exits]; savings: as of
+    `ThresholdLine.tuned`"""
+    return float(exit_shares(records, thresholds)[:-1] @ np.asarray(savings))
