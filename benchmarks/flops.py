@@ -8,7 +8,7 @@ Embedding lookups, norms, softmax, loss and optimizer are not counted, nor what 
 
 from __future__ import annotations
 
-from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind
 from megatron.early_exit.config.model import ModelConfig
 
 
@@ -24,12 +24,12 @@ def _mlp_weights(model: ModelConfig) -> int:
     return (3 if model.swiglu else 2) * model.hidden_size * model.ffn_size
 
 
-def exit_flops_per_token(model: ModelConfig, exits: ExitConfig, vocab_size: int, seq_length: int) -> int:
+def exit_flops_per_token(model: ModelConfig, head: ExitHeadKind, vocab_size: int, seq_length: int) -> int:
     """What one exit adds: 6 h V for its output projection, and its MLP branch or block."""
     flops = 6 * model.hidden_size * vocab_size
-    if exits.use_exit_mlp:
+    if head.mlp:
         flops += 6 * _mlp_weights(model)
-    if exits.use_exit_block:
+    if head.block:
         flops += layer_flops_per_token(model, seq_length)
     return flops
 
@@ -41,5 +41,5 @@ def model_flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int) 
 
 def added_flops_share(model: ModelConfig, exits: ExitConfig, vocab_size: int, seq_length: int) -> float:
     """FLOPs of all exits over the FLOPs of the model without them."""
-    added = exits.num_exits * exit_flops_per_token(model, exits, vocab_size, seq_length)
+    added = sum(exit_flops_per_token(model, head, vocab_size, seq_length) for head in exits.heads)
     return added / model_flops_per_token(model, vocab_size, seq_length)

@@ -49,6 +49,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     vocab_size = config.description.padded_vocab_size
     of_layers = config.model.num_layers * sizes.layer_flops_per_token(config)
     flops = of_layers + sizes.output_flops_per_token(config, vocab_size)
+    of_exits = sum(sizes.exit_flops_per_token(config, head, vocab_size) for head in config.exits.heads)
     tokens = config.training.global_batch_size * config.training.seq_length
     idle = lambda variant: [variant.timeline.idle_share(rank) for rank in range(setup.num_ranks)]
     return {
@@ -60,7 +61,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         "costs": [asdict(cost) for cost in setup.costs],
         "plain_sec": plain.iteration_sec,
         "plain_mfu": flops * tokens / plain.iteration_sec / setup.world_size / setup.gpu.peak_flops_per_sec,
-        "added_flops_share": config.exits.num_exits * sizes.exit_flops_per_token(config, vocab_size) / flops,
+        "added_flops_share": of_exits / flops,
         "time_added_in_backward": added(in_backward),
         "time_added_in_idle_time": added(in_idle_time),
         "time_added_filled": added(filled),

@@ -18,6 +18,14 @@ from megatron.early_exit.config.settings import RunSettings
 
 VOCAB_SIZE = 96
 
+MIXED_HEADS: dict[str, Any] = {
+    "exit_layer_nums": (1, 2, 3, 4), "exit_layer_weight": (0.4, 0.25, 0.5, 0.3),
+    "use_exit_block": (True, False, False, False), "use_exit_norm": (False, True, True, False),
+    "use_exit_mlp": (False, False, True, False), "untie_exit_output_weights": (False, False, False, True),
+    "exit_uses": ("draft", "both", "leave", "both"),
+}  # fmt: skip
+"""Four exits, each of another kind: a block that drafts, a norm, an MLP branch with a norm, an own output."""
+
 _SECTIONS = {
     "model": (ModelConfig, {
         "num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48,

@@ -167,14 +167,14 @@ class ReferenceModel:
             before = x
             residual, x = self.layer(name, x, batch.attention_mask)
             if index + 1 in exits.exit_layer_nums:
-                h = before if exits.pre_exit else x
-                if exits.use_exit_mlp:
+                h, kind = before if exits.pre_exit else x, exits.head_of(len(logits))
+                if kind.mlp:
                     h = residual + self.mlp(f"{name}.exit_head.mlp", self.norm(f"{name}.pre_mlp_layernorm", residual))
-                if exits.use_exit_block:
+                if kind.block:
                     _, h = self.layer(f"{name}.exit_head.block", h, batch.attention_mask)
-                if exits.use_exit_norm:
+                if kind.norm:
                     h = self.norm(f"{name}.exit_head.norm", h)
-                if exits.untie_exit_output_weights:
+                if kind.untied_output:
                     weight = self.p(f"{name}.exit_head.output_layer.weight", self.vocab_size, m.hidden_size)
                 else:
                     weight = self.output_weight()

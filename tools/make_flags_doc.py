@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED, REFUSED_VALUES, FlagNote
 from megatron.early_exit.config.flags import SWITCHED_OFF, field_docs, flag_of
-from megatron.early_exit.config.serialize import FieldInfo, config_fields, section_classes, type_name
+from megatron.early_exit.config.serialize import FieldInfo, config_fields, is_truth, section_classes, type_name
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 
@@ -79,17 +79,20 @@ def _values(field: FieldInfo) -> str:
         "an integer": "integer",
         "a number": "number",
         "true or false": "",
+        "true or false, or a list of them": "nothing, or true or false",
         "a list (an integer each)": "integers",
         "a list (a number each)": "numbers",
         "a list (text each)": "texts",
     }
+    if name.startswith("a list (one of "):
+        return f"each {name.removeprefix('a list (one of ').removesuffix(' each)')}"
     return short.get(name, name.removeprefix("one of "))
 
 
 def _default(field: FieldInfo) -> str:
     if field.default is dataclasses.MISSING:
         return "required"
-    if field.default in (None, ()) or field.annotation is bool:
+    if field.default in (None, ()) or is_truth(field.annotation):
         return "biases on" if field.name in SWITCHED_OFF else ""
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 

@@ -132,8 +132,9 @@ def test_exits_are_kept_replaced_and_removed(tmp_path: Path, capsys: pytest.Capt
     assert run("add-exits", "--load", tmp_path / "plain", "--save", tmp_path / "one", *first) == 0
     assert run("add-exits", "--load", tmp_path / "one", "--save", tmp_path / "x", *first) == 2
     assert "layers [3] have exits; --replace" in capsys.readouterr().err
-    assert run("add-exits", "--load", tmp_path / "one", "--save", tmp_path / "x", "--exit-layer-nums", 1) == 2
-    assert "those at [3] differ in use_exit_norm, use_exit_mlp" in capsys.readouterr().err
+    words = ("--load", tmp_path / "one", "--save", tmp_path / "x", "--exit-layer-nums", 1, "--pre-exit")
+    assert run("add-exits", *words) == 2
+    assert "those at [3] read its output; drop --pre-exit" in capsys.readouterr().err
     words = ("--load", tmp_path / "one", "--save", tmp_path / "two", "--exit-layer-nums", 1, *norm)
     assert run("add-exits", *words) == 0
     words = ("--load", tmp_path / "two", "--save", tmp_path / "new", "--exit-layer-nums", 1, 3, "--replace")
@@ -176,7 +177,9 @@ def test_what_is_there_is_linked_and_stays(tmp_path: Path) -> None:
     (("--exit-layer-nums", 5), "give different layers from 1 to 4"),
     (("--exit-layer-nums", 0), "give different layers from 1 to 4"),
     (("--exit-layer-nums", 2, 2), "give different layers from 1 to 4"),
-    (("--exit-layer-nums", 2, "--use-exit-mlp", "--use-exit-block"), "has no block"),
+    (("--exit-layer-nums", 2, "--use-exit-mlp", "--use-exit-block"), "(exit 2): an exit has an MLP branch or a block, not both"),
+    (("--exit-layer-nums", 1, 2, "--use-exit-mlp", "--pre-exit"), "--use-exit-mlp with --pre-exit (exits 1, 2)"),
+    (("--exit-layer-nums", 1, 2, 3, "--use-exit-norm", "true", "false"), "has 2 values for 3 exits: give 1 or 3"),
 ])  # fmt: skip
 def test_exits_that_cannot_be(words: tuple, message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     plain(tmp_path / "plain")

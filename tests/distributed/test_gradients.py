@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.configs import make_config
+from tests.configs import MIXED_HEADS, make_config
 from tests.distributed.parallel_model import compare_with_reference
 from tests.distributed.workers import run_distributed
 
@@ -36,6 +36,15 @@ HEADS = {
     "block": {"use_exit_block": True, "use_exit_norm": True, "untie_exit_output_weights": True},
     "block_tied": {"use_exit_block": True},
     "pre_exit": {"pre_exit": True, "use_exit_norm": True},
+    "mixed": MIXED_HEADS,
+    "mixed_pre_exit": {
+        "pre_exit": True,
+        "exit_layer_nums": (1, 2, 4),
+        "exit_layer_weight": (0.2, 0.7, 0.4),
+        "use_exit_block": (True, False, False),
+        "use_exit_norm": (False, True, True),
+        "untie_exit_output_weights": (True, False, True),
+    },
 }
 GPT2_STYLE = {
     "swiglu": False, "normalization": "LayerNorm", "position_embedding_type": "learned_absolute",
@@ -117,7 +126,7 @@ def test_pre_exit_on_the_first_layer_of_a_stage_and_on_the_embedding(layout: str
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("layout", ["single", "pp2", "pp2_vp2"])
-@pytest.mark.parametrize("head", ["tied", "mlp", "block"])
+@pytest.mark.parametrize("head", ["tied", "mlp", "block", "mixed"])
 def test_full_recompute_with_eight_different_microbatches(layout: str, head: str, overlap: bool) -> None:
     world_size, settings = LAYOUTS[layout]
     check(

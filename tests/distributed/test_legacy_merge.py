@@ -343,15 +343,35 @@ def test_the_length_that_rotary_positions_were_trained_for_may_differ(tmp_path: 
     assert length == original.args.max_position_embeddings > 32
 
 
-def test_later_exits_of_another_kind_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_later_exits_of_another_kind_stay(tmp_path: Path) -> None:
     original = LegacyModel.of_fixture("norm")
     plain = convert("--load", original.without_exits().save(tmp_path / "plain"), "--save", tmp_path / "ours")
     base = tmp_path / "base"
-    assert main(["add-exits", "--load", str(plain), "--save", str(base), "--exit-layer-nums", "2", "3", "4"]) == 0
+    kinds = ["--use-exit-block", "false", "false", "true", "--exit-uses", "both", "both", "draft"]
+    assert (
+        main(["add-exits", "--load", str(plain), "--save", str(base), "--exit-layer-nums", "2", "3", "4", *kinds]) == 0
+    )
+    partial = original.tune_exits([2]).save(tmp_path / "tuned", 2, 1)
+    save = convert("--load", partial, "--base", base, "--save", tmp_path / "merged")
+    exits = read_checkpoint(checkpoint_folder(save))[0].exits
+    assert exits.exit_layer_nums == (2, 3, 4)
+    assert exits.heads == (ExitHeadKind(norm=True, untied_output=True), ExitHeadKind(), ExitHeadKind(block=True))
+    assert [exits.use_of(index) for index in range(3)] == ["both", "both", "draft"]
+    merged, of_base = tensors_of(save), tensors_of(base)
+    block = [name for name in of_base if name.startswith("decoder.layers.3.exit_head.")]
+    assert block and all(torch.equal(merged[name], of_base[name]) for name in block)
+
+
+def test_later_exits_on_another_side_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    original = LegacyModel.of_fixture("norm")
+    plain = convert("--load", original.without_exits().save(tmp_path / "plain"), "--save", tmp_path / "ours")
+    base = tmp_path / "base"
+    words = ["--exit-layer-nums", "2", "3", "4", "--pre-exit"]
+    assert main(["add-exits", "--load", str(plain), "--save", str(base), *words]) == 0
     partial = original.tune_exits([2]).save(tmp_path / "tuned", 2, 1)
     said = refusal(capsys, "--load", partial, "--base", base, "--save", tmp_path / "merged")
-    assert "those that the base has at layers 3 4 are of another than those that were tuned" in said
-    assert "(untie_exit_output_weights: base False, tuned True, use_exit_norm: base False, tuned True)" in said
+    assert "those that the base has at layers 3 4 are on another than those that were tuned" in said
+    assert "(pre_exit: base True, tuned False)" in said
     # What it says to do works.
     without = tmp_path / "without"
     assert main(["remove-exits", "--load", str(base), "--save", str(without), "--exit-layer-nums", "3", "4"]) == 0

@@ -64,13 +64,12 @@ def expected_gradients(
     for microbatch, batch in enumerate(batches):
         reference = ReferenceWithCopies(cfg, VOCAB_SIZE)
         objectives, _ = reference.losses(batch, iteration)
-        own_output = cfg.exits.untie_exit_output_weights
         for head, (objective, weight) in enumerate(zip(objectives, (*weights, 1.0), strict=True)):
             objective = objective * weight / batch.loss_mask.sum().clamp(min=1)
             named = {name: (parameter, stage_of_parameter(name, per_stage, plan.num_stages)) for name, parameter in
                      reference.params.items()}  # fmt: skip
             is_last = head == len(objectives) - 1
-            if is_last or not own_output:
+            if is_last or not cfg.exits.head_of(head).untied_output:
                 copy = reference.copies[-1 if is_last else head]
                 named[f"copy {head}"] = (copy, stage_of_head[head])
             values = torch.autograd.grad(
@@ -136,6 +135,10 @@ HEADS = {
     "mlp": {"use_exit_mlp": True, "use_exit_norm": True},
     "block, pre-exit": {"use_exit_block": True, "pre_exit": True},
 }
+MIXED = {
+    "use_exit_mlp": (True, False), "use_exit_block": (False, True), "use_exit_norm": (False, True),
+    "untie_exit_output_weights": (False, True),
+}  # fmt: skip
 
 
 def config(num_stages: int, **changes: Any) -> RunConfig:
@@ -149,10 +152,10 @@ def test_1f1b(num_stages: int, num_microbatches: int) -> None:
     run_distributed(num_stages, run_plan, cfg=config(num_stages), plan=plan)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [*HEADS, "mixed"])
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), [(2, 3), (4, 5)])
 def test_exits_in_idle_time(num_stages: int, num_microbatches: int, head: str) -> None:
-    cfg = config(num_stages, **HEADS[head])
+    cfg = config(num_stages, **{**HEADS, "mixed": MIXED}[head])
     plan = with_exits_in_bubbles(one_f_one_b(num_stages, num_microbatches), exit_stages(cfg))
     assert any(plan.microbatches(stage, Kind.EXIT) for stage in range(num_stages))
     run_distributed(num_stages, run_plan, cfg=cfg, plan=plan, iterations=2)
@@ -170,6 +173,13 @@ def test_filled_bubbles(
     plan = with_filled_bubbles(num_stages, num_microbatches, exit_stages(cfg), PassTimes.uniform(num_stages, ratio))
     assert plan.num_fill_cooldown and plan.num_fill_warmup
     run_distributed(num_stages, run_plan, cfg=cfg, plan=plan, iterations=2)
+
+
+def test_filled_bubbles_with_exits_of_different_kinds() -> None:
+    cfg = config(3, exit_layer_nums=(2, 4), exit_layer_weight=(0.5, 0.3), **MIXED)
+    plan = with_filled_bubbles(3, 3, exit_stages(cfg), PassTimes.uniform(3, 2.0))
+    assert plan.num_fill_cooldown and plan.num_fill_warmup
+    run_distributed(3, run_plan, cfg=cfg, plan=plan, iterations=2)
 
 
 def test_exits_in_idle_time_and_filled_bubbles() -> None:

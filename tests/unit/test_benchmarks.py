@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import common, flops, loading, stage_memory, training_overhead, tuning_cost
 from benchmarks.memory_tracker import TensorMemoryTracker
-from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind
 from megatron.early_exit.config.model import ModelConfig
 
 KIB = 1024
@@ -115,10 +115,12 @@ def test_flops_by_hand() -> None:
     assert flops.model_flops_per_token(model, 100, 10) == 2 * layer + 6 * 8 * 100
     exits = ExitConfig(exit_layer_nums=(1, 2))
     assert flops.added_flops_share(model, exits, 100, 10) == pytest.approx(2 * 4800 / (2 * layer + 4800))
-    block = ExitConfig(exit_layer_nums=(1,), use_exit_block=True)
-    assert flops.exit_flops_per_token(model, block, 100, 10) == 4800 + layer
-    branch = ExitConfig(exit_layer_nums=(1,), use_exit_mlp=True)
-    assert flops.exit_flops_per_token(model, branch, 100, 10) == 4800 + 6 * 3 * 8 * 16
+    branch = 6 * 3 * 8 * 16
+    assert flops.exit_flops_per_token(model, ExitHeadKind(block=True), 100, 10) == 4800 + layer
+    assert flops.exit_flops_per_token(model, ExitHeadKind(mlp=True), 100, 10) == 4800 + branch
+    mixed = ExitConfig(exit_layer_nums=(1, 2), use_exit_block=(True, False), use_exit_mlp=(False, True))
+    added = 2 * 4800 + layer + branch
+    assert flops.added_flops_share(model, mixed, 100, 10) == pytest.approx(added / (2 * layer + 4800))
 
 
 def test_loading_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:

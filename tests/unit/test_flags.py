@@ -89,6 +89,10 @@ def example_of(field) -> str:
     if name.startswith("one of"):
         return name.rsplit(", ", 1)[1] if field.default != name.rsplit(", ", 1)[1] else name.split()[2].rstrip(",")
     examples = {"an integer": "7", "a number": "0.125", "text": "word", "true or false": ""}
+    if name.startswith("true or false, or a list"):
+        return "true false"
+    if name.startswith("a list (one of"):
+        return "leave draft"
     lists = {"a list (an integer each)": "1 2", "a list (a number each)": "0.5 0.25", "a list (text each)": "1 a 2 b"}
     return EXAMPLE_VALUES.get(field.name) or (examples | lists)[name]
 

@@ -63,6 +63,20 @@ def test_base_run_is_fine():
         ({"exit_loss_token_fraction": (0.5,)}, ["--exit-loss-token-fraction without exits"]),
         ({"exit_layer_nums": (2,), "use_exit_mlp": True, "pre_exit": True}, ["--use-exit-mlp with --pre-exit"]),
         ({"exit_layer_nums": (2,), "use_exit_mlp": True, "use_exit_block": True}, ["not both"]),
+        (
+            {"exit_layer_nums": (1, 2, 3), "use_exit_block": (True, False)},
+            ["--use-exit-block has 2 values for 3 exits: give 1 or 3"],
+        ),
+        ({"exit_layer_nums": (2,), "exit_uses": ("draft", "leave")}, ["--exit-uses has 2 values for 1 exits: give 1"]),
+        (
+            {"exit_layer_nums": (1, 2, 3), "use_exit_mlp": (False, True, True), "use_exit_block": (True, False, True)},
+            ["--use-exit-mlp with --use-exit-block (exit 3)"],
+        ),
+        (
+            {"exit_layer_nums": (1, 2, 3), "use_exit_mlp": (False, True, True), "pre_exit": True},
+            ["--use-exit-mlp with --pre-exit (exits 2, 3)"],
+        ),
+        ({"exit_uses": ("draft",)}, ["--exit-uses without exits"]),
         ({"use_dynamic_exit_layer_weight": True}, ["--use-dynamic-exit-layer-weight without exits"]),
         ({"pre_exit": True, "use_exit_norm": True}, ["--pre-exit, --use-exit-norm without exits"]),
         ({"exit_layer_nums": (2,), "exit_layer_weight_warmup_iters": -1}, ["warmup-iters -1", "at least 0"]),

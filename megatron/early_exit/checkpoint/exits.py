@@ -12,8 +12,7 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.families import model_output_weight
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, below
-from megatron.early_exit.config.description import EXIT_STRUCTURE_FIELDS
-from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind, exit_kind_problems, head_settings
 from megatron.early_exit.config.model import ModelConfig
 
 Init = Literal["copy", "random"]
@@ -33,14 +32,14 @@ def add_exits(
 
     init: "copy" takes the model's output weight, its final norm, the MLP of the exit's own layer and the last layer;
     "random" draws what training from scratch draws. replace_present: start exits of `wanted` that are there anew.
-    Raises ValueError for layers that the model does not have, and for heads of another kind than those there."""
+    Raises ValueError for layers that the model does not have, and for heads that no exit can have."""
     _check(model, present, wanted, replace_present)
     all_layers = sorted({*present.exit_layer_nums, *wanted.exit_layer_nums})
     result = dict(tensors)
     for layer in wanted.exit_layer_nums:
         prefix = _prefix(layer)
         result = {name: tensor for name, tensor in result.items() if not name.startswith(prefix)}
-        sources = _copied(tensors, model, wanted, layer)
+        sources = _copied(tensors, model, wanted.head_of(wanted.exit_layer_nums.index(layer)), layer)
         for name, source in sources.items():
             result[prefix + name] = source if init == "copy" else _random(source, model, prefix + name, seed)
     return result, merged_exits(present, wanted, tuple(all_layers))
@@ -70,43 +69,37 @@ def _check(model: ModelConfig, present: ExitConfig, wanted: ExitConfig, replace_
             f"--exit-layer-nums {' '.join(map(str, layers))}: give different layers from 1 to {model.num_layers}, "
             "in ascending order"
         )
-    if wanted.use_exit_mlp and (wanted.use_exit_block or wanted.pre_exit):
-        raise ValueError("an exit through an MLP branch (--use-exit-mlp) has no block, and reads no layer's input")
+    if problems := list(exit_kind_problems(wanted)):
+        raise ValueError("; ".join(problems))
     there = [layer for layer in layers if layer in present.exit_layer_nums]
     if there and not replace_present:
         raise ValueError(f"layers {there} have exits; --replace starts them anew, or choose other layers")
-    others = set(present.exit_layer_nums) - set(layers)
-    different = different_kind(present, wanted)
-    if others and different:
+    others = sorted(set(present.exit_layer_nums) - set(layers))
+    if others and present.pre_exit != wanted.pre_exit:
         raise ValueError(
-            f"all exits of a model are of one kind, and those at {sorted(others)} differ in {', '.join(different)}; "
-            "ask for the same kind, or replace them as well"
+            f"all exits of a model are on one side of their layers, and those at {others} read its "
+            f"{'input' if present.pre_exit else 'output'}; {'add' if present.pre_exit else 'drop'} --pre-exit, or"
+            " replace them as well"
         )
-
-
-def different_kind(one: ExitConfig, other: ExitConfig) -> list[str]:
-    """Names of the settings in which exits differ that one model cannot have both."""
-    kinds = (name for name in EXIT_STRUCTURE_FIELDS if name != "exit_layer_nums")
-    return [name for name in kinds if getattr(one, name) != getattr(other, name)]
 
 
 def _prefix(layer: int) -> str:
     return f"decoder.layers.{layer - 1}.exit_head."
 
 
-def _copied(tensors: Tensors, model: ModelConfig, exits: ExitConfig, layer: int) -> Tensors:
+def _copied(tensors: Tensors, model: ModelConfig, kind: ExitHeadKind, layer: int) -> Tensors:
     """The head's parameters by their name in the head, each as what it is a copy of."""
     of = lambda module: below(tensors, f"{module}.")
     own, last = f"decoder.layers.{layer - 1}", f"decoder.layers.{model.num_layers - 1}"
     head: Tensors = {}
-    if exits.use_exit_block:
+    if kind.block:
         block = {name: tensor for name, tensor in of(last).items() if not name.startswith("exit_head.")}
         head |= {f"block.{name}": tensor for name, tensor in block.items()}
-    if exits.use_exit_mlp:
+    if kind.mlp:
         head |= {f"mlp.{name}": tensor for name, tensor in of(f"{own}.mlp").items()}
-    if exits.use_exit_norm:
+    if kind.norm:
         head |= {f"norm.{name}": tensor for name, tensor in of("decoder.final_layernorm").items()}
-    if exits.untie_exit_output_weights:
+    if kind.untied_output:
         head["output_layer.weight"] = model_output_weight(tensors)
     return head
 
@@ -135,18 +128,18 @@ def merged_exits(present: ExitConfig, wanted: ExitConfig, layers: tuple[int, ...
     """The settings of all exits, at `layers`; where both have one, those of `wanted`."""
     if not present.exit_layer_nums or set(present.exit_layer_nums) <= set(wanted.exit_layer_nums):
         return wanted
-    weight = lambda exits, layer: exits.weights_at(10**12)[exits.exit_layer_nums.index(layer)]
-    temperature = lambda exits, layer: exits.temperature_of(exits.exit_layer_nums.index(layer))
-    token_fraction = lambda exits, layer: exits.token_fraction_of(exits.exit_layer_nums.index(layer))
-    owner = {layer: wanted if layer in wanted.exit_layer_nums else present for layer in layers}
+    owners = [wanted if layer in wanted.exit_layer_nums else present for layer in layers]
+    places = [(owner, owner.exit_layer_nums.index(layer)) for owner, layer in zip(owners, layers, strict=True)]
     return replace(
         wanted,
         exit_layer_nums=layers,
-        exit_layer_weight=tuple(weight(owner[layer], layer) for layer in layers),
+        exit_layer_weight=tuple(exits.weights_at(10**12)[index] for exits, index in places),
         exit_layer_weight_init=(),
         exit_layer_weight_warmup_iters=0,
-        exit_layer_temperature=tuple(temperature(owner[layer], layer) for layer in layers),
-        exit_loss_token_fraction=tuple(token_fraction(owner[layer], layer) for layer in layers),
+        exit_layer_temperature=tuple(exits.temperature_of(index) for exits, index in places),
+        exit_loss_token_fraction=tuple(exits.token_fraction_of(index) for exits, index in places),
+        exit_uses=tuple(exits.use_of(index) for exits, index in places),
+        **head_settings([exits.head_of(index) for exits, index in places]),
     )
 
 
@@ -161,4 +154,6 @@ def exits_of_layers(exits: ExitConfig, layers: tuple[int, ...]) -> ExitConfig:
         exit_layer_weight_init=of(exits.exit_layer_weight_init),
         exit_layer_temperature=of(exits.exit_layer_temperature),
         exit_loss_token_fraction=of(exits.exit_loss_token_fraction),
+        exit_uses=of(exits.exit_uses),
+        **head_settings([exits.head_of(index) for index in positions]),
     )

@@ -15,7 +15,7 @@ from megatron.early_exit.checkpoint.accounting import THEIR_EXITS
 from megatron.early_exit.checkpoint.families import Family, model_output_weight, without_exits
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
 from megatron.early_exit.checkpoint.weight_files import read_safetensors
-from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind
 
 if TYPE_CHECKING:
     from megatron.early_exit.config.model import ModelConfig
@@ -46,10 +46,11 @@ _PARTS = {
 
 def exits_for_transformers(tensors: Tensors, model: ModelConfig, exits: ExitConfig, family: Family) -> Tensors:
     """Their parameters of all exits."""
+    heads = zip(exits.exit_layer_nums, exits.heads, strict=True)
     return {
         f"{THEIR_EXITS}{index}.{part}.{name}": tensor
-        for index, layer in enumerate(exits.exit_layer_nums)
-        for part, of_part in _their_parts(_one_layer(tensors, model, layer), model, exits, family).items()
+        for index, (layer, head) in enumerate(heads)
+        for part, of_part in _their_parts(_one_layer(tensors, model, layer), model, head, family).items()
         for name, tensor in of_part.items()
     }
 
@@ -59,8 +60,10 @@ def write_exit_class(folder: Path, exits: ExitConfig, family: Family) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["early_exits"] = {
-        "layers": list(exits.exit_layer_nums), "pre_exit": exits.pre_exit, "block": exits.use_exit_block,
-        "mlp": exits.use_exit_mlp, "norm": exits.use_exit_norm, "own_output": exits.untie_exit_output_weights,
+        "layers": list(exits.exit_layer_nums), "pre_exit": exits.pre_exit,
+        "uses": [exits.use_of(index) for index in range(exits.num_exits)],
+        "block": [head.block for head in exits.heads], "mlp": [head.mlp for head in exits.heads],
+        "norm": [head.norm for head in exits.heads], "own_output": [head.untied_output for head in exits.heads],
         "temperatures": [exits.temperature_of(index) for index in range(exits.num_exits)],
         "modules": _MODULES[family.model_types[0]],
     }  # fmt: skip
@@ -85,10 +88,10 @@ def read_exits(
     result: Tensors = {}
     expected: dict[str, tuple[int, ...]] = {}
     one = _of_one_layer(model)
-    for index, layer in enumerate(exits.exit_layer_nums):
+    for index, (layer, head) in enumerate(zip(exits.exit_layer_nums, exits.heads, strict=True)):
         one_layer = _one_layer(ours, model, layer)
         their_one_layer = family.theirs(one_layer, one)
-        for part, of_part in _their_parts(one_layer, model, exits, family).items():
+        for part, of_part in _their_parts(one_layer, model, head, family).items():
             names = {f"{index}.{part}.{name}": name for name in of_part}
             expected |= {name: of_part[their_name].shape for name, their_name in names.items()}
             prefix = _their_prefixes(family)[part]
@@ -97,10 +100,10 @@ def read_exits(
             break
         # Converted as a model of one layer, whose parts are the exit's.
         converted = family.ours(their_one_layer, one)
-        for part in _parts_of(exits):
+        for part in _parts_of(head):
             source, target = _PARTS[part]
-            head = f"decoder.layers.{layer - 1}{EXIT_HEAD}{target}"
-            result |= {head + name: tensor for name, tensor in below(converted, source).items()}
+            prefix = f"decoder.layers.{layer - 1}{EXIT_HEAD}{target}"
+            result |= {prefix + name: tensor for name, tensor in below(converted, source).items()}
     found = {name: tensor.shape for name, tensor in given.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
@@ -113,23 +116,23 @@ def read_exits(
 
 
 def _exit_config(settings: dict[str, Any]) -> ExitConfig:
+    """Older versions wrote one value for the heads of all exits, and no uses."""
+    of_heads = lambda name: value if isinstance(value := settings[name], bool) else tuple(value)
     temperatures = tuple(float(value) for value in settings["temperatures"])
     return ExitConfig(
         exit_layer_nums=tuple(settings["layers"]),
         pre_exit=settings["pre_exit"],
-        untie_exit_output_weights=settings["own_output"],
-        use_exit_norm=settings["norm"],
-        use_exit_mlp=settings["mlp"],
-        use_exit_block=settings["block"],
+        untie_exit_output_weights=of_heads("own_output"),
+        use_exit_norm=of_heads("norm"),
+        use_exit_mlp=of_heads("mlp"),
+        use_exit_block=of_heads("block"),
+        exit_uses=tuple(settings.get("uses", ())),
         exit_layer_temperature=() if set(temperatures) == {1.0} else temperatures,
     )
 
 
-def _parts_of(exits: ExitConfig) -> list[str]:
-    has = {
-        "block": exits.use_exit_block, "mlp": exits.use_exit_mlp, "norm": exits.use_exit_norm,
-        "output": exits.untie_exit_output_weights,
-    }  # fmt: skip
+def _parts_of(head: ExitHeadKind) -> list[str]:
+    has = {"block": head.block, "mlp": head.mlp, "norm": head.norm, "output": head.untied_output}
     return [part for part, is_there in has.items() if is_there]
 
 
@@ -160,7 +163,7 @@ def _one_layer(tensors: Tensors, model: ModelConfig, layer_number: int) -> Tenso
     return one_layer
 
 
-def _their_parts(one_layer: Tensors, model: ModelConfig, exits: ExitConfig, family: Family) -> dict[str, Tensors]:
+def _their_parts(one_layer: Tensors, model: ModelConfig, head: ExitHeadKind, family: Family) -> dict[str, Tensors]:
     """Parameters by part, as the architecture names them."""
     theirs, prefixes = family.theirs(one_layer, _of_one_layer(model)), _their_prefixes(family)
-    return {part: below(theirs, prefixes[part]) for part in _parts_of(exits)}
+    return {part: below(theirs, prefixes[part]) for part in _parts_of(head)}

@@ -30,8 +30,8 @@ def model_of_exit(
     if layer_number not in exits.exit_layer_nums:
         there = f"its exits are {list(exits.exit_layer_nums)}" if exits.num_exits else "it has no exits"
         raise ValueError(f"--exit {layer_number}: the model has no such exit; {there}")
-    depth = layer_number - exits.pre_exit
-    if depth == 0 and not exits.use_exit_block:
+    depth, kind = exits.depth_of(layer_number), exits.head_of(exits.exit_layer_nums.index(layer_number))
+    if depth == 0 and not kind.block:
         raise ValueError(f"--exit {layer_number}: the exit comes before the first layer; no model has no layers")
     layer = f"decoder.layers.{layer_number - 1}"
     head = below(tensors, f"{layer}{EXIT_HEAD}")
@@ -44,10 +44,10 @@ def model_of_exit(
     plain |= {f"{layer}.mlp.{name}": tensor for name, tensor in below(head, "mlp.").items()}
     plain |= {f"decoder.layers.{depth}.{name}": tensor for name, tensor in below(head, "block.").items()}
     plain |= _final_norm(tensors, head, model, exits, layer_number, unit_norm)
-    is_tied = not (model.untie_embeddings_and_output_weights or exits.untie_exit_output_weights)
+    is_tied = not (model.untie_embeddings_and_output_weights or kind.untied_output)
     if not is_tied:
         plain["output_layer.weight"] = head.get("output_layer.weight", model_output_weight(tensors))
-    changed = replace(model, num_layers=depth + exits.use_exit_block, untie_embeddings_and_output_weights=not is_tied)
+    changed = replace(model, num_layers=depth + kind.block, untie_embeddings_and_output_weights=not is_tied)
     return changed, plain
 
 

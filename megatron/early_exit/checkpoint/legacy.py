@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.exits import exits_of_layers
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, combined, concatenated
-from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind
 from megatron.early_exit.config.model import ModelConfig
 
 _FILE = "model_optim_rng.pt"
@@ -190,7 +190,7 @@ def _all_layers(stages: list[_Stage], exits: ExitConfig, args: argparse.Namespac
 def _output_weights_of_exits(stages: list[_Stage], model: ModelConfig, exits: ExitConfig) -> Tensors:
     """The copies of the embedding that tied exits use, of all stages with exits but the first."""
     copies: Tensors = {}
-    if exits.untie_exit_output_weights or model.untie_embeddings_and_output_weights:
+    if model.untie_embeddings_and_output_weights or all(head.untied_output for head in exits.heads):
         return copies
     last = stages[0].num_layers
     for index, stage in enumerate(stages[1:], start=1):
@@ -363,19 +363,19 @@ class _Stage:
         tensors: Tensors = {}
         for index, number in enumerate(numbers):
             theirs, ours = f"encoder.layers.{index}", f"decoder.layers.{number - 1}"
-            has_exit = number in exits.exit_layer_nums
-            has_branch = has_exit and exits.use_exit_mlp
-            tensors |= self._layer(theirs, ours, "mlp.trunk" if has_branch else "mlp")
-            if not has_exit:
+            exit_index = exits.index_of(number)
+            kind = ExitHeadKind() if exit_index is None else exits.head_of(exit_index)
+            tensors |= self._layer(theirs, ours, "mlp.trunk" if kind.mlp else "mlp")
+            if exit_index is None:
                 continue
             head = f"{ours}.exit_head"
-            if has_branch:
+            if kind.mlp:
                 tensors |= self._mlp(f"{theirs}.mlp.branch", f"{head}.mlp")
-            if exits.use_exit_block:
+            if kind.block:
                 tensors |= self._layer(f"{theirs}.exit_block", f"{head}.block", "mlp")
-            if exits.use_exit_norm:
+            if kind.norm:
                 tensors |= self.module(f"{theirs}.exit_norm", f"{head}.norm")
-            if exits.untie_exit_output_weights:
+            if kind.untied_output:
                 name = f"exit_output_layer.{mine.index(number)}.weight"
                 tensors[f"{head}.output_layer.weight"] = self.take(name, 0)
         return tensors

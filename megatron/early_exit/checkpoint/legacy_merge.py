@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron.early_exit.checkpoint.exits import different_kind, exits_of_layers, merged_exits
+from megatron.early_exit.checkpoint.exits import exits_of_layers, merged_exits
 from megatron.early_exit.checkpoint.families import vocabulary_rows
 from megatron.early_exit.checkpoint.legacy import PartialCheckpoint
 from megatron.early_exit.checkpoint.store import Progress
@@ -67,16 +67,13 @@ def _check_architecture(partial: PartialCheckpoint, base: ModelDescription, base
 def _all_exits(partial: PartialCheckpoint, base: ExitConfig, later: tuple[int, ...]) -> ExitConfig:
     if not later:
         return partial.exits
-    different = different_kind(base, partial.exits)
-    if different:
+    if base.pre_exit != partial.exits.pre_exit:
         listed = " ".join(map(str, later))
-        values = ", ".join(
-            f"{name}: base {getattr(base, name)}, tuned {getattr(partial.exits, name)}" for name in different
-        )
         raise ValueError(
-            f"all exits of a model are of one kind, and those that the base has at layers {listed} are of another than "
-            f"those that were tuned ({values}); take them away: convert the base, remove-exits --exit-layer-nums "
-            f"{listed}, and give what that writes as --base"
+            f"all exits of a model are on one side of their layers, and those that the base has at layers {listed} are "
+            f"on another than those that were tuned (pre_exit: base {base.pre_exit}, tuned {partial.exits.pre_exit}); "
+            f"take them away: convert the base, remove-exits --exit-layer-nums {listed}, and give what that writes as "
+            "--base"
         )
     return merged_exits(exits_of_layers(base, later), partial.exits, (*partial.exits.exit_layer_nums, *later))
 

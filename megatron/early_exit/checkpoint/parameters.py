@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors
-from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind
 from megatron.early_exit.config.model import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -22,9 +22,8 @@ def expected_shapes(model: ModelConfig, exits: ExitConfig) -> Shapes:
         shapes["output_layer.weight"] = (rows, h)
     for index in range(model.num_layers):
         shapes |= _below(f"decoder.layers.{index}.", _layer(model))
-    head = _head(model, exits)
-    for layer_number in exits.exit_layer_nums:
-        shapes |= _below(f"decoder.layers.{layer_number - 1}{EXIT_HEAD}", head)
+    for layer_number, head in zip(exits.exit_layer_nums, exits.heads, strict=True):
+        shapes |= _below(f"decoder.layers.{layer_number - 1}{EXIT_HEAD}", _head(model, head))
     return shapes
 
 
@@ -78,14 +77,14 @@ def _mlp(model: ModelConfig) -> Shapes:
     return _below("linear_fc1.", first) | _below("linear_fc2.", _linear(h, inner, bias))
 
 
-def _head(model: ModelConfig, exits: ExitConfig) -> Shapes:
+def _head(model: ModelConfig, kind: ExitHeadKind) -> Shapes:
     head: Shapes = {}
-    if exits.use_exit_block:
+    if kind.block:
         head |= _below("block.", _layer(model))
-    if exits.use_exit_mlp:
+    if kind.mlp:
         head |= _below("mlp.", _mlp(model))
-    if exits.use_exit_norm:
+    if kind.norm:
         head |= _below("norm.", _norm(model, model.hidden_size))
-    if exits.untie_exit_output_weights:
+    if kind.untied_output:
         head["output_layer.weight"] = (model.padded_vocab_size, model.hidden_size)
     return head

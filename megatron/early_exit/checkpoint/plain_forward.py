@@ -55,16 +55,18 @@ def _exit_logits(
 ) -> Tensor:
     layer = f"decoder.layers.{layer_number - 1}"
     head = below(tensors, f"{layer}{EXIT_HEAD}")
-    if exits.use_exit_mlp:
+    index = exits.exit_layer_nums.index(layer_number)
+    kind = exits.head_of(index)
+    if kind.mlp:
         normed = _norm(below(tensors, f"{layer}.pre_mlp_layernorm."), model, residual)
         hidden = residual + _mlp(below(head, "mlp."), model, normed)
-    if exits.use_exit_block:
+    if kind.block:
         _, hidden = _layer(below(head, "block."), model, hidden, angles)
-    if exits.use_exit_norm:
+    if kind.norm:
         hidden = _norm(below(head, "norm."), model, hidden)
-    weight = head["output_layer.weight"] if exits.untie_exit_output_weights else model_output_weight(tensors)
+    weight = head["output_layer.weight"] if kind.untied_output else model_output_weight(tensors)
     logits = hidden @ weight.read().float().t()
-    return logits / exits.temperature_of(exits.exit_layer_nums.index(layer_number))
+    return logits / exits.temperature_of(index)
 
 
 def _read(tensors: Tensors, name: str) -> Tensor:

@@ -27,6 +27,8 @@ from megatron.early_exit.config.serialize import (
     checkpoint_description,
     config_fields,
     convert_value,
+    is_one_or_each,
+    is_truth,
     nearest,
     optional_type,
     overlay_architecture,
@@ -175,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_field(group: Any, field: FieldInfo, doc: str) -> None:
     _add_flag(group, flag_of(field.name), field, _help_text(field, doc))
-    if field.annotation is bool:
+    if is_truth(field.annotation):
         restored = "true" if field.name in SWITCHED_OFF else "false"
         group.add_argument(
             inverse_flag_of(field.name), dest=field.name, action="store_const", const=restored, help=argparse.SUPPRESS
@@ -184,7 +186,9 @@ def _add_field(group: Any, field: FieldInfo, doc: str) -> None:
 
 def _add_flag(group: Any, flag: str, field: FieldInfo, help_text: str) -> None:
     inner, _ = optional_type(field.annotation)
-    if inner is bool:
+    if is_one_or_each(field.annotation):
+        group.add_argument(flag, dest=field.name, nargs="*", metavar=_metavar(inner), help=help_text)
+    elif inner is bool:
         switched = "false" if field.name in SWITCHED_OFF else "true"
         group.add_argument(flag, dest=field.name, action="store_const", const=switched, help=help_text)
     else:
@@ -199,7 +203,7 @@ def _metavar(inner: Any) -> str:
         inner = typing.get_args(inner)[0]
     if typing.get_origin(inner) is Literal:
         return "{" + ",".join(typing.get_args(inner)) + "}"
-    return {int: "N", float: "X", str: "TEXT"}[inner]
+    return {int: "N", float: "X", str: "TEXT", bool: "{true,false}"}[inner]
 
 
 def _help_text(field: FieldInfo, doc: str) -> str:
@@ -274,14 +278,18 @@ def _settings_from_words(
         if field.name in texts:
             value = texts[field.name]
             try:
-                settings[field.name] = (
-                    tuple(parse_text(text, field.annotation) for text in value)
-                    if isinstance(value, list)
-                    else parse_text(value, field.annotation)
-                )
+                settings[field.name] = _parse_words(value, field.annotation)
             except ValueError as error:
                 notes.bad_value(f"{flag_of(field.name)}: {error}{_hint(field.name, value)}")
     return settings, config_path
+
+
+def _parse_words(value: str | list[str], annotation: Any) -> Any:
+    if not isinstance(value, list):
+        return parse_text(value, annotation)
+    if is_one_or_each(annotation) and not value:
+        return True  # a switch without a value: for all
+    return tuple(parse_text(text, annotation) for text in value)
 
 
 def _plain_words(argparse_message: str, flag: str, values: Sequence[str]) -> str:

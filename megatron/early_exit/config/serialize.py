@@ -24,7 +24,7 @@ import yaml
 
 from megatron.early_exit.config.data import DataConfig, TokenizerConfig
 from megatron.early_exit.config.description import EXIT_STRUCTURE_FIELDS, FREE_MODEL_FIELDS, ModelDescription
-from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.exits import ExitConfig, exit_kind_problems
 from megatron.early_exit.config.formats import DESCRIPTION_FILE, RUN_CONFIG_FILE, other_content
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.optimization import Dtype
@@ -87,8 +87,20 @@ def build_settings(settings: Mapping[str, Any]) -> RunSettings:
 # Types
 
 
+def is_one_or_each(annotation: Any) -> bool:
+    """Whether the type is `X | tuple[X, ...]`: one value for all, or a list with one for each."""
+    return any(typing.get_origin(argument) is tuple for argument in typing.get_args(annotation))
+
+
+def is_truth(annotation: Any) -> bool:
+    """Whether the type is `bool`, or true or false for each of several."""
+    return annotation is bool or (is_one_or_each(annotation) and typing.get_args(annotation)[0] is bool)
+
+
 def optional_type(annotation: Any) -> tuple[Any, bool]:
-    """(X, True) for `X | None`, (annotation, False) for anything else."""
+    """(X, True) for `X | None`, (X, False) for `X | tuple[X, ...]`, (annotation, False) for anything else."""
+    if is_one_or_each(annotation):
+        return typing.get_args(annotation)[0], False
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         inner = [argument for argument in typing.get_args(annotation) if argument is not type(None)]
         return inner[0], True
@@ -99,6 +111,8 @@ def convert_value(value: Any, annotation: Any) -> Any:
     """`value`, as YAML gives it, as a value of type `annotation`.
 
     Integers pass as floats and lists become tuples; nothing else is converted. Raises ValueError with the reason."""
+    if is_one_or_each(annotation) and isinstance(value, (list, tuple)):
+        annotation = typing.get_args(annotation)[1]
     inner, is_optional = optional_type(annotation)
     if value is None:
         if is_optional:
@@ -154,6 +168,9 @@ def parse_text(text: str, annotation: Any) -> Any:
 
 def type_name(annotation: Any) -> str:
     """A type in words, for messages and documentation."""
+    if is_one_or_each(annotation):
+        one, _ = typing.get_args(annotation)
+        return f"{type_name(one)}, or a list of them"
     inner, _ = optional_type(annotation)
     if typing.get_origin(inner) is tuple:
         return f"a list ({type_name(typing.get_args(inner)[0])} each)"
@@ -387,6 +404,8 @@ def _convert_dtype(value: Any) -> Dtype:
 
 
 def _describe(model: ModelConfig, exits: ExitConfig, tokenizer: TokenizerConfig, dtype: Dtype) -> ModelDescription:
+    if issues := list(exit_kind_problems(exits)):
+        raise ConfigError(issues)
     try:
         return ModelDescription(model, exits, tokenizer, dtype)
     except ValueError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.config.data import TOKENIZERS_WITHOUT_MODEL, DataConfig, parse_blend, split_shares
+from megatron.early_exit.config.exits import exit_kind_problems
 from megatron.early_exit.config.formats import other_content
 from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED
 from megatron.early_exit.config.settings import RunSettings
@@ -221,13 +222,7 @@ def _exit_problems(cfg: RunSettings) -> Iterator[str]:
             f"--exit-loss-token-fraction {_words(fractions)}: a fraction of the tokens is greater than 0 and at most 1;"
             " --exit-layer-weight 0 turns an exit's loss off"
         )
-    if exits.use_exit_mlp and exits.pre_exit:
-        yield (
-            "--use-exit-mlp with --pre-exit: the MLP branch stands beside its layer's own MLP, before which a pre-exit"
-            " has left; drop --pre-exit and name the layer before (7 becomes 6)"
-        )
-    if exits.use_exit_mlp and exits.use_exit_block:
-        yield "--use-exit-mlp with --use-exit-block: an exit has an MLP branch or a block, not both; drop one"
+    yield from exit_kind_problems(exits)
 
 
 def _exit_options_without_exits(cfg: RunSettings) -> Iterator[str]:
@@ -425,7 +420,7 @@ def _tuning_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
     if not exits.num_exits:
         yield "--tune-exit without exits: add some to the checkpoint (tools/convert_checkpoint.py add-exits)"
         return
-    if not (exits.untie_exit_output_weights or exits.use_exit_norm or exits.use_exit_mlp or exits.use_exit_block):
+    if not list(exit_kind_problems(exits)) and not any(head.has_parameters for head in exits.heads):
         yield (
             "--tune-exit has nothing to tune: the exits use the model's output weight and have no norm, MLP branch or"
             " block; add exits with parameters of their own"

@@ -20,6 +20,7 @@ from typing import Literal
 
 import msgspec
 
+from megatron.early_exit.config.exits import ExitUse
 from megatron.early_exit.inference.params import SamplingSettings
 
 FINAL_HEAD = -1
@@ -43,6 +44,16 @@ class ExitDescription(msgspec.Struct, frozen=True):
     """Layers that a row has run when the exit reads it."""
     has_block: bool
     """Whether it has attention, and so keys and values, of its own."""
+    use: ExitUse = "both"
+    """Whether tokens leave there, drafts are made there, or both."""
+
+    @property
+    def may_leave(self) -> bool:
+        return self.use != "draft"
+
+    @property
+    def may_draft(self) -> bool:
+        return self.use != "leave"
 
 
 class WorkerDescription(msgspec.Struct, frozen=True):

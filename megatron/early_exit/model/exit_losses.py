@@ -154,7 +154,8 @@ class ExitLosses:
                 scale = self.gradient_scale(loss_mask)
                 sums = compute(hidden_states, scale, **teacher)
                 self.add_statistics(exit_index, sums.statistics)
-                torch.autograd.backward(sums.objective * (scale * self.weights[exit_index]))
+                if sums.objective.requires_grad:  # not of a head that has nothing of its own
+                    torch.autograd.backward(sums.objective * (scale * self.weights[exit_index]))
 
         def backpropagate_later(**teacher: Teacher) -> None:
             with _own_random_stream(is_sequence_parallel):

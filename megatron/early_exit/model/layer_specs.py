@@ -107,13 +107,13 @@ def block_spec(
 
     vocab_size: rows of the output projections, padded. Needs core's process groups."""
     plain, norm = layer_spec(model)
-    with_exit, _ = layer_spec(model, has_mlp_branch=exits.use_exit_mlp)
     first = get_transformer_layer_offset(config, vp_stage) + 1
     numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
     layer_specs = [plain] * len(numbers)
     for index, layer_number in enumerate(numbers):
         exit_index = exits.index_of(layer_number)
         if exit_index is not None:
+            with_exit, _ = layer_spec(model, has_mlp_branch=exits.head_of(exit_index).mlp)
             head = exit_head_spec(exits, exit_index, with_exit, norm, vocab_size)
             layer_specs[index] = replace_module(with_exit, exit_head=head, exit_losses=exit_losses)
     return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=norm)
@@ -121,16 +121,17 @@ def block_spec(
 
 def exit_head_spec(exits: ExitConfig, exit_index: int, plain: ModuleSpec, norm: type, vocab_size: int) -> ExitHeadSpec:
     """The head of the exit with index `exit_index`, made of the same modules as a plain layer."""
+    head = exits.head_of(exit_index)
     return ExitHeadSpec(
         exit_index=exit_index,
         pre_exit=exits.pre_exit,
         temperature=exits.temperature_of(exit_index),
         weigh_by_confidence=exits.use_dynamic_exit_layer_weight,
-        output_vocab_size=vocab_size if exits.untie_exit_output_weights else None,
-        norm=norm if exits.use_exit_norm else None,
-        mlp=plain.submodules.mlp if exits.use_exit_mlp else None,
-        mlp_bda=plain.submodules.mlp_bda if exits.use_exit_mlp else None,
-        block=plain if exits.use_exit_block else None,
+        output_vocab_size=vocab_size if head.untied_output else None,
+        norm=norm if head.norm else None,
+        mlp=plain.submodules.mlp if head.mlp else None,
+        mlp_bda=plain.submodules.mlp_bda if head.mlp else None,
+        block=plain if head.block else None,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron.early_exit.config.exits import ExitHeadKind
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 
 # A chunk's fp32 logits take at most this much memory on each rank...
@@ -23,8 +24,8 @@ _MIN_CHUNK_TOKENS = 128
 def stage_parameters(config: ResolvedConfig, layers: Sequence[int], is_first: bool, is_last: bool) -> int:
     """Parameters of one model chunk. layers: numbers, from 1; is_first, is_last: of the model's chunks."""
     model = config.model
-    num_exits = sum(layer in config.exits.exit_layer_nums for layer in layers)
-    count = len(layers) * layer_parameters(config) + num_exits * exit_parameters(config)
+    heads = config.exits.heads_of(layers)
+    count = len(layers) * layer_parameters(config) + sum(exit_parameters(config, head) for head in heads)
     has_final_head = is_last and config.build.builds_final_head
     if is_first:
         count += output_parameters(config)
@@ -33,7 +34,7 @@ def stage_parameters(config: ResolvedConfig, layers: Sequence[int], is_first: bo
     if has_final_head:
         count += _norm_parameters(config)
     # The output weight, or a copy of it, unless it is the embedding that is there already.
-    uses_output_weight = has_final_head or (num_exits > 0 and not config.exits.untie_exit_output_weights)
+    uses_output_weight = has_final_head or any(not head.untied_output for head in heads)
     if uses_output_weight and (model.untie_embeddings_and_output_weights or not is_first):
         count += output_parameters(config)
     return count
@@ -44,14 +45,13 @@ def output_parameters(config: ResolvedConfig) -> int:
     return config.description.padded_vocab_size * config.model.hidden_size // config.parallel.tensor_model_parallel_size
 
 
-def exit_parameters(config: ResolvedConfig) -> int:
+def exit_parameters(config: ResolvedConfig, head: ExitHeadKind) -> int:
     """Parameters of one exit, without an output weight that is the model's."""
-    exits = config.exits
     return (
-        exits.untie_exit_output_weights * output_parameters(config)
-        + exits.use_exit_norm * _norm_parameters(config)
-        + exits.use_exit_mlp * _mlp_parameters(config)
-        + exits.use_exit_block * layer_parameters(config)
+        head.untied_output * output_parameters(config)
+        + head.norm * _norm_parameters(config)
+        + head.mlp * _mlp_parameters(config)
+        + head.block * layer_parameters(config)
     )
 
 
@@ -173,12 +173,12 @@ def output_flops_per_token(config: RunConfig, vocab_size: int) -> int:
     return 6 * config.model.hidden_size * vocab_size
 
 
-def exit_flops_per_token(config: RunConfig, vocab_size: int) -> int:
+def exit_flops_per_token(config: RunConfig, head: ExitHeadKind, vocab_size: int) -> int:
     """FLOPs of one exit for one token."""
     return (
         output_flops_per_token(config, vocab_size)
-        + config.exits.use_exit_block * layer_flops_per_token(config)
-        + config.exits.use_exit_mlp * 6 * _mlp_weights(config)
+        + head.block * layer_flops_per_token(config)
+        + head.mlp * 6 * _mlp_weights(config)
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron.early_exit.config.exits import ExitHeadKind
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.model import sizes
 from megatron.early_exit.schedules.stage_costs import StageCosts
@@ -108,8 +109,8 @@ def stages_with_early_exits(config: RunConfig, layers_per_stage: Sequence[int]) 
         num_recomputed = sizes.num_recomputed_layers(config, len(layers))
         is_kept = [
             layers.index(layer) >= num_recomputed
-            or (layer == layers[0] if config.exits.pre_exit else layer == layers[-1] and not config.exits.use_exit_mlp)
-            for layer in exits
+            or (layer == layers[0] if config.exits.pre_exit else layer == layers[-1] and not head.mlp)
+            for layer, head in zip(exits, config.exits.heads_of(exits), strict=True)
         ]
         if exits and all(is_kept):
             found.append(stage)
@@ -148,8 +149,11 @@ class _CostModel:
     def stage(self, layers: Sequence[int], is_first: bool, is_last: bool) -> StageCosts:
         config, count = self.config, len(layers)
         exits = [layer for layer in layers if layer in config.exits.exit_layer_nums]
+        heads = config.exits.heads_of(layers)
         parameters = sizes.stage_parameters(config, layers, is_first, is_last)
-        trained = len(exits) * sizes.exit_parameters(config) if config.training.tune_exit else parameters
+        trained = parameters
+        if config.training.tune_exit:
+            trained = sum(sizes.exit_parameters(config, head) for head in heads)
         has_final_head = is_last and config.build.builds_final_head
         forward = count * self._layer_forward_sec
         backward = count * self._layer_backward_sec
@@ -162,14 +166,14 @@ class _CostModel:
             forward += self._output_projection_sec
         activations = sizes.activation_bytes(config, count)
         ends_with_exit = not config.exits.pre_exit and not is_last and bool(layers) and layers[-1] in exits
-        if ends_with_exit and not config.exits.use_exit_mlp:
+        if ends_with_exit and not heads[-1].mlp:
             # Core would free what a stage sends; an exit there needs it.
             activations += self._sharded_hidden
         is_recomputed = sizes.num_recomputed_layers(config, count) > 0
         return StageCosts(
             forward_sec=forward,
             backward_sec=0.0 if config.training.tune_exit else backward,
-            exit_sec=len(exits) * self._exit_sec,
+            exit_sec=sum(map(self._exit_sec, heads)),
             communication_sec=self._message_sec,
             activation_bytes=activations,
             exit_gradient_bytes=len(exits) * self._sharded_hidden,
@@ -218,13 +222,12 @@ class _CostModel:
         flops = sizes.output_flops_per_token(config, config.description.padded_vocab_size)
         return self._matmul_sec(flops) + self._memory_sec(moved) + self._accumulation_sec(weight) + self._all_reduce_sec
 
-    @cached_property
-    def _exit_sec(self) -> float:
+    def _exit_sec(self, head: ExitHeadKind) -> float:
         config = self.config
         vocab_size = config.description.padded_vocab_size
-        beyond = sizes.exit_flops_per_token(config, vocab_size) - sizes.output_flops_per_token(config, vocab_size)
-        of_block = self._layer_forward_sec + self._layer_backward_sec if config.exits.use_exit_block else 0.0
-        of_branch = self._matmul_sec(beyond) if config.exits.use_exit_mlp else 0.0
+        beyond = sizes.exit_flops_per_token(config, head, vocab_size) - sizes.output_flops_per_token(config, vocab_size)
+        of_block = self._layer_forward_sec + self._layer_backward_sec if head.block else 0.0
+        of_branch = self._matmul_sec(beyond) if head.mlp else 0.0
         return self._output_projection_sec + of_block + of_branch
 
     @property

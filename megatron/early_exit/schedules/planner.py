@@ -91,7 +91,7 @@ def _choose_side(setup: Setup) -> tuple[Setup, str]:
     exits = setup.config.exits
     other = _other_side(setup)
     names = _named(setup)
-    if exits.use_exit_mlp:
+    if any(head.mlp for head in exits.heads):
         return setup, f"Exits stay {names}: an MLP branch stands beside its layer's own MLP."
     if other is None:
         return setup, f"Exits stay {names}: on the other side there is no layer for all of them."
@@ -114,7 +114,7 @@ def _other_side(setup: Setup) -> Setup | None:
     exits = setup.config.exits
     step = -1 if exits.pre_exit else 1
     layers = tuple(layer + step for layer in exits.exit_layer_nums)
-    if exits.use_exit_mlp or layers[0] < 1 or layers[-1] > setup.config.model.num_layers:
+    if any(head.mlp for head in exits.heads) or layers[0] < 1 or layers[-1] > setup.config.model.num_layers:
         return None
     moved = replace(exits, exit_layer_nums=layers, pre_exit=not exits.pre_exit)
     return replace(setup, config=replace(setup.config, exits=moved))

@@ -50,7 +50,9 @@ def _stage(config: ResolvedConfig, world_size: int, stage: int, chunks: list[tup
     layers = tuple(layer for index in mine for layer in chunks[index])
     exits = tuple(layer for layer in layers if layer in config.exits.exit_layer_nums)
     count = sum(sizes.stage_parameters(config, chunks[index], index == 0, index == len(chunks) - 1) for index in mine)
-    trained = len(exits) * sizes.exit_parameters(config) if training.tune_exit else count
+    trained = count
+    if training.tune_exit:
+        trained = sum(sizes.exit_parameters(config, head) for head in config.exits.heads_of(layers))
     if training.tune_exit:
         activations = sizes.activation_bytes(config, 1)  # nothing is kept of a frozen layer
     else:

@@ -59,20 +59,10 @@ def _exits(config: RunConfig) -> str:
     exits = config.exits
     if not exits.num_exits:
         return "none (plain GPT)"
-    parts = [
-        part
-        for part, is_on in [
-            ("transformer block", exits.use_exit_block),
-            ("MLP branch", exits.use_exit_mlp),
-            ("norm", exits.use_exit_norm),
-            (f"{'own' if exits.untie_exit_output_weights else 'shared'} output projection", True),
-        ]
-        if is_on
-    ]
     weights = ", ".join(f"{weight:g}" for weight in exits.weights_at(exits.exit_layer_weight_warmup_iters))
     layers = ", ".join(map(str, exits.exit_layer_nums))
     side = "before" if exits.pre_exit else "after"
-    return f"{side} layers {layers}; head = {' + '.join(parts)}; loss weights {weights}"
+    return f"{side} layers {layers}; {exits.described_heads()}; loss weights {weights}"
 
 
 def _stages(model: Model) -> list[str]:
@@ -115,9 +105,13 @@ def _ranges(numbers: list[int]) -> str:
 def _warnings(config: RunConfig, model: Model) -> list[str]:
     exits, layers = config.exits, config.model.num_layers
     stage_size = layers // config.parallel.pipeline_model_parallel_size // len(model.chunks)
-    if config.parallel.num_stages == 1 or exits.pre_exit or exits.use_exit_mlp or model.tunes_exits:
+    if config.parallel.num_stages == 1 or exits.pre_exit or model.tunes_exits:
         return []
-    at_end = [layer for layer in exits.exit_layer_nums if layer % stage_size == 0 and layer != layers]
+    at_end = [
+        layer
+        for layer, head in zip(exits.exit_layer_nums, exits.heads, strict=True)
+        if layer % stage_size == 0 and layer != layers and not head.mlp
+    ]
     if not at_end:
         return []
     named = ", ".join(map(str, at_end))
@@ -141,10 +135,11 @@ def checkpoint_bytes(config: RunConfig, model: Model) -> int:
 
 def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     """Floating-point operations of forward and backward (of tuning: what it runs) for one token, exits included."""
-    layer, exit_head = layer_flops_per_token(config), exit_flops_per_token(config, vocab_size)
+    layer = layer_flops_per_token(config)
+    exits = sum(exit_flops_per_token(config, head, vocab_size) for head in config.exits.heads)
     if config.training.tune_exit:
         # Forward through the frozen layers; an exit's gradients stop at its parameters, at about its usual cost.
         num_layers = 0 if config.training.cache_hidden_states else config.build.num_built_layers
-        return num_layers * layer / 3 + config.exits.num_exits * exit_head
+        return num_layers * layer / 3 + exits
     output = output_flops_per_token(config, vocab_size)
-    return config.model.num_layers * layer + output + config.exits.num_exits * exit_head
+    return config.model.num_layers * layer + output + exits

@@ -7,6 +7,20 @@ from dataclasses import replace
 
 from megatron.early_exit.checkpoint.commands.common import add_source, add_target, read, save
 
+_PARTS = {
+    "untie_exit_output_weights": "output projections of their own",
+    "use_exit_norm": "a norm before the output projection",
+    "use_exit_mlp": "through an MLP branch",
+    "use_exit_block": "through one more transformer layer",
+}
+"""Settings of heads, in words."""
+
+
+def _truth(word: str) -> bool:
+    if word not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
+    return word == "true"
+
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
     one = commands.add_parser("add-exits", help="add early exits, ready to be tuned")
@@ -14,10 +28,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add_target(one, "--save", with_dtype=False)
     one.add_argument("--exit-layer-nums", type=int, nargs="+", required=True, metavar="N", help="layers, from 1")
     one.add_argument("--pre-exit", action="store_true", help="exits read the input of their layers")
-    one.add_argument("--untie-exit-output-weights", action="store_true", help="output projections of their own")
-    one.add_argument("--use-exit-norm", action="store_true", help="a norm before the output projection")
-    one.add_argument("--use-exit-mlp", action="store_true", help="through an MLP branch")
-    one.add_argument("--use-exit-block", action="store_true", help="through one more transformer layer")
+    for name, text in _PARTS.items():
+        one.add_argument(
+            f"--{name.replace('_', '-')}", type=_truth, nargs="*", metavar="{true,false}",
+            help=f"{text}; true or false for each exit, alone: for all",
+        )  # fmt: skip
+    one.add_argument(
+        "--exit-uses", choices=("leave", "draft", "both"), nargs="+", default=[], metavar="{leave,draft,both}",
+        help="what decoding may do with them, for all or for each; default both",
+    )  # fmt: skip
     one.add_argument(
         "--init", choices=("copy", "random"), default="copy", help="of the model's own parts; default copy"
     )
@@ -37,13 +56,15 @@ def add(args: argparse.Namespace) -> None:
     from megatron.early_exit.config.exits import ExitConfig
 
     description, tensors, _ = read(args)
+    layers = args.exit_layer_nums
+    order = sorted(range(len(layers)), key=layers.__getitem__)
+    in_order = lambda values: tuple(values[i] for i in order) if len(values) == len(order) else tuple(values)
+    parts = {name: getattr(args, name) for name in _PARTS}
     wanted = ExitConfig(
-        exit_layer_nums=tuple(sorted(args.exit_layer_nums)),
+        exit_layer_nums=in_order(layers),
         pre_exit=args.pre_exit,
-        untie_exit_output_weights=args.untie_exit_output_weights,
-        use_exit_norm=args.use_exit_norm,
-        use_exit_mlp=args.use_exit_mlp,
-        use_exit_block=args.use_exit_block,
+        exit_uses=in_order(args.exit_uses),
+        **{name: in_order(values or [True]) for name, values in parts.items() if values is not None},
     )
     tensors, exits = add_exits(
         tensors, description.model, description.exits, wanted, init=args.init, replace_present=args.replace,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from megatron.early_exit.checkpoint.commands.common import (
     add_source,
@@ -15,9 +14,6 @@ from megatron.early_exit.checkpoint.commands.common import (
     read,
     save,
 )
-
-if TYPE_CHECKING:
-    from megatron.early_exit.config.exits import ExitConfig
 
 
 def add_commands(commands: argparse._SubParsersAction) -> None:
@@ -74,7 +70,7 @@ def inspect(args: argparse.Namespace) -> None:
     ]
     if exits.num_exits:
         before = "before" if exits.pre_exit else "after"
-        rows[-1] = ("exits", f"{before} layers {listed(exits.exit_layer_nums)}: {_kind(exits)}")
+        rows[-1] = ("exits", f"{before} layers {listed(exits.exit_layer_nums)}: {exits.described_heads()}")
         rows.append(("of exits", f"{count(of_exits):,} parameters of their own"))
     if verified is not None:
         rows.append(("verified", verified))
@@ -84,15 +80,6 @@ def inspect(args: argparse.Namespace) -> None:
         width = max(map(len, tensors))
         for name, tensor in tensors.items():
             print(f"{name:<{width}}  {list(tensor.shape)!s:<16} {str(tensor.dtype).removeprefix('torch.')}")
-
-
-def _kind(exits: ExitConfig) -> str:
-    parts = [
-        ("transformer block", exits.use_exit_block), ("MLP branch", exits.use_exit_mlp), ("norm", exits.use_exit_norm),
-        ("own output projection", exits.untie_exit_output_weights),
-        ("the model's output projection", not exits.untie_exit_output_weights),
-    ]  # fmt: skip
-    return ", ".join(name for name, is_on in parts if is_on)
 
 
 def _divisors(rows: int) -> str:

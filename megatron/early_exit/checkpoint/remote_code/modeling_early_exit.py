@@ -7,7 +7,8 @@
 Without `exit_threshold` it generates as the plain model does. Without `trust_remote_code` it is the plain model; the
 exits are then reported as parameters that are not used.
 With a threshold: one sequence, greedily or by sampling; all settings of `generate` for logits and for stopping act. A
-token leaves at the first exit whose largest probability (before temperature and other such settings) reaches it.
+token leaves at the first exit whose largest probability (before temperature and other such settings) reaches it; exits
+whose use is drafting alone are left out.
 
 Hidden states that left wait where they left, and run through the deeper layers together with the next token that goes
 there, so every KV cache is that of the whole model. The transformer block of an exit is one more layer with a cache of
@@ -35,10 +36,10 @@ class ExitHead(nn.Module):
         config, settings = model.config, model.config.early_exits
         # Each part is one of a layer's, whatever the architecture calls its classes and settings.
         new_layer = lambda: type(model.decoder_layers[0])(config, layer_idx=0)
-        self.block = new_layer() if settings["block"] else None
-        self.mlp = new_layer().mlp if settings["mlp"] else None
-        self.norm = model.mlp_norm_of(new_layer()) if settings["norm"] else None
-        own_output = settings["own_output"]
+        self.block = new_layer() if settings["block"][index] else None
+        self.mlp = new_layer().mlp if settings["mlp"][index] else None
+        self.norm = model.mlp_norm_of(new_layer()) if settings["norm"][index] else None
+        own_output = settings["own_output"][index]
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if own_output else None
         for module in self.modules():
             if hasattr(module, "layer_idx"):
@@ -158,6 +159,8 @@ class EarlyExitForCausalLM(Base):
             following = exit_layer - 1 if settings["pre_exit"] else exit_layer
             hidden, residual = self._run(layers[depth:following], hidden, state)
             depth = following
+            if settings["uses"][index] == "draft":
+                continue  # nothing leaves there
             logits = self._ask(index, hidden, residual, state)
             hidden = torch.cat([state.waiting.pop(depth, hidden[:, :0]), hidden], 1)
             if logits.softmax(-1).max() >= exit_threshold:

@@ -45,7 +45,8 @@ def bytes_per_token(
     blocks of their exits."""
     model, exits = description.model, description.exits
     layers = range(model.num_layers) if layers is None else layers
-    num_blocks = sum(number - 1 in layers for number in exits.exit_layer_nums) if exits.use_exit_block else 0
+    numbers = range(layers.start + 1, layers.stop + 1)
+    num_blocks = sum(head.block for head in exits.heads_of(numbers))
     num_kv_heads = max(model.num_kv_heads // tp_size, 1)
     return (len(layers) + num_blocks) * 2 * num_kv_heads * model.head_size * bytes_per_element
 

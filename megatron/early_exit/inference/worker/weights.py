@@ -18,6 +18,7 @@ from megatron.early_exit.checkpoint.families import OUTPUT_WEIGHT, WORD_EMBEDDIN
 from megatron.early_exit.checkpoint.parameters import Shapes, expected_shapes
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
 from megatron.early_exit.config.description import ModelDescription
+from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.inference.worker.linear import Int8Linear, Linear, MakeLinear, fastest_linear
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
@@ -199,9 +200,13 @@ def shapes_of_layers(description: ModelDescription, layers: range) -> Shapes:
 
 def _needs_output_weight(description: ModelDescription, layers: range) -> bool:
     """Whether a head of `layers` uses the weight of the final head."""
-    exits = description.exits
-    has_exits = any(number - 1 in layers for number in exits.exit_layer_nums)
-    return layers.stop == description.model.num_layers or (has_exits and not exits.untie_exit_output_weights)
+    return layers.stop == description.model.num_layers or _has_tied_exits(description.exits, layers)
+
+
+def _has_tied_exits(exits: ExitConfig, layers: range) -> bool:
+    """Whether an exit of `layers` uses the model's output weight."""
+    numbers = range(layers.start + 1, layers.stop + 1)
+    return any(not head.untied_output for head in exits.heads_of(numbers))
 
 
 def _output_name(model: ModelConfig) -> str:
@@ -269,7 +274,7 @@ class _Reader:
         if is_first and model.position_embedding_type == "learned_absolute":
             positions = self._converted(self._tensors[POSITION_EMBEDDING].read())
         if _needs_output_weight(self._description, self._layers):
-            is_approximated = bool(numbers) and not self._exits.untie_exit_output_weights
+            is_approximated = _has_tied_exits(self._exits, self._layers)
             self._read_head(self._output_name, is_approximated, embedding)
         return DecoderWeights(
             description=self._description,
@@ -370,21 +375,20 @@ class _Reader:
     def _exit(self, layer_number: int) -> ExitWeights:
         index, layer = self._exits.exit_layer_nums.index(layer_number), f"decoder.layers.{layer_number - 1}"
         head = below(self._tensors, f"{layer}{EXIT_HEAD}")
-        output_name = self._output_name
-        if self._exits.untie_exit_output_weights:
+        kind, output_name = self._exits.head_of(index), self._output_name
+        if kind.untied_output:
             output_name = f"{layer}{EXIT_HEAD}{OUTPUT_WEIGHT}"
             self._read_head(output_name, is_approximated=True)
         output, approximate = self._heads[output_name]
-        has_mlp = self._exits.use_exit_mlp
         return ExitWeights(
             index=index,
             layer_number=layer_number,
             depth=self._exits.depth_of(layer_number),
             temperature=self._exits.temperature_of(index),
-            block=self._layer(below(head, "block.")) if self._exits.use_exit_block else None,
-            mlp=self._mlp(below(head, "mlp.")) if has_mlp else None,
-            mlp_norm=self._norm(below(self._tensors, f"{layer}.pre_mlp_layernorm.")) if has_mlp else None,
-            norm=self._norm(below(head, "norm.")) if self._exits.use_exit_norm else None,
+            block=self._layer(below(head, "block.")) if kind.block else None,
+            mlp=self._mlp(below(head, "mlp.")) if kind.mlp else None,
+            mlp_norm=self._norm(below(self._tensors, f"{layer}.pre_mlp_layernorm.")) if kind.mlp else None,
+            norm=self._norm(below(head, "norm.")) if kind.norm else None,
             output=output,
             approximate=approximate,
         )

@@ -42,8 +42,8 @@ class Worker:
             hidden_size=weights.description.model.hidden_size,
             vocab_size=decoder.vocab_size,
             exits=tuple(
-                ExitDescription(number, exits.depth_of(number), exits.use_exit_block)
-                for number in exits.exit_layer_nums
+                ExitDescription(number, exits.depth_of(number), exits.head_of(index).block, exits.use_of(index))
+                for index, number in enumerate(exits.exit_layer_nums)
             ),
             num_slots=decoder.cache.num_slots,
             num_positions=decoder.num_positions,
