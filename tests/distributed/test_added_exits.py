@@ -177,7 +177,7 @@ def test_what_is_there_is_linked_and_stays(tmp_path: Path) -> None:
     (("--exit-layer-nums", 5), "give different layers from 1 to 4"),
     (("--exit-layer-nums", 0), "give different layers from 1 to 4"),
     (("--exit-layer-nums", 2, 2), "give different layers from 1 to 4"),
-    (("--exit-layer-nums", 2, "--use-exit-mlp", "--use-exit-block"), "(exit 2): an exit has an MLP branch or a block, not both"),
+    (("--exit-layer-nums", 2, "--use-exit-mlp", "--use-exit-block"), "--use-exit-mlp with --use-exit-block (exit 2)"),
     (("--exit-layer-nums", 1, 2, "--use-exit-mlp", "--pre-exit"), "--use-exit-mlp with --pre-exit (exits 1, 2)"),
     (("--exit-layer-nums", 1, 2, 3, "--use-exit-norm", "true", "false"), "has 2 values for 3 exits: give 1 or 3"),
 ])  # fmt: skip
@@ -288,7 +288,7 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     for part in (
         "4 layers of width 32, as llama of transformers", "96 rows, for tensor parallel sizes up to 32",
-        "after layers 1, 3: norm, the model's output projection", "64 parameters of their own",
+        "after layers 1, 3; head = norm + shared output projection", "64 parameters of their own",
         "without training state",
         "decoder.layers.2.exit_head.norm.weight",
     ):  # fmt: skip

@@ -20,6 +20,7 @@ from megatron.early_exit.checkpoint.legacy import _read_file as read_file
 from megatron.early_exit.checkpoint.legacy_merge import merge_partial
 from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
+from megatron.early_exit.config.exits import ExitHeadKind
 from tests.distributed.engines import head_logits
 from tests.distributed.workers import run_distributed
 from tests.legacy_files import FIXTURES, LegacyModel, our_parameters
@@ -347,10 +348,8 @@ def test_later_exits_of_another_kind_stay(tmp_path: Path) -> None:
     original = LegacyModel.of_fixture("norm")
     plain = convert("--load", original.without_exits().save(tmp_path / "plain"), "--save", tmp_path / "ours")
     base = tmp_path / "base"
-    kinds = ["--use-exit-block", "false", "false", "true", "--exit-uses", "both", "both", "draft"]
-    assert (
-        main(["add-exits", "--load", str(plain), "--save", str(base), "--exit-layer-nums", "2", "3", "4", *kinds]) == 0
-    )
+    words = "--exit-layer-nums 2 3 4 --use-exit-block false false true --exit-uses both both draft".split()
+    assert main(["add-exits", "--load", str(plain), "--save", str(base), *words]) == 0
     partial = original.tune_exits([2]).save(tmp_path / "tuned", 2, 1)
     save = convert("--load", partial, "--base", base, "--save", tmp_path / "merged")
     exits = read_checkpoint(checkpoint_folder(save))[0].exits

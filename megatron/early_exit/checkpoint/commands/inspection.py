@@ -70,7 +70,7 @@ def inspect(args: argparse.Namespace) -> None:
     ]
     if exits.num_exits:
         before = "before" if exits.pre_exit else "after"
-        rows[-1] = ("exits", f"{before} layers {listed(exits.exit_layer_nums)}: {exits.described_heads()}")
+        rows[-1] = ("exits", f"{before} layers {listed(exits.exit_layer_nums)}; {exits.described_heads()}")
         rows.append(("of exits", f"{count(of_exits):,} parameters of their own"))
     if verified is not None:
         rows.append(("verified", verified))
