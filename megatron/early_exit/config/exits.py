@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
+
 ExitUse = Literal["leave", "draft", "both"]
 """What decoding may do with an exit: give tokens with it, draft with it, or either."""
 
@@ -176,7 +177,7 @@ class ExitConfig:
         return _value_of(self.exit_loss_token_fraction, exit_index, 1.0)
 
 
-def _value_of(values: tuple[T, ...], exit_index: int, default: T) -> T:
+def _value_of(values: tuple[_T, ...], exit_index: int, default: _T) -> _T:
     """One of values that are given for all exits, for each, or not."""
     if not values:
         return default
