@@ -49,7 +49,7 @@ def measure(setup: Setup) -> dict[str, Any]:
     vocab_size = config.description.padded_vocab_size
     of_layers = config.model.num_layers * sizes.layer_flops_per_token(config)
     flops = of_layers + sizes.output_flops_per_token(config, vocab_size)
-    of_exits = sum(sizes.exit_flops_per_token(config, head, vocab_size) for head in config.exits.heads)
+    of_exits = sum(sizes.exit_flops_per_token(config, index, vocab_size) for index in range(config.exits.num_exits))
     tokens = config.training.global_batch_size * config.training.seq_length
     idle = lambda variant: [variant.timeline.idle_share(rank) for rank in range(setup.num_ranks)]
     return {

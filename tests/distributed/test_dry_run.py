@@ -58,6 +58,16 @@ def test_parameters_are_counted(world_size: int, changes: dict[str, Any]) -> Non
         assert one.weight_bytes == 4 * parameters and one.optimizer_bytes == 8 * trained
 
 
+def test_logits_of_exits_that_learn_from_some_tokens() -> None:
+    """A microbatch has 24 tokens; the last stage has the final head, which sees all."""
+    split = {**PP2, "exit_layer_nums": (1, 3)}
+    bytes_of = lambda **changes: [
+        stage.activation_bytes for stage in stages(make_config(**split, **changes).resolved(VOCAB_SIZE), world_size=2)
+    ]
+    (first, last), (fewer, same) = bytes_of(), bytes_of(exit_loss_token_fraction=(0.25,))
+    assert first - fewer == (24 - 6) * VOCAB_SIZE * 4 and last == same
+
+
 def test_what_is_printed() -> None:
     cfg = make_config(
         train_iters=10, global_batch_size=8, pipeline_model_parallel_size=2, bf16=True, exit_layer_nums=(1, 3)

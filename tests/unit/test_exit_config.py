@@ -66,6 +66,19 @@ def test_token_fractions(fractions, expected):
     assert [config.token_fraction_of(position) for position in range(2)] == expected
 
 
+@pytest.mark.parametrize(
+    ("fractions", "text"),
+    [
+        ((), ""),
+        ((1.0,), ""),
+        ((0.5,), "losses over 0.5 of the tokens"),
+        ((0.25, 1.0), "losses over 0.25, 1 of the tokens"),
+    ],
+)
+def test_token_fractions_in_words(fractions, text):
+    assert exits(exit_loss_token_fraction=fractions).described_token_fractions() == text
+
+
 def test_index_of_an_exit():
     assert exits().index_of(4) == 1
     assert exits().index_of(3) is None

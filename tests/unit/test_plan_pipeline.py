@@ -24,6 +24,7 @@ from megatron.early_exit.schedules.plan_command import main
 from megatron.early_exit.schedules.planner import choose
 from megatron.early_exit.schedules.simulate import Timeline
 from megatron.early_exit.schedules.stage_costs import StageCosts, read_costs, write_costs
+from megatron.early_exit.training.summary import flops_per_token
 
 SMALL = (
     "--num-layers 8 --hidden-size 256 --num-attention-heads 4 --seq-length 128 --micro-batch-size 2 --bf16 "
@@ -55,6 +56,10 @@ def test_costs_by_hand() -> None:
     assert [cost.forward_sec for cost in costs] == pytest.approx([one_forward] * 3 + [one_forward + output])
     assert [cost.backward_sec for cost in costs] == pytest.approx([2 * one_forward] * 4)
     assert costs[0].communication_sec < 1e-20  # four GPUs are in one server
+    fractions = small("--exit-loss-token-fraction", "0.25", "0.5").config
+    some = model_costs(fractions, 4, gpu, assumptions=Assumptions(0.5, 1.0, 1.0))
+    assert [cost.exit_sec for cost in some] == pytest.approx([0, output / 4, output / 2, 0])
+    assert [cost.forward_sec for cost in some] == [cost.forward_sec for cost in costs]
     far = model_costs(config, 16, gpu, assumptions=Assumptions(0.5, 1.0, 0.5))
     assert far[0].communication_sec == pytest.approx(tokens * h * 2 / 0.5e6)
 
@@ -70,6 +75,9 @@ def test_bytes_of_stages() -> None:
     plain = setup.plain_costs
     assert second.state_bytes - plain[1].state_bytes == 18 * 512 * 256
     assert plain[0] == first and replace(last, communication_sec=0) == replace(plain[3], communication_sec=0)
+    # A chunk has no more tokens than the exit learns from: a quarter of 256; its logits take 6 bytes (fp32 and bf16).
+    quarter = small("--exit-loss-token-fraction", "0.25").costs[1]
+    assert second.exit_head_bytes - quarter.exit_head_bytes == (256 - 64) * 512 * 6
     # An exit at the end of a stage keeps what core would free.
     ends = small("--exit-layer-nums", "2", "4", "--no-pre-exit")
     assert ends.costs[0].activation_bytes - first.activation_bytes == hidden
@@ -85,6 +93,16 @@ def test_recomputation_runs_layers_again_and_keeps_their_inputs() -> None:
     hidden = 2 * 128 * 256 * 2
     assert recomputed[1].activation_bytes == 2 * hidden and half[1].activation_bytes == hidden + 17 * hidden
     assert recomputed[1].recompute_bytes == 17 * hidden
+
+
+def test_flops_of_exits_that_learn_from_some_tokens() -> None:
+    """A block and a branch see all tokens, the output projection a quarter of them."""
+    projection, tokens = 6 * 256 * 512, 128
+    layer = 3 * (2 * (4 * 256 * 256 + 2 * 256 * 1024) + 2 * 256 * tokens)
+    for head, beyond in (([], 0), (["--use-exit-block"], layer)):
+        config = small("--exit-loss-token-fraction", "0.25", *head).config
+        assert sizes.exit_flops_per_token(config, 1, 512) == projection / 4 + beyond
+        assert flops_per_token(config, 512) == 8 * layer + projection + 2 * (projection / 4 + beyond)
 
 
 def test_tensor_parallel_ranks_share_the_work_and_talk() -> None:

@@ -128,7 +128,11 @@ class ExitConfig:
 
     def heads_of(self, layers: Collection[int]) -> tuple[ExitHeadKind, ...]:
         """The heads of the exits that these layers name, in order."""
-        return tuple(self.head_of(index) for index, layer in enumerate(self.exit_layer_nums) if layer in layers)
+        return tuple(map(self.head_of, self.indices_of(layers)))
+
+    def indices_of(self, layers: Collection[int]) -> list[int]:
+        """Indices of the exits that these layers name, in order."""
+        return [index for index, layer in enumerate(self.exit_layer_nums) if layer in layers]
 
     def described_heads(self) -> str:
         """The heads in words: what all are, or what each is; and the uses, where not every exit has both."""
@@ -175,6 +179,13 @@ class ExitConfig:
     def token_fraction_of(self, exit_index: int) -> float:
         """Fraction of the tokens that the exit with index `exit_index` learns from."""
         return _value_of(self.exit_loss_token_fraction, exit_index, 1.0)
+
+    def described_token_fractions(self) -> str:
+        """What exits learn from, in words, where it is not all tokens; else nothing."""
+        fractions = [f"{self.token_fraction_of(index):g}" for index in range(self.num_exits)]
+        if set(fractions) <= {"1"}:
+            return ""
+        return f"losses over {', '.join(fractions[:1] if len(set(fractions)) == 1 else fractions)} of the tokens"
 
 
 def _value_of(values: tuple[_T, ...], exit_index: int, default: _T) -> _T:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.early_exit.config.exits import ExitHeadKind
+from megatron.early_exit.config.exits import ExitHeadKind, num_sampled_tokens
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 
 # A chunk's fp32 logits take at most this much memory on each rank...
@@ -142,10 +142,21 @@ def sharded_hidden_states_bytes(config: RunConfig) -> int:
     return hidden_states_bytes(config) // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
 
 
-def logits_chunk_bytes(config: ResolvedConfig) -> int:
-    """fp32 logits of one chunk of tokens: all of them that ever exists."""
+def logits_chunk_bytes(config: ResolvedConfig, num_tokens: int) -> int:
+    """fp32 logits of one chunk of tokens: all of them that ever exists. num_tokens: of a microbatch, whose loss is
+    computed."""
     columns = config.description.padded_vocab_size // config.parallel.tensor_model_parallel_size
-    return chunk_size(columns) * columns * 4
+    return min(chunk_size(columns), num_tokens) * columns * 4
+
+
+def microbatch_tokens(config: RunConfig) -> int:
+    """Tokens of one microbatch."""
+    return config.training.seq_length * config.training.micro_batch_size
+
+
+def exit_tokens(config: RunConfig, exit_index: int) -> int:
+    """Tokens of one microbatch that an exit learns from."""
+    return num_sampled_tokens(config.exits.token_fraction_of(exit_index), microbatch_tokens(config))
 
 
 def chunk_size(local_vocab_size: int) -> int:
@@ -173,13 +184,17 @@ def output_flops_per_token(config: RunConfig, vocab_size: int) -> int:
     return 6 * config.model.hidden_size * vocab_size
 
 
-def exit_flops_per_token(config: RunConfig, head: ExitHeadKind, vocab_size: int) -> int:
-    """FLOPs of one exit for one token."""
-    return (
-        output_flops_per_token(config, vocab_size)
-        + head.block * layer_flops_per_token(config)
-        + head.mlp * 6 * _mlp_weights(config)
-    )
+def exit_flops_per_token(config: RunConfig, exit_index: int, vocab_size: int) -> float:
+    """FLOPs of one exit for one token of the microbatch: its output projection sees those that it learns from, a block
+    or an MLP branch sees all."""
+    return config.exits.token_fraction_of(exit_index) * output_flops_per_token(
+        config, vocab_size
+    ) + branch_flops_per_token(config, config.exits.head_of(exit_index))
+
+
+def branch_flops_per_token(config: RunConfig, head: ExitHeadKind) -> int:
+    """FLOPs of an exit's block or MLP branch for one token; 0 without either."""
+    return head.block * layer_flops_per_token(config) + head.mlp * 6 * _mlp_weights(config)
 
 
 def _mlp_weights(config: RunConfig) -> int:

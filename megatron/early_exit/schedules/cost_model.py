@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron.early_exit.config.exits import ExitHeadKind
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.model import sizes
 from megatron.early_exit.schedules.stage_costs import StageCosts
@@ -149,7 +148,7 @@ class _CostModel:
     def stage(self, layers: Sequence[int], is_first: bool, is_last: bool) -> StageCosts:
         config, count = self.config, len(layers)
         exits = [layer for layer in layers if layer in config.exits.exit_layer_nums]
-        heads = config.exits.heads_of(layers)
+        indices, heads = config.exits.indices_of(layers), config.exits.heads_of(layers)
         parameters = sizes.stage_parameters(config, layers, is_first, is_last)
         trained = parameters
         if config.training.tune_exit:
@@ -163,7 +162,7 @@ class _CostModel:
             backward += self._accumulation_sec(sizes.output_parameters(config))
         if has_final_head:
             # Loss and gradients are computed in one pass over chunks, in the forward.
-            forward += self._output_projection_sec
+            forward += self._output_projection_sec(self._tokens) + self._all_reduce_sec
         activations = sizes.activation_bytes(config, count)
         ends_with_exit = not config.exits.pre_exit and not is_last and bool(layers) and layers[-1] in exits
         if ends_with_exit and not heads[-1].mlp:
@@ -173,12 +172,12 @@ class _CostModel:
         return StageCosts(
             forward_sec=forward,
             backward_sec=0.0 if config.training.tune_exit else backward,
-            exit_sec=sum(map(self._exit_sec, heads)),
+            exit_sec=sum(map(self._exit_sec, indices)),
             communication_sec=self._message_sec,
             activation_bytes=activations,
             exit_gradient_bytes=len(exits) * self._sharded_hidden,
-            exit_head_bytes=self._head_bytes if exits else 0,
-            final_head_bytes=self._head_bytes if has_final_head else 0,
+            exit_head_bytes=max((self._head_bytes(sizes.exit_tokens(config, index)) for index in indices), default=0),
+            final_head_bytes=self._head_bytes(self._tokens) if has_final_head else 0,
             recompute_bytes=sizes.layer_activation_bytes(config) if is_recomputed else 0,
             state_bytes=sizes.weight_bytes(config, parameters)
             + sizes.gradient_bytes(config, trained)
@@ -209,26 +208,26 @@ class _CostModel:
             + num_gathered * self._all_reduce_sec / 2
         )
 
-    @cached_property
-    def _output_projection_sec(self) -> float:
-        """Chunked cross-entropy of one head: logits, loss, gradients."""
+    def _output_projection_sec(self, num_tokens: int) -> float:
+        """Chunked cross-entropy of one head: logits, loss, gradients; without messages. num_tokens: of a microbatch."""
         config = self.config
         rows = config.description.padded_vocab_size // config.parallel.tensor_model_parallel_size
-        num_chunks = -(-self._tokens // sizes.chunk_size(rows))
+        num_chunks = -(-num_tokens // sizes.chunk_size(rows))
         weight = sizes.output_parameters(config)
         # 50 bytes for each logit over all steps from bf16 logits to their bf16 gradients. Every chunk's weight gradient
         # is made (2 bytes), read, and added to the sum (read and written, 4 bytes each).
-        moved = 50 * self._tokens * rows + 12 * weight * num_chunks
-        flops = sizes.output_flops_per_token(config, config.description.padded_vocab_size)
-        return self._matmul_sec(flops) + self._memory_sec(moved) + self._accumulation_sec(weight) + self._all_reduce_sec
+        moved = 50 * num_tokens * rows + 12 * weight * num_chunks
+        flops = sizes.output_flops_per_token(config, config.description.padded_vocab_size) * num_tokens / self._tokens
+        return self._matmul_sec(flops) + self._memory_sec(moved) + self._accumulation_sec(weight)
 
-    def _exit_sec(self, head: ExitHeadKind) -> float:
-        config = self.config
-        vocab_size = config.description.padded_vocab_size
-        beyond = sizes.exit_flops_per_token(config, head, vocab_size) - sizes.output_flops_per_token(config, vocab_size)
+    def _exit_sec(self, exit_index: int) -> float:
+        config, head = self.config, self.config.exits.head_of(exit_index)
+        num_tokens = sizes.exit_tokens(config, exit_index)
+        # Sequences that are shared are gathered whole; otherwise gradients of the tokens that count are summed.
+        messages = self._all_reduce_sec * (1.0 if config.parallel.sequence_parallel else num_tokens / self._tokens)
         of_block = self._layer_forward_sec + self._layer_backward_sec if head.block else 0.0
-        of_branch = self._matmul_sec(beyond) if head.mlp else 0.0
-        return self._output_projection_sec + of_block + of_branch
+        of_branch = self._matmul_sec(sizes.branch_flops_per_token(config, head)) if head.mlp else 0.0
+        return self._output_projection_sec(num_tokens) + messages + of_block + of_branch
 
     @property
     def _message_sec(self) -> float:
@@ -265,7 +264,7 @@ class _CostModel:
 
     @property
     def _tokens(self) -> int:
-        return self.config.training.seq_length * self.config.training.micro_batch_size
+        return sizes.microbatch_tokens(self.config)
 
     @property
     def _hidden(self) -> int:
@@ -275,7 +274,6 @@ class _CostModel:
     def _sharded_hidden(self) -> int:
         return sizes.sharded_hidden_states_bytes(self.config)
 
-    @property
-    def _head_bytes(self) -> int:
+    def _head_bytes(self, num_tokens: int) -> int:
         """One chunk's logits (fp32 and bf16) and one weight gradient (fp32, and a chunk's in bf16)."""
-        return sizes.logits_chunk_bytes(self.config) * 3 // 2 + 6 * sizes.output_parameters(self.config)
+        return sizes.logits_chunk_bytes(self.config, num_tokens) * 3 // 2 + 6 * sizes.output_parameters(self.config)

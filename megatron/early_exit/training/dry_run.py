@@ -59,8 +59,11 @@ def _stage(config: ResolvedConfig, world_size: int, stage: int, chunks: list[tup
         microbatches = (training.global_batch_size or 1) // max(training.micro_batch_size, 1)
         in_flight = min(parallel.num_stages - stage, max(microbatches, 1))
         activations = in_flight * sum(sizes.activation_bytes(config, len(chunks[index])) for index in mine)
-    if exits or stage == parallel.num_stages - 1:
-        activations += sizes.logits_chunk_bytes(config)
+    tokens = [sizes.exit_tokens(config, index) for index in config.exits.indices_of(layers)]
+    if stage == parallel.num_stages - 1:
+        tokens.append(sizes.microbatch_tokens(config))
+    if tokens:
+        activations += sizes.logits_chunk_bytes(config, max(tokens))
     return StageEstimate(
         layers, exits, count, trained, sizes.weight_bytes(config, count), sizes.gradient_bytes(config, trained),
         sizes.optimizer_bytes(config, world_size, trained), activations,

@@ -62,7 +62,8 @@ def _exits(config: RunConfig) -> str:
     weights = ", ".join(f"{weight:g}" for weight in exits.weights_at(exits.exit_layer_weight_warmup_iters))
     layers = ", ".join(map(str, exits.exit_layer_nums))
     side = "before" if exits.pre_exit else "after"
-    return f"{side} layers {layers}; {exits.described_heads()}; loss weights {weights}"
+    parts = [f"{side} layers {layers}", exits.described_heads(), f"loss weights {weights}"]
+    return "; ".join([*parts, *filter(None, [exits.described_token_fractions()])])
 
 
 def _stages(model: Model) -> list[str]:
@@ -136,7 +137,7 @@ def checkpoint_bytes(config: RunConfig, model: Model) -> int:
 def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     """Floating-point operations of forward and backward (of tuning: what it runs) for one token, exits included."""
     layer = layer_flops_per_token(config)
-    exits = sum(exit_flops_per_token(config, head, vocab_size) for head in config.exits.heads)
+    exits = sum(exit_flops_per_token(config, index, vocab_size) for index in range(config.exits.num_exits))
     if config.training.tune_exit:
         # Forward through the frozen layers; an exit's gradients stop at its parameters, at about its usual cost.
         num_layers = 0 if config.training.cache_hidden_states else config.build.num_built_layers
