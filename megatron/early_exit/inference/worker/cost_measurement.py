@@ -28,14 +28,14 @@ def measure_costs(decoder: Decoder, slot: int = 0, repetitions: int = 5) -> Step
     measured = decoder.weights.tp.gather(seconds.amin(0).to(decoder.weights.device))[0].tolist()
     remaining = iter(measured)
     parts = zip(*([0.0 if action is None else next(remaining) for action in of_rows] for of_rows in actions))
-    layers, approximate, exits, final, batches = parts
+    layers, approximate, exits, final, batches, probes = parts
     layers = tuple(value / (decoder.last_layer - decoder.first_layer) for value in layers)
-    return StepCosts(layers, approximate, exits, final, batches[0], decoder.has_approximate_heads)
+    return StepCosts(layers, approximate, exits, final, batches[0], decoder.has_approximate_heads, probes)
 
 
 def _actions(decoder: Decoder, slot: int, rows: int) -> list[Callable[[], object] | None]:
     """What is timed for this many rows: all layers, the first exit's approximate and own head, the final head, setting
-    up a batch. None: not here."""
+    up a batch, the first exit's probe. None: not here."""
     segments, tokens = [Segment(slot, 0, rows)], [0] * rows
     attention, weights = decoder.attention_metadata(segments), decoder.weights
     first_exit = decoder.exits[0].index if decoder.exits else None
@@ -51,6 +51,7 @@ def _actions(decoder: Decoder, slot: int, rows: int) -> list[Callable[[], object
         None if first_exit is None else lambda: decoder.exit_output(first_exit, hidden),
         None if weights.output is None else lambda: decoder.final_output(hidden),
         set_up,
+        None if not decoder.has_probes or first_exit is None else lambda: decoder.probe_scores(first_exit, hidden),
     ]
 
 

@@ -20,7 +20,9 @@ from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
+from megatron.early_exit.inference.exit_probes import ExitProbes
 from megatron.early_exit.inference.worker.linear import Int8Linear, Linear, MakeLinear, fastest_linear
+from megatron.early_exit.inference.worker.probe import ExitProbe
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 
 POSITION_EMBEDDING = "embedding.position_embeddings.weight"
@@ -117,6 +119,8 @@ class ExitWeights:
     output: Linear
     approximate: ApproximateHead | None
     """What is evaluated first; None: `output`."""
+    probe: ExitProbe | None
+    """None: the model has none."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ class DecoderWeights:
     """Of an output weight on this rank; the same on all ranks, the last of which may have padding."""
     has_approximate_heads: bool
     """Whether exits of the model, which other stages may have, are evaluated first by something cheaper."""
+    has_probes: bool
+    """The same of probes."""
     tp: TensorParallel
     dtype: torch.dtype
     device: torch.device
@@ -224,13 +230,14 @@ def decoder_weights(
     dtype: torch.dtype | None = None,
     make_linear: MakeLinear = fastest_linear,
     approximate_heads: ApproximateHeads | None = None,
+    probes: ExitProbes | None = None,
 ) -> DecoderWeights:
     """Read this rank's part of a model; beside the result, one tensor is in memory at a time.
 
     tensors: all parameters of the model that `description` describes (`checkpoint.parameters.expected_shapes`); what
     needs no change is shared with them. layers: indices from 0, default all. device: default the CPU. dtype: of weights
     and computation, default that of the parameters. make_linear: (weight, bias) -> the linear layer to use.
-    approximate_heads: of the exits.
+    approximate_heads, probes: of the exits, if they have any.
     Raises ValueError if the ranks cannot share the weights, and whatever reading a tensor raises."""
     tp = tp or TensorParallel()
     check_can_decode(description.model, tp.size)
@@ -239,7 +246,7 @@ def decoder_weights(
         raise ValueError(f"layers is {layers}; the model has the layers 0 to {description.model.num_layers - 1}")
     device = device or torch.device("cpu")
     dtype = dtype or tensors[WORD_EMBEDDING].dtype
-    return _Reader(tensors, description, layers, tp, device, dtype, make_linear, approximate_heads).read()
+    return _Reader(tensors, description, layers, tp, device, dtype, make_linear, approximate_heads, probes).read()
 
 
 class _Reader:
@@ -255,9 +262,10 @@ class _Reader:
         dtype: torch.dtype,
         make_linear: MakeLinear,
         approximate_heads: ApproximateHeads | None,
+        probes: ExitProbes | None,
     ) -> None:
         self._tensors, self._layers, self._tp, self._device, self._dtype = tensors, layers, tp, device, dtype
-        self._make_linear, self._approximate_heads = make_linear, approximate_heads
+        self._make_linear, self._approximate_heads, self._probes = make_linear, approximate_heads, probes
         self._description, self._model, self._exits = description, description.model, description.exits
         self._vocab_rows = -(-description.padded_vocab_size // tp.size)
         self._output_name = _output_name(self._model)
@@ -289,6 +297,7 @@ class _Reader:
             num_output_rows=self._num_output_rows,
             vocab_rows=self._vocab_rows,
             has_approximate_heads=self._approximate_heads is not None and self._exits.num_exits > 0,
+            has_probes=self._probes is not None,
             tp=self._tp,
             dtype=self._dtype,
             device=self._device,
@@ -391,6 +400,7 @@ class _Reader:
             norm=self._norm(below(head, "norm.")) if kind.norm else None,
             output=output,
             approximate=approximate,
+            probe=None if self._probes is None else ExitProbe(self._probes.networks[layer_number], self._device),
         )
 
     # Weights with a row for each id.
