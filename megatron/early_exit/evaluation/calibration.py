@@ -141,8 +141,8 @@ def calibrate(
     """Take records of `prompts`, or go on with those that are there, and certify every level.
 
     show: makes a progress function for a kind of work. Raises ValueError for a model without exits, for one whose
-    weights cannot be told from others, for too few prompts, for records that are damaged, and with `exit_score` "probe" for
-    a model without probes and for prompts that they were trained on."""
+    weights cannot be told from others, for too few prompts, for records that are damaged, and with `exit_score` "probe"
+    for a model without probes and for prompts that they were trained on."""
     if not loaded.engine.exits.exit_layer_nums:
         raise ValueError(f"the model in {loaded.checkpoint.config.path} has no exits to calibrate")
     if not (loaded.checkpoint.folder / CHECKSUMS_FILE).is_file():
@@ -162,7 +162,6 @@ class _Calibrator:
         self, llm: LLM, loaded: LoadedEngine, prompts: PromptSet, settings: CalibrationSettings, show: ShowProgress
     ) -> None:
         self._llm, self._prompts, self._settings, self._show = llm, prompts, settings, show
-        self._score = settings.exit_score
         self._fingerprint = loaded.checkpoint.exit_fingerprint(loaded.tokenizer, settings.exit_score)
         self._answers = AnswerSettings(settings.answer_tokens, settings.ignore_eod, prompts.template_digest)
         about = AboutRecords(self._fingerprint, self._answers, prompts.digest, len(prompts.prompts))
@@ -236,9 +235,7 @@ class _Calibrator:
         """([prompts] losses of the test split, what the card says of it). chosen: [exits] thresholds"""
         seed, second = self._settings.seed, certificate.free_running
         numbers = self._split.test
-        free = free_running(
-            self._llm, self._of(numbers), certificate.thresholds, self._answers, self._show("test"), self._score
-        )
+        free = self._free_running(numbers, certificate.thresholds, "test")
         of_test = self._test_losses(chosen, free)
         saved = layers_saved(self._records_of(numbers), chosen, self._savings)
         free_losses = np.array([one.loss for one in free])
@@ -273,10 +270,14 @@ class _Calibrator:
         return lambda point: of_points[:, point]
 
     def _text_losses(self, numbers: np.ndarray, thresholds: np.ndarray, words: str) -> np.ndarray:
-        free = free_running(
-            self._llm, self._of(numbers), self._by_layer(thresholds), self._answers, self._show(words), self._score
-        )
+        free = self._free_running(numbers, self._by_layer(thresholds), words)
         return self._rouge_losses(numbers, free)
+
+    def _free_running(self, numbers: np.ndarray, thresholds: dict[int, float], words: str) -> list[FreeAnswer]:
+        """thresholds: by layer. words: for the progress."""
+        return free_running(
+            self._llm, self._of(numbers), thresholds, self._answers, self._show(words), self._settings.exit_score
+        )
 
     def _rouge_losses(self, numbers: np.ndarray, free: Sequence[FreeAnswer]) -> np.ndarray:
         text = self._llm.tokenizer.detokenize
@@ -293,9 +294,7 @@ class _Calibrator:
 
     def _second_certificate(self, thresholds: dict[int, float], level: float) -> FreeRunningCertificate:
         numbers, settings = self._split.free_running, self._settings
-        free = free_running(
-            self._llm, self._of(numbers), thresholds, self._answers, self._show("its own answers"), self._score
-        )
+        free = self._free_running(numbers, thresholds, "its own answers")
         of_prompts = np.array([one.loss for one in free])
         value = p_value(of_prompts, 1.0 - level, "A-max", settings.seed)
         return FreeRunningCertificate(value, float(of_prompts.mean()), value <= settings.delta_of_test)
