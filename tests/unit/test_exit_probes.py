@@ -115,9 +115,10 @@ def test_a_probe_is_paid_by_all_rows_and_the_head_by_those_that_leave() -> None:
 
 
 def test_exits_whose_heads_cost_too_much_may_pay_behind_a_probe() -> None:
-    choose = lambda score, **more: select_exits(SCORES, (0.5, 0.5), (4, 6), 10, COSTS, score=score, **more)
-    assert choose("head") == ()  # 4 + 4 + 0.5 * (2 + 4) + ... is more than 14
-    assert choose("probe") == (0, 1)
+    dear = StepCosts(flat(1), flat(8), flat(8), flat(8), probe_seconds=flat(0.1))
+    choose = lambda score: select_exits(SCORES, (0.5, 0.5), (4, 8), 10, dear, score=score)
+    assert choose("head") == ()  # 4 + 8 + 0.5 * (6 + 8) or 8 + 8 + 0.2 * (2 + 8); the full model takes 18
+    assert choose("probe") == (0, 1)  # 4.1 + 0.5 * 8 + 0.5 * 4.1 + 0.3 * 8 + 0.2 * (2 + 8)
     rare = np.where(np.arange(10)[:, None] < [9, 1], 0.9, 0.1)
     choose = lambda **more: select_exits(rare, (0.5, 0.5), (2, 9), 10, COSTS, score="probe", **more)
     assert choose() == (0,)
