@@ -87,7 +87,8 @@ class StatesReference(ReferenceModel):
             return self.made[f"{name}.exit_head.block"][2][0]
         if exits.pre_exit:
             return before[0]
-        return (residual if exits.use_exit_mlp else out)[0]
+        has_mlp = exits.head_of(exits.index_of(layer_number)).mlp
+        return (residual if has_mlp else out)[0]
 
 
 @torch.no_grad()
