@@ -140,9 +140,20 @@ def test_costs_of_stages_together() -> None:
     zeros, n = (0.0,) * len(ROW_COUNTS), len(ROW_COUNTS)
     one = StepCosts((1.0,) * n, zeros, zeros, zeros, 0.1)
     two = StepCosts((4.0,) * n, (2.0,) * n, (3.0,) * n, zeros, 0.3, has_approximate_heads=True)
-    three = StepCosts((2.0,) * n, (7.0,) * n, (8.0,) * n, (5.0,) * n, 0.2)
+    three = StepCosts(
+        (2.0,) * n,
+        (7.0,) * n,
+        (8.0,) * n,
+        (5.0,) * n,
+        0.2,
+        exit_saved_seconds=(1.0,) * n,
+        final_saved_seconds=(4.0,) * n,
+    )
     merged = merged_costs([one, two, three], (1, 2, 1))
-    assert merged == StepCosts((11 / 4,) * n, (2.0,) * n, (3.0,) * n, (5.0,) * n, 0.3, has_approximate_heads=True)
+    assert merged == StepCosts(
+        (11 / 4,) * n, (2.0,) * n, (3.0,) * n, (5.0,) * n, 0.3, has_approximate_heads=True,
+        exit_saved_seconds=(1.0,) * n, final_saved_seconds=(4.0,) * n,
+    )  # fmt: skip
     without_exits = merged_costs([one, one], (1, 1))
     assert without_exits == one
 

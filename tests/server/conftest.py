@@ -20,8 +20,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(checkpoint: Path) -> Iterator[RunningServer]:
-    """One that is ready, with four slots; tests must leave it as it was."""
-    with start_server(checkpoint, "--max-requests", 4) as running:
+    """One that is ready, with four slots; tests must leave it as it was. What it answers without log-probabilities
+    comes from certified heads, which `offline` does not use."""
+    with start_server(checkpoint, "--max-requests", 4, "--certified-head", "on") as running:
         yield running.wait_until_ready()
 
 

@@ -124,6 +124,14 @@ def test_what_the_server_says_holds_for_requests_that_do_not(offline: LLM) -> No
     assert of(exit_layers=[2]).exit_layers == (2,)
 
 
+def test_log_probs_are_computed_for_those_who_ask(offline: LLM) -> None:
+    of = lambda **fields: generation_params(
+        GenerateRequest(prompts=["a"], **fields), GenerationParams(), offline.engine.checks
+    )
+    assert not of().log_probs and not of(use_early_exit=True).log_probs
+    assert of(logprobs=True).log_probs and of(print_max_prob=True).log_probs and of(tokens_to_generate=0).log_probs
+
+
 # What EE-LLM's tools/request_client.py sends, byte for byte, and how it reads the answer.
 CLIENT_HEADER = {"Content-Type": "application/json; charset=UTF-8"}
 CLIENT_BODY = (

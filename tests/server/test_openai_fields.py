@@ -14,6 +14,8 @@ import requests
 
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+from megatron.early_exit.server.openai_api.chat import ChatRequest
+from megatron.early_exit.server.openai_api.completions import CompletionRequest
 from tests.server.models import MAX_POSITIONS, NUM_LAYERS
 from tests.server.openai_answers import Answer, answers_of, check_answers, close
 from tests.server.serving import RunningServer
@@ -256,6 +258,16 @@ def test_models(server: RunningServer) -> None:
         assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     for name in (None, "", "model"):
         assert answered(server, model=name, max_tokens=1)["model"] == "model"
+
+
+def test_log_probs_are_computed_for_those_who_ask(offline: LLM) -> None:
+    checks = offline.engine.checks
+    completion = lambda **fields: CompletionRequest(prompt="a", **fields).generation_params(GenerationParams(), checks)
+    messages = [{"role": "user", "content": "a"}]
+    chat = lambda **fields: ChatRequest(messages=messages, **fields).generation_params(GenerationParams(), checks)
+    assert not completion()[0].log_probs and not chat().log_probs and not chat(logprobs=False).log_probs
+    assert completion(logprobs=0)[0].log_probs and chat(logprobs=True).log_probs
+    assert completion(return_exit_details=True)[0].log_probs and chat(return_exit_details=True).log_probs
 
 
 def test_usage_says_what_early_exit_did(server: RunningServer, offline: LLM) -> None:

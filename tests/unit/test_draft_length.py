@@ -11,6 +11,18 @@ SAME = (1.0,) * len(ROW_COUNTS)
 COSTS = StepCosts(SAME, SAME, SAME, SAME)
 
 
+def test_costs_where_only_tokens_are_needed() -> None:
+    saved = (0.5, 0.25, 0.0, 0.0, 0.0)
+    costs = replace(COSTS, exit_saved_seconds=saved, final_saved_seconds=(2.0, *saved[1:]))
+    both = costs.for_tokens(of_exits=True, of_final=True)
+    assert both.approximate_seconds == (0.5, 0.75, 1.0, 1.0, 1.0)
+    assert both.final_head_seconds == (0.0, 0.75, 1.0, 1.0, 1.0)  # never less than nothing
+    assert (both.layer_seconds, both.exit_head_seconds) == (SAME, SAME)
+    assert costs.for_tokens(of_exits=False, of_final=False) == costs
+    approximate = replace(costs, has_approximate_heads=True).for_tokens(of_exits=True, of_final=False)
+    assert approximate.approximate_seconds == approximate.final_head_seconds == SAME
+
+
 def length(costs: StepCosts = COSTS, fixed: int | None = None) -> DraftLength:
     return DraftLength(fixed, longest=10, exit_depth=2, num_layers=12, costs=costs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.early_exit.inference.protocol import WorkerDescription
 
@@ -25,8 +25,10 @@ class StepCosts:
     """To set up a batch of rows: once a step, and again where rows leave."""
     has_approximate_heads: bool = False
     """Whether the exit's own head is needed as well when a token leaves."""
-    probe_seconds: tuple[float, ...] = (0.0,) * len(ROW_COUNTS)
-    """Of the exit's probe, behind which a row that leaves needs the exit's own head."""
+    exit_saved_seconds: tuple[float, ...] = (0.0,) * len(ROW_COUNTS)
+    """Of the exit's own head, what its certified form saves where nothing but tokens is needed."""
+    final_saved_seconds: tuple[float, ...] = (0.0,) * len(ROW_COUNTS)
+    """Of the final head."""
 
     @property
     def balanced_rows(self) -> float:
@@ -36,6 +38,19 @@ class StepCosts:
         of_row = (last - first) / (ROW_COUNTS[-1] - ROW_COUNTS[0])
         return max(first - of_row, 0.0) / of_row if of_row > 0 else math.inf
 
+    def for_tokens(self, *, of_exits: bool, of_final: bool) -> StepCosts:
+        """The same where exits (which draft), or the final head, need to give nothing but greedy tokens."""
+        less = lambda seconds, saved, applies: tuple(
+            max(one - one_saved, 0.0) if applies else one for one, one_saved in zip(seconds, saved, strict=True)
+        )
+        return replace(
+            self,
+            approximate_seconds=less(
+                self.approximate_seconds, self.exit_saved_seconds, of_exits and not self.has_approximate_heads
+            ),
+            final_head_seconds=less(self.final_head_seconds, self.final_saved_seconds, of_final),
+        )
+
     def layer(self, rows: float) -> float:
         return _interpolate(self.layer_seconds, rows)
 
@@ -44,9 +59,6 @@ class StepCosts:
 
     def exit_head(self, rows: float) -> float:
         return _interpolate(self.exit_head_seconds, rows)
-
-    def probe(self, rows: float) -> float:
-        return _interpolate(self.probe_seconds, rows)
 
     def final_head(self, rows: float) -> float:
         return _interpolate(self.final_head_seconds, rows)
@@ -81,16 +93,13 @@ def merged_costs(stages: Sequence[StepCosts], layers_per_stage: Sequence[int]) -
         first("final_head_seconds"),
         max(one.batch_seconds for one in stages),
         any(one.has_approximate_heads for one in stages),
-        first("probe_seconds"),
+        first("exit_saved_seconds"),
+        first("final_saved_seconds"),
     )
-
-
-_PROBE_WIDTH = 64.0
-"""About as many numbers does a probe read for each channel of a hidden state."""
 
 
 def guessed_costs(model: WorkerDescription) -> StepCosts:
     """Costs in the right proportion where a layer and a head cost what they read, however many rows they have."""
     layer, head = 12.0 * model.hidden_size, float(model.vocab_size)
     same = lambda cost: (cost,) * len(ROW_COUNTS)
-    return StepCosts(same(layer), same(head), same(head), same(head), probe_seconds=same(_PROBE_WIDTH))
+    return StepCosts(same(layer), same(head), same(head), same(head))

@@ -24,6 +24,7 @@ from megatron.early_exit.inference.executor import distributed
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, request_error
+from megatron.early_exit.inference.worker.certified_head import CertifiedHeadSetting
 from megatron.early_exit.inference.worker.kv_cache import CacheSize
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class LLM:
         audit_share: float = 0.0,
         quantize: str | None = None,
         shortlist: bool | None = None,
+        certified_head: CertifiedHeadSetting = "auto",
         cuda_graphs: bool = True,
         join_torchrun: bool = False,
         worker_timeout: float = distributed.DEFAULT_LIMITS.hang,
@@ -95,6 +97,7 @@ class LLM:
             kv_cache_gib=kv_cache_gib,
             quantize=quantize,
             shortlist=shortlist,
+            certified_head=certified_head,
             cuda_graphs=cuda_graphs,
             max_waiting=max_waiting,
             prefill_chunk=prefill_chunk,

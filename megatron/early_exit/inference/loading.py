@@ -5,7 +5,6 @@ It builds no training model and needs nothing of core.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -22,11 +21,15 @@ from megatron.early_exit.config.serialize import checkpoint_folder, read_descrip
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.executor.layout import Layout
-from megatron.early_exit.inference.exit_probes import PROBES_FILE, ExitProbes
 from megatron.early_exit.inference.fingerprint import ExitFingerprint
-from megatron.early_exit.inference.params import ExitScore
 from megatron.early_exit.inference.shortlist import Shortlist
 from megatron.early_exit.inference.stage_layers import layer_ranges, split_layers, stages_in_words
+from megatron.early_exit.inference.worker.certified_head import (
+    CERTIFIED_HEAD_SETTINGS,
+    CertifiedHeadSetting,
+    certified_bytes,
+    certified_in_words,
+)
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.kv_cache import CacheSize, bytes_per_token, cache_memory, choose_cache_size
 from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_linear
@@ -37,6 +40,7 @@ from megatron.early_exit.inference.worker.weights import (
     check_can_decode,
     decoder_weights,
     num_ids_with_rows,
+    num_output_weights,
     shapes_of_layers,
 )
 from megatron.early_exit.inference.worker.worker import Worker
@@ -79,6 +83,10 @@ class LoadConfig:
     """exits: evaluate exits first with weights in int8; all: keep all linear layers in int8. On the CPU."""
     shortlist: bool | None = None
     """Evaluate exits first over the frequent tokens of the checkpoint's shortlist; default if it has few enough."""
+    certified_head: CertifiedHeadSetting = "auto"
+    """Greedy tokens, where neither log-probabilities nor confidences are wanted, from output weights in int8, certified
+    to be the exact head's. On the CPU, beside the weights: memory for an int8 copy. auto: of large heads, for as many
+    rows as it is faster; on: always; off: never."""
     cuda_graphs: bool = True
     """Start the kernels of several layers at once where that can be done."""
 
@@ -108,6 +116,19 @@ class LoadConfig:
             raise ValueError(f"quantize is {self.quantize!r}; choose 'exits' or 'all', or leave it out")
         if self.quantize is not None and use_cuda():
             raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
+        self._check_certified_head()
+
+    def _check_certified_head(self) -> None:
+        if self.certified_head not in CERTIFIED_HEAD_SETTINGS:
+            raise ValueError(
+                f"certified_head is {self.certified_head!r}; choose one of {', '.join(CERTIFIED_HEAD_SETTINGS)}"
+            )
+        if self.certified_head == "on" and use_cuda():
+            raise ValueError("certified_head is for decoding on the CPU; leave it at auto, or off")
+        if self.certified_head == "on" and self.quantize == "all":
+            raise ValueError(
+                "certified_head is on, but with quantize 'all' the heads are in int8 themselves; leave it out"
+            )
 
     @property
     def layout(self) -> Layout:
@@ -137,8 +158,6 @@ class InferenceCheckpoint:
             raise ValueError(
                 "shortlist needs frequent tokens; tools/evaluate.py calibrate --shortlist-size counts them"
             )
-        self.probes, self.no_probes = self._read_probes()
-        """Those of the exits, and why there are none."""
         if stage is not None:
             self._check_cache(self._weights_bytes)
 
@@ -149,20 +168,6 @@ class InferenceCheckpoint:
                 f"the settings in {self.folder} name an exit at layer {outside[0]}, which no stage has: the model has "
                 f"the layers 1 to {num_layers}; correct exit_layer_nums there"
             )
-
-    def _read_probes(self) -> tuple[ExitProbes | None, str]:
-        """Raises ValueError if they cannot be read."""
-        probes = ExitProbes.load(self.folder)
-        if probes is None:
-            return None, "the checkpoint has none"
-        mismatch = probes.mismatch(
-            fingerprint(self.folder),
-            tuple(self.description.exits.exit_layer_nums),
-            self.description.model.hidden_size,
-        )
-        if mismatch is None:
-            return probes, ""
-        return None, f"of those in {self.folder / PROBES_FILE}, {mismatch}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,7 +190,22 @@ class InferenceCheckpoint:
         """What this rank's weights take at least."""
         shapes = shapes_of_layers(self.description, self._layers).values()
         itemsize = 1 if self.config.quantize == "all" else self.dtype.itemsize
-        return sum(map(math.prod, shapes)) * itemsize // self.config.tensor_parallel_size
+        return sum(map(math.prod, shapes)) * itemsize // self.config.tensor_parallel_size + self._certified_bytes
+
+    @property
+    def _certified_bytes(self) -> int:
+        """What certified forms of this rank's heads may take."""
+        if use_cuda() or self.config.quantize == "all":
+            return 0
+        model, setting = self.description, self.config.certified_head
+        shape = (-(-model.padded_vocab_size // self.config.tensor_parallel_size), model.model.hidden_size)
+        of_one = certified_bytes(shape, self.dtype, setting)
+        if not of_one:
+            return 0
+        count = num_output_weights(model, self._layers)
+        # The weight is needed as it is, which the plain head may have packed; an embedding is there anyway.
+        is_embedding = self._layers.start == 0 and not model.model.untie_embeddings_and_output_weights
+        return count * of_one + max(count - is_embedding, 0) * math.prod(shape) * self.dtype.itemsize
 
     def _check_cache(self, weights_bytes: int) -> CacheSize:
         """The size of keys and values on this rank, if weights will take `weights_bytes` of what is free now. Raises
@@ -203,19 +223,17 @@ class InferenceCheckpoint:
             is_wanted = self._shortlist is not None and 2 * len(self._shortlist.ids) <= num_ids
         return self._shortlist if is_wanted else None
 
-    def exit_fingerprint(self, tokenizer: Tokenizer, score: ExitScore = "head") -> ExitFingerprint:
-        """What the scores of this model's exits depend on. Probes do without approximate heads."""
-        is_probe, quantize = score == "probe", self.config.quantize
-        shortlist = None if is_probe else self.shortlist(tokenizer.vocab_size)
+    def exit_fingerprint(self, tokenizer: Tokenizer) -> ExitFingerprint:
+        """What the scores of this model's exits depend on."""
+        shortlist = self.shortlist(tokenizer.vocab_size)
         return ExitFingerprint(
             weights=fingerprint(self.folder),
             exit_layers=tuple(self.description.exits.exit_layer_nums),
             dtype="bf16" if self.dtype == torch.bfloat16 else "fp32",
-            quantize=None if is_probe and quantize == "exits" else quantize,
+            quantize=self.config.quantize,
             shortlist=None if shortlist is None else shortlist.digest,
             tokenizer=tokenizer.fingerprint,
             ends=tuple(sorted(tokenizer.ends)),
-            probes=self.probes.digest if is_probe and self.probes is not None else None,
         )
 
     def _approximate_heads(self, num_ids: int) -> ApproximateHeads | None:
@@ -241,13 +259,16 @@ class InferenceCheckpoint:
                 device=device(),
                 dtype=self.dtype,
                 make_linear=Int8Linear if self.config.quantize == "all" else fastest_linear,
+                certified_heads=self.config.certified_head,
                 approximate_heads=self._approximate_heads(num_ids),
-                probes=self.probes,
             )
         speaks = tp.rank == 0 and self._stage == self._largest_stage
         size = self._agreed_cache_size(placement, speaks)
         if speaks:
-            log.info("keys and values: %s%s", size, " on each rank" if self.config.layout.num_ranks > 1 else "")
+            on_each = " on each rank" if self.config.layout.num_ranks > 1 else ""
+            log.info("keys and values: %s%s", size, on_each)
+        if tp.rank == 0 and weights.certified_heads:
+            log.info("certified heads: %s", certified_in_words(weights.certified_heads))
         return Decoder(
             weights,
             num_slots=size.num_slots,
@@ -279,14 +300,8 @@ class InferenceCheckpoint:
             )  # fmt: skip
         return size
 
-    @property
-    def identity(self) -> str:
-        """Hexadecimal digits that are the same on all ranks, if they find the same checkpoint."""
-        weights = fingerprint(self.folder)
-        return weights if self.probes is None else hashlib.sha256(f"{weights}{self.probes.digest}".encode()).hexdigest()
-
     def _check_same_checkpoint(self, placement: Placement) -> None:
-        mine = int(self.identity[:15], 16)  # as much as a message's integer holds
+        mine = int(fingerprint(self.folder)[:15], 16)  # as much as a message's integer holds
         if placement.smallest(mine) != -placement.smallest(-mine):
             raise ValueError(
                 f"ranks find different checkpoints in {self.folder}: it was written again meanwhile, or the nodes have "
@@ -295,7 +310,7 @@ class InferenceCheckpoint:
 
 
 def load_worker(placement: Placement, num_ids: int, **settings: Any) -> tuple[Worker | Stage, str]:
-    """(a worker, or a pipeline stage if there are several, `identity` of its checkpoint): what each rank calls.
+    """(a worker, or a pipeline stage if there are several, `fingerprint` of its checkpoint): what each rank calls.
 
     settings: fields of `LoadConfig`; the others as of `InferenceCheckpoint.load_decoder`"""
     claim_device()
@@ -303,7 +318,7 @@ def load_worker(placement: Placement, num_ids: int, **settings: Any) -> tuple[Wo
     checkpoint = InferenceCheckpoint(config, placement.stage)
     flow = FlowControl(fill_min_rows=config.fill_min_rows or 1)
     worker = Worker(checkpoint.load_decoder(num_ids, placement))
-    num_stages, digits = config.pipeline_parallel_size, checkpoint.identity
+    num_stages, digits = config.pipeline_parallel_size, fingerprint(checkpoint.folder)
     return worker if num_stages == 1 else Stage(worker, placement.stage, num_stages, flow), digits
 
 

@@ -43,6 +43,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--shortlist", action=argparse.BooleanOptionalAction,
         help="evaluate exits with frequent tokens first; default: if the checkpoint is calibrated",
     )  # fmt: skip
+    model.add_argument(
+        "--certified-head", choices=("auto", "on", "off"), default="auto",
+        help="greedy tokens from output weights in int8, certified to be the exact head's, where no log-probabilities "
+        "are wanted (on a CPU); default auto: where it is faster",
+    )  # fmt: skip
     model.add_argument("--max-requests", type=int, metavar="N", help="prompts that run at once; default: at most 16")
     model.add_argument(
         "--max-length",
@@ -72,6 +77,7 @@ def engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "kv_cache_gib": args.kv_cache_gib,
         "quantize": args.quantize,
         "shortlist": args.shortlist,
+        "certified_head": args.certified_head,
         "cuda_graphs": not args.no_cuda_graphs,
     }
 

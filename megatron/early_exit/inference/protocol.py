@@ -21,7 +21,7 @@ from typing import Literal
 import msgspec
 
 from megatron.early_exit.config.exits import ExitUse
-from megatron.early_exit.inference.params import ExitScore, SamplingSettings
+from megatron.early_exit.inference.params import SamplingSettings
 
 FINAL_HEAD = -1
 """In place of an exit index."""
@@ -73,8 +73,6 @@ class WorkerDescription(msgspec.Struct, frozen=True):
     taken."""
     has_approximate_heads: bool = False
     """Whether exits are evaluated first by something cheaper than their own heads."""
-    has_probes: bool = False
-    """Whether exits have probes."""
     layers_per_stage: tuple[int, ...] = ()
     """Of each pipeline stage; empty: one stage has all."""
 
@@ -111,6 +109,9 @@ class Admit(msgspec.Struct, frozen=True, tag=True):
     """Rows that may be deferred; one more, and they run the remaining layers."""
     top_log_probs: int = 0
     """Report this many of the most probable tokens with each token."""
+    log_probs: bool = True
+    """Whether log-probabilities and confidences of tokens are wanted, of drafts never; if not, a head that gives tokens
+    alone may be asked."""
     min_tokens: int = 0
     """Tokens of the answer before one of `ends` may be drawn."""
     ends: tuple[int, ...] = ()
@@ -152,19 +153,18 @@ NEVER_TAKEN = math.inf
 
 
 class ExitThreshold(msgspec.Struct, frozen=True, array_like=True):
-    """An exit to evaluate, and the score from which on it gives the token."""
+    """An exit to evaluate, and the confidence from which on it gives the token."""
 
     exit: int
     threshold: float
-    score: ExitScore = "head"
 
     @property
     def is_observed(self) -> bool:
         """Whether the exit is evaluated to know what it would say, and never taken."""
         return self.threshold == NEVER_TAKEN
 
-    def is_reached(self, score: float) -> bool:
-        return score >= self.threshold
+    def is_reached(self, confidence: float) -> bool:
+        return confidence >= self.threshold
 
 
 class Rows(msgspec.Struct, frozen=True):
@@ -193,8 +193,6 @@ class Rows(msgspec.Struct, frozen=True):
     """Report this many of the most probable tokens of each scored position."""
     score_logits: bool = False
     """Report all logits of scored positions."""
-    score_states: bool = False
-    """Report the hidden states of scored positions that exits read."""
 
     @property
     def stop(self) -> int:
@@ -231,8 +229,8 @@ class Prediction(msgspec.Struct, frozen=True, array_like=True):
     """Index, or `FINAL_HEAD`."""
     token: int
     """Its most probable token."""
-    confidence: float
-    """What the exit's threshold was compared with: that token's probability, or the output of the exit's probe."""
+    confidence: float | None
+    """That token's probability; None if it was not computed (`Admit.log_probs`)."""
     is_approximate: bool = False
     """Whether an approximate head predicted it and the exit's own head was not evaluated."""
 
@@ -241,10 +239,11 @@ class DrawnToken(msgspec.Struct, frozen=True):
     """A token that a head gave."""
 
     token: int
-    log_prob: float
-    """Log-probability (nats) in the head's distribution, before penalty, temperature, top-k and top-p."""
-    confidence: float
-    """The head's largest probability."""
+    log_prob: float | None
+    """Log-probability (nats) in the head's distribution, before penalty, temperature, top-k and top-p; None if it was
+    not computed (`Admit.log_probs`)."""
+    confidence: float | None
+    """The head's largest probability; None as well."""
     exit: int
     """Index of the exit, or `FINAL_HEAD`."""
     predictions: tuple[Prediction, ...] = ()
@@ -270,8 +269,6 @@ class HeadScores(msgspec.Struct, frozen=True):
     """Empty if none were asked for."""
     logits: bytes | None = None
     """[positions, vocabulary] fp32 in the machine's byte order."""
-    states: bytes | None = None
-    """[positions, h] fp32 in the machine's byte order: what an exit's head reads."""
 
 
 class RowsOutput(msgspec.Struct, frozen=True):

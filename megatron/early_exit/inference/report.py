@@ -48,9 +48,8 @@ def usage_table(output: RequestOutput, num_stages: int = 1) -> str:
     total, statistics = len(result.tokens), result.statistics
     rows = [("exit", "tokens", "share", "mean confidence")]
     for usage in result.usage:
-        confidence = "-" if usage.mean_confidence is None else f"{usage.mean_confidence:.3f}"
         share = f"{usage.tokens / total:.1%}" if total else "-"
-        rows.append((_head(usage.exit_layer, usage.is_final), str(usage.tokens), share, confidence))
+        rows.append((_head(usage.exit_layer, usage.is_final), str(usage.tokens), share, _number(usage.mean_confidence)))
     lines = [aligned(rows)]
     if statistics.acceptance is not None:
         lines.append(f"drafted {statistics.drafted} tokens, accepted {statistics.acceptance:.1%}")
@@ -86,11 +85,11 @@ def predictions_table(texts: Sequence[str], tokens: Sequence[GeneratedToken], to
     rows = [("token", "text", "exit", "log-prob", "most probable token and confidence of each evaluated head")]
     for index, (text, token) in enumerate(zip(texts, tokens, strict=True)):
         predictions = "  ".join(
-            f"{_head(p.exit_layer, p.exit_layer is None)}: {tokenizer.detokenize([p.token])!r} {p.confidence:.3f}"
+            f"{_head(p.exit_layer, p.exit_layer is None)}: {tokenizer.detokenize([p.token])!r} {_number(p.confidence)}"
             for p in token.predictions
         )
         head = _head(token.exit_layer, token.is_final)
-        rows.append((str(index), repr(text), head, f"{token.log_prob:.3f}", predictions))
+        rows.append((str(index), repr(text), head, _number(token.log_prob), predictions))
     return aligned(rows)
 
 
@@ -113,6 +112,10 @@ def as_json(prompt: str, output: RequestOutput) -> dict[str, Any]:
         "runs_saved": statistics.runs_saved,
         "acceptance": statistics.acceptance,
     }
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _head(exit_layer: int | None, is_final: bool) -> str:

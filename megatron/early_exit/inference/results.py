@@ -22,9 +22,8 @@ class HeadPrediction:
     """Layer number that names the exit; None for the final head."""
     token: int
     """Its most probable token."""
-    confidence: float
-    """What the exit's threshold was compared with: that token's probability, or with `exit_score` "probe" the output of
-    the exit's probe."""
+    confidence: float | None
+    """That token's probability; None where it was not computed (`GenerationParams.log_probs`)."""
     is_approximate: bool = False
     """Whether an approximate head (a shortlist, low precision) predicted it; the exit's own was not evaluated."""
 
@@ -38,10 +37,12 @@ class GeneratedToken:
     """Layer number that names the exit; the number of layers for the final head."""
     is_final: bool
     """Whether the final head produced or verified it (an exit may be named after the last layer as well)."""
-    confidence: float
-    """Largest probability of the head that produced it."""
-    log_prob: float
-    """Log-probability (nats) of the token in that head's distribution, before penalty, temperature, top-k and top-p."""
+    confidence: float | None
+    """Largest probability of the head that produced it; None where it was not computed (`GenerationParams.log_probs`).
+    """
+    log_prob: float | None
+    """Log-probability (nats) of the token in that head's distribution, before penalty, temperature, top-k and top-p;
+    None as well."""
     predictions: tuple[HeadPrediction, ...] = ()
     """Of all heads evaluated for this token, in order; the last one produced it."""
     caught_up: bool = False
@@ -116,7 +117,7 @@ class ExitUsage:
     is_final: bool
     tokens: int
     mean_confidence: float | None
-    """None if it produced none."""
+    """Of those tokens whose confidence was computed; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ class RequestResult:
         usage = []
         for layer, is_final in [*((layer, False) for layer in self.exit_layers), (self.num_layers, True)]:
             confidences = [t.confidence for t in self.tokens if (t.exit_layer, t.is_final) == (layer, is_final)]
-            mean = math.fsum(confidences) / len(confidences) if confidences else None
+            known = [confidence for confidence in confidences if confidence is not None]
+            mean = math.fsum(known) / len(known) if known else None
             usage.append(ExitUsage(layer, is_final, len(confidences), mean))
         return tuple(usage)
 
@@ -178,8 +180,6 @@ class ScoredHead:
     """(id, log-probability) of the most probable tokens; empty if none are wanted."""
     logits: np.ndarray | None = field(default=None, compare=False)
     """[positions, vocabulary], fp32; None if not wanted."""
-    states: np.ndarray | None = field(default=None, compare=False)
-    """[positions, h], fp32: what an exit's head reads; None if not wanted, and of the final head."""
 
 
 @dataclass(frozen=True)

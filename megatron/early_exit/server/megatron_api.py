@@ -197,6 +197,7 @@ def generation_params(body: GenerateRequest, defaults: GenerationParams, checks:
                 top_p_bound=body.top_p_bound, seed=body.random_seed,
             ),
             stop=tuple([*(body.stop_sequences or ()), *ends_of_line]),
+            log_probs=_has_log_probs(body) or body.print_max_prob,
             echo=body.echo_prompts or body.tokens_to_generate == 0,
         )  # fmt: skip
 
@@ -237,7 +238,6 @@ def _response(
     seconds: float,
 ) -> GenerateResponse:
     results = [output.result for output in outputs]
-    has_log_probs = body.logprobs or not body.tokens_to_generate
     prompt_ids = [output.prompt_ids if params.echo else [] for output in outputs]
     return GenerateResponse(
         text=[_text(tokenizer, output, params.echo) for output in outputs],
@@ -246,7 +246,7 @@ def _response(
             for before, result in zip(prompt_ids, results, strict=True)
         ],
         logprobs=[[finite(token.log_prob) for token in (*result.prompt[1:], *result.tokens)] for result in results]
-        if has_log_probs
+        if _has_log_probs(body)
         else None,
         exit_layers=[[token.exit_layer for token in result.tokens] for result in results],
         predictions=[[_predictions(tokenizer, token) for token in result.tokens] for result in results]
@@ -258,6 +258,10 @@ def _response(
         request_time=seconds,
         requst_time=seconds,
     )
+
+
+def _has_log_probs(body: GenerateRequest) -> bool:
+    return body.logprobs or not body.tokens_to_generate
 
 
 def _text(tokenizer: Tokenizer, output: RequestOutput, echo: bool) -> str:

@@ -126,6 +126,7 @@ class RunningGeneration(RunningRequest):
             exits=self.request.enabled_exits,
             max_deferred=self.params.max_deferred,
             top_log_probs=self.params.top_log_probs,
+            log_probs=self.params.log_probs,
             min_tokens=self.params.min_tokens,
             ends=tuple(self.params.all_ends(self.request.ends)) if self.params.min_tokens else (),
         )

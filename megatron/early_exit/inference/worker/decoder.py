@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron.early_exit.inference.worker.attention import Attention, AttentionMetadata, Segment, rotate
+from megatron.early_exit.inference.worker.certified_head import CertifiedHead
 from megatron.early_exit.inference.worker.graphs import FixedAttentionMetadata, Launch, ModelGraphs, Part
-from megatron.early_exit.inference.worker.head_output import HeadOutput
+from megatron.early_exit.inference.worker.head_output import AnyOutput, ArgmaxOutput, HeadOutput
 from megatron.early_exit.inference.worker.kv_cache import KVCache
 from megatron.early_exit.inference.worker.linear import Linear
 from megatron.early_exit.inference.worker.weights import DecoderWeights, ExitWeights, LayerWeights, MlpWeights
@@ -148,48 +149,54 @@ class Decoder:
         """Whether `approximate_output` is cheaper, and says less, than `exit_output`, here and on other stages."""
         return self.weights.has_approximate_heads
 
-    def approximate_output(self, exit_index: int, hidden: Tensor) -> HeadOutput:
+    def approximate_output(self, exit_index: int, hidden: Tensor, *, tokens_only: bool = False) -> AnyOutput:
         """What decides whether an exit may be taken, or is drafted from: its approximate head, or its own.
 
         Over a shortlist without the best token it tells less than the exit's own head; with it, the confidence
         is at least as large: only some of the ids share the probability. Arguments as of `exit_output`."""
         approximate = self.exit(exit_index).approximate
         if approximate is None:
-            return self.exit_output(exit_index, hidden)
-        return self._exit_head(exit_index, hidden, approximate.linear, ids=approximate.ids, num_ids=approximate.num_ids)
+            return self.exit_output(exit_index, hidden, tokens_only=tokens_only)
+        logits = approximate.linear(self._exit_hidden(exit_index, hidden))
+        columns = {"ids": approximate.ids, "num_ids": approximate.num_ids}
+        return self._output(logits, self.exit(exit_index).temperature, **columns)
 
-    @property
-    def has_probes(self) -> bool:
-        """Whether exits, here and on other stages, have probes."""
-        return self.weights.has_probes
-
-    def probe_scores(self, exit_index: int, hidden: Tensor) -> list[float]:
-        """What the exit's probe says of rows, the same on all ranks. Arguments as of `exit_output`."""
-        scores = self.exit(exit_index).probe(hidden)
-        # Ranks may have added up the hidden states in other orders, and must decide alike.
-        return self.weights.tp.gather(scores)[0].tolist()
-
-    def exit_output(self, exit_index: int, hidden: Tensor) -> HeadOutput:
+    def exit_output(self, exit_index: int, hidden: Tensor, *, tokens_only: bool = False) -> AnyOutput:
         """What the exit's own head says about rows.
 
         hidden: [rows, h]; of a block exit, what the block made of them; of an MLP branch, the residual after attention
-        of the exit's layer."""
-        return self._exit_head(exit_index, hidden, self.exit(exit_index).output)
+        of the exit's layer. tokens_only: nothing but the most probable token of each row is needed, which may cost less
+        (`ArgmaxOutput`)."""
+        head, hidden = self.exit(exit_index), self._exit_hidden(exit_index, hidden)
+        certified = head.certified if tokens_only else None
+        return self._certified_or_exact(certified, head.output, hidden, head.temperature)
 
-    def _exit_head(self, exit_index: int, hidden: Tensor, linear: Linear, **columns: Any) -> HeadOutput:
+    def _exit_hidden(self, exit_index: int, hidden: Tensor) -> Tensor:
+        """[rows, h]: what an exit's output projection reads. hidden: as of `exit_output`"""
         head = self.exit(exit_index)
         if head.mlp is not None:
             hidden = self._add_mlp(head.mlp, head.mlp_norm(hidden), hidden)
         if head.norm is not None:
             hidden = head.norm(hidden)
-        logits = linear(hidden)
-        return self._output(logits if head.temperature == 1.0 else logits.float() / head.temperature, **columns)
+        return hidden
 
-    def final_output(self, hidden: Tensor) -> HeadOutput:
-        """What the final head, which must be here, says about rows that have run all layers. hidden: [rows, h]"""
-        return self._output(self.weights.output(self.weights.final_norm(hidden)))
+    def final_output(self, hidden: Tensor, *, tokens_only: bool = False) -> AnyOutput:
+        """What the final head, which must be here, says about rows that have run all layers.
 
-    def _output(self, logits: Tensor, **columns: Any) -> HeadOutput:
+        hidden: [rows, h]. tokens_only: as of `exit_output`"""
+        certified = self.weights.certified_output if tokens_only else None
+        return self._certified_or_exact(certified, self.weights.output, self.weights.final_norm(hidden))
+
+    def _certified_or_exact(
+        self, certified: CertifiedHead | None, linear: Linear, hidden: Tensor, temperature: float = 1.0
+    ) -> AnyOutput:
+        """Tokens alone, if the certified head is there, pays for so many rows and has an answer; else all logits."""
+        tokens = None if certified is None else certified.tokens(hidden, self.vocab_size, temperature)
+        return self._output(linear(hidden), temperature) if tokens is None else ArgmaxOutput(tokens)
+
+    def _output(self, logits: Tensor, temperature: float, **columns: Any) -> HeadOutput:
+        if temperature != 1.0:
+            logits = logits.float() / temperature
         return HeadOutput(logits, vocab_size=self.vocab_size, tp=self.weights.tp, **columns)
 
     def _run_layer(

@@ -151,6 +151,29 @@ class HeadOutput:
         return min(logit - self._rows[row][1], 0.0)
 
 
+class ArgmaxOutput:
+    """The most probable token of some rows, and nothing else: what a certified head says. All logits are finite."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = tokens
+
+    def is_finite(self, row: int) -> bool:
+        return True
+
+    def token(self, row: int) -> int:
+        """The most probable id."""
+        return self._tokens[row]
+
+    def confidence(self, row: int) -> None:
+        """Not known."""
+
+    def max_log_prob(self, row: int) -> None:
+        """Not known."""
+
+
+AnyOutput = HeadOutput | ArgmaxOutput
+"""Where only tokens are needed it is either."""
+
 # Larger than any id, and below 2^32 (see `ordered_keys`).
 _NO_ID = 2**31
 

@@ -133,7 +133,7 @@ def fastest_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
 
 
 # Smaller weights stay in the caches, where the plain path is fastest; this much memory never does.
-_SMALL_BYTES, _MORE_THAN_CACHES = 2**19, 2**26
+_SMALL_BYTES, MORE_THAN_CACHES = 2**19, 2**26
 # Which rows are timed, how often, and how much faster than packed another form must be to be worth its memory. (It also
 # keeps the choice the same from run to run, and with it the last bits of the results.)
 _FEW_ROWS, _REPETITIONS, _MUCH_FASTER = (1, 2), 4, 0.85
@@ -147,7 +147,7 @@ def fastest_kinds(shape: tuple[int, int], dtype: torch.dtype, num_threads: int) 
     times the speed of the packed form (docs/decisions.md)."""
     if dtype == torch.bfloat16:
         return (PackedLinear,) * len(_FEW_ROWS)  # nothing came near it
-    num_weights = -(-_MORE_THAN_CACHES // (shape[0] * shape[1] * dtype.itemsize))
+    num_weights = -(-MORE_THAN_CACHES // (shape[0] * shape[1] * dtype.itemsize))
     best: dict[int, list[tuple[float, type[Linear]]]] = {rows: [] for rows in _FEW_ROWS}
     for kind in (PackedLinear, DenseLinear, WeightFirstLinear):
         forms = [kind(torch.full(shape, 0.01, dtype=dtype)) for _ in range(num_weights)]
@@ -190,7 +190,7 @@ class Int8Linear:
             self._wide_type = torch.bfloat16
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.size(0) <= _MAX_INT8_ROWS:
+        if x.size(0) <= MAX_INT8_ROWS:
             y = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self._weight, self._scales)
         else:
             y = self._wide(x.to(self._wide_type))
@@ -203,10 +203,10 @@ class Int8Linear:
         parts = zip(self._weight.split(_PIECE), self._scales.split(_PIECE), strict=True)
         return torch.cat([F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype) for weight, scales in parts], dim=1)
 
-    def dequantised(self) -> Tensor:
-        """[out, in] fp32: the weight that it stands for."""
-        return self._weight.float() * self._scales.float()[:, None]
+    def dequantised(self, rows: slice = slice(None)) -> Tensor:
+        """[rows of `out`, in] fp32: the weight that it stands for."""
+        return self._weight[rows].float() * self._scales[rows].float()[:, None]
 
 
 # Beyond this many rows converting the weights is cheaper; rows of the weight that are converted at once.
-_MAX_INT8_ROWS, _PIECE = 8, 4096
+MAX_INT8_ROWS, _PIECE = 8, 4096

@@ -31,7 +31,7 @@ from megatron.early_exit.inference.protocol import (
 )
 from megatron.early_exit.inference.worker.attention import AttentionMetadata, Segment
 from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.head_output import HeadOutput
+from megatron.early_exit.inference.worker.head_output import AnyOutput, HeadOutput
 from megatron.early_exit.inference.worker.sampling import Draw
 from megatron.early_exit.inference.worker.slot_state import SlotState
 from megatron.early_exit.platform.device import to_device
@@ -171,6 +171,12 @@ class _Wanted(NamedTuple):
         return request.sampling.is_plain_argmax and self.token_index >= request.min_tokens
 
     @property
+    def needs_only_token(self) -> bool:
+        """Whether nothing else is reported of the head."""
+        request = self.scheduled.slot.request
+        return self.is_plain_argmax and not request.log_probs and not request.top_log_probs
+
+    @property
     def draw(self) -> Draw:
         """The draw of the token behind this position."""
         slot, request = self.scheduled.slot, self.scheduled.slot.request
@@ -269,24 +275,18 @@ class StageRunner:
         if head.block is not None:
             states = self._run_block(index, batch, offsets)
         evaluated, last_rows, scored, scored_rows = [], [], [], []
-        probed, probed_rows = [], []
         for one, offset in zip(batch.scheduled, offsets, strict=True):
             threshold = one.thresholds.pop(index, None)
             if threshold is not None:
-                by_probe = threshold.score == "probe"
-                wanted, rows = (probed, probed_rows) if by_probe else (evaluated, last_rows)
-                wanted.append(_Wanted(len(wanted), one, one.stop - 1, threshold))
-                rows.append(offset + one.num_rows - 1)
+                evaluated.append(_Wanted(len(evaluated), one, one.stop - 1, threshold))
+                last_rows.append(offset + one.num_rows - 1)
             if one.is_scored_by(index):
                 for position in one.positions(one.rows.score_from):
                     scored.append(_Wanted(len(scored), one, position))
                     scored_rows.append(offset + position - one.first)
         answered = self._evaluate(index, evaluated, take_rows(states, last_rows)) if evaluated else []
-        if probed:
-            answered += self._evaluate_behind_probe(index, probed, take_rows(states, probed_rows))
         if scored:
-            read = take_rows(states, scored_rows)
-            self._score(index, self.decoder.exit_output(index, read), scored, read)
+            self._score(index, self.decoder.exit_output(index, take_rows(states, scored_rows)), scored)
         following = self._leave_and_join(index, batch, offsets, {one.rows.slot for one in answered})
         if self._answer is not None:
             self._answer_now(index, batch, answered, scored)
@@ -355,7 +355,8 @@ class StageRunner:
         An approximate head only says which rows may leave: the exit's own head then decides, and gives the token; so
         the confidence that counts is the smaller of both, and an exit that is observed reports that one. Drafts come
         from the approximate head, since they are verified anyway. states: [wanted, h]"""
-        output = self.decoder.approximate_output(index, states)
+        tokens_only = all(one.scheduled.gives_draft and one.is_plain_argmax for one in wanted)
+        output = self.decoder.approximate_output(index, states, tokens_only=tokens_only)
         is_approximate = self.decoder.has_approximate_heads
         taken = [one for one in wanted if one.scheduled.gives_draft]
         candidates = []
@@ -383,22 +384,7 @@ class StageRunner:
                 confident.append(one)
         return answered + self._take(index, output, confident)
 
-    def _evaluate_behind_probe(self, index: int, wanted: list[_Wanted], states: Tensor) -> list[ScheduledRows]:
-        """Ask the exit's probe about each one's last row, and evaluate the exit's own head for those that leave or that
-        are observed. Returns those that it gives a token. states: [wanted, h]"""
-        scores = self.decoder.probe_scores(index, states)
-        leaving = [one for one in wanted if one.threshold.is_observed or one.threshold.is_reached(scores[one.row])]
-        if not leaving:
-            return []
-        output = self.decoder.exit_output(index, take_rows(states, [one.row for one in leaving]))
-        reached = []
-        for row, one in enumerate(leaving):
-            one.scheduled.predictions.append(Prediction(index, output.token(row), scores[one.row]))
-            if one.threshold.is_reached(scores[one.row]):
-                reached.append(one._replace(row=row))
-        return self._take(index, output, reached)
-
-    def _take(self, index: int, output: HeadOutput, wanted: list[_Wanted]) -> list[ScheduledRows]:
+    def _take(self, index: int, output: AnyOutput, wanted: list[_Wanted]) -> list[ScheduledRows]:
         """The exit gives these rows their tokens. Returns those to which it could."""
         is_end = self.decoder.exit(index).depth == self.decoder.num_layers
         answered = []
@@ -456,7 +442,8 @@ class StageRunner:
             self._check_hidden(take_rows(batch.hidden, [one.row for one in unseen]), unseen)
         if not rows:
             return
-        output = self.decoder.final_output(take_rows(batch.hidden, rows))
+        tokens_only = not scored and all(one.needs_only_token for one in drawn)
+        output = self.decoder.final_output(take_rows(batch.hidden, rows), tokens_only=tokens_only)
         if scored:
             self._score(FINAL_HEAD, output, scored)
         drawn = [one for one in drawn if self._check_finite(one, output)]
@@ -465,7 +452,7 @@ class StageRunner:
 
     # What heads say.
 
-    def _draw(self, output: HeadOutput, wanted: list[_Wanted]) -> list[tuple[_Wanted, int, float]]:
+    def _draw(self, output: AnyOutput, wanted: list[_Wanted]) -> list[tuple[_Wanted, int, float | None]]:
         """(wanted, token, its log-probability) of each. What fails for one slot's rows ends that request alone."""
         if all(one.is_plain_argmax for one in wanted):
             return [(one, output.token(one.row), output.max_log_prob(one.row)) for one in wanted]
@@ -485,7 +472,7 @@ class StageRunner:
         one.fail(f"its tokens could not be drawn ({type(error).__name__}: {error})")
 
     @staticmethod
-    def _check_finite(one: _Wanted, output: HeadOutput) -> bool:
+    def _check_finite(one: _Wanted, output: AnyOutput) -> bool:
         if not output.is_finite(one.row):
             one.scheduled.fail(_NOT_FINITE)
         return one.scheduled.error is None
@@ -499,7 +486,9 @@ class StageRunner:
                 one.scheduled.fail(_NOT_FINITE)
 
     @staticmethod
-    def _drawn_token(one: _Wanted, output: HeadOutput, exit_index: int, token: int, log_prob: float) -> DrawnToken:
+    def _drawn_token(
+        one: _Wanted, output: AnyOutput, exit_index: int, token: int, log_prob: float | None
+    ) -> DrawnToken:
         rows, count = one.scheduled, one.scheduled.slot.request.top_log_probs
         predictions = rows.predictions
         if exit_index == FINAL_HEAD:
@@ -514,9 +503,8 @@ class StageRunner:
             caught_up=rows.is_catching_up,
         )
 
-    def _score(self, exit_index: int, output: HeadOutput, wanted: list[_Wanted], states: Tensor | None = None) -> None:
-        """Add what a head says about scored positions; those of one request lie one after the other. states: [wanted,
-        h], of an exit."""
+    def _score(self, exit_index: int, output: HeadOutput, wanted: list[_Wanted]) -> None:
+        """Add what a head says about scored positions; those of one request lie one after the other."""
         of_rows = {one.row: one.scheduled.rows.target_of(one.position) for one in wanted}
         targets = {row: target for row, target in of_rows.items() if target is not None}
         log_probs: dict[int, float] = {}
@@ -527,24 +515,22 @@ class StageRunner:
             one, rows = group[0].scheduled, [member.row for member in group]
             if not all(self._check_finite(member, output) for member in group):
                 continue
-            reports_states = one.rows.score_states and states is not None
             one.scores.append(HeadScores(
                 exit=exit_index,
                 tokens=[output.token(row) for row in rows],
                 confidences=[output.confidence(row) for row in rows],
                 log_probs=[log_probs[row] for row in rows if row in log_probs],
                 top_log_probs=output.top(rows, one.rows.score_top) if one.rows.score_top else [],
-                logits=_bytes_of([output.logits(row) for row in rows]) if one.rows.score_logits else None,
-                states=_bytes_of([states[row] for row in rows]) if reports_states else None,
+                logits=_bytes_of(output, rows) if one.rows.score_logits else None,
             ))  # fmt: skip
 
 
-def _prediction(exit_index: int, output: HeadOutput, row: int, is_approximate: bool = False) -> Prediction:
+def _prediction(exit_index: int, output: AnyOutput, row: int, is_approximate: bool = False) -> Prediction:
     return Prediction(exit_index, output.token(row), output.confidence(row), is_approximate)
 
 
-def _bytes_of(rows: list[Tensor]) -> bytes:
-    return torch.stack(rows).float().cpu().numpy().tobytes()
+def _bytes_of(output: HeadOutput, rows: list[int]) -> bytes:
+    return torch.stack([output.logits(row) for row in rows]).numpy().tobytes()
 
 
 def take_rows(hidden: Tensor, rows: list[int]) -> Tensor:

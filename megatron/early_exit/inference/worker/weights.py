@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +21,8 @@ from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.inference.exit_probes import ExitProbes
+from megatron.early_exit.inference.worker.certified_head import CertifiedHead, CertifiedHeadSetting, certified_head
 from megatron.early_exit.inference.worker.linear import Int8Linear, Linear, MakeLinear, fastest_linear
-from megatron.early_exit.inference.worker.probe import ExitProbe
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 
 POSITION_EMBEDDING = "embedding.position_embeddings.weight"
@@ -119,8 +119,8 @@ class ExitWeights:
     output: Linear
     approximate: ApproximateHead | None
     """What is evaluated first; None: `output`."""
-    probe: ExitProbe | None
-    """None: the model has none."""
+    certified: CertifiedHead | None
+    """What gives the greedy token of `output` at less cost."""
 
 
 @dataclass(frozen=True)
@@ -144,17 +144,23 @@ class DecoderWeights:
     """None unless the last layer is among these."""
     output: Linear | None
     """None unless the last layer is among these."""
+    certified_output: CertifiedHead | None
+    """What gives the greedy token of `output` at less cost."""
     num_output_rows: int | None
     """Rows of the model's output weight up to the last that is not all zeros; None if no head here reads it."""
     vocab_rows: int
     """Of an output weight on this rank; the same on all ranks, the last of which may have padding."""
     has_approximate_heads: bool
     """Whether exits of the model, which other stages may have, are evaluated first by something cheaper."""
-    has_probes: bool
-    """The same of probes."""
     tp: TensorParallel
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def certified_heads(self) -> list[CertifiedHead]:
+        """Of all output weights that have one."""
+        heads = [self.certified_output, *(one.certified for one in self.exits)]
+        return list({id(head): head for head in heads if head is not None}.values())
 
     @property
     def last_layer(self) -> int:
@@ -215,6 +221,13 @@ def _has_tied_exits(exits: ExitConfig, layers: range) -> bool:
     return any(not head.untied_output for head in exits.heads_of(numbers))
 
 
+def num_output_weights(description: ModelDescription, layers: range) -> int:
+    """Output weights that heads of `layers` read."""
+    numbers = range(layers.start + 1, layers.stop + 1)
+    untied = sum(head.untied_output for head in description.exits.heads_of(numbers))
+    return untied + _needs_output_weight(description, layers)
+
+
 def _output_name(model: ModelConfig) -> str:
     return OUTPUT_WEIGHT if model.untie_embeddings_and_output_weights else WORD_EMBEDDING
 
@@ -230,14 +243,14 @@ def decoder_weights(
     dtype: torch.dtype | None = None,
     make_linear: MakeLinear = fastest_linear,
     approximate_heads: ApproximateHeads | None = None,
-    probes: ExitProbes | None = None,
+    certified_heads: CertifiedHeadSetting = "off",
 ) -> DecoderWeights:
     """Read this rank's part of a model; beside the result, one tensor is in memory at a time.
 
     tensors: all parameters of the model that `description` describes (`checkpoint.parameters.expected_shapes`); what
     needs no change is shared with them. layers: indices from 0, default all. device: default the CPU. dtype: of weights
     and computation, default that of the parameters. make_linear: (weight, bias) -> the linear layer to use.
-    approximate_heads, probes: of the exits, if they have any.
+    approximate_heads: of the exits. certified_heads: of exits and the final head.
     Raises ValueError if the ranks cannot share the weights, and whatever reading a tensor raises."""
     tp = tp or TensorParallel()
     check_can_decode(description.model, tp.size)
@@ -246,7 +259,17 @@ def decoder_weights(
         raise ValueError(f"layers is {layers}; the model has the layers 0 to {description.model.num_layers - 1}")
     device = device or torch.device("cpu")
     dtype = dtype or tensors[WORD_EMBEDDING].dtype
-    return _Reader(tensors, description, layers, tp, device, dtype, make_linear, approximate_heads, probes).read()
+    return _Reader(
+        tensors, description, layers, tp, device, dtype, make_linear, approximate_heads, certified_heads
+    ).read()
+
+
+class _Output(NamedTuple):
+    """The forms of one output weight."""
+
+    linear: Linear
+    certified: CertifiedHead | None
+    approximate: ApproximateHead | None
 
 
 class _Reader:
@@ -262,16 +285,17 @@ class _Reader:
         dtype: torch.dtype,
         make_linear: MakeLinear,
         approximate_heads: ApproximateHeads | None,
-        probes: ExitProbes | None,
+        certified_heads: CertifiedHeadSetting,
     ) -> None:
         self._tensors, self._layers, self._tp, self._device, self._dtype = tensors, layers, tp, device, dtype
-        self._make_linear, self._approximate_heads, self._probes = make_linear, approximate_heads, probes
+        self._make_linear, self._approximate_heads = make_linear, approximate_heads
+        self._certified_heads = certified_heads
         self._description, self._model, self._exits = description, description.model, description.exits
         self._vocab_rows = -(-description.padded_vocab_size // tp.size)
         self._output_name = _output_name(self._model)
         self._num_output_rows: int | None = None
-        # Of each output weight its layer and its approximation, however many heads use it.
-        self._heads: dict[str, tuple[Linear, ApproximateHead | None]] = {}
+        self._heads: dict[str, _Output] = {}
+        """Of each output weight, however many heads use it."""
 
     def read(self) -> DecoderWeights:
         model = self._model
@@ -293,11 +317,11 @@ class _Reader:
             positions=positions,
             rotary_frequencies=rotary_frequencies(model) if model.position_embedding_type == "rope" else None,
             final_norm=self._norm(below(self._tensors, FINAL_NORM)) if is_last else None,
-            output=self._heads[self._output_name][0] if is_last else None,
+            output=self._heads[self._output_name].linear if is_last else None,
+            certified_output=self._heads[self._output_name].certified if is_last else None,
             num_output_rows=self._num_output_rows,
             vocab_rows=self._vocab_rows,
             has_approximate_heads=self._approximate_heads is not None and self._exits.num_exits > 0,
-            has_probes=self._probes is not None,
             tp=self._tp,
             dtype=self._dtype,
             device=self._device,
@@ -388,7 +412,7 @@ class _Reader:
         if kind.untied_output:
             output_name = f"{layer}{EXIT_HEAD}{OUTPUT_WEIGHT}"
             self._read_head(output_name, is_approximated=True)
-        output, approximate = self._heads[output_name]
+        output = self._heads[output_name]
         return ExitWeights(
             index=index,
             layer_number=layer_number,
@@ -398,9 +422,9 @@ class _Reader:
             mlp=self._mlp(below(head, "mlp.")) if kind.mlp else None,
             mlp_norm=self._norm(below(self._tensors, f"{layer}.pre_mlp_layernorm.")) if kind.mlp else None,
             norm=self._norm(below(head, "norm.")) if kind.norm else None,
-            output=output,
-            approximate=approximate,
-            probe=None if self._probes is None else ExitProbe(self._probes.networks[layer_number], self._device),
+            output=output.linear,
+            approximate=output.approximate,
+            certified=output.certified,
         )
 
     # Weights with a row for each id.
@@ -410,7 +434,9 @@ class _Reader:
         weight = embedding if embedding is not None and name == WORD_EMBEDDING else self._vocabulary_rows(name)
         kind = self._approximate_heads if is_approximated else None
         approximate = None if kind is None else self._approximate_head(weight, kind)
-        self._heads[name] = (self._make_linear(weight, None), approximate)
+        linear = self._make_linear(weight, None)
+        certified = certified_head(weight, linear, self._tp, self._certified_heads)
+        self._heads[name] = _Output(linear, certified, approximate)
 
     def _vocabulary_rows(self, name: str) -> Tensor:
         """This rank's rows, with zeros behind the last if there are not enough for all ranks."""

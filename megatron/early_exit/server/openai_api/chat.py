@@ -100,7 +100,10 @@ class ChatRequest(AnswerRequest):
     def generation_params(self, defaults: GenerationParams, checks: RequestChecks) -> GenerationParams:
         """Of the one prompt. Raises ValueError."""
         top_log_probs = self.top_logprobs or 0
-        return self.params(defaults, checks, self.max_new_tokens, _MOST_TOKENS, top_log_probs=top_log_probs)
+        return self.params(
+            defaults, checks, self.max_new_tokens, _MOST_TOKENS,
+            log_probs=bool(self.logprobs), top_log_probs=top_log_probs,
+        )  # fmt: skip
 
 
 class AnswerMessage(BaseModel):

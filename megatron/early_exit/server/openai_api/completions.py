@@ -89,6 +89,7 @@ class CompletionRequest(AnswerRequest):
             self.max_tokens,
             _DEFAULT_MAX_TOKENS,
             add_special_tokens=self.add_special_tokens is not False,
+            log_probs=self.logprobs is not None,
             top_log_probs=self.logprobs or 0,
             echo=bool(self.echo) and (self.logprobs is not None or self.max_tokens == 0),
         )

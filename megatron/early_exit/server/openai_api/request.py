@@ -137,10 +137,12 @@ class AnswerRequest(EarlyExitFields):
         checks: RequestChecks,
         max_tokens: int | None,
         default_max_tokens: int,
+        *,
+        log_probs: bool,
         **settings: Any,
     ) -> GenerationParams:
-        """Settings of the engine. max_tokens, settings: what the kinds of requests call differently. Raises
-        ValueError."""
+        """Settings of the engine. max_tokens, log_probs (whether they are reported), settings: what the kinds of
+        requests call differently. Raises ValueError."""
         stop = self.stop or []
 
         def make(exits: GenerationParams, certificate: Certificate | None) -> GenerationParams:
@@ -155,6 +157,7 @@ class AnswerRequest(EarlyExitFields):
                 stop_tokens=tuple(self.stop_token_ids or ()),
                 ignore_eod=first_given(self.ignore_eos, certified and certified.ignore_eod, False),
                 min_tokens=self.min_tokens or 0,
+                log_probs=log_probs or bool(self.return_exit_details),  # they tell confidences
                 **settings,
             )
 
