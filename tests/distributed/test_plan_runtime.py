@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.schedules.builders import forward_only_tuning, interleaved, one_f_one_b, with_exits_in_bubbles
+from megatron.early_exit.schedules.builders import (
+    distilling_tuning,
+    forward_only_tuning,
+    interleaved,
+    one_f_one_b,
+    with_exits_in_bubbles,
+)
 from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
 from megatron.early_exit.schedules.plan import Kind, Plan
 from tests.configs import VOCAB_SIZE, make_config
@@ -267,7 +273,8 @@ def sends_that_are_kept(plan: Plan) -> int:
         runtime = PlanRuntime(
             plan, rank, config=None, chunks=[], exit_losses=None, links=SimpleNamespace(), forward_step=None
         )
-        sent = {action for action in plan.ranks[rank] if action.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)}
+        sends = (Kind.SEND_FORWARD, Kind.SEND_BACKWARD, Kind.SEND_TEACHER)
+        sent = {action for action in plan.ranks[rank] if action.kind in sends}
         shown = [message for messages in runtime._shown_by.values() for message in messages]
         assert len(shown) == len(set(shown)) and set(shown) <= sent
         kept = max(kept, len(sent) - len(shown))
@@ -276,7 +283,7 @@ def sends_that_are_kept(plan: Plan) -> int:
 
 @pytest.mark.parametrize("plan", [
     one_f_one_b(4, 64), with_exits_in_bubbles(one_f_one_b(2, 9), [0]), interleaved(2, 2, 8), interleaved(4, 2, 16),
-    with_filled_bubbles(4, 12, [1, 2]),
+    with_filled_bubbles(4, 12, [1, 2]), distilling_tuning(4, 64, [0, 2]), distilling_tuning(2, 9, [0]),
 ], ids=lambda plan: plan.name)  # fmt: skip
 def test_messages_are_known_to_have_arrived(plan: Plan) -> None:
     """What comes back shows nearly all; else they and their memory would stay until the end of the iteration."""

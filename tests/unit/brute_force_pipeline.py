@@ -35,7 +35,7 @@ def end_times(plan: Plan, costs: Costs) -> list[list[float]]:
     sends = {}  # (kind, microbatch, sending stage): (rank, index)
     for rank, actions in enumerate(plan.ranks):
         for index, action in enumerate(actions):
-            if action.kind in ("SF", "SB"):
+            if action.kind in ("SF", "SB", "ST"):
                 sends[str(action.kind), action.microbatch, action.chunk * plan.num_ranks + rank] = (rank, index)
     for _ in range(sum(map(len, ends)) + 2):
         is_settled = True
@@ -43,8 +43,9 @@ def end_times(plan: Plan, costs: Costs) -> list[list[float]]:
             for index, action in enumerate(actions):
                 stage = action.chunk * plan.num_ranks + rank
                 begin = ends[rank][index - 1] if index else 0.0
-                if action.kind in ("RF", "RB"):
-                    kind, sender = ("SF", stage - 1) if action.kind == "RF" else ("SB", stage + 1)
+                if action.kind in ("RF", "RB", "RT"):
+                    kind = f"S{action.kind[1]}"
+                    sender = stage - 1 if action.kind == "RF" else stage + 1
                     key = (kind, action.microbatch, sender)
                     if key not in sends:
                         raise NeverEndsError(f"rank {rank} waits for {key}")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.schedules.builders import (
+    distilling_tuning,
     exits_that_fit,
     forward_only_tuning,
     interleaved,
@@ -38,6 +39,7 @@ GOLDEN_PLANS = {
     "filled_bubbles": lambda: with_filled_bubbles(4, 6, {0, 1}),
     "filled_bubbles_exit_on_stage_0": lambda: with_filled_bubbles(4, 6, {0}, num_fill_cooldown=1),
     "tuning": lambda: forward_only_tuning(3, 2, {0, 2}),
+    "distilling": lambda: distilling_tuning(3, 4, {0, 2}),
 }
 
 
@@ -328,6 +330,28 @@ def test_tuning(world: tuple[int, int], data: st.DataObject) -> None:
     per_microbatch = [1.0 + 0.5 * (stage in exit_stages) for stage in range(num_ranks)]
     expected = (num_ranks - 1) + num_microbatches * max(per_microbatch)
     assert iteration_time(plan, costs) == pytest.approx(expected, abs=ROUNDING)
+
+
+@given(worlds, st.data())
+@settings(max_examples=60, deadline=None)
+def test_distilling(world: tuple[int, int], data: st.DataObject) -> None:
+    """Waiting for the final head costs no time, and a stage holds few microbatches meanwhile."""
+    num_ranks, num_microbatches = world
+    exit_stages = data.draw(stage_sets(num_ranks).filter(bool))
+    plan = distilling_tuning(num_ranks, num_microbatches, exit_stages)
+    validate(plan, exit_stages)
+    plain = forward_only_tuning(num_ranks, num_microbatches, exit_stages | {num_ranks - 1})
+    costs = Costs.equal(num_ranks, exit=0.5)
+    assert iteration_time(plan, costs) <= iteration_time(plain, costs) + ROUNDING
+    for stage, actions in enumerate(plan.ranks):
+        waiting = most = 0
+        for action in actions:
+            waiting += (action.kind == Kind.FORWARD) - (action.kind == Kind.EXIT)
+            most = max(most, waiting)
+        assert stage not in exit_stages or most <= num_ranks - stage
+    # Nothing comes back to a stage before the first exit.
+    kinds = {action.kind for actions in plan.ranks[: min(exit_stages)] for action in actions}
+    assert kinds <= {Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD}
 
 
 def test_tuning_has_no_stage_after_the_last_exit() -> None:

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.schedules.builders import (
+    distilling_tuning,
     forward_only_tuning,
     interleaved,
     one_f_one_b,
@@ -29,9 +30,15 @@ RF0 F0 B0 SB0 RF1 F1 B1 SB1 RF2 F2 B2 SB2
 FILLED = str(with_filled_bubbles(4, 6, {0, 1}))
 CHUNKS = str(interleaved(2, 2, 2))
 TUNING = str(forward_only_tuning(3, 2, {0, 2}))
+DISTILLING = """# by hand: 3 ranks, 1 chunk, 2 microbatches, 0 + 0 fill
+F0 SF0 F1 SF1
+RF0 F0 SF0 RF1 F1 SF1 RT0 X0 RT1 X1
+RF0 F0 ST0 RF1 F1 ST1
+"""
 
 
-@pytest.mark.parametrize("text, exit_stages", [(PLAN, {0}), (FILLED, {0, 1}), (CHUNKS, ()), (TUNING, {0, 2})])
+@pytest.mark.parametrize("text, exit_stages", [(PLAN, {0}), (FILLED, {0, 1}), (CHUNKS, ()), (TUNING, {0, 2}),
+                                               (DISTILLING, {1})])  # fmt: skip
 def test_valid(text: str, exit_stages: set[int]) -> None:
     validate(Plan.parse(text), exit_stages)
 
@@ -87,6 +94,15 @@ def test_valid(text: str, exit_stages: set[int]) -> None:
     (TUNING, "X0 F1", "X0 B0 F1", {0, 2}, "rank 1: B0 is missing: every microbatch runs backward on each stage"),
     (TUNING, "X0 F1", "X0 F1", {0, 1, 2}, "rank 1: X0 is missing"),
     (TUNING, "X0 F1", "X0 F1", (), "nothing runs backward, and there are no exits to tune"),
+    # Distillation.
+    (DISTILLING, "RT1 X1", "X1", {1}, "rank 1: RT1 is missing: what the final head reads of it has to come to stage 1"),
+    (DISTILLING, "F1 ST1", "F1", {1}, "rank 2: ST1 is missing: what the final head reads of it has to come to stage 1"),
+    (DISTILLING, "RT0 X0", "RT0 ST0 X0", {1}, "rank 1, action 7 (ST0): no stage makes it, or none needs it"),
+    (DISTILLING, "RT0 X0", "X0 RT0", {1}, "rank 1, action 6 (X0): must come after RT0, which is action 7"),
+    (DISTILLING, "F0 ST0", "ST0 F0", {1}, "rank 2, action 1 (ST0): must come after F0, which is action 2"),
+    (DISTILLING, "F0 ST0 RF1 F1 ST1", "F0 RF1 F1 ST1 ST0", {1}, "messages of rank 2 arrive in the order in which they"),
+    (DISTILLING, "RF0 F0 SF0 RF1", "RT0 RF0 F0 SF0 RF1", {1}, "rank 1, action 7 (RT0): was there before"),
+    (PLAN, "B0 SB0", "ST0 B0 SB0", {0}, "rank 1, action 2 (ST0): exits follow the final head only where nothing runs"),
 ])  # fmt: skip
 def test_refused_with_the_place(text: str, old: str, new: str, exit_stages: set[int], message: str) -> None:
     assert old in text
@@ -120,7 +136,7 @@ def test_plans_of_no_ranks_or_microbatches() -> None:
 def built_plans(draw: st.DrawFn) -> tuple[Plan, set[int]]:
     """(a builder's plan, stages with exits)."""
     num_ranks, num_microbatches = draw(st.integers(1, 5)), draw(st.integers(1, 7))
-    name = draw(st.sampled_from(["1F1B", "exits", "filled", "filled, exits", "interleaved", "tuning"]))
+    name = draw(st.sampled_from(["1F1B", "exits", "filled", "filled, exits", "interleaved", "tuning", "distilling"]))
     if name == "interleaved":
         num_ranks = draw(st.integers(2, 3))
         plan = interleaved(num_ranks, 2, num_ranks * draw(st.integers(1, 2)))
@@ -129,6 +145,8 @@ def built_plans(draw: st.DrawFn) -> tuple[Plan, set[int]]:
     exit_stages = draw(st.sets(st.integers(0, plan.num_stages - 1), min_size=1))
     if name == "tuning":
         plan = forward_only_tuning(max(exit_stages) + 1, num_microbatches, exit_stages)
+    if name == "distilling":
+        plan = distilling_tuning(num_ranks, num_microbatches, exit_stages)
     if name.startswith("filled"):
         plan = with_filled_bubbles(num_ranks, num_microbatches, exit_stages)
     if name.endswith("exits") or (name == "interleaved" and draw(st.booleans())):
@@ -272,12 +290,22 @@ def is_in_order(plan: Plan) -> bool:
                 # With those of the last backward the synchronisation of gradients begins: all others must be there.
                 backwards = plan.microbatches(stage, Kind.BACKWARD)
                 is_last = backwards and backwards[-1] == microbatch
-                return has("F") and (not is_last or all((stage, "B", other) in done for other in backwards[:-1]))
+                follows = has("RT") or not exists("RT")
+                return (
+                    has("F")
+                    and follows
+                    and (not is_last or all((stage, "B", other) in done for other in backwards[:-1]))
+                )
             case "SB":
                 return has("B")
+            case "ST":
+                return has("RT") if exists("RT") else has("F")
             case "RF":
                 queue = channels.get(("SF", (rank - 1) % plan.num_ranks), [])
                 return queue[:1] == [(stage - 1, microbatch)]
+            case "RT":
+                queue = channels.get(("ST", (rank + 1) % plan.num_ranks), [])
+                return queue[:1] == [(stage + 1, microbatch)]
             case "RB":
                 queue = channels.get(("SB", (rank + 1) % plan.num_ranks), [])
                 return queue[:1] == [(stage + 1, microbatch)]
@@ -290,9 +318,9 @@ def is_in_order(plan: Plan) -> bool:
         action = left[rank].pop(0)
         stage = action.chunk * plan.num_ranks + rank
         done.add((stage, str(action.kind), action.microbatch))
-        if action.kind in ("SF", "SB"):
+        if action.kind in ("SF", "SB", "ST"):
             channels.setdefault((str(action.kind), rank), []).append((stage, action.microbatch))
-        if action.kind in ("RF", "RB"):
+        if action.kind in ("RF", "RB", "RT"):
             sender = (rank - 1 if action.kind == "RF" else rank + 1) % plan.num_ranks
             channels["S" + action.kind[1], sender].pop(0)
     return True

@@ -25,7 +25,7 @@ class TrainingConfig:
 
     tune_exit_distillation: float = 0.0
     """With --tune-exit: share of the loss that is the divergence from the final head's distribution instead of the
-    cross-entropy of the text. All layers are then built, on one pipeline stage."""
+    cross-entropy of the text. All layers are then built, and all pipeline stages run."""
 
     cache_hidden_states: str | None = None
     """With --tune-exit: folder in which the frozen layers' hidden states are cached. They are computed first, once, and

@@ -42,8 +42,10 @@ class BuildConfig:
 
     @property
     def builds_final_head(self) -> bool:
-        """Whether the final head is needed: to be trained, or as the teacher of exits that are tuned."""
-        return not self.tunes_exits or self.distillation_share > 0
+        """Whether the final head is built: to be trained, or as the teacher of exits that are tuned. Where only some of
+        the stages run, what it reads is kept already, and it is not built."""
+        runs_all_stages = self.parallel.num_stages == self.parallel.pipeline_model_parallel_size
+        return not self.tunes_exits or (self.distillation_share > 0 and runs_all_stages)
 
     @property
     def layers_per_stage(self) -> int:
@@ -94,6 +96,12 @@ class RunSettings:
         return -(-self.exits.exit_layer_nums[-1] // self.layers_per_stage)
 
     @property
+    def num_tuning_stages(self) -> int:
+        """Pipeline stages that --tune-exit runs if nothing else is said: up to the last exit, or to the final head."""
+        distils = self.training.tune_exit_distillation > 0
+        return self.parallel.pipeline_model_parallel_size if distils else self.num_stages_with_exits
+
+    @property
     def exit_stages(self) -> tuple[int, ...]:
         """Pipeline stages that own exits, counted from 0; with interleaving those of model chunks."""
         per_stage = self.layers_per_stage // self.parallel.num_model_chunks(self.model.num_layers)
@@ -127,4 +135,4 @@ def with_tuned_stages(cfg: Settings) -> Settings:
     given = cfg.parallel.tune_exit_pipeline_parallel_size
     if given is not None or not cfg.exits.num_exits or cfg.layers_per_stage < 1:
         return cfg
-    return replace(cfg, parallel=replace(cfg.parallel, tune_exit_pipeline_parallel_size=cfg.num_stages_with_exits))
+    return replace(cfg, parallel=replace(cfg.parallel, tune_exit_pipeline_parallel_size=cfg.num_tuning_stages))

@@ -428,13 +428,17 @@ def _tuning_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
     share = cfg.training.tune_exit_distillation
     if not 0 <= share <= 1:
         yield f"--tune-exit-distillation {share}: a share lies between 0 and 1"
-    if share > 0 and parallel.pipeline_model_parallel_size > 1:
-        yield (
-            f"--tune-exit-distillation {share} with {parallel.pipeline_model_parallel_size} pipeline stages: the"
-            " final head must be on the exits' stage; use one stage, and tensor parallelism for large models"
-        )
-    needed = cfg.num_stages_with_exits
-    if given is not None and given != needed:
+    needed = cfg.num_tuning_stages
+    if given is not None and given != needed and share > 0:
+        combined = f"--tune-exit-pipeline-parallel-size {given} with --tune-exit-distillation {share}"
+        if given != cfg.num_stages_with_exits:
+            yield f"{combined}: the final head is on stage {needed}; give {needed}, or leave it out"
+        elif cfg.training.cache_hidden_states is None:
+            yield (
+                f"{combined}: the final head is on stage {needed}, and what it reads is not kept; give {needed}, or"
+                " --cache-hidden-states with a folder that holds it"
+            )
+    elif given is not None and given != needed:
         yield (
             f"--tune-exit-pipeline-parallel-size {given}: of {parallel.pipeline_model_parallel_size} stages with"
             f" {cfg.layers_per_stage} layers each, the last exit (layer {exits.exit_layer_nums[-1]}) is on stage"

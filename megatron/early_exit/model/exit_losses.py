@@ -6,8 +6,8 @@ Source of the deferral: EE-LLM (arXiv:2312.04916), section 3. A stage back-propa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from megatron.core.tensor_parallel import random as tensor_parallel_random
@@ -45,7 +45,7 @@ class ExitLosses:
         self.exits = exits
         self._seed, self._iteration = seed, 0
         self.distillation_share = distillation_share
-        self._deferred_to_teacher: list[Callable[[Teacher], None]] = []
+        self._teacher: Teacher | None = None
         self.calculate_per_token_loss = calculate_per_token_loss
         self.weights: tuple[float, ...] = exits.weights_at(0)
         self.num_microbatches = 1
@@ -56,6 +56,11 @@ class ExitLosses:
         self.deferred_exits: list[EarlyExit] | None = None
         """If a list, exits of the forward pass that runs now are put there, and may run before their backward."""
         self.statistics = torch.zeros(exits.num_exits + 1, 3, dtype=torch.float64, device=device)
+
+    @property
+    def distils(self) -> bool:
+        """Whether exits that are tuned follow the final head."""
+        return self.distillation_share > 0
 
     @property
     def final_index(self) -> int:
@@ -145,36 +150,36 @@ class ExitLosses:
         """Back-propagate the exit's loss now, into its own parameters alone; arguments as of `defer`.
 
         Source: EE-Tuning (arXiv:2402.00518). With the layers frozen no gradient leaves the exit, so nothing of it is
-        deferred to a backward pass. With a share for distillation it is deferred to the final head of the same
-        microbatch."""
+        deferred to a backward pass. Exits that distil run under `following`."""
         hidden_states = hidden_states.detach()
 
-        def backpropagate(**teacher: Teacher) -> None:
+        def backpropagate() -> None:
+            assert self._teacher is not None or not self.distils, "an exit runs before the final head that it follows"
             with torch.enable_grad():
                 scale = self.gradient_scale(loss_mask)
-                sums = compute(hidden_states, scale, **teacher)
+                sums = compute(hidden_states, scale, teacher=self._teacher)
                 self.add_statistics(exit_index, sums.statistics)
                 if sums.objective.requires_grad:  # not of a head that has nothing of its own
                     torch.autograd.backward(sums.objective * (scale * self.weights[exit_index]))
 
-        def backpropagate_later(**teacher: Teacher) -> None:
+        def backpropagate_later(_: Tensor) -> None:
             with _own_random_stream(is_sequence_parallel):
-                backpropagate(**teacher)
+                backpropagate()
 
-        if self.distillation_share:
-            self._deferred_to_teacher.append(lambda teacher: backpropagate_later(teacher=teacher))
-        elif self.deferred_exits is not None:
-            self.deferred_exits.append(EarlyExit(hidden_states, lambda _: backpropagate_later()))
+        if self.deferred_exits is not None:
+            self.deferred_exits.append(EarlyExit(hidden_states, backpropagate_later))
         else:
             backpropagate()
 
-    def teach(self, hidden_states: Tensor, weight: Tensor) -> None:
-        """Tune the exits that distil from the final head on their microbatch. hidden_states: what its output
-        projection reads, [s, b, h]; weight: [vocabulary / tp, h]"""
-        teacher = Teacher(hidden_states.detach(), weight.detach(), self.distillation_share)
-        deferred, self._deferred_to_teacher = self._deferred_to_teacher, []
-        for backpropagate in deferred:
-            backpropagate(teacher)
+    @contextmanager
+    def following(self, hidden_states: Tensor, weight: Tensor) -> Iterator[None]:
+        """Exits that are tuned inside follow the final head. hidden_states: what its output projection reads of their
+        microbatch, [s, b, h], or this TP rank's part; weight: of this projection, [vocabulary / tp, h]."""
+        self._teacher = Teacher(hidden_states.detach(), weight.detach(), self.distillation_share)
+        try:
+            yield
+        finally:
+            self._teacher = None
 
     def evaluate(self, hidden_states: Tensor, exit_index: int, compute: Callable[[Tensor, Tensor], LossSums]) -> None:
         """Count the loss of one microbatch now: in validation there is no backward pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class EarlyExitGPTModel(GPTModel):
     """One model chunk. With no exits it has the parameters and the function of core's `GPTModel`.
 
     Its layers carry the exits (`layer_specs.block_spec`); this class owns the copy of the model's output weight that
-    tied exits use on a stage which would not hold one, and computes the final loss with the code of the exits.
+    exits need on a stage which would not hold one (tied ones, and those that follow the final head), and computes the
+    final loss with the code of the exits.
     """
 
     def __init__(self, *, exits: ExitConfig, exit_losses: ExitLosses, has_final_head: bool, **kwargs: Any) -> None:
@@ -35,7 +37,8 @@ class EarlyExitGPTModel(GPTModel):
         self.exit_losses = exit_losses
         self.exit_output_layer: ColumnParallelLinear | None = None
         tied_heads = [head for head in self.exit_heads() if head.is_tied]
-        if tied_heads and self._own_output_weight() is None:
+        distils = exit_losses.distils and bool(self.exit_heads())
+        if (tied_heads or distils) and self._own_output_weight() is None:
             self.exit_output_layer = ColumnParallelLinear(
                 self.config.hidden_size,
                 self.vocab_size,
@@ -53,25 +56,36 @@ class EarlyExitGPTModel(GPTModel):
         return [layer.exit_head for layer in self._layers_with_exits()]
 
     def capture_points(self) -> list[str]:
-        """Names of the hidden states that exits of this chunk are tuned on (and that distillation needs)."""
-        names = [layer.exit_input for layer in self._layers_with_exits()]
-        return [*names, FINAL] if names and self.post_process else names
+        """Names of the hidden states that tuning needs and that are made on this chunk."""
+        return [*self._exit_inputs(), *([FINAL] if self.post_process and self.exit_losses.distils else [])]
+
+    def tuning_points(self) -> list[str]:
+        """Names of the hidden states that exits of this chunk are tuned on: their inputs, and what they follow."""
+        names = self._exit_inputs()
+        return [*names, FINAL] if names and self.exit_losses.distils else names
+
+    def _exit_inputs(self) -> list[str]:
+        return [layer.exit_input for layer in self._layers_with_exits()]
+
+    def exits_follow(self, final_hidden_states: Tensor) -> AbstractContextManager[None]:
+        """Inside, exits that are tuned follow the final head, which reads `final_hidden_states` of their microbatch
+        ([s, b, h], or this TP rank's part)."""
+        return self.exit_losses.following(final_hidden_states, self.model_output_weight)
 
     def tune_exits(
         self, hidden_states: Mapping[str, Tensor], labels: Tensor, loss_mask: Tensor, attention_mask: Tensor | None
     ) -> None:
         """Tune this chunk's exits on hidden states that were captured in a forward pass over the same microbatch.
 
-        hidden_states: [s, b, h] by the names in `capture_points`; the rest as in `forward`."""
+        hidden_states: [s, b, h] by the names in `tuning_points`; the rest as in `forward`."""
         is_rotary = self.position_embedding_type == "rope"
         rotary_pos_emb = self.rotary_pos_emb(labels.size(1)) if is_rotary else None
-        for layer in self._layers_with_exits():
-            layer.tune_exit(
-                hidden_states[layer.exit_input], labels, loss_mask,
-                attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb,
-            )  # fmt: skip
-        if FINAL in hidden_states:
-            self.exit_losses.teach(hidden_states[FINAL], self._own_output_weight())
+        with self.exits_follow(hidden_states[FINAL]) if FINAL in hidden_states else nullcontext():
+            for layer in self._layers_with_exits():
+                layer.tune_exit(
+                    hidden_states[layer.exit_input], labels, loss_mask,
+                    attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb,
+                )  # fmt: skip
 
     def _layers_with_exits(self) -> list[EarlyExitTransformerLayer]:
         return [layer for layer in self.decoder.layers if hasattr(layer, "exit_head")]
@@ -111,7 +125,8 @@ class EarlyExitGPTModel(GPTModel):
         """input_ids, position_ids, labels: [b, s]; loss_mask: [b, s]; attention_mask: [b, 1, s, s] or None.
 
         Returns hidden states [s, b, h], or on the last stage the sum of the masked final losses (a scalar) with labels,
-        and logits [b, s, vocabulary] without. Exit losses enter through the backward pass (`ExitLosses`)."""
+        and logits [b, s, vocabulary] without. Exit losses enter through the backward pass (`ExitLosses`). Under tuning
+        the last stage returns what the final output projection reads."""
         if labels is not None and self.exits.num_exits:
             # Core hands `context` and `context_mask` to every layer and through activation checkpoints.
             kwargs["extra_block_kwargs"] = {"context": labels, "context_mask": loss_mask}
@@ -127,8 +142,7 @@ class EarlyExitGPTModel(GPTModel):
             self.exit_losses.capture(FINAL, kwargs["hidden_states"])
             return kwargs["hidden_states"].new_zeros(())
         if self.exit_losses.is_tuning:
-            self.exit_losses.teach(kwargs["hidden_states"], weight)
-            return kwargs["hidden_states"].new_zeros(())
+            return kwargs["hidden_states"]
         sums = cross_entropy_sums(
             kwargs["hidden_states"],
             weight,

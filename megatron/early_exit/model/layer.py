@@ -90,11 +90,11 @@ class EarlyExitTransformerLayer(TransformerLayer):
             head_arguments |= {name: kwargs.get(name) for name in _BLOCK_ARGUMENTS}
         exit_index = self.exit_head.spec.exit_index
 
-        def compute(hidden_states: Tensor, gradient_scale: Tensor, **teacher: Teacher) -> LossSums:
+        def compute(hidden_states: Tensor, gradient_scale: Tensor, teacher: Teacher | None = None) -> LossSums:
             # Validation is over all tokens.
             tokens = self.exit_losses.draw_tokens(exit_index, labels, loss_mask) if self.exit_head.training else None
             return self.exit_head.loss(
-                hidden_states, labels, loss_mask, gradient_scale, tokens=tokens, **teacher, **head_arguments
+                hidden_states, labels, loss_mask, gradient_scale, tokens=tokens, teacher=teacher, **head_arguments
             )
 
         if self.exit_losses.is_tuning:

@@ -34,7 +34,8 @@ def stage_parameters(config: ResolvedConfig, layers: Sequence[int], is_first: bo
     if has_final_head:
         count += _norm_parameters(config)
     # The output weight, or a copy of it, unless it is the embedding that is there already.
-    uses_output_weight = has_final_head or any(not head.untied_output for head in heads)
+    distils = config.build.distillation_share > 0
+    uses_output_weight = has_final_head or any(distils or not head.untied_output for head in heads)
     if uses_output_weight and (model.untie_embeddings_and_output_weights or not is_first):
         count += output_parameters(config)
     return count

@@ -1,4 +1,4 @@
-"""Builders of pipeline plans: 1F1B, interleaved 1F1B, exits in idle time, and forward-only tuning.
+"""Builders of pipeline plans: 1F1B, interleaved 1F1B, exits in idle time, and tuning, which has no backward.
 
 A plan that fills bubbles with further microbatches is in `fill.py`. Nothing here knows of process groups or tensors.
 Sends are asynchronous and receives block, here as in the runtime: where core sends and receives in one call, the plan
@@ -54,6 +54,31 @@ def forward_only_tuning(num_ranks: int, num_microbatches: int, exit_stages: Coll
                 ordered.append(replace(action, kind=Kind.EXIT))
         ranks.append(tuple(ordered))
     return Plan("forward-only tuning", tuple(ranks), num_microbatches)
+
+
+def distilling_tuning(num_ranks: int, num_microbatches: int, exit_stages: Collection[int]) -> Plan:
+    """EE-Tuning towards the final head: what it reads travels back from the last stage, stage after stage, to the first
+    one with exits, and a microbatch's exits run when it has come.
+
+    The order is that of 1F1B with "pass on the teacher's states, then run the exits" in place of a backward, so a stage
+    holds the exits' inputs of as many microbatches as there are stages from it to the last.
+    """
+    _require_positive(num_ranks=num_ranks, num_microbatches=num_microbatches)
+    _require_stages(exit_stages, num_ranks)
+    first, last = min(exit_stages), num_ranks - 1
+    ranks = []
+    for stage in range(num_ranks):
+        forward = [Kind.RECEIVE_FORWARD] * (stage > 0) + [Kind.FORWARD] + [Kind.SEND_FORWARD] * (stage < last)
+        exits = [Kind.RECEIVE_TEACHER] * (stage < last) + [Kind.SEND_TEACHER] * (stage > first)
+        exits += [Kind.EXIT] * (stage in exit_stages)
+        if stage < first:
+            exits = []
+        ranks.append(tuple(
+            Action(kind, action.microbatch)
+            for action in one_f_one_b_passes(num_ranks, stage, num_microbatches)
+            for kind in (forward if action.kind == Kind.FORWARD else exits)
+        ))  # fmt: skip
+    return Plan("distilling tuning", tuple(ranks), num_microbatches)
 
 
 # -- Exits in idle time

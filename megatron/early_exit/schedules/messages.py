@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from megatron.early_exit.schedules.plan import Action, Kind
 
@@ -12,6 +13,22 @@ MESSAGE_BEFORE = {Kind.FORWARD: Kind.RECEIVE_FORWARD, Kind.BACKWARD: Kind.RECEIV
 """The message that brings what a pass takes."""
 STEP = {Kind.FORWARD: 1, Kind.BACKWARD: -1}
 """From a pass's stage to the stage that continues with what it returned."""
+
+
+class Channel(NamedTuple):
+    """Both halves of one kind of message, and the step from the sender's stage to the receiver's."""
+
+    send: Kind
+    receive: Kind
+    step: int
+
+
+CHANNELS = (
+    Channel(Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD, 1),
+    Channel(Kind.SEND_BACKWARD, Kind.RECEIVE_BACKWARD, -1),
+    Channel(Kind.SEND_TEACHER, Kind.RECEIVE_TEACHER, -1),
+)
+CHANNEL_OF = {half: channel for channel in CHANNELS for half in (channel.send, channel.receive)}
 
 
 def with_messages(passes_of_stages: Sequence[Sequence[Action]]) -> tuple[tuple[Action, ...], ...]:

@@ -36,6 +36,10 @@ class Kind(StrEnum):
     """Gradient to the previous stage: of what this chunk's forward took."""
     RECEIVE_BACKWARD = "RB"
     """Gradient from the next stage: of what this chunk's forward returned."""
+    SEND_TEACHER = "ST"
+    """What the final head reads, to the previous stage, whose exits or those of a stage before are to follow it."""
+    RECEIVE_TEACHER = "RT"
+    """What the final head reads, from the next stage."""
 
     @property
     def is_message(self) -> bool:
@@ -60,7 +64,7 @@ class Action:
     @classmethod
     def parse(cls, text: str) -> Action:
         """The inverse of `str`. Raises ValueError."""
-        match = re.fullmatch(r"(F|B|X|SF|RF|SB|RB)(\d+)(?:\.(\d+))?(p?)", text)
+        match = re.fullmatch(r"(F|B|X|SF|RF|SB|RB|ST|RT)(\d+)(?:\.(\d+))?(p?)", text)
         if match is None:
             raise ValueError(f"{text!r} is no action; one looks like F3, SB3, or F3.1 (chunk 1), F3p (partial)")
         kind, microbatch, chunk, partial = match.groups()

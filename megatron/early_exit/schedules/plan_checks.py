@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, NoReturn
 
-from megatron.early_exit.schedules.messages import MESSAGE_AFTER, MESSAGE_BEFORE, STEP
+from megatron.early_exit.schedules.messages import CHANNELS, MESSAGE_AFTER, MESSAGE_BEFORE, STEP
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
 from megatron.early_exit.schedules.simulate import simulate
 from megatron.early_exit.schedules.stage_costs import StageCosts
@@ -25,6 +25,9 @@ _BEFORE_ON_A_STAGE = (
     (Kind.EXIT, Kind.BACKWARD),
     (Kind.RECEIVE_BACKWARD, Kind.BACKWARD),
     (Kind.BACKWARD, Kind.SEND_BACKWARD),
+    (Kind.FORWARD, Kind.SEND_TEACHER),
+    (Kind.RECEIVE_TEACHER, Kind.SEND_TEACHER),
+    (Kind.RECEIVE_TEACHER, Kind.EXIT),
 )
 """What must come first, of one microbatch on one stage."""
 
@@ -73,6 +76,7 @@ class _Validator:
             self._check_cooldown_fill(microbatch)
         self._check_exits()
         self._check_ends_of_messages()
+        self._check_ends_of_teacher_messages()
         self._check_order_on_stages()
         self._check_order_of_messages()
         simulate(self.plan, [StageCosts(0.0, 0.0)] * self.plan.num_stages)  # raises where ranks wait forever
@@ -194,14 +198,30 @@ class _Validator:
                 takers = [stage + step for stage in makers]
                 self._refuse_outside(receive, microbatch, takers, "no stage makes what it waits for")
 
+    def _check_ends_of_teacher_messages(self) -> None:
+        """Where there are any, those of every microbatch go from the last stage to the first one with exits."""
+        messages = [key for key in self.places if key.kind in (Kind.SEND_TEACHER, Kind.RECEIVE_TEACHER)]
+        if self.is_training and messages:
+            self._refuse(self.places[messages[0]], "exits follow the final head only where nothing runs backward")
+        if not messages:
+            return
+        first = min(self.exit_stages)
+        senders, receivers = range(first + 1, self.plan.num_stages), range(first, self.plan.num_stages - 1)
+        for microbatch in range(self.plan.num_microbatches):
+            why = f"what the final head reads of it has to come to stage {first}, the first with exits"
+            for kind, stages in ((Kind.SEND_TEACHER, senders), (Kind.RECEIVE_TEACHER, receivers)):
+                for stage in stages:
+                    self._require(_Key(stage, kind, microbatch), why)
+                self._refuse_outside(kind, microbatch, stages, "no stage makes it, or none needs it")
+
     def _check_order_of_messages(self) -> None:
-        for direction, step in STEP.items():
+        for channel in CHANNELS:
             for sender in range(self.plan.num_ranks):
-                receiver = (sender + step) % self.plan.num_ranks
-                sent = self._messages(sender, MESSAGE_AFTER[direction])
-                received = self._messages(receiver, MESSAGE_BEFORE[direction])
+                receiver = (sender + channel.step) % self.plan.num_ranks
+                sent = self._messages(sender, channel.send)
+                received = self._messages(receiver, channel.receive)
                 for (send, send_place), (receive, place) in zip(sent, received):
-                    if send != (receive[0] - step, receive[1]):
+                    if send != (receive[0] - channel.step, receive[1]):
                         action = self.plan.ranks[sender][send_place.index]
                         self._refuse(
                             place,

@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron.early_exit.model.exit_losses import EarlyExit, ExitLosses
 from megatron.early_exit.platform.device import device, use_cuda
 from megatron.early_exit.schedules.links import Edge, StageLinks
-from megatron.early_exit.schedules.messages import MESSAGE_AFTER
+from megatron.early_exit.schedules.messages import CHANNEL_OF, MESSAGE_AFTER
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
 from megatron.early_exit.schedules.simulate import TimedAction
 
@@ -35,13 +35,6 @@ ForwardStep = Callable[[Iterator | None, torch.nn.Module], tuple[Tensor, Callabl
 """(batches, chunk) -> (hidden states or sum of losses, function of the latter that gives (sum, tokens, ...))"""
 
 _Key = tuple[int, int]  # microbatch, chunk
-
-_COUNTERPART = {
-    Kind.SEND_FORWARD: Kind.RECEIVE_FORWARD,
-    Kind.RECEIVE_FORWARD: Kind.SEND_FORWARD,
-    Kind.SEND_BACKWARD: Kind.RECEIVE_BACKWARD,
-    Kind.RECEIVE_BACKWARD: Kind.SEND_BACKWARD,
-}
 
 _MOST_UNANSWERED = 4
 """Messages that may be on their way to a stage from which nothing comes back."""
@@ -96,8 +89,10 @@ class PlanRuntime:
             action.chunk: action for action in self._actions if action.kind == Kind.BACKWARD
         }  # the last one of a chunk stays
         self._receives = [
-            action for action in self._actions if action.kind in (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
-        ]
+            action for action in self._actions
+            if action.kind.is_message and action.kind == CHANNEL_OF[action.kind].receive
+        ]  # fmt: skip
+        self._answering = {self._peer(action) for action in self._receives}
         self._shown_by = self._sends_shown_by_receives()
         self._handlers: Mapping[Kind, Callable[[Action], None]] = {
             Kind.FORWARD: self._forward,
@@ -105,8 +100,10 @@ class PlanRuntime:
             Kind.EXIT: self._exit,
             Kind.SEND_FORWARD: self._send,
             Kind.SEND_BACKWARD: self._send,
+            Kind.SEND_TEACHER: self._send_teacher,
             Kind.RECEIVE_FORWARD: self._receive,
             Kind.RECEIVE_BACKWARD: self._receive,
+            Kind.RECEIVE_TEACHER: self._receive,
         }
 
     # -- One iteration
@@ -130,6 +127,7 @@ class PlanRuntime:
         self._outputs: dict[_Key, Tensor] = {}
         self._gradients: dict[_Key, Tensor] = {}
         self._leaving: dict[_Key, Tensor] = {}
+        self._final_states: dict[_Key, Tensor] = {}
         self._exits: dict[_Key, list[EarlyExit]] = {}
         self._num_tokens = torch.zeros((), dtype=torch.int, device=device())
         self._pending = {edge: iter(receives) for edge, receives in self._receives_by_edge().items()}
@@ -160,7 +158,7 @@ class PlanRuntime:
                 batches.draw_all()
         # Loaders end with their iterators, so nothing may hold these when training is over.
         self._batches = []
-        left = [*self._inputs, *self._outputs, *self._gradients, *self._leaving]
+        left = [*self._inputs, *self._outputs, *self._gradients, *self._leaving, *self._final_states]
         assert not left, f"the plan is over, and microbatches (and chunks) {left} are not"
         if self._config.finalize_model_grads_func is not None and self._last_backward:
             total = self._num_tokens if self._config.calculate_per_token_loss else None
@@ -195,8 +193,12 @@ class PlanRuntime:
         with torch.set_grad_enabled(has_backward and is_training):
             batch = None if batches is None else iter([batches.take(action.microbatch)])
             output, loss_function = self._forward_step(batch, chunk)
-            if self._stage(action.chunk) == self.plan.num_stages - 1 and is_training:
+            is_last_stage = self._stage(action.chunk) == self.plan.num_stages - 1
+            if is_last_stage and is_training:
                 output = self._mean_loss(output, loss_function)
+        if is_last_stage and self._exit_losses.distils:
+            # Core's wrapper returns what the last stage makes in fp32.
+            self._final_states[key] = output.to(self._dtype)
         self._exit_losses.deferred_exits = None
         if deferred is not None:
             self._exits[key] = deferred
@@ -246,8 +248,13 @@ class PlanRuntime:
         if self._last_backward.get(action.chunk) == self._with_kind(action, Kind.BACKWARD):
             self._begin_reduction(action.chunk)
         self._exit_losses.num_microbatches = self._counts[action.chunk].exits or self.plan.num_microbatches
-        for early in self._exits.pop((action.microbatch, action.chunk)):
-            early.run()
+        key = (action.microbatch, action.chunk)
+        with ExitStack() as taught:
+            if key in self._final_states:
+                follow = get_attr_wrapped_model(self._chunks[action.chunk], "exits_follow")
+                taught.enter_context(follow(self._final_states.pop(key)))
+            for early in self._exits.pop(key):
+                early.run()
 
     def _begin_reduction(self, chunk: int) -> None:
         """Core reduces beside the backward pass of the first stage, which ends last, and in the others' idle time."""
@@ -269,23 +276,29 @@ class PlanRuntime:
         output = self._outputs[key]
         # The links hold the data until they have arrived; the graph needs none of them.
         self._links.send(action, edge, output.detach(), peer)
-        if not self._last_backward:
-            # Of a forward-only plan nothing comes back that shows what has arrived.
+        if peer not in self._answering:
+            # Nothing comes back that shows what has arrived.
             self._links.wait_for_all_but(_MOST_UNANSWERED)
         if self._with_kind(action, Kind.BACKWARD) in self._has:
             deallocate_output_tensor(output, self._config.deallocate_pipeline_outputs)
         else:
             del self._outputs[key]
 
-    def _receive(self, action: Action) -> None:
+    def _send_teacher(self, action: Action) -> None:
         key = (action.microbatch, action.chunk)
+        self._links.send(action, self._edge(action), self._final_states[key], self._peer(action))
+        if self._with_kind(action, Kind.EXIT) not in self._has:
+            del self._final_states[key]
+
+    def _receive(self, action: Action) -> None:
         received = self._links.receive(action)
         self._links.arrived(self._shown_by[action])
         self._expect_next(self._edge(action))
-        if action.kind == Kind.RECEIVE_FORWARD:
-            self._inputs[key] = received
-        else:
-            self._gradients[key] = received
+        kept = {
+            Kind.RECEIVE_FORWARD: self._inputs, Kind.RECEIVE_BACKWARD: self._gradients,
+            Kind.RECEIVE_TEACHER: self._final_states,
+        }[action.kind]  # fmt: skip
+        kept[action.microbatch, action.chunk] = received
 
     def _expect_next(self, edge: Edge) -> None:
         """Start to receive before it is waited for, so that the message travels beside the passes."""
@@ -310,7 +323,7 @@ class PlanRuntime:
                 ours = mine.get((peer, action))
                 if ours is None:
                     continue
-                if ours.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD):
+                if ours.kind == CHANNEL_OF[ours.kind].send:
                     received.add(ours)
                 else:
                     shown_by[ours], received = received, set()
@@ -318,8 +331,9 @@ class PlanRuntime:
 
     def _theirs(self, message: Action) -> tuple[int, Action]:
         """(peer, the peer's half of a message)"""
-        half = Action(_COUNTERPART[message.kind], message.microbatch, self._peer_chunk(message), message.is_partial)
-        return self._peer(message), half
+        channel = CHANNEL_OF[message.kind]
+        kind = channel.receive if message.kind == channel.send else channel.send
+        return self._peer(message), Action(kind, message.microbatch, self._peer_chunk(message), message.is_partial)
 
     # -- Where things are
 
@@ -331,8 +345,8 @@ class PlanRuntime:
         return chunk * self.plan.num_ranks + self.rank
 
     def _peer_stage(self, message: Action) -> int:
-        towards_next = message.kind in (Kind.SEND_FORWARD, Kind.RECEIVE_BACKWARD)
-        return self._stage(message.chunk) + (1 if towards_next else -1)
+        channel = CHANNEL_OF[message.kind]
+        return self._stage(message.chunk) + (channel.step if message.kind == channel.send else -channel.step)
 
     def _peer(self, message: Action) -> int:
         return self._peer_stage(message) % self.plan.num_ranks
@@ -341,8 +355,7 @@ class PlanRuntime:
         return self._peer_stage(message) // self.plan.num_ranks
 
     def _edge(self, message: Action) -> Edge:
-        is_forward = message.kind in (Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
-        return Edge(is_forward, self._peer_chunk(message) != message.chunk)
+        return Edge(CHANNEL_OF[message.kind].step > 0, self._peer_chunk(message) != message.chunk)
 
     @staticmethod
     def _with_kind(action: Action, kind: Kind) -> Action:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron.early_exit.schedules.messages import STEP
+from megatron.early_exit.schedules.messages import CHANNEL_OF
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
 from megatron.early_exit.schedules.stage_costs import StageCosts
 
@@ -134,10 +134,8 @@ class _Message(NamedTuple):
 
 def _source(plan: Plan, rank: int, receive: Action) -> _Message:
     """The send that a receive waits for."""
-    stage = receive.chunk * plan.num_ranks + rank
-    if receive.kind == Kind.RECEIVE_FORWARD:
-        return _Message(Kind.SEND_FORWARD, stage - STEP[Kind.FORWARD], receive.microbatch)
-    return _Message(Kind.SEND_BACKWARD, stage - STEP[Kind.BACKWARD], receive.microbatch)
+    channel = CHANNEL_OF[receive.kind]
+    return _Message(channel.send, receive.chunk * plan.num_ranks + rank - channel.step, receive.microbatch)
 
 
 def _run(
@@ -152,7 +150,7 @@ def _run(
     """The action with its times, or None for a receive whose message has not been sent. Notes sends and early exits."""
     stage = action.chunk * plan.num_ranks + rank
     cost = costs[stage]
-    if action.kind in (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD):
+    if action.kind.is_message and action.kind == CHANNEL_OF[action.kind].receive:
         arrival = arrivals.get(_source(plan, rank, action))
         return None if arrival is None else TimedAction(rank, action, now, max(now, arrival))
     if action.kind.is_message:

@@ -53,11 +53,12 @@ def _stage(config: ResolvedConfig, world_size: int, stage: int, chunks: list[tup
     trained = count
     if training.tune_exit:
         trained = sum(sizes.exit_parameters(config, head) for head in config.exits.heads_of(layers))
+    microbatches = max((training.global_batch_size or 1) // max(training.micro_batch_size, 1), 1)
     if training.tune_exit:
         activations = sizes.activation_bytes(config, 1)  # nothing is kept of a frozen layer
+        activations += _bytes_kept_for_teacher(config, stage, len(exits), microbatches)
     else:
-        microbatches = (training.global_batch_size or 1) // max(training.micro_batch_size, 1)
-        in_flight = min(parallel.num_stages - stage, max(microbatches, 1))
+        in_flight = min(parallel.num_stages - stage, microbatches)
         activations = in_flight * sum(sizes.activation_bytes(config, len(chunks[index])) for index in mine)
     tokens = [sizes.exit_tokens(config, index) for index in config.exits.indices_of(layers)]
     if stage == parallel.num_stages - 1:
@@ -68,6 +69,22 @@ def _stage(config: ResolvedConfig, world_size: int, stage: int, chunks: list[tup
         layers, exits, count, trained, sizes.weight_bytes(config, count), sizes.gradient_bytes(config, trained),
         sizes.optimizer_bytes(config, world_size, trained), activations,
     )  # fmt: skip
+
+
+def _bytes_kept_for_teacher(config: ResolvedConfig, stage: int, num_exits: int, microbatches: int) -> int:
+    """Inputs of a stage's exits until the final head that they follow has seen their microbatch, and what this reads:
+    of the microbatch that is there, and of the next one."""
+    is_before_exits = stage < config.exit_stages[0]
+    if not follows_live_teacher(config) or is_before_exits:
+        return 0
+    in_flight = min(config.parallel.num_stages - stage, microbatches)
+    return (in_flight * num_exits + 2) * sizes.sharded_hidden_states_bytes(config)
+
+
+def follows_live_teacher(config: RunConfig) -> bool:
+    """Whether exits are tuned to follow a final head that runs beside them, not one whose input is kept."""
+    training = config.training
+    return training.tune_exit_distillation > 0 and training.cache_hidden_states is None
 
 
 def describe(config: RunConfig, world_size: int) -> str:

@@ -32,7 +32,9 @@ class HiddenStateCaching:
         self._num_drawn = num_samples
         (self._chunk,) = model.chunks
         self.capture_points = self._chunk.capture_points()
-        """Hidden states that exits on this rank are tuned on."""
+        """Hidden states that are made on this rank."""
+        self.tuning_points = self._chunk.tuning_points()
+        """Hidden states that exits on this rank are tuned on; what they follow is made on the last stage."""
         seq_length = config.training.seq_length
         content = CacheContent(
             seq_length=seq_length,
@@ -44,9 +46,10 @@ class HiddenStateCaching:
         folder = Path(config.training.cache_hidden_states)
         self.cache = HiddenStateCache(folder, content, cached_samples(config, num_samples))
         everywhere: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everywhere, self.capture_points)
-        all_points = sorted({point for points in everywhere for point in points})
-        on_rank_zero(lambda: self.cache.create(all_points))
+        torch.distributed.all_gather_object(everywhere, (self.capture_points, self.tuning_points))
+        made, read = ({point for one in everywhere for point in one[kind]} for kind in (0, 1))
+        on_rank_zero(lambda: self.cache.create(sorted(made | read)))
+        on_rank_zero(lambda: self._check_kept(read - made))
         if not _smallest(int(self.cache.is_there)):
             raise OSError(f"--cache-hidden-states {folder}: not all ranks see this folder; give one on a shared disk")
         self._tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -56,10 +59,10 @@ class HiddenStateCaching:
 
     def iterator(self, consumed_samples: int) -> object | None:
         """Microbatches with their hidden states, from sample `consumed_samples` on; None on a rank without exits."""
-        if not self.capture_points:
+        if not self.tuning_points:
             return None
         samples = CachedSamples(
-            self._dataset, self.cache, points=self.capture_points, rows=self._rows, num_samples=self._num_drawn,
+            self._dataset, self.cache, points=self.tuning_points, rows=self._rows, num_samples=self._num_drawn,
             seed=self._config.training.seed,
         )  # fmt: skip
         return self._iterator(samples, consumed_samples)
@@ -74,6 +77,16 @@ class HiddenStateCaching:
             num_workers=self._config.data.num_workers,
             device=device(),
         )
+
+    def _check_kept(self, points: set[str]) -> None:
+        """Raise ValueError if hidden states are not all there that no stage of this run makes."""
+        missing = self.cache.num_samples - self.cache.num_leading(sorted(points))
+        if missing:
+            raise ValueError(
+                f"--cache-hidden-states {self.cache.folder} lacks what the final head reads of {missing:,} of "
+                f"{self.cache.num_samples:,} samples, and the stages after the last exit do not run. Keep it first: "
+                "the same command without --tune-exit-pipeline-parallel-size, on ranks for all stages"
+            )
 
     @torch.no_grad()
     def fill(self, say: Callable[[str], None], interruption: Callable[[], str | None]) -> bool:
@@ -145,7 +158,7 @@ def cached_samples(config: RunConfig, num_samples: int) -> int:
 
 def cache_bytes(config: RunConfig, num_samples: int) -> int:
     """What the files take. num_samples: that training draws in all."""
-    num_points = config.exits.num_exits + config.build.builds_final_head
+    num_points = config.exits.num_exits + (config.training.tune_exit_distillation > 0)
     width = config.model.hidden_size * params_dtype(config).itemsize
     return num_points * cached_samples(config, num_samples) * config.training.seq_length * width
 

@@ -17,7 +17,7 @@ from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED, USUAL
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.distributed import on_rank_zero
-from megatron.early_exit.schedules.builders import forward_only_tuning, with_exits_in_bubbles
+from megatron.early_exit.schedules.builders import distilling_tuning, forward_only_tuning, with_exits_in_bubbles
 from megatron.early_exit.schedules.comparison import Variant, base_plan, exits_in_idle_time
 from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
 from megatron.early_exit.schedules.links import StageLinks
@@ -37,8 +37,11 @@ _SHARED = " (much less: do ranks share processors, or are messages slow?)"
 
 def follows_plan(config: RunConfig) -> bool:
     """Whether iterations follow a plan instead of core's schedule. Tuning over several stages does: there a stage sends
-    hidden states on before it trains its exits, and core's forward-only schedule after."""
-    return config.pipeline.is_planned or (config.training.tune_exit and config.parallel.num_stages > 1)
+    hidden states on before it trains its exits, and core's forward-only schedule after. So does distillation, where
+    exits run after the final layer."""
+    training = config.training
+    tunes_by_plan = training.tune_exit and (config.parallel.num_stages > 1 or training.tune_exit_distillation > 0)
+    return config.pipeline.is_planned or tunes_by_plan
 
 
 def build_plan(config: RunConfig, num_microbatches: int, costs: Sequence[StageCosts] | None = None) -> Plan:
@@ -54,7 +57,8 @@ def build_plan(config: RunConfig, num_microbatches: int, costs: Sequence[StageCo
 def _build_plan(config: RunConfig, num_microbatches: int, costs: Sequence[StageCosts] | None) -> Plan:
     pipeline, num_ranks = config.pipeline, config.parallel.num_stages
     if config.training.tune_exit:
-        return forward_only_tuning(num_ranks, num_microbatches, config.exit_stages)
+        build = distilling_tuning if config.training.tune_exit_distillation > 0 else forward_only_tuning
+        return build(num_ranks, num_microbatches, config.exit_stages)
     times = _given_times(config) or (PassTimes.from_costs(costs) if costs is not None else None)
     if pipeline.fill_explicit_bubbles and times is not None:
         plan = with_filled_bubbles(

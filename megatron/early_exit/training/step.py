@@ -97,6 +97,8 @@ def accumulate_gradients(
             tune_on_hidden_states(model, iterators[0], num_microbatches)
         elif planned is not None:
             planned.run(iterators, **sizes)
+        elif tunes and model.exit_losses.distils:
+            raise AssertionError("exits that follow the final head run after it, which only a plan knows of")
         else:
             run_schedule(model, iterators, **sizes, forward_only=tunes)
     if tunes:

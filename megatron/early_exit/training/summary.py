@@ -21,7 +21,7 @@ def start_up_summary(config: RunConfig, model: Model, microbatches: Microbatches
     where = f"{torch.cuda.get_device_name() if use_cuda() else 'CPU'}, {backend()}, {dtype}"
     tokens = microbatches.target_global_batch_size * training.seq_length
     num_built = config.build.num_built_layers
-    tuned = "; tuned alone" if training.tune_exit else ""
+    tuned = f"; tuned alone{_teacher(config)}" if training.tune_exit else ""
     if num_built < config.model.num_layers:
         tuned += f", layers {num_built + 1} and up are not built"
     lines = [
@@ -41,6 +41,18 @@ def start_up_summary(config: RunConfig, model: Model, microbatches: Microbatches
     lines += _warnings(config, model)
     width = max(map(len, lines))
     return "\n".join(["-" * width, *lines, "-" * width])
+
+
+def _teacher(config: RunConfig) -> str:
+    share = config.training.tune_exit_distillation
+    if not share:
+        return ""
+    where = ""
+    if config.training.cache_hidden_states is not None:
+        where = " on kept hidden states"
+    elif config.parallel.num_stages > 1:
+        where = ", whose input travels back from the last stage"
+    return f", {share:.0%} of the loss follows the final head{where}"
 
 
 def _interleaving(config: RunConfig) -> str:
@@ -76,6 +88,8 @@ def _stages(model: Model) -> list[str]:
     count = sum(parameter.numel() for chunk in model.chunks for parameter in chunk.parameters())
     in_exits = sum(p.numel() for chunk in model.chunks for head in chunk.exit_heads() for p in head.parameters())
     copies = sum(weight.numel() for weight in model.shared_weight.copies if getattr(weight, "shared", False))
+    if model.tunes_exits:
+        copies = sum(c.exit_output_layer.weight.numel() for c in model.chunks if c.exit_output_layer is not None)
     mine = (layers, count, in_exits, copies, exits)
     group = parallel_state.get_pipeline_model_parallel_group()
     stages: list = [None] * group.size()
@@ -141,6 +155,8 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     if config.training.tune_exit:
         # Forward through the frozen layers; an exit's gradients stop at its parameters, at about its usual cost.
         num_layers = 0 if config.training.cache_hidden_states else config.build.num_built_layers
-        return num_layers * layer / 3 + exits
+        # What an exit follows is computed beside it: one more forward through the output projection.
+        teacher = output_flops_per_token(config, vocab_size) / 3 if config.training.tune_exit_distillation else 0
+        return num_layers * layer / 3 + exits + config.exits.num_exits * teacher
     output = output_flops_per_token(config, vocab_size)
     return config.model.num_layers * layer + output + exits
