@@ -46,6 +46,10 @@ def built(cfg: RunConfig) -> tuple[int, list[int], int, int]:
     (1, {"tune_exit": True, **HEADS["mlp"]}),
     (2, {"tune_exit": True, **PP2, **HEADS["untied_norm"]}),
     (3, {"tune_exit": True, "pipeline_model_parallel_size": 4, "use_exit_norm": True}),
+    (2, {"tune_exit": True, "tune_exit_distillation": 0.5, **PP2, **HEADS["untied_norm"], "exit_layer_nums": (1, 3)}),
+    (1, {"tune_exit": True, "tune_exit_distillation": 0.5, **PP2, **HEADS["untied_norm"], "exit_layer_nums": (1, 2),
+         "untie_embeddings_and_output_weights": True, "tune_exit_pipeline_parallel_size": 1,
+         "cache_hidden_states": "x"}),
 ], ids=str)  # fmt: skip
 def test_parameters_are_counted(world_size: int, changes: dict[str, Any]) -> None:
     cfg = make_config(**changes).resolved(VOCAB_SIZE)
