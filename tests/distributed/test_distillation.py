@@ -68,7 +68,7 @@ def compare_with_reference(cfg: RunConfig, num_microbatches: int) -> None:
 
 
 def reference_objective(cfg: RunConfig, reference: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what is differentiated of one microbatch, [exits] sums of the labels' cross-entropy)"""
+    """(what is differentiated of one microbatch, [exits] sums of the labels' cross-entropy over tokens that count)"""
     share, mask = cfg.training.tune_exit_distillation, batch.loss_mask
     *exits, final = reference.logits(batch)
     teacher = final.detach().log_softmax(-1)
@@ -77,11 +77,11 @@ def reference_objective(cfg: RunConfig, reference: Any, batch: Any) -> tuple[tor
         labels = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none").view(mask.shape)
         divergence = F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="none").sum(-1)
         token_weight = reference.token_weights(batch, index, iteration=0)
+        sums.append((labels * mask * (token_weight > 0)).sum().detach())
         if cfg.exits.use_dynamic_exit_layer_weight:
             token_weight = token_weight * logits.softmax(-1).amax(-1).detach()
         both = (1 - share) * labels + share * divergence
         objective = objective + weight * (both * mask * token_weight).sum() / mask.sum()
-        sums.append((labels * mask).sum().detach())
     return objective, torch.stack(sums)
 
 
@@ -89,7 +89,7 @@ def reference_objective(cfg: RunConfig, reference: Any, batch: Any) -> tuple[tor
     (1, 0.4, MLP),
     (1, 1.0, {**MLP, **UNTIED}),
     (2, 1.0, {**MLP, **SP}),
-    (2, 0.5, {**MLP, **PP2}),
+    (2, 0.5, {**MLP, **PP2, "exit_loss_token_fraction": (0.5, 1.0)}),
     (2, 1.0, {**BLOCK, **PP2, "exit_layer_nums": (1, 2)}),  # frozen copy of the embedding; no exit on the last stage
     (2, 0.3, {**OUTPUT, **UNTIED, **PP2}),
     (2, 1.0, {**HEADS["norm"], **UNTIED, **PP2, "exit_layer_nums": (3, 4)}),
@@ -99,7 +99,8 @@ def reference_objective(cfg: RunConfig, reference: Any, batch: Any) -> tuple[tor
     (4, 1.0, {**BLOCK, **UNTIED, **PP4, "exit_layer_nums": (1, 3)}),  # stage 1 passes on
     (4, 0.7, {**MLP, **PP2, **SP}),
     (4, 1.0, {**OUTPUT, **UNTIED, **PP2, **TP2, "exit_layer_nums": (2,)}),
-    (4, 0.5, {**MLP, **PP2}),
+    (4, 0.5, {"use_exit_block": (True, False), "use_exit_norm": True, "untie_exit_output_weights": (True, False),
+              **PP2}),
 ], ids=str)  # fmt: skip
 def test_gradients_are_those_of_plain_autograd(world_size: int, share: float, changes: dict) -> None:
     cfg = tuning_config(tune_exit_distillation=share, **changes)

@@ -13,6 +13,7 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.schedules.builders import interleaved, one_f_one_b, with_exits_in_bubbles
 from megatron.early_exit.schedules.fill import with_filled_bubbles
 from tests.configs import VOCAB_SIZE, make_config
+from tests.distributed import test_distillation as distillation
 from tests.distributed import test_plan_runtime as plans
 from tests.distributed import test_tuning as tuning
 from tests.distributed.test_gradients import HEADS, LAYOUTS, check
@@ -84,7 +85,7 @@ def test_tuning(layout: str, head: str) -> None:
 def test_tuning_with_distillation(layout: str) -> None:
     world_size, changes = LAYOUTS[layout]
     cfg = tuning.tuning_config(**tuning.HEADS["mlp"], tune_exit_distillation=0.4, **changes, **EACH)
-    run_distributed(world_size, tuning.compare_distillation, cfg=cfg)
+    run_distributed(world_size, distillation.compare_with_reference, cfg=cfg, num_microbatches=3)
 
 
 def _gradients_of(cfg: RunConfig, model: Any, batches: list, iteration: int) -> dict[str, Tensor]:

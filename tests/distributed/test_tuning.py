@@ -132,6 +132,10 @@ SHARED_OUTPUT: dict[str, tuple[int, dict[str, Any]]] = {
     "two of two stages, exits on both": (2, {"pipeline_model_parallel_size": 2}),
     "two of two stages, exits on the last": (2, {"pipeline_model_parallel_size": 2, "exit_layer_nums": (3, 4)}),
     "two of four stages": (2, {"pipeline_model_parallel_size": 4, "exit_layer_nums": (1, 2)}),
+    "two of two stages, own output on the first": (
+        2,
+        {"pipeline_model_parallel_size": 2, "untie_exit_output_weights": (True, False)},
+    ),
     "tp 2, two of four stages": (4, {**TP2, "pipeline_model_parallel_size": 4, "exit_layer_nums": (2,)}),
 }
 

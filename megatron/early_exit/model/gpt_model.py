@@ -106,12 +106,16 @@ class EarlyExitGPTModel(GPTModel):
     @property
     def owns_output_weight(self) -> bool:
         """Whether the copy on this chunk is the one that the others follow: the embedding, the output layer, or where
-        no chunk has the final head the copy of the first exit."""
+        no chunk has the final head the copy of the first exit that needs one."""
         if self.share_embeddings_and_output_weights:
             return self.pre_process
         if self.has_final_head:
             return self.post_process
-        return any(layer.layer_number == self.exits.exit_layer_nums[0] for layer in self._layers_with_exits())
+        needing = [
+            number for number, head in zip(self.exits.exit_layer_nums, self.exits.heads, strict=True)
+            if self.exit_losses.distils or not head.untied_output
+        ]  # fmt: skip
+        return any(layer.layer_number == needing[0] for layer in self._layers_with_exits())
 
     def forward(
         self,
