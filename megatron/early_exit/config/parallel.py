@@ -18,7 +18,7 @@ class ParallelConfig:
 
     tune_exit_pipeline_parallel_size: int | None = None
     """With --tune-exit: stages that run, of the --pipeline-model-parallel-size that all layers would be split into.
-    Default: up to the one with the last exit."""
+    Default: up to the one with the last exit, or with --tune-exit-distillation all."""
 
     num_layers_per_virtual_pipeline_stage: int | None = None
     """Layers of one model chunk: more than one chunk per rank gives the interleaved schedule."""
