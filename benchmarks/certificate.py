@@ -25,13 +25,14 @@ from benchmarks import common
 from megatron.early_exit.evaluation.calibration import CalibrationSettings, calibrate
 from megatron.early_exit.evaluation.commands import calibrate as command
 from megatron.early_exit.evaluation.commands.common import load
-from megatron.early_exit.evaluation.prompts import EvalPrompt, load_prompts
+from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.evaluation.recording import full_params, outputs_as_they_end, take_records
 from megatron.early_exit.evaluation.statistics.intervals import speed_ratio
 from megatron.early_exit.inference.certificates import AnswerSettings, add_certificates
 from megatron.early_exit.inference.engine_loading import LoadedEngine
 from megatron.early_exit.inference.exit_records import AboutRecords, RecordsFolder
 from megatron.early_exit.inference.llm import LLM
+from megatron.early_exit.inference.params import ExitScore
 from megatron.early_exit.platform.command_line import show_progress
 
 GOAL = 2.0
@@ -39,7 +40,7 @@ GOAL = 2.0
 
 
 def time_by_turns(
-    llm: LLM, loaded: LoadedEngine, prompts: Sequence[EvalPrompt], answers: AnswerSettings, block: int
+    llm: LLM, loaded: LoadedEngine, prompts: Sequence[EvalPrompt], answers: AnswerSettings, block: int, score: ExitScore
 ) -> dict[str, list[float]]:
     """Seconds of every block of prompts: answered by the full model, and with records taken."""
     seconds: dict[str, list[float]] = {"full": [], "records": []}
@@ -50,7 +51,9 @@ def time_by_turns(
         list(outputs_as_they_end(llm, [one.ids for one in some], full_params(answers)))
         full = time.perf_counter() - start
         with tempfile.TemporaryDirectory() as folder:
-            about = AboutRecords(loaded.checkpoint.exit_fingerprint(loaded.tokenizer), answers, "none", len(some))
+            about = AboutRecords(
+                loaded.checkpoint.exit_fingerprint(loaded.tokenizer, score), answers, "none", len(some)
+            )
             _, records = take_records(llm, some, RecordsFolder(Path(folder), about), lambda done, total: None)
         if number:
             seconds["full"].append(full)
@@ -63,10 +66,10 @@ def measure(
     llm: LLM, loaded: LoadedEngine, args: argparse.Namespace, settings: CalibrationSettings
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(results, goals)"""
-    prompts = load_prompts(args, llm.tokenizer, llm.engine.description, settings.answer_tokens)
+    prompts = command.prompts_of(args, llm, loaded)
     settings.check_prompts(len(prompts.prompts))
     answers = AnswerSettings(settings.answer_tokens, settings.ignore_eod, prompts.template_digest)
-    seconds = time_by_turns(llm, loaded, prompts.prompts[: args.cost_prompts], answers, args.block)
+    seconds = time_by_turns(llm, loaded, prompts.prompts[: args.cost_prompts], answers, args.block, settings.exit_score)
     ratio, interval = speed_ratio(seconds["full"], seconds["records"])  # how many times as long records take
     found = calibrate(llm, loaded, prompts, settings, show_progress)
     of_parts = found.results["cost"]

@@ -91,7 +91,8 @@ def make_decoder(
 
 
 def make_engine(decoder: Decoder, config: ModelDescription, exit_scores: np.ndarray | None = None) -> Engine:
-    return Engine(LocalExecutor(Worker(decoder)), config.exits, exit_scores=exit_scores)
+    scores = {} if exit_scores is None else {"head": exit_scores}
+    return Engine(LocalExecutor(Worker(decoder)), config.exits, exit_scores=scores)
 
 
 def score(engine: Engine, sequences: Sequence[list[int]], params: Sequence[ScoreParams]) -> list[ScoreResult]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,5 +33,7 @@ def _calibration(folder: Path) -> dict[str, Any]:
         from megatron.early_exit.inference.calibration import ExitCalibration
     except ImportError:  # later trees take the scores alone
         with np.load(folder / "exit_calibration.npz") as arrays:
-            return {"exit_scores": arrays["confidences"]}
+            scores = arrays["confidences"]
+        takes_kinds = "Mapping" in str(inspect.signature(Engine.__init__).parameters["exit_scores"].annotation)
+        return {"exit_scores": {"head": scores} if takes_kinds else scores}
     return {"calibration": ExitCalibration.load(folder)}

@@ -264,7 +264,7 @@ def plan(cfg: RunConfig) -> None:
         measured = measure_costs(decoder, repetitions=1)
         assert measured.has_approximate_heads and min(measured.layer_seconds + measured.approximate_seconds) > 0
         scores = np.tile([0.1, 0.9, 0.9], (10, 1))
-        engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, exit_scores=scores)
+        engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, exit_scores={"head": scores})
         engine.add(PROMPT, GenerationParams(max_tokens=4, mode="early_exit", exit_thresholds=(0.0,), plan_exits=True))
         engine.add(
             PROMPT,
@@ -292,7 +292,7 @@ def plan_again(cfg: RunConfig) -> list[tuple[int, ...]]:
         # Half of the tokens leave at the first exit: one request then saves half of three layers and a head, which
         # costs a head; two of them leave together a quarter of the time.
         scores = np.array([[0.9, 0.0, 0.0], [0.1, 0.0, 0.0]] * 5)
-        engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, exit_scores=scores)
+        engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, exit_scores={"head": scores})
         planned = GenerationParams(max_tokens=30, mode="early_exit", exit_thresholds=(0.5,), plan_exits=True)
         engine.add(PROMPT, planned)
         enabled = []

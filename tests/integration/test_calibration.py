@@ -115,7 +115,9 @@ def test_generation_with_certified_thresholds(certified: Path) -> None:
     llm = LLM.load(str(certified))
     (one,) = (one for one in read_certificates(iteration(certified)) if one.level == 0.9)
     layers, thresholds = zip(*sorted(one.thresholds.items()), strict=True)
-    certain = GenerationParams(max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.9")
+    certain = GenerationParams(
+        max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.9", plan_exits=False
+    )  # fmt: skip
     numbers = GenerationParams(
         max_tokens=ANSWER, mode="early_exit", exit_layers=layers, exit_thresholds=thresholds
     )  # fmt: skip

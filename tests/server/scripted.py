@@ -67,7 +67,7 @@ class _ScriptedEngine(AsyncEngine):
         model = WorkerDescription(NUM_LAYERS, 48, tokenizer.vocab_size, exits, 4, NUM_POSITIONS)
         ready = Ready(
             description=model, exits=ExitConfig((EXIT,)), ends=(tokenizer.eod,), tokenizer=DataConfig(),
-            is_calibrated=False, checkpoint="scripted", iteration=0, memory="", stages="",
+            calibrated=(), checkpoint="scripted", iteration=0, memory="", stages="",
         )  # fmt: skip
         client = EngineClient(ready, self._take)
         self.model = LoadedModel(ready, tokenizer, client, TextEngine(client, tokenizer))

@@ -138,7 +138,7 @@ def checks(*levels: tuple[float, int, str | None], exits: tuple[int, ...] = (2, 
     ]
     model = WorkerDescription(8, 8, 50, tuple(ExitDescription(one, one, False) for one in exits), 2, 64)
     config = ExitConfig(exit_layer_nums=exits)
-    return RequestChecks(model, config, (0,), False, Certificates(tuple(certificates)))
+    return RequestChecks(model, config, (0,), (), Certificates(tuple(certificates)))
 
 
 def test_certified_levels_are_those_of_such_answers() -> None:

@@ -94,7 +94,7 @@ def test_settings_at_their_bounds() -> None:
 
 
 def test_min_tokens_need_an_id_that_does_not_end_the_answer() -> None:
-    checks = RequestChecks(WorkerDescription(2, 8, 96, (), 1, 40), ExitConfig(), ends={95, 200}, is_calibrated=False)
+    checks = RequestChecks(WorkerDescription(2, 8, 96, (), 1, 40), ExitConfig(), ends={95, 200})
     params = GenerationParams(min_tokens=2, stop_tokens=range(95))
     with pytest.raises(ValueError, match="^min_tokens is 2, but each of the 96 ids ends the answer"):
         checks.check_generation([1], params)

@@ -428,7 +428,7 @@ class Timed(FakeExecutor):
 ], ids=["drafts that adapt", "planned exits"])  # fmt: skip
 def test_costs_are_measured_when_an_idle_engine_is_told_to_and_never_by_add(params: GenerationParams) -> None:
     executor, scores = Timed(), np.full((4, len(EXITS.exit_layer_nums)), 0.5, np.float32)
-    engine = make_engine(executor, costs=None, exit_scores=scores)
+    engine = make_engine(executor, costs=None, exit_scores={"head": scores})
     engine.prepare(FULL)
     engine.add(PROMPT, params)
     engine.prepare(params)  # something is to be run

@@ -24,7 +24,7 @@ from megatron.early_exit.evaluation.certification import (
     run_line_test,
 )
 from megatron.early_exit.evaluation.free_running import FreeAnswer, free_running
-from megatron.early_exit.evaluation.prompts import PromptSet
+from megatron.early_exit.evaluation.prompts import PromptSet, check_unseen
 from megatron.early_exit.evaluation.recording import Progress, rounding_floor, take_records
 from megatron.early_exit.evaluation.statistics.exit_metrics import coverage_risk
 from megatron.early_exit.evaluation.statistics.intervals import loss_interval
@@ -34,6 +34,7 @@ from megatron.early_exit.inference.certificates import AnswerSettings, Certifica
 from megatron.early_exit.inference.engine_loading import LoadedEngine
 from megatron.early_exit.inference.exit_records import AboutRecords, PromptRecord, RecordsFolder
 from megatron.early_exit.inference.llm import LLM
+from megatron.early_exit.inference.params import ExitScore, GenerationParams
 
 ShowProgress = Callable[[str], Progress]
 
@@ -52,6 +53,8 @@ class CalibrationSettings:
     with_free_running: bool = False
     rounding_prompts: int = 16
     seed: int = 1234
+    exit_score: ExitScore = "head"
+    """What thresholds are compared with."""
 
     def __post_init__(self) -> None:
         if self.answer_tokens < 1:
@@ -107,7 +110,8 @@ class Calibration:
         """The certificates and what the test split says of them, for people."""
         blocks = []
         for card in self.results["certificates"]:
-            title = f"certified:{card['level']:g} ({card['risk']}, delta {card['delta']:g}): {card['status']}"
+            by = ", probes" if card["exit_score"] == "probe" else ""
+            title = f"certified:{card['level']:g} ({card['risk']}, delta {card['delta']:g}{by}): {card['status']}"
             lines = [title] if card["reason"] is None else [f"{title}: {card['reason']}"]
             if card["status"] == "certified":
                 thresholds = ", ".join(f"exit {layer}: {value:.4f}" for layer, value in card["thresholds"].items())
@@ -137,7 +141,8 @@ def calibrate(
     """Take records of `prompts`, or go on with those that are there, and certify every level.
 
     show: makes a progress function for a kind of work. Raises ValueError for a model without exits, for one whose
-    weights cannot be told from others, for too few prompts, and for records that are damaged."""
+    weights cannot be told from others, for too few prompts, for records that are damaged, and with `exit_score` "probe"
+    for a model without probes and for prompts that they were trained on."""
     if not loaded.engine.exits.exit_layer_nums:
         raise ValueError(f"the model in {loaded.checkpoint.config.path} has no exits to calibrate")
     if not (loaded.checkpoint.folder / CHECKSUMS_FILE).is_file():
@@ -146,6 +151,9 @@ def calibrate(
             "tools/convert_checkpoint.py reshard write the checkpoint again"
         )
     settings.check_prompts(len(prompts.prompts))
+    llm.engine.checks.check(GenerationParams(observe_exits=True, exit_score=settings.exit_score))
+    if settings.exit_score == "probe":
+        check_unseen(prompts.prompts, loaded.checkpoint.probes.about.prompts)
     return _Calibrator(llm, loaded, prompts, settings, show).run()
 
 
@@ -154,7 +162,7 @@ class _Calibrator:
         self, llm: LLM, loaded: LoadedEngine, prompts: PromptSet, settings: CalibrationSettings, show: ShowProgress
     ) -> None:
         self._llm, self._prompts, self._settings, self._show = llm, prompts, settings, show
-        self._fingerprint = loaded.checkpoint.exit_fingerprint(loaded.tokenizer)
+        self._fingerprint = loaded.checkpoint.exit_fingerprint(loaded.tokenizer, settings.exit_score)
         self._answers = AnswerSettings(settings.answer_tokens, settings.ignore_eod, prompts.template_digest)
         about = AboutRecords(self._fingerprint, self._answers, prompts.digest, len(prompts.prompts))
         self._folder = RecordsFolder(loaded.checkpoint.folder, about)
@@ -227,7 +235,7 @@ class _Calibrator:
         """([prompts] losses of the test split, what the card says of it). chosen: [exits] thresholds"""
         seed, second = self._settings.seed, certificate.free_running
         numbers = self._split.test
-        free = free_running(self._llm, self._of(numbers), certificate.thresholds, self._answers, self._show("test"))
+        free = self._free_running(numbers, certificate.thresholds, "test")
         of_test = self._test_losses(chosen, free)
         saved = layers_saved(self._records_of(numbers), chosen, self._savings)
         free_losses = np.array([one.loss for one in free])
@@ -262,8 +270,14 @@ class _Calibrator:
         return lambda point: of_points[:, point]
 
     def _text_losses(self, numbers: np.ndarray, thresholds: np.ndarray, words: str) -> np.ndarray:
-        free = free_running(self._llm, self._of(numbers), self._by_layer(thresholds), self._answers, self._show(words))
+        free = self._free_running(numbers, self._by_layer(thresholds), words)
         return self._rouge_losses(numbers, free)
+
+    def _free_running(self, numbers: np.ndarray, thresholds: dict[int, float], words: str) -> list[FreeAnswer]:
+        """thresholds: by layer. words: for the progress."""
+        return free_running(
+            self._llm, self._of(numbers), thresholds, self._answers, self._show(words), self._settings.exit_score
+        )
 
     def _rouge_losses(self, numbers: np.ndarray, free: Sequence[FreeAnswer]) -> np.ndarray:
         text = self._llm.tokenizer.detokenize
@@ -280,7 +294,7 @@ class _Calibrator:
 
     def _second_certificate(self, thresholds: dict[int, float], level: float) -> FreeRunningCertificate:
         numbers, settings = self._split.free_running, self._settings
-        free = free_running(self._llm, self._of(numbers), thresholds, self._answers, self._show("its own answers"))
+        free = self._free_running(numbers, thresholds, "its own answers")
         of_prompts = np.array([one.loss for one in free])
         value = p_value(of_prompts, 1.0 - level, "A-max", settings.seed)
         return FreeRunningCertificate(value, float(of_prompts.mean()), value <= settings.delta_of_test)
@@ -313,6 +327,7 @@ class _Calibrator:
             "level": one.level,
             "delta": one.delta,
             "risk": one.risk,
+            "exit_score": one.score,
             "status": "certified" if one.refusal is None else "refused",
             "reason": one.refusal,
             "thresholds": {str(layer): value for layer, value in one.thresholds.items()},

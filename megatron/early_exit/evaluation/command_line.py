@@ -9,13 +9,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron.early_exit.evaluation.commands import benchmark, calibrate, correctness, exits, report, sweep, tasks
+from megatron.early_exit.evaluation.commands import (
+    benchmark,
+    calibrate,
+    correctness,
+    exits,
+    probes,
+    report,
+    sweep,
+    tasks,
+)
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.world import check_world_size
 
-_COMMANDS = (exits, calibrate, sweep, correctness, benchmark, tasks, report)
+_COMMANDS = (exits, probes, calibrate, sweep, correctness, benchmark, tasks, report)
 
 
 def build_parser() -> argparse.ArgumentParser:

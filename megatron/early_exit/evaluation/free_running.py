@@ -10,7 +10,7 @@ from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.evaluation.recording import Progress, full_params, outputs_as_they_end
 from megatron.early_exit.inference.certificates import AnswerSettings
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.params import ExitScore, GenerationParams
 from megatron.early_exit.inference.results import Statistics
 
 
@@ -24,19 +24,26 @@ class FreeAnswer:
     statistics: Statistics
 
 
-def early_exit_params(thresholds: dict[int, float], answers: AnswerSettings) -> GenerationParams:
-    """thresholds: by layer. None: the full model answers."""
+def early_exit_params(
+    thresholds: dict[int, float], answers: AnswerSettings, score: ExitScore = "head"
+) -> GenerationParams:
+    """thresholds: by layer, of `score`. None: the full model answers."""
     if not thresholds:
         return full_params(answers)
     layers, values = zip(*sorted(thresholds.items()), strict=True)
-    return full_params(answers, mode="early_exit", exit_layers=layers, exit_thresholds=values)
+    return full_params(answers, mode="early_exit", exit_layers=layers, exit_thresholds=values, exit_score=score)
 
 
 def free_running(
-    llm: LLM, prompts: Sequence[EvalPrompt], thresholds: dict[int, float], answers: AnswerSettings, progress: Progress
+    llm: LLM,
+    prompts: Sequence[EvalPrompt],
+    thresholds: dict[int, float],
+    answers: AnswerSettings,
+    progress: Progress,
+    score: ExitScore = "head",
 ) -> list[FreeAnswer]:
     """Answers in the order of prompts, each compared with the final head behind its own tokens."""
-    params, outputs = early_exit_params(thresholds, answers), {}
+    params, outputs = early_exit_params(thresholds, answers, score), {}
     for output in outputs_as_they_end(llm, [prompt.ids for prompt in prompts], params):
         outputs[output.prompt_index] = output
         progress(len(outputs), len(prompts))

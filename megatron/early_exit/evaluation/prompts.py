@@ -9,7 +9,7 @@ import argparse
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -85,17 +85,22 @@ def add_prompt_flags(
 
 
 def load_prompts(
-    args: argparse.Namespace, tokenizer: Tokenizer, model: WorkerDescription, room: int, least: int = 1
+    args: argparse.Namespace,
+    tokenizer: Tokenizer,
+    model: WorkerDescription,
+    room: int,
+    least: int = 1,
+    excluded: Collection[str] = (),
 ) -> PromptSet:
     """The prompts of the flags. room: tokens of the answer that must fit behind each; 1: the prompt alone must. least:
-    how many are needed, even if fewer are asked for.
+    how many are needed, even if fewer are asked for. excluded: `prompt_digest` of those that are not to be drawn.
 
     Raises ValueError if there are too few, one is damaged or does not fit; OSError for files that cannot be read."""
     from megatron.early_exit.evaluation.documents import content_digest
 
     _check_numbers(args, longest_prompt(model, room), room)
     source = _Documents(args, model) if args.data_path else _Lines(args, tokenizer, model.vocab_size)
-    drawn = _drawn(args, source, least)
+    drawn = _drawn(args, source, least, frozenset(excluded))
     _check_lengths(drawn, longest_prompt(model, room), room)
     template = source.template
     return PromptSet(
@@ -119,6 +124,22 @@ def ids_digest(sequences: Iterable[Sequence[int]]) -> str:
     for ids in sequences:
         digest.update(np.array([len(ids), *ids], dtype="<i8").tobytes())
     return digest.hexdigest()
+
+
+def prompt_digest(ids: Sequence[int]) -> str:
+    """What tells one prompt from others."""
+    return ids_digest([ids])[:16]
+
+
+def check_unseen(prompts: Iterable[EvalPrompt], seen: Collection[str]) -> None:
+    """Raise ValueError if some of the prompts are among those with the digests `seen`, which probes were trained on."""
+    known = frozenset(seen)
+    found = [prompt.name for prompt in prompts if prompt_digest(prompt.ids) in known]
+    if found:
+        raise ValueError(
+            f"{len(found)} of the prompts, {found[0]} for instance, are those that the probes were trained on, whose "
+            "scores are better there than elsewhere; leave them out"
+        )
 
 
 def _check_numbers(args: argparse.Namespace, longest: int, room: int) -> None:
@@ -145,28 +166,35 @@ def prompt_length(args: argparse.Namespace) -> int:
     return args.default_length if args.prompt_length is None else args.prompt_length
 
 
-def _drawn(args: argparse.Namespace, source: _Documents | _Lines, least: int) -> list[EvalPrompt]:
-    """Prompts in random order, none twice. Raises ValueError if there are too few."""
+def _drawn(
+    args: argparse.Namespace, source: _Documents | _Lines, least: int, excluded: frozenset[str]
+) -> list[EvalPrompt]:
+    """Prompts in random order, none twice and none that is excluded. Raises ValueError if there are too few."""
     import numpy as np
 
     needed = max(args.prompts or 1, least)
     wanted = max(needed, args.default_prompts) if args.prompts is None else needed
     drawn: dict[tuple[int, ...], EvalPrompt] = {}
-    num_twice = 0
+    num_twice = num_excluded = 0
     for place in np.random.default_rng(args.seed).permutation(source.count):
         if len(drawn) == wanted:
             break
         prompt = source.prompt(int(place))
         if prompt.ids in drawn:
             num_twice += 1
+        elif excluded and prompt_digest(prompt.ids) in excluded:
+            num_excluded += 1
         else:
             drawn[prompt.ids] = prompt
     if num_twice:
         log.warning("%d prompts have the same ids as others and were left out", num_twice)
+    if num_excluded:
+        log.warning("%d prompts were left out, since the probes were trained on them", num_excluded)
     if len(drawn) < needed:
+        but = f" that the probes were not trained on ({num_excluded} others)" if num_excluded else ""
         raise ValueError(
-            f"{needed} prompts are needed, but {source.where} has {len(drawn)} different {source.words}; give more "
-            "text, or ask for fewer"
+            f"{needed} prompts are needed, but {source.where} has {len(drawn)} different {source.words}{but}; give "
+            "more text, or ask for fewer"
         )
     return list(drawn.values())
 

@@ -45,7 +45,7 @@ def take_records(
     interruption keeps what has been taken."""
     records = {record.prompt: record for record in folder.open()}
     missing = [number for number in range(len(prompts)) if number not in records]
-    params = full_params(folder.about.answers, observe_exits=True)
+    params = full_params(folder.about.answers, observe_exits=True, exit_score=folder.about.fingerprint.score)
     part: list[PromptRecord] = []
     start = last = time.perf_counter()
     progress(len(records), len(prompts))

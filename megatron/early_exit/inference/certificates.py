@@ -8,7 +8,7 @@ The calibration of a level certifies less than that with probability `delta` at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 
 from megatron.early_exit.inference.fingerprint import ExitFingerprint
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.params import ExitScore, GenerationParams
 from megatron.early_exit.platform.files import replaced
 
 CERTIFICATE_FILE = "exit_certificates.json"
@@ -70,6 +70,16 @@ class Certificate:
     free_running: FreeRunningCertificate | None = None
     date: str = ""
 
+    @property
+    def score(self) -> ExitScore:
+        """What the thresholds are compared with."""
+        return self.fingerprint.score
+
+    @property
+    def covers_subsets(self) -> bool:
+        """Whether all of the promise holds with some of the certified exits alone as well."""
+        return self.risk != "C" and not (self.free_running is not None and self.free_running.is_certified)
+
 
 @dataclass(frozen=True)
 class Certificates:
@@ -81,12 +91,15 @@ class Certificates:
 
     @classmethod
     def of(
-        cls, certificates: Sequence[Certificate], loaded: ExitFingerprint, chat_template: str | None
+        cls,
+        certificates: Sequence[Certificate],
+        loaded: Mapping[ExitScore, ExitFingerprint],
+        chat_template: str | None,
     ) -> Certificates:
-        """chat_template: digest of the one that is used; None: there is none."""
+        """loaded: what each score depends on. chat_template: digest of the one that is used; None: there is none."""
         valid, mismatches = [], []
         for one in certificates:
-            differences = one.fingerprint.differences(loaded)
+            differences = one.fingerprint.differences(loaded[one.score])
             if one.answers.chat_template not in (None, chat_template):
                 differences.append("another chat template")
             if differences:
@@ -100,17 +113,21 @@ class Certificates:
         """One of each level that can be asked for, ascending."""
         return tuple(sorted({one.level: one for one in self.valid if one.refusal is None}.values(), key=_level))
 
-    def find(self, level: float) -> Certificate:
-        """The certificate of a level. Raises ValueError if there is none that holds."""
-        has_level = lambda one: abs(one.level - level) < 1e-9
-        if found := [*filter(has_level, self.certified)]:
-            return found[0]
-        if found := [*filter(has_level, self.valid)]:
+    def find(self, level: float, score: ExitScore | None = None) -> Certificate:
+        """The newest certificate of a level, with this score if one is given. Raises ValueError if there is none that
+        holds."""
+        fits = lambda one: abs(one.level - level) < 1e-9 and score in (None, one.score)
+        if found := [one for one in self.valid if fits(one) and one.refusal is None]:
+            return found[-1]
+        if found := [*filter(fits, self.valid)]:
             raise ValueError(f"certified:{level:g} is not to be had for this model: {found[-1].refusal}")
         if self.certified:
             there = ", ".join(f"certified:{one.level:g}" for one in self.certified)
             others = "".join(f" ({words})" for words in self.mismatches if words.startswith(_mismatch(level)))
-            raise ValueError(f"certified:{level:g} has no certificate that holds; there are {there}{others}")
+            with_score = "" if score is None else f" with exit_score {score!r}"
+            raise ValueError(
+                f"certified:{level:g} has no certificate{with_score} that holds; there are {there}{others}"
+            )
         reasons = "; ".join(self.mismatches) or "the checkpoint has none"
         raise ValueError(
             f"certified:{level:g} needs a certificate that holds for the loaded model ({reasons}); make one with "
@@ -120,7 +137,7 @@ class Certificates:
     def thresholds(self, params: GenerationParams) -> dict[int, float]:
         """Threshold by layer for a request that asks for a certified level; empty if none of the exits that it names
         may be taken. Raises ValueError if the promise does not cover it."""
-        certificate = self.find(params.certified_level)
+        certificate = self.find(params.certified_level, params.exit_score)
         sampling, level = params.sampling, f"certified:{certificate.level:g}"
         if not sampling.is_plain_argmax:
             raise ValueError(f"{level} holds for greedy answers; leave out temperature, penalties and biases")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron.early_exit.data.text_files import replace_surrogates, split_lines
 from megatron.early_exit.inference.model_flags import add_model_flags, check_torchrun, engine_settings
+from megatron.early_exit.inference.params import EXIT_SCORES
 from megatron.early_exit.inference.prompt_file import prompts_of_file
 from megatron.early_exit.platform.command_line import add_verbose_flag
 from megatron.early_exit.platform.failures import in_words
@@ -87,7 +88,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="rows of a request that may be deferred; where one more exits, all run the remaining layers, and the "
         "token is still the exit's; default 32",
     )  # fmt: skip
-    exits.add_argument("--plan-exits", action="store_true", help="only exits that pay on this machine (calibrate)")
+    exits.add_argument(
+        "--exit-score", choices=EXIT_SCORES,
+        help="what thresholds are compared with: the probability of the exit's best token (head), or what a small "
+        "network says before the head is evaluated (probe; tools/evaluate.py probes); default: head, with --certified "
+        "what the certificate was made with",
+    )  # fmt: skip
+    exits.add_argument(
+        "--plan-exits", action=argparse.BooleanOptionalAction,
+        help="only exits that pay on this machine (calibrate); default: with --certified",
+    )  # fmt: skip
     exits.add_argument("--draft-exit", type=int, metavar="N", help="self_speculative: exit that drafts; default: first")
     exits.add_argument(
         "--draft-length", type=int, metavar="N", help="self_speculative: tokens to draft at once; default: it adapts"
@@ -187,6 +197,7 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
         exit_thresholds=_thresholds(args),
         exit_layers=tuple(args.exit_layers or ()),
         max_deferred=32 if args.max_deferred is None else args.max_deferred,
+        exit_score=args.exit_score,
         plan_exits=args.plan_exits,
         draft_exit=args.draft_exit,
         draft_length=args.draft_length,
@@ -225,7 +236,8 @@ def _checked_mode(args: argparse.Namespace) -> str:
             "--certified": args.certified,
             "--exit-layers": args.exit_layers,
             "--max-deferred": args.max_deferred,
-            "--plan-exits": args.plan_exits or None,
+            "--exit-score": args.exit_score,
+            "--plan-exits": args.plan_exits,
         },
         "self_speculative": {
             "--draft-exit": args.draft_exit,

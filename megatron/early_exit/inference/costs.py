@@ -25,6 +25,8 @@ class StepCosts:
     """To set up a batch of rows: once a step, and again where rows leave."""
     has_approximate_heads: bool = False
     """Whether the exit's own head is needed as well when a token leaves."""
+    probe_seconds: tuple[float, ...] = (0.0,) * len(ROW_COUNTS)
+    """Of the exit's probe, behind which a row that leaves needs the exit's own head."""
     exit_saved_seconds: tuple[float, ...] = (0.0,) * len(ROW_COUNTS)
     """Of the exit's own head, what its certified form saves where nothing but tokens is needed."""
     final_saved_seconds: tuple[float, ...] = (0.0,) * len(ROW_COUNTS)
@@ -60,6 +62,9 @@ class StepCosts:
     def exit_head(self, rows: float) -> float:
         return _interpolate(self.exit_head_seconds, rows)
 
+    def probe(self, rows: float) -> float:
+        return _interpolate(self.probe_seconds, rows)
+
     def final_head(self, rows: float) -> float:
         return _interpolate(self.final_head_seconds, rows)
 
@@ -93,13 +98,18 @@ def merged_costs(stages: Sequence[StepCosts], layers_per_stage: Sequence[int]) -
         first("final_head_seconds"),
         max(one.batch_seconds for one in stages),
         any(one.has_approximate_heads for one in stages),
+        first("probe_seconds"),
         first("exit_saved_seconds"),
         first("final_saved_seconds"),
     )
+
+
+_PROBE_WIDTH = 64.0
+"""About as many numbers does a probe read for each channel of a hidden state."""
 
 
 def guessed_costs(model: WorkerDescription) -> StepCosts:
     """Costs in the right proportion where a layer and a head cost what they read, however many rows they have."""
     layer, head = 12.0 * model.hidden_size, float(model.vocab_size)
     same = lambda cost: (cost,) * len(ROW_COUNTS)
-    return StepCosts(same(layer), same(head), same(head), same(head))
+    return StepCosts(same(layer), same(head), same(head), same(head), probe_seconds=same(_PROBE_WIDTH))

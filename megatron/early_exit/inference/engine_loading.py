@@ -20,6 +20,7 @@ from megatron.early_exit.inference.executor.messages import WorkerFactory
 from megatron.early_exit.inference.exit_records import recorded_scores
 from megatron.early_exit.inference.fingerprint import text_digest
 from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig, default_fill_min_rows, load_worker
+from megatron.early_exit.inference.params import EXIT_SCORES
 from megatron.early_exit.inference.worker.worker import Worker
 from megatron.early_exit.platform.world import check_num_ranks, check_world_size, world_size
 
@@ -60,16 +61,19 @@ def load_engine(
         check_world_size()
     checkpoint = InferenceCheckpoint(config, stage=0 if config.layout.num_ranks == 1 else None)
     tokenizer = build_tokenizer(checkpoint.description.tokenizer)
-    exits, template = checkpoint.exit_fingerprint(tokenizer), chat_template or tokenizer.chat_template
+    template = chat_template or tokenizer.chat_template
+    loaded = {score: checkpoint.exit_fingerprint(tokenizer, score) for score in EXIT_SCORES}
+    recorded = {score: recorded_scores(checkpoint.folder, one) for score, one in loaded.items() if one.score == score}
     engine = Engine(
         _start_executor(checkpoint, tokenizer.vocab_size, limits, joins_torchrun),
         checkpoint.description.exits,
         ends=tokenizer.ends,
         max_waiting=max_waiting,
         prefill_chunk=prefill_chunk,
-        exit_scores=recorded_scores(checkpoint.folder, exits),
+        exit_scores={score: scores for score, scores in recorded.items() if scores is not None},
+        no_probes=checkpoint.no_probes,
         certificates=Certificates.of(
-            read_certificates(checkpoint.folder), exits, None if template is None else text_digest(template)
+            read_certificates(checkpoint.folder), loaded, None if template is None else text_digest(template)
         ),
         audit=audit,
     )

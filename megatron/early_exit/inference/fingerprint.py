@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 
 import msgspec
 
+from megatron.early_exit.inference.params import ExitScore
+
 _WORDS = {
     "weights": "another checkpoint, or one that was written again",
     "exit_layers": "other exits",
@@ -15,9 +17,10 @@ _WORDS = {
     "shortlist": "another shortlist",
     "tokenizer": "another tokenizer",
     "ends": "other ids that end an answer",
+    "probes": "other probes",
 }
 
-_DIGESTS = ("weights", "tokenizer", "shortlist")
+_DIGESTS = ("weights", "tokenizer", "shortlist", "probes")
 """Which say nothing to people."""
 
 
@@ -36,6 +39,13 @@ class ExitFingerprint:
     tokenizer: str
     ends: tuple[int, ...]
     """Ids that end an answer, ascending."""
+    probes: str | None = None
+    """`ExitProbes.digest` of those whose output is the score; None: the score is the heads' largest probability."""
+
+    @property
+    def score(self) -> ExitScore:
+        """What thresholds are compared with."""
+        return "head" if self.probes is None else "probe"
 
     def differences(self, other: ExitFingerprint) -> list[str]:
         """What the model that is loaded now, `other`, has otherwise than this one, in words."""
@@ -53,7 +63,10 @@ class ExitFingerprint:
     @property
     def digest(self) -> str:
         """Hexadecimal digits that differ if anything does."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+        values = msgspec.to_builtins(self)
+        if self.probes is None:  # as before there were probes: folders of records are named by it
+            del values["probes"]
+        return hashlib.sha256(msgspec.json.encode(values)).hexdigest()
 
 
 def text_digest(text: str) -> str:

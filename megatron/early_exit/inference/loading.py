@@ -5,6 +5,7 @@ It builds no training model and needs nothing of core.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -21,7 +22,9 @@ from megatron.early_exit.config.serialize import checkpoint_folder, read_descrip
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.executor.layout import Layout
+from megatron.early_exit.inference.exit_probes import PROBES_FILE, ExitProbes
 from megatron.early_exit.inference.fingerprint import ExitFingerprint
+from megatron.early_exit.inference.params import ExitScore
 from megatron.early_exit.inference.shortlist import Shortlist
 from megatron.early_exit.inference.stage_layers import layer_ranges, split_layers, stages_in_words
 from megatron.early_exit.inference.worker.certified_head import (
@@ -158,6 +161,8 @@ class InferenceCheckpoint:
             raise ValueError(
                 "shortlist needs frequent tokens; tools/evaluate.py calibrate --shortlist-size counts them"
             )
+        self.probes, self.no_probes = self._read_probes()
+        """Those of the exits, and why there are none."""
         if stage is not None:
             self._check_cache(self._weights_bytes)
 
@@ -168,6 +173,20 @@ class InferenceCheckpoint:
                 f"the settings in {self.folder} name an exit at layer {outside[0]}, which no stage has: the model has "
                 f"the layers 1 to {num_layers}; correct exit_layer_nums there"
             )
+
+    def _read_probes(self) -> tuple[ExitProbes | None, str]:
+        """Raises ValueError if they cannot be read."""
+        probes = ExitProbes.load(self.folder)
+        if probes is None:
+            return None, "the checkpoint has none"
+        mismatch = probes.mismatch(
+            fingerprint(self.folder),
+            tuple(self.description.exits.exit_layer_nums),
+            self.description.model.hidden_size,
+        )
+        if mismatch is None:
+            return probes, ""
+        return None, f"of those in {self.folder / PROBES_FILE}, {mismatch}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -223,17 +242,19 @@ class InferenceCheckpoint:
             is_wanted = self._shortlist is not None and 2 * len(self._shortlist.ids) <= num_ids
         return self._shortlist if is_wanted else None
 
-    def exit_fingerprint(self, tokenizer: Tokenizer) -> ExitFingerprint:
-        """What the scores of this model's exits depend on."""
-        shortlist = self.shortlist(tokenizer.vocab_size)
+    def exit_fingerprint(self, tokenizer: Tokenizer, score: ExitScore = "head") -> ExitFingerprint:
+        """What the scores of this model's exits depend on. Probes do without approximate heads."""
+        is_probe, quantize = score == "probe", self.config.quantize
+        shortlist = None if is_probe else self.shortlist(tokenizer.vocab_size)
         return ExitFingerprint(
             weights=fingerprint(self.folder),
             exit_layers=tuple(self.description.exits.exit_layer_nums),
             dtype="bf16" if self.dtype == torch.bfloat16 else "fp32",
-            quantize=self.config.quantize,
+            quantize=None if is_probe and quantize == "exits" else quantize,
             shortlist=None if shortlist is None else shortlist.digest,
             tokenizer=tokenizer.fingerprint,
             ends=tuple(sorted(tokenizer.ends)),
+            probes=self.probes.digest if is_probe and self.probes is not None else None,
         )
 
     def _approximate_heads(self, num_ids: int) -> ApproximateHeads | None:
@@ -261,6 +282,7 @@ class InferenceCheckpoint:
                 make_linear=Int8Linear if self.config.quantize == "all" else fastest_linear,
                 certified_heads=self.config.certified_head,
                 approximate_heads=self._approximate_heads(num_ids),
+                probes=self.probes,
             )
         speaks = tp.rank == 0 and self._stage == self._largest_stage
         size = self._agreed_cache_size(placement, speaks)
@@ -300,8 +322,14 @@ class InferenceCheckpoint:
             )  # fmt: skip
         return size
 
+    @property
+    def identity(self) -> str:
+        """Hexadecimal digits that are the same on all ranks, if they find the same checkpoint."""
+        weights = fingerprint(self.folder)
+        return weights if self.probes is None else hashlib.sha256(f"{weights}{self.probes.digest}".encode()).hexdigest()
+
     def _check_same_checkpoint(self, placement: Placement) -> None:
-        mine = int(fingerprint(self.folder)[:15], 16)  # as much as a message's integer holds
+        mine = int(self.identity[:15], 16)  # as much as a message's integer holds
         if placement.smallest(mine) != -placement.smallest(-mine):
             raise ValueError(
                 f"ranks find different checkpoints in {self.folder}: it was written again meanwhile, or the nodes have "
@@ -310,7 +338,7 @@ class InferenceCheckpoint:
 
 
 def load_worker(placement: Placement, num_ids: int, **settings: Any) -> tuple[Worker | Stage, str]:
-    """(a worker, or a pipeline stage if there are several, `fingerprint` of its checkpoint): what each rank calls.
+    """(a worker, or a pipeline stage if there are several, `identity` of its checkpoint): what each rank calls.
 
     settings: fields of `LoadConfig`; the others as of `InferenceCheckpoint.load_decoder`"""
     claim_device()
@@ -318,7 +346,7 @@ def load_worker(placement: Placement, num_ids: int, **settings: Any) -> tuple[Wo
     checkpoint = InferenceCheckpoint(config, placement.stage)
     flow = FlowControl(fill_min_rows=config.fill_min_rows or 1)
     worker = Worker(checkpoint.load_decoder(num_ids, placement))
-    num_stages, digits = config.pipeline_parallel_size, fingerprint(checkpoint.folder)
+    num_stages, digits = config.pipeline_parallel_size, checkpoint.identity
     return worker if num_stages == 1 else Stage(worker, placement.stage, num_stages, flow), digits
 
 

@@ -15,6 +15,12 @@ from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
 Mode = Literal["full", "early_exit", "self_speculative"]
 MODES = ("full", "early_exit", "self_speculative")
 
+ExitScore = Literal["head", "probe"]
+"""What the threshold of an exit is compared with. head: the largest probability of the exit's head. probe: what a small
+network, which reads the same hidden states, says of whether the exit's token is the final head's; the head is then
+evaluated only for rows that leave, whose token it gives."""
+EXIT_SCORES: tuple[ExitScore, ...] = ("head", "probe")
+
 Speculation = Literal["auto", "draft_then_verify", "across_stages"]
 SPECULATIONS = ("auto", "draft_then_verify", "across_stages")
 
@@ -195,13 +201,19 @@ class GenerationParams:
     exit_layers: tuple[int, ...] = ()
     """early_exit: exits that may be evaluated; none given: all."""
 
-    plan_exits: bool = False
+    exit_score: ExitScore | None = None
+    """early_exit, and exits that are observed: what thresholds are compared with, the largest probability of the exit's
+    head ("head"), or the output of the exit's probe ("probe", `tools/evaluate.py probes`), with which the head is
+    evaluated only for tokens that leave. None: the head's probability, and with certified thresholds what the newest
+    certificate was made with."""
+
+    plan_exits: bool | None = None
     """early_exit: of these exits, evaluate only those that pay, by how often the model's calibration expects them to be
-    taken and by what layers and heads cost on this machine. Possibly none."""
+    taken and by what layers and heads cost on this machine. Possibly none. None: if the thresholds are certified."""
 
     observe_exits: bool = False
     """full: evaluate every exit for every token and take none; `GeneratedToken.predictions` tell what each would have
-    said, with the confidence that early exit would have compared with its threshold."""
+    said, with the score (`exit_score`) that early exit would have compared with its threshold."""
 
     max_deferred: int = 32
     """early_exit: rows of this request that may be deferred. Where one more exits, it runs the remaining layers with
@@ -262,6 +274,8 @@ class GenerationParams:
         self._check_thresholds()
         if self.observe_exits and self.mode != "full":
             raise ValueError(f"observe_exits needs mode 'full', not {self.mode!r}")
+        if self.exit_score not in (None, *EXIT_SCORES):
+            raise ValueError(f"exit_score is {self.exit_score!r}; choose one of {', '.join(EXIT_SCORES)}")
         if self.speculation not in SPECULATIONS:
             raise ValueError(f"speculation is {self.speculation!r}; choose one of {', '.join(SPECULATIONS)}")
         if self.max_deferred < 0:
@@ -311,9 +325,10 @@ class GenerationParams:
         checks = {name: checked.integer for name in ("max_tokens", "min_tokens", "max_deferred")}
         checks |= {name: checked.integer for name in ("max_draft_length", "top_log_probs", "n")}
         checks |= {
-            name: checked.truth
-            for name in ("plan_exits", "observe_exits", "add_special_tokens", "ignore_eod", "log_probs", "echo")
+            name: checked.truth for name in ("observe_exits", "add_special_tokens", "ignore_eod", "log_probs", "echo")
         }
+        if self.plan_exits is not None:
+            checks["plan_exits"] = checked.truth
         for name in ("draft_exit", "draft_length"):
             if getattr(self, name) is not None:
                 checks[name] = checked.integer
@@ -382,6 +397,9 @@ class ScoreParams:
     logits: bool = False
     """Report the logits of the whole vocabulary as well."""
 
+    states: bool = False
+    """Report the hidden states that the head of each exit reads as well."""
+
     score_from: int = 0
     """First position whose prediction is wanted; those before it are context."""
 
@@ -395,7 +413,7 @@ class ScoreParams:
             object.__setattr__(self, "exit_layers", layers)
         for name in ("top_log_probs", "score_from"):
             object.__setattr__(self, name, checked.integer(name, getattr(self, name)))
-        for name in ("final", "logits", "score_last"):
+        for name in ("final", "logits", "states", "score_last"):
             object.__setattr__(self, name, checked.truth(name, getattr(self, name)))
         _check_top_log_probs(self.top_log_probs)
         if self.score_from < 0:

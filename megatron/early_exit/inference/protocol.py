@@ -21,7 +21,7 @@ from typing import Literal
 import msgspec
 
 from megatron.early_exit.config.exits import ExitUse
-from megatron.early_exit.inference.params import SamplingSettings
+from megatron.early_exit.inference.params import ExitScore, SamplingSettings
 
 FINAL_HEAD = -1
 """In place of an exit index."""
@@ -73,6 +73,8 @@ class WorkerDescription(msgspec.Struct, frozen=True):
     taken."""
     has_approximate_heads: bool = False
     """Whether exits are evaluated first by something cheaper than their own heads."""
+    has_probes: bool = False
+    """Whether exits have probes."""
     layers_per_stage: tuple[int, ...] = ()
     """Of each pipeline stage; empty: one stage has all."""
 
@@ -153,18 +155,19 @@ NEVER_TAKEN = math.inf
 
 
 class ExitThreshold(msgspec.Struct, frozen=True, array_like=True):
-    """An exit to evaluate, and the confidence from which on it gives the token."""
+    """An exit to evaluate, and the score from which on it gives the token."""
 
     exit: int
     threshold: float
+    score: ExitScore = "head"
 
     @property
     def is_observed(self) -> bool:
         """Whether the exit is evaluated to know what it would say, and never taken."""
         return self.threshold == NEVER_TAKEN
 
-    def is_reached(self, confidence: float) -> bool:
-        return confidence >= self.threshold
+    def is_reached(self, score: float) -> bool:
+        return score >= self.threshold
 
 
 class Rows(msgspec.Struct, frozen=True):
@@ -193,6 +196,8 @@ class Rows(msgspec.Struct, frozen=True):
     """Report this many of the most probable tokens of each scored position."""
     score_logits: bool = False
     """Report all logits of scored positions."""
+    score_states: bool = False
+    """Report the hidden states of scored positions that exits read."""
 
     @property
     def stop(self) -> int:
@@ -230,7 +235,8 @@ class Prediction(msgspec.Struct, frozen=True, array_like=True):
     token: int
     """Its most probable token."""
     confidence: float | None
-    """That token's probability; None if it was not computed (`Admit.log_probs`)."""
+    """What the exit's threshold was compared with: that token's probability, or the output of the exit's probe. None if
+    it was not computed (`Admit.log_probs`)."""
     is_approximate: bool = False
     """Whether an approximate head predicted it and the exit's own head was not evaluated."""
 
@@ -269,6 +275,8 @@ class HeadScores(msgspec.Struct, frozen=True):
     """Empty if none were asked for."""
     logits: bytes | None = None
     """[positions, vocabulary] fp32 in the machine's byte order."""
+    states: bytes | None = None
+    """[positions, h] fp32 in the machine's byte order: what an exit's head reads."""
 
 
 class RowsOutput(msgspec.Struct, frozen=True):

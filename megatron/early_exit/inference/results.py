@@ -23,7 +23,8 @@ class HeadPrediction:
     token: int
     """Its most probable token."""
     confidence: float | None
-    """That token's probability; None where it was not computed (`GenerationParams.log_probs`)."""
+    """What the exit's threshold was compared with: that token's probability, or with `exit_score` "probe" the output of
+    the exit's probe. None where it was not computed (`GenerationParams.log_probs`)."""
     is_approximate: bool = False
     """Whether an approximate head (a shortlist, low precision) predicted it; the exit's own was not evaluated."""
 
@@ -180,6 +181,8 @@ class ScoredHead:
     """(id, log-probability) of the most probable tokens; empty if none are wanted."""
     logits: np.ndarray | None = field(default=None, compare=False)
     """[positions, vocabulary], fp32; None if not wanted."""
+    states: np.ndarray | None = field(default=None, compare=False)
+    """[positions, h], fp32: what an exit's head reads; None if not wanted, and of the final head."""
 
 
 @dataclass(frozen=True)

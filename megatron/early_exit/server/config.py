@@ -71,8 +71,8 @@ class ServerConfig:
     served_model_name: str | None = None
     """Name of the model in the OpenAI API; default: that of the checkpoint's folder."""
     defaults: GenerationParams = field(default_factory=GenerationParams)
-    """Of the fields of early exit (mode, exit_thresholds, exit_layers, max_deferred, plan_exits, draft_exit,
-    draft_length, speculation), for requests that do not set them."""
+    """Of the fields of early exit (mode, exit_thresholds, exit_layers, max_deferred, plan_exits, exit_score,
+    draft_exit, draft_length, speculation), for requests that do not set them."""
     chat_template: str | None = None
     """Template for chats, in place of the tokenizer's."""
     limits: RequestLimits = RequestLimits()

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from megatron.early_exit.inference.certificates import Certificate
 from megatron.early_exit.inference.engine.request_checks import RequestChecks
-from megatron.early_exit.inference.params import LONGEST_DRAFT, GenerationParams, Mode, Speculation
+from megatron.early_exit.inference.params import LONGEST_DRAFT, ExitScore, GenerationParams, Mode, Speculation
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.server.request_fields import RequestBody, otherwise
 
@@ -22,7 +22,7 @@ LevelText = Annotated[str, Field(pattern=r"^certified:0?\.[0-9]{1,12}$")]
 _Layer = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 _FIELDS_OF_MODES: dict[Mode, tuple[str, ...]] = {
-    "early_exit": ("exit_thresholds", "exit_layers", "max_deferred", "plan_exits"),
+    "early_exit": ("exit_thresholds", "exit_layers", "max_deferred", "plan_exits", "exit_score"),
     "self_speculative": ("draft_exit", "draft_length", "speculation"),
 }
 
@@ -46,7 +46,12 @@ class EarlyExitFields(RequestBody):
     max_deferred: Annotated[int, Field(ge=0)] | None = None
     """early_exit: tokens whose remaining layers may wait."""
     plan_exits: bool | None = None
-    """early_exit: only exits that pay on this machine; needs a calibration."""
+    """early_exit: only exits that pay on this machine; needs a calibration. Left out: where a certified level is asked
+    for."""
+    exit_score: ExitScore | None = None
+    """early_exit: what thresholds are compared with. head: the probability of the best token. probe: what a small
+    network says before the exit's head is evaluated; the model must have probes. Left out: head, and with a certified
+    level what its certificate was made with."""
     draft_exit: _Layer | None = None
     """self_speculative: the exit that drafts."""
     draft_length: Annotated[int, Field(ge=1, le=LONGEST_DRAFT)] | None = None

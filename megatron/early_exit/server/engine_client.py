@@ -19,7 +19,9 @@ class EngineClient:
 
     def __init__(self, ready: Ready, send: Callable[[ToEngine], None]) -> None:
         self.description = ready.description
-        self.checks = RequestChecks(ready.description, ready.exits, ready.ends, ready.is_calibrated, ready.certificates)
+        self.checks = RequestChecks(
+            ready.description, ready.exits, ready.ends, ready.calibrated, ready.certificates, ready.no_probes
+        )
         self._send = send
         self._request_ids = itertools.count()
         self._open: set[int] = set()

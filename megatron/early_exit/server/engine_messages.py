@@ -10,7 +10,7 @@ from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificates
 from megatron.early_exit.inference.engine.audit import AuditReport
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.params import ExitScore, GenerationParams
 from megatron.early_exit.inference.protocol import StageLoad, WorkerDescription
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 
@@ -75,8 +75,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     ends: tuple[int, ...]
     """Ids that end an answer."""
     tokenizer: TokenizerConfig
-    is_calibrated: bool
-    """Whether exits can be planned."""
+    calibrated: tuple[ExitScore, ...]
+    """Scores with which exits can be planned."""
     checkpoint: str
     """Folder that was loaded."""
     iteration: int
@@ -86,6 +86,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """Which layers and exits each pipeline stage has, in words."""
     certificates: Certificates = NO_CERTIFICATES
     """Those of the checkpoint."""
+    no_probes: str = ""
+    """Why the model has no probes, if it has none."""
 
 
 class RequestEvent(msgspec.Struct, frozen=True):

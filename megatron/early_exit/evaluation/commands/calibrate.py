@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megatron.early_exit.evaluation.calibration import Calibration, CalibrationSettings
     from megatron.early_exit.evaluation.prompts import PromptSet
     from megatron.early_exit.inference.engine_loading import LoadedEngine
+    from megatron.early_exit.inference.llm import LLM
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -28,6 +29,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     add_prompt_flags(parser, default_prompts=1000)
     certificate = parser.add_argument_group("certificate")
+    certificate.add_argument(
+        "--exit-score", choices=("head", "probe"), default="head",
+        help="what thresholds are compared with: the probability of the exit's best token (head, default), or what the "
+        "checkpoint's probes say (probe); prompts that they were trained on are left out",
+    )  # fmt: skip
     certificate.add_argument("--answer-tokens", type=int, default=64, metavar="N", help="of each answer; default 64")
     certificate.add_argument("--ignore-eod", action="store_true", help="answers go on behind what ends them")
     certificate.add_argument(
@@ -84,11 +90,19 @@ def _certify(args: argparse.Namespace, settings: CalibrationSettings) -> tuple[L
 
     llm, loaded = load(args)
     with llm:
-        prompts = load_prompts(args, llm.tokenizer, llm.engine.description, settings.answer_tokens)
+        prompts = prompts_of(args, llm, loaded)
         settings.check_prompts(len(prompts.prompts))
         found = calibrate(llm, loaded, prompts, settings, show_progress)
     add_certificates(loaded.checkpoint.folder, found.certificates)
     return loaded, prompts, found
+
+
+def prompts_of(args: argparse.Namespace, llm: LLM, loaded: LoadedEngine) -> PromptSet:
+    """The prompts of the flags; none that probes were trained on whose scores are to be certified. Raises as
+    `load_prompts`."""
+    probes = loaded.checkpoint.probes if args.exit_score == "probe" else None
+    seen = () if probes is None else probes.about.prompts
+    return load_prompts(args, llm.tokenizer, llm.engine.description, args.answer_tokens, excluded=seen)
 
 
 def settings_of(args: argparse.Namespace) -> CalibrationSettings:
@@ -98,6 +112,7 @@ def settings_of(args: argparse.Namespace) -> CalibrationSettings:
         answer_tokens=args.answer_tokens, ignore_eod=args.ignore_eod, levels=tuple(sorted(set(args.levels))),
         delta=args.delta, risk=args.risk, grid=None if args.grid is None else tuple(args.grid),
         with_free_running=args.free_running, rounding_prompts=args.rounding_prompts, seed=args.seed,
+        exit_score=args.exit_score,
     )  # fmt: skip
 
 

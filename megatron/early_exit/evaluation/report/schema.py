@@ -92,6 +92,7 @@ class Certificate(msgspec.Struct):
     free_running: FreeRunning | None
     expected_runs_saved: Number = None
     path: list[PathPoint] = []
+    exit_score: str = "head"
 
     @property
     def is_certified(self) -> bool:

@@ -61,6 +61,17 @@ def expected_calibration_error(scores: Any, correct: Any, bins: int = 15) -> flo
     return sum(part.count * abs(part.score - part.correct) for part in parts) / sum(part.count for part in parts)
 
 
+def leaving_share(scores: Any, correct: Any, alpha: float) -> float:
+    """Largest share of decisions that reach a threshold with which the wrong ones among them are at most a share
+    `alpha` of all decisions."""
+    scores, correct = _checked(scores, correct)
+    order = np.argsort(-scores, kind="stable")
+    is_last = np.append(np.diff(scores[order]) != 0, True)  # of equal scores all are taken, or none
+    num_wrong = np.cumsum(~correct[order])
+    fits = np.flatnonzero(is_last & (num_wrong <= alpha * len(scores)))
+    return float(fits[-1] + 1) / len(scores) if fits.size else 0.0
+
+
 def auroc(scores: Any, correct: Any) -> float | None:
     """Probability that a right decision has a higher score than a wrong one, ties counted half; None without both
     kinds.

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.engine.scoring import RunningScoring, ScoringRequest
 from megatron.early_exit.inference.engine.slots import Slots
 from megatron.early_exit.inference.executor.base import Executor, ExecutorError
-from megatron.early_exit.inference.params import GenerationParams, ScoreParams
+from megatron.early_exit.inference.params import ExitScore, GenerationParams, ScoreParams
 from megatron.early_exit.inference.protocol import (
     FINAL_HEAD,
     CopyPrefix,
@@ -39,6 +40,8 @@ from megatron.early_exit.inference.protocol import (
 from megatron.early_exit.inference.results import FinishReason, GeneratedToken, RequestResult
 
 log = logging.getLogger(__name__)
+
+_NO_SCORES: Mapping[ExitScore, np.ndarray] = MappingProxyType({})
 
 _ROWS_OF_AUDITS = 32
 """In a step that users wait for."""
@@ -71,15 +74,17 @@ class Engine:
         max_waiting: int | None = None,
         prefill_chunk: int = 256,
         costs: StepCosts | None = None,
-        exit_scores: np.ndarray | None = None,
+        exit_scores: Mapping[ExitScore, np.ndarray] = _NO_SCORES,
         certificates: Certificates = NO_CERTIFICATES,
+        no_probes: str = "the checkpoint has none",
         audit: ExitAudit | None = None,
     ) -> None:
         """ends: ids that end an answer. max_waiting: requests that may queue for a slot, default any number.
         prefill_chunk: rows of prompts in one step, so that long prompts do not stop the others; over pipeline stages,
         as many steps of them may be in flight as there are stages, and one more. costs: of layers and
-        heads, for drafts of adaptive length and planned exits; see `prepare`. exit_scores: [decisions, exits] from
-        records, for planned exits. certificates: those that hold for this model.
+        heads, for drafts of adaptive length and planned exits; see `prepare`. exit_scores: [decisions, exits] of each
+        kind of score, from records, for planned exits. certificates: those that hold for this model. no_probes: why it
+        has no probes, if it has none.
         audit: which answers are checked when they have ended; none by default."""
         if prefill_chunk < 1:
             raise ValueError(f"prefill_chunk is {prefill_chunk}; it must be at least 1")
@@ -88,7 +93,7 @@ class Engine:
         self.max_waiting, self.prefill_chunk = max_waiting, prefill_chunk
         self.slots = Slots(self.description.num_slots)
         self.checks = RequestChecks(
-            self.description, exits, self.ends, is_calibrated=exit_scores is not None, certificates=certificates
+            self.description, exits, self.ends, tuple(exit_scores), certificates=certificates, no_probes=no_probes
         )
         self._selector = ExitSelector(self.description, exit_scores)
         self._measured_costs = costs
@@ -116,9 +121,12 @@ class Engine:
         draft_exit = self.checks.draft_exit(params)
         self._check_room()
         thresholds = self.checks.thresholds(params)
-        if params.plan_exits:
+        planning = self.checks.planning(params)
+        if planning != "off":
             num_requests = min(len(self._running) + len(self._queue) + 1, model.num_slots)
-            thresholds = self._selector.select(thresholds, num_requests, self._costs_of(params))
+            thresholds = self._selector.select(
+                thresholds, num_requests, self._costs_of(params), planning == "all or none"
+            )
         across_stages = self.checks.speculates_across_stages(params, draft_exit)
         verifies_together = draft_exit is not None and not across_stages
         return self._enqueue(
@@ -175,7 +183,8 @@ class Engine:
         """Measure what layers and heads cost, if requests with these settings depend on it and nothing is running.
 
         Until then a guess does: rows are free, a head costs what it reads. If the workers have ended, `add` says so."""
-        adapts = params.plan_exits or (params.mode == "self_speculative" and params.draft_length is None)
+        plans = params.plan_exits or (params.plan_exits is None and params.certified_level is not None)
+        adapts = plans or (params.mode == "self_speculative" and params.draft_length is None)
         if adapts and not self.has_work:
             self.measure_costs()
 
@@ -366,13 +375,13 @@ class Engine:
 
     def _select_exits_again(self) -> None:
         """What pays for one request may not pay for many. The block of an exit must have seen all rows, so what was not
-        enabled at first cannot be later."""
+        enabled at first cannot be later. What holds for all exits or none is chosen once for an answer."""
         num_running = len(self._running)
         if self._num_planned_for == num_running or any(one.has_block for one in self.description.exits):
             return
         self._num_planned_for = num_running
         for request in self._running.values():
-            if isinstance(request, RunningGeneration) and request.params.plan_exits:
+            if isinstance(request, RunningGeneration) and self.checks.planning(request.params) == "subsets":
                 candidates = self.checks.thresholds(request.params)
                 request.thresholds = self._selector.select(candidates, num_running, self._costs_of(request.params))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from megatron.early_exit.inference.costs import StepCosts
+from megatron.early_exit.inference.params import ExitScore
 from megatron.early_exit.inference.protocol import ExitThreshold, WorkerDescription
 
 # A plan must promise this share of the full model's time, so that errors of its figures do not cost more than it wins.
@@ -17,28 +18,30 @@ _MAX_EXITS = 10
 
 
 def select_exits(
-    confidences: np.ndarray,
+    scores: np.ndarray,
     thresholds: Sequence[float],
     depths: Sequence[int],
     num_layers: int,
     costs: StepCosts,
     num_requests: int = 1,
+    score: ExitScore = "head",
+    all_or_none: bool = False,
 ) -> tuple[int, ...]:
     """Indices of the exits to evaluate, or none if the full model is as fast.
 
-    confidences: [decisions, exits], from records; thresholds, depths: of each exit, in the order of layers;
-    num_requests: rows that decode together. All subsets are tried on the recorded decisions: cheap, and right however
-    the confidences of different exits depend on each other."""
+    scores: [decisions, exits], from records; thresholds, depths: of each exit, in the order of layers; num_requests:
+    rows that decode together; score: what `scores` are. All subsets are tried on the recorded decisions: cheap, and
+    right however the scores of different exits depend on each other. all_or_none: all exits are the only subset."""
     exits = range(len(depths))
     if not depths:  # a certificate may leave out all exits that a request names
         return ()
     if len(depths) > _MAX_EXITS:
         raise ValueError(f"{len(depths)} exits are too many to plan; name up to {_MAX_EXITS} of them")
-    would_leave = confidences >= np.asarray(thresholds, dtype=confidences.dtype)  # [tokens, exits]
-    full = step_seconds((), would_leave, depths, num_layers, costs, num_requests)
-    subsets = itertools.chain.from_iterable(itertools.combinations(exits, size) for size in range(1, len(depths) + 1))
-    best = min(subsets, key=lambda enabled: step_seconds(enabled, would_leave, depths, num_layers, costs, num_requests))
-    gain = 1.0 - step_seconds(best, would_leave, depths, num_layers, costs, num_requests) / full
+    would_leave = scores >= np.asarray(thresholds, dtype=scores.dtype)  # [tokens, exits]
+    seconds = lambda enabled: step_seconds(enabled, would_leave, depths, num_layers, costs, num_requests, score)
+    sizes = [len(depths)] if all_or_none else range(1, len(depths) + 1)
+    best = min(itertools.chain.from_iterable(itertools.combinations(exits, size) for size in sizes), key=seconds)
+    gain = 1.0 - seconds(best) / seconds(())
     return best if gain >= _MIN_GAIN else ()
 
 
@@ -49,6 +52,7 @@ def step_seconds(
     num_layers: int,
     costs: StepCosts,
     num_requests: int = 1,
+    score: ExitScore = "head",
 ) -> float:
     """Expected time of one step in which `num_requests` rows decode and may leave at the exits `enabled`.
 
@@ -66,9 +70,9 @@ def step_seconds(
         evaluated = num_requests * goes_on / runs  # rows that have not left, in a step in which there are some
         if index is None:
             return seconds + runs * costs.final_head(evaluated)
-        seconds += runs * costs.approximate_head(evaluated)
+        seconds += runs * (costs.probe(evaluated) if score == "probe" else costs.approximate_head(evaluated))
         leaves = staying & would_leave[:, index]
-        if costs.has_approximate_heads:
+        if score == "probe" or costs.has_approximate_heads:
             # The exit's own head gives the token.
             left = num_requests * leaves.mean()
             seconds += min(left, 1.0) * costs.exit_head(max(left, 1.0))
@@ -83,26 +87,35 @@ def step_seconds(
 class ExitSelector:
     """Selects exits by what was recorded of them; selections that were made are kept."""
 
-    def __init__(self, model: WorkerDescription, scores: np.ndarray | None) -> None:
-        """scores: [decisions, exits], from records"""
+    def __init__(self, model: WorkerDescription, scores: Mapping[ExitScore, np.ndarray]) -> None:
+        """scores: [decisions, exits] of each kind, from records"""
         self._model, self._scores = model, scores
         self._selected: dict[tuple, tuple[ExitThreshold, ...]] = {}
 
     def select(
-        self, candidates: tuple[ExitThreshold, ...], num_requests: int, costs: StepCosts
+        self,
+        candidates: tuple[ExitThreshold, ...],
+        num_requests: int,
+        costs: StepCosts,
+        all_or_none: bool = False,
     ) -> tuple[ExitThreshold, ...]:
-        """Those of `candidates` that pay when so many requests run, possibly none. The model is calibrated
-        (`RequestChecks`)."""
-        assert self._scores is not None, "a request that plans exits was not checked"
-        key = (candidates, num_requests, costs)
+        """Those of `candidates`, of one kind of score, that pay when so many requests run, possibly none. The model is
+        calibrated (`RequestChecks`)."""
+        if not candidates:
+            return ()
+        score = candidates[0].score
+        assert score in self._scores, "a request that plans exits was not checked"
+        key = (candidates, num_requests, costs, all_or_none)
         if key not in self._selected:
             indices = select_exits(
-                self._scores[:, [one.exit for one in candidates]],
+                self._scores[score][:, [one.exit for one in candidates]],
                 [one.threshold for one in candidates],
                 [self._model.exits[one.exit].depth for one in candidates],
                 self._model.num_layers,
                 costs,
                 num_requests,
+                score,
+                all_or_none,
             )
             self._selected[key] = tuple(candidates[index] for index in indices)
         return self._selected[key]

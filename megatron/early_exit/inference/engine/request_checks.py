@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificate, Certificates
 from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
 from megatron.early_exit.inference.params import (
+    ExitScore,
     GenerationParams,
     PromptTooLong,
     ScoreParams,
@@ -17,6 +19,10 @@ from megatron.early_exit.inference.params import (
     check_prompt,
 )
 from megatron.early_exit.inference.protocol import NEVER_TAKEN, ExitThreshold, WorkerDescription
+
+ExitPlanning = Literal["off", "subsets", "all or none"]
+"""Which of the exits that a request names are evaluated. off: all. subsets: those that pay. all or none: all, or none
+if all of them do not pay: what was certified for all of them together holds for no other choice."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,11 @@ class RequestChecks:
     exits: ExitConfig
     ends: Collection[int]
     """Ids that end an answer."""
-    is_calibrated: bool
-    """Whether exits can be planned."""
+    calibrated: Collection[ExitScore] = ()
+    """Scores with which exits can be planned."""
     certificates: Certificates = NO_CERTIFICATES
+    no_probes: str = "the checkpoint has none"
+    """Why the model has no probes, if it has none."""
 
     def check(self, params: GenerationParams) -> None:
         """Refuse settings that the model or its layout cannot do."""
@@ -40,9 +48,12 @@ class RequestChecks:
         """Refuse a request for an answer."""
         check_prompt(prompt_ids, self.model.num_positions, self.model.vocab_size)
         self._check_ids(params)
-        if params.plan_exits and not self.is_calibrated:
-            raise ValueError("plan_exits needs a calibration of the exits; tools/evaluate.py calibrate makes it")
         self.check(params)
+        if params.plan_exits and self.exit_score(params) not in self.calibrated:
+            raise ValueError(
+                f"plan_exits needs a calibration of the exits with exit_score {self.exit_score(params)!r}; "
+                "tools/evaluate.py calibrate makes it"
+            )
 
     def _check_ids(self, params: GenerationParams) -> None:
         vocab_size = self.model.vocab_size
@@ -68,19 +79,44 @@ class RequestChecks:
 
     def thresholds(self, params: GenerationParams) -> tuple[ExitThreshold, ...]:
         """Exits that these settings evaluate, in the order of layers."""
+        score = self.exit_score(params)
+        if score == "probe" and not self.model.has_probes:
+            raise ValueError(
+                f"exit_score 'probe' needs probes of this model's exits ({self.no_probes}); tools/evaluate.py probes "
+                "trains them"
+            )
         if params.observe_exits:
-            return tuple(ExitThreshold(index, NEVER_TAKEN) for index in range(len(self.model.exits)))
+            return tuple(ExitThreshold(index, NEVER_TAKEN, score) for index in range(len(self.model.exits)))
         if params.certified_level is None:
             policy = params.exit_policy(self.exits)
             thresholds = {} if policy is None else dict(zip(policy.exit_layers, policy.thresholds, strict=True))
         else:
             ExitPolicy.for_model(self.exits, (1.0,), params.exit_layers)  # refuses exits that the model lacks
             thresholds = self.certificates.thresholds(params)
-        return tuple(ExitThreshold(self.model.index_of(layer), value) for layer, value in thresholds.items())
+        return tuple(ExitThreshold(self.model.index_of(layer), value, score) for layer, value in thresholds.items())
+
+    def exit_score(self, params: GenerationParams) -> ExitScore:
+        """What thresholds are compared with. Raises ValueError if a promise is asked for that the model does not
+        have."""
+        if params.mode != "early_exit" and not params.observe_exits:
+            return "head"
+        certificate = self.certificate(params)
+        return params.exit_score or "head" if certificate is None else certificate.score
+
+    def planning(self, params: GenerationParams) -> ExitPlanning:
+        """How the exits of a request are planned that has been checked."""
+        certificate = self.certificate(params)
+        if params.plan_exits is not None or certificate is None:
+            return "subsets" if params.plan_exits else "off"
+        if certificate.score not in self.calibrated:
+            return "off"
+        return "subsets" if certificate.covers_subsets else "all or none"
 
     def certificate(self, params: GenerationParams) -> Certificate | None:
         """The one whose promise is asked for."""
-        return None if params.certified_level is None else self.certificates.find(params.certified_level)
+        if params.certified_level is None:
+            return None
+        return self.certificates.find(params.certified_level, params.exit_score)
 
     def as_certified(self, params: GenerationParams) -> GenerationParams:
         """`params`, and where they ask for a promise the length and the end of the answers that it is about. Raises

@@ -65,7 +65,7 @@ class RunningScoring(RunningRequest):
             request_id=self.request_id, slot=self.slot, generation=self.generation, epoch=self.epoch, phase="score",
             first=first, tokens=tuple(self.tokens[first:stop]), score_heads=self.request.heads,
             score_from=params.score_from, targets=tuple(self.tokens[scored_from + 1 : stop + 1]),
-            score_top=params.top_log_probs, score_logits=params.logits,
+            score_top=params.top_log_probs, score_logits=params.logits, score_states=params.states,
         )  # fmt: skip
 
     def receive(self, output: RowsOutput) -> Progress:
@@ -90,16 +90,19 @@ class RunningScoring(RunningRequest):
         return ScoreResult(self.request_id, tuple(self._head(head, parts) for head, parts in self._scores.items()))
 
     def _head(self, head: int, parts: list[HeadScores]) -> ScoredHead:
-        model = self.request.model
-        logits = None
-        if self.request.params.logits:
-            logits = np.concatenate([np.frombuffer(part.logits, np.float32) for part in parts])
-            logits = logits.reshape(sum(len(part.tokens) for part in parts), -1)
+        model, params = self.request.model, self.request.params
         return ScoredHead(
             None if head == FINAL_HEAD else model.exits[head].layer_number,
             tokens=tuple(token for part in parts for token in part.tokens),
             confidences=tuple(value for part in parts for value in part.confidences),
             log_probs=tuple(value for part in parts for value in part.log_probs),
             top_log_probs=tuple(tuple(map(tuple, top)) for part in parts for top in part.top_log_probs),
-            logits=logits,
+            logits=_rows_of(parts, "logits") if params.logits else None,
+            states=_rows_of(parts, "states") if params.states and head != FINAL_HEAD else None,
         )
+
+
+def _rows_of(parts: list[HeadScores], name: str) -> np.ndarray:
+    """[positions, columns] of a field that holds bytes."""
+    values = np.concatenate([np.frombuffer(getattr(part, name), np.float32) for part in parts])
+    return values.reshape(sum(len(part.tokens) for part in parts), -1)

@@ -29,11 +29,11 @@ def measure_costs(decoder: Decoder, slot: int = 0, repetitions: int = 5) -> Step
     measured = decoder.weights.tp.gather(seconds.amin(0).to(decoder.weights.device))[0].tolist()
     remaining = iter(measured)
     parts = zip(*([0.0 if action is None else next(remaining) for action in of_rows] for of_rows in actions))
-    layers, approximate, exits, final, batches = parts
+    layers, approximate, exits, final, batches, probes = parts
     layers = tuple(value / (decoder.last_layer - decoder.first_layer) for value in layers)
     of_exit = decoder.exits[0].certified if decoder.exits else None
     saved = [_saved(head) for head in (of_exit, decoder.weights.certified_output)]
-    return StepCosts(layers, approximate, exits, final, batches[0], decoder.has_approximate_heads, *saved)
+    return StepCosts(layers, approximate, exits, final, batches[0], decoder.has_approximate_heads, probes, *saved)
 
 
 def _saved(head: CertifiedHead | None) -> tuple[float, ...]:
@@ -43,7 +43,7 @@ def _saved(head: CertifiedHead | None) -> tuple[float, ...]:
 
 def _actions(decoder: Decoder, slot: int, rows: int) -> list[Callable[[], object] | None]:
     """What is timed for this many rows: all layers, the first exit's approximate and own head, the final head, setting
-    up a batch. None: not here."""
+    up a batch, the first exit's probe. None: not here."""
     segments, tokens = [Segment(slot, 0, rows)], [0] * rows
     attention, weights = decoder.attention_metadata(segments), decoder.weights
     first_exit = decoder.exits[0].index if decoder.exits else None
@@ -59,6 +59,7 @@ def _actions(decoder: Decoder, slot: int, rows: int) -> list[Callable[[], object
         None if first_exit is None else lambda: decoder.exit_output(first_exit, hidden),
         None if weights.output is None else lambda: decoder.final_output(hidden),
         set_up,
+        None if not decoder.has_probes or first_exit is None else lambda: decoder.probe_scores(first_exit, hidden),
     ]
 
 

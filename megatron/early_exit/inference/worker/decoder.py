@@ -161,6 +161,17 @@ class Decoder:
         columns = {"ids": approximate.ids, "num_ids": approximate.num_ids}
         return self._output(logits, self.exit(exit_index).temperature, **columns)
 
+    @property
+    def has_probes(self) -> bool:
+        """Whether exits, here and on other stages, have probes."""
+        return self.weights.has_probes
+
+    def probe_scores(self, exit_index: int, hidden: Tensor) -> list[float]:
+        """What the exit's probe says of rows, the same on all ranks. Arguments as of `exit_output`."""
+        scores = self.exit(exit_index).probe(hidden)
+        # Ranks may have added up the hidden states in other orders, and must decide alike.
+        return self.weights.tp.gather(scores)[0].tolist()
+
     def exit_output(self, exit_index: int, hidden: Tensor, *, tokens_only: bool = False) -> AnyOutput:
         """What the exit's own head says about rows.
 

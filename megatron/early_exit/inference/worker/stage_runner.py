@@ -275,18 +275,24 @@ class StageRunner:
         if head.block is not None:
             states = self._run_block(index, batch, offsets)
         evaluated, last_rows, scored, scored_rows = [], [], [], []
+        probed, probed_rows = [], []
         for one, offset in zip(batch.scheduled, offsets, strict=True):
             threshold = one.thresholds.pop(index, None)
             if threshold is not None:
-                evaluated.append(_Wanted(len(evaluated), one, one.stop - 1, threshold))
-                last_rows.append(offset + one.num_rows - 1)
+                by_probe = threshold.score == "probe"
+                wanted, rows = (probed, probed_rows) if by_probe else (evaluated, last_rows)
+                wanted.append(_Wanted(len(wanted), one, one.stop - 1, threshold))
+                rows.append(offset + one.num_rows - 1)
             if one.is_scored_by(index):
                 for position in one.positions(one.rows.score_from):
                     scored.append(_Wanted(len(scored), one, position))
                     scored_rows.append(offset + position - one.first)
         answered = self._evaluate(index, evaluated, take_rows(states, last_rows)) if evaluated else []
+        if probed:
+            answered += self._evaluate_behind_probe(index, probed, take_rows(states, probed_rows))
         if scored:
-            self._score(index, self.decoder.exit_output(index, take_rows(states, scored_rows)), scored)
+            read = take_rows(states, scored_rows)
+            self._score(index, self.decoder.exit_output(index, read), scored, read)
         following = self._leave_and_join(index, batch, offsets, {one.rows.slot for one in answered})
         if self._answer is not None:
             self._answer_now(index, batch, answered, scored)
@@ -383,6 +389,24 @@ class StageRunner:
             if one.threshold.is_reached(output.confidence(one.row)):
                 confident.append(one)
         return answered + self._take(index, output, confident)
+
+    def _evaluate_behind_probe(self, index: int, wanted: list[_Wanted], states: Tensor) -> list[ScheduledRows]:
+        """Ask the exit's probe about each one's last row, and evaluate the exit's own head for those that leave or that
+        are observed. Returns those that it gives a token. states: [wanted, h]"""
+        scores = self.decoder.probe_scores(index, states)
+        leaving = [one for one in wanted if one.threshold.is_observed or one.threshold.is_reached(scores[one.row])]
+        if not leaving:
+            return []
+        tokens_only = all(one.needs_only_token for one in leaving)
+        output = self.decoder.exit_output(
+            index, take_rows(states, [one.row for one in leaving]), tokens_only=tokens_only
+        )
+        reached = []
+        for row, one in enumerate(leaving):
+            one.scheduled.predictions.append(Prediction(index, output.token(row), scores[one.row]))
+            if one.threshold.is_reached(scores[one.row]):
+                reached.append(one._replace(row=row))
+        return self._take(index, output, reached)
 
     def _take(self, index: int, output: AnyOutput, wanted: list[_Wanted]) -> list[ScheduledRows]:
         """The exit gives these rows their tokens. Returns those to which it could."""
@@ -503,8 +527,9 @@ class StageRunner:
             caught_up=rows.is_catching_up,
         )
 
-    def _score(self, exit_index: int, output: HeadOutput, wanted: list[_Wanted]) -> None:
-        """Add what a head says about scored positions; those of one request lie one after the other."""
+    def _score(self, exit_index: int, output: HeadOutput, wanted: list[_Wanted], states: Tensor | None = None) -> None:
+        """Add what a head says about scored positions; those of one request lie one after the other. states: [wanted,
+        h], of an exit."""
         of_rows = {one.row: one.scheduled.rows.target_of(one.position) for one in wanted}
         targets = {row: target for row, target in of_rows.items() if target is not None}
         log_probs: dict[int, float] = {}
@@ -515,13 +540,15 @@ class StageRunner:
             one, rows = group[0].scheduled, [member.row for member in group]
             if not all(self._check_finite(member, output) for member in group):
                 continue
+            reports_states = one.rows.score_states and states is not None
             one.scores.append(HeadScores(
                 exit=exit_index,
                 tokens=[output.token(row) for row in rows],
                 confidences=[output.confidence(row) for row in rows],
                 log_probs=[log_probs[row] for row in rows if row in log_probs],
                 top_log_probs=output.top(rows, one.rows.score_top) if one.rows.score_top else [],
-                logits=_bytes_of(output, rows) if one.rows.score_logits else None,
+                logits=_bytes_of([output.logits(row) for row in rows]) if one.rows.score_logits else None,
+                states=_bytes_of([states[row] for row in rows]) if reports_states else None,
             ))  # fmt: skip
 
 
@@ -529,8 +556,8 @@ def _prediction(exit_index: int, output: AnyOutput, row: int, is_approximate: bo
     return Prediction(exit_index, output.token(row), output.confidence(row), is_approximate)
 
 
-def _bytes_of(output: HeadOutput, rows: list[int]) -> bytes:
-    return torch.stack([output.logits(row) for row in rows]).numpy().tobytes()
+def _bytes_of(rows: list[Tensor]) -> bytes:
+    return torch.stack(rows).float().cpu().numpy().tobytes()
 
 
 def take_rows(hidden: Tensor, rows: list[int]) -> Tensor:

@@ -21,8 +21,10 @@ from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
+from megatron.early_exit.inference.exit_probes import ExitProbes
 from megatron.early_exit.inference.worker.certified_head import CertifiedHead, CertifiedHeadSetting, certified_head
 from megatron.early_exit.inference.worker.linear import Int8Linear, Linear, MakeLinear, fastest_linear
+from megatron.early_exit.inference.worker.probe import ExitProbe
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 
 POSITION_EMBEDDING = "embedding.position_embeddings.weight"
@@ -119,6 +121,8 @@ class ExitWeights:
     output: Linear
     approximate: ApproximateHead | None
     """What is evaluated first; None: `output`."""
+    probe: ExitProbe | None
+    """None: the model has none."""
     certified: CertifiedHead | None
     """What gives the greedy token of `output` at less cost."""
 
@@ -152,6 +156,8 @@ class DecoderWeights:
     """Of an output weight on this rank; the same on all ranks, the last of which may have padding."""
     has_approximate_heads: bool
     """Whether exits of the model, which other stages may have, are evaluated first by something cheaper."""
+    has_probes: bool
+    """The same of probes."""
     tp: TensorParallel
     dtype: torch.dtype
     device: torch.device
@@ -243,6 +249,7 @@ def decoder_weights(
     dtype: torch.dtype | None = None,
     make_linear: MakeLinear = fastest_linear,
     approximate_heads: ApproximateHeads | None = None,
+    probes: ExitProbes | None = None,
     certified_heads: CertifiedHeadSetting = "off",
 ) -> DecoderWeights:
     """Read this rank's part of a model; beside the result, one tensor is in memory at a time.
@@ -250,7 +257,7 @@ def decoder_weights(
     tensors: all parameters of the model that `description` describes (`checkpoint.parameters.expected_shapes`); what
     needs no change is shared with them. layers: indices from 0, default all. device: default the CPU. dtype: of weights
     and computation, default that of the parameters. make_linear: (weight, bias) -> the linear layer to use.
-    approximate_heads: of the exits. certified_heads: of exits and the final head.
+    approximate_heads, probes: of the exits, if they have any. certified_heads: of exits and the final head.
     Raises ValueError if the ranks cannot share the weights, and whatever reading a tensor raises."""
     tp = tp or TensorParallel()
     check_can_decode(description.model, tp.size)
@@ -260,7 +267,7 @@ def decoder_weights(
     device = device or torch.device("cpu")
     dtype = dtype or tensors[WORD_EMBEDDING].dtype
     return _Reader(
-        tensors, description, layers, tp, device, dtype, make_linear, approximate_heads, certified_heads
+        tensors, description, layers, tp, device, dtype, make_linear, approximate_heads, probes, certified_heads
     ).read()
 
 
@@ -285,10 +292,11 @@ class _Reader:
         dtype: torch.dtype,
         make_linear: MakeLinear,
         approximate_heads: ApproximateHeads | None,
+        probes: ExitProbes | None,
         certified_heads: CertifiedHeadSetting,
     ) -> None:
         self._tensors, self._layers, self._tp, self._device, self._dtype = tensors, layers, tp, device, dtype
-        self._make_linear, self._approximate_heads = make_linear, approximate_heads
+        self._make_linear, self._approximate_heads, self._probes = make_linear, approximate_heads, probes
         self._certified_heads = certified_heads
         self._description, self._model, self._exits = description, description.model, description.exits
         self._vocab_rows = -(-description.padded_vocab_size // tp.size)
@@ -322,6 +330,7 @@ class _Reader:
             num_output_rows=self._num_output_rows,
             vocab_rows=self._vocab_rows,
             has_approximate_heads=self._approximate_heads is not None and self._exits.num_exits > 0,
+            has_probes=self._probes is not None,
             tp=self._tp,
             dtype=self._dtype,
             device=self._device,
@@ -425,6 +434,7 @@ class _Reader:
             output=output.linear,
             approximate=output.approximate,
             certified=output.certified,
+            probe=None if self._probes is None else ExitProbe(self._probes.networks[layer_number], self._device),
         )
 
     # Weights with a row for each id.

@@ -51,6 +51,7 @@ class Worker:
                 weights.description, weights.tp.size, weights.dtype.itemsize, decoder.layers_per_stage
             ),
             has_approximate_heads=decoder.has_approximate_heads,
+            has_probes=decoder.has_probes,
             layers_per_stage=decoder.layers_per_stage,
         )
 

@@ -31,6 +31,7 @@ _FIELDS = {
     "an exit threshold": "exit_thresholds", "certified:": "exit_thresholds", "a certified level": "exit_thresholds",
     "exit_thresholds": "exit_thresholds", "exit_layers": "exit_layers",
     "early exit": "mode", "mode": "mode", "draft_exit": "draft_exit", "plan_exits": "plan_exits",
+    "exit_score": "exit_score",
     "speculation": "speculation", "n is": "n", "the request asks": "n", "logit_bias": "logit_bias",
     "an id of logit_bias": "logit_bias", "min_tokens": "min_tokens", "max_tokens": "max_tokens",
     "temperature": "temperature",

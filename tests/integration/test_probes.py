@@ -1,0 +1,217 @@
+"""tools/evaluate.py probes, and calibrate --exit-score probe, on a tiny model; what is generated with them then."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from megatron.early_exit.evaluation import probes as training
+from megatron.early_exit.evaluation.command_line import main
+from megatron.early_exit.evaluation.prompts import ids_digest, prompt_digest
+from megatron.early_exit.inference.certificates import read_certificates
+from megatron.early_exit.inference.exit_probes import ExitProbes
+from megatron.early_exit.inference.exit_records import read_records
+from megatron.early_exit.inference.llm import LLM
+from megatron.early_exit.inference.params import GenerationParams
+from tests.data_files import write_documents
+from tests.server.models import NUM_LAYERS, chat_model
+
+LENGTH, ANSWER, PROMPTS, TRAINED = 6, 8, 120, 40
+CERTAIN = GenerationParams(max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.3", plan_exits=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with exits after layers 2 and 6, the last one."""
+    from megatron.early_exit.checkpoint.convert_command import main as convert
+
+    folder = tmp_path_factory.mktemp("probes")
+    chat_model(folder)
+    exits = ["--exit-layer-nums", "2", str(NUM_LAYERS), "--use-exit-norm", "--init", "copy"]
+    assert convert(["add-exits", "--load", str(folder / "plain"), "--save", str(folder / "exits"), *exits]) == 0
+    draw = np.random.default_rng(0)
+    write_documents(folder / "text", [draw.integers(0, 200, LENGTH + 2).tolist() for _ in range(200)])
+    return folder
+
+
+def evaluate(command: str, made: Path, folder: Path, prompts: int, *words: object) -> int:
+    return main([
+        command, "--load", str(folder), "--data-path", str(made / "text"), "--prompt-length", str(LENGTH),
+        "--answer-tokens", str(ANSWER), "--prompts", str(prompts), *map(str, words),
+    ])  # fmt: skip
+
+
+def iteration(folder: Path) -> Path:
+    (only,) = folder.glob("iter_*")
+    return only
+
+
+@pytest.fixture(scope="module")
+def trained(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with probes, and with certificates of both scores for 0.3. Read only."""
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    shutil.copytree(made / "exits", folder)
+    assert evaluate("probes", made, folder, TRAINED, "--width", 8, "--max-epochs", 8) == 0
+    words = ["--levels", 0.3, "--delta", 0.2, "--rounding-prompts", 0]
+    assert evaluate("calibrate", made, folder, PROMPTS, *words) == 0
+    assert evaluate("calibrate", made, folder, PROMPTS, *words, "--exit-score", "probe") == 0
+    return folder
+
+
+def document(folder: Path, name: str) -> dict[str, Any]:
+    return json.loads((iteration(folder) / f"evaluation/{name}.json").read_text())
+
+
+def test_figures_are_those_of_the_probes_on_held_out_prompts(trained: Path) -> None:
+    found, probes = document(trained, "probes")["results"], ExitProbes.load(iteration(trained))
+    (answers,) = iteration(trained).glob("exit_probe_answers/*.jsonl")
+    answered = {one["prompt"]: one["tokens"] for one in map(json.loads, answers.read_text().splitlines())}
+    assert sorted(answered) == list(range(TRAINED)) and found["digest"] == probes.digest
+    assert sum(found["decisions"].values()) == sum(map(len, answered.values()))
+    assert len(probes.about.prompts) == TRAINED and probes.about.fingerprint.weights
+    llm = LLM.load(str(trained))
+    # Observed by the engine along the same answers; the held-out decisions of exit 2.
+    prompts = prompts_of(trained, "calibrate")  # of others: what probes say there follows from the records
+    assert not {prompt_digest(one) for one in prompts} & set(probes.about.prompts)
+    full = GenerationParams(max_tokens=ANSWER, observe_exits=True, exit_score="probe")
+    held_out = [drawn_ids(trained)[number] for number in found["held_out_prompts"]]
+    outputs = llm.generate(held_out, full)
+    for number, output in zip(found["held_out_prompts"], outputs, strict=True):
+        assert output.result.token_ids == answered[number]
+    for index, row in enumerate(found["exits"]):
+        tokens = [token for output in outputs for token in output.tokens]
+        of_exit = [token.predictions[index] for token in tokens]
+        agrees = [one.token == token.token for one, token in zip(of_exit, tokens, strict=True)]
+        assert row["agreement"] == pytest.approx(np.mean(agrees))
+        if len(set(agrees)) == 2:
+            assert row["probe"]["auroc"] == pytest.approx(
+                roc_auc_score(agrees, [one.confidence for one in of_exit]), abs=1e-3
+            )
+    assert found["exits"][0]["probe"]["auroc"] is not None
+    assert found["exits"][1]["agreement"] == 1.0  # the final head again
+
+
+def drawn_ids(folder: Path) -> list[list[int]]:
+    """Ids of the prompts that probes were trained on, in order: those whose digests the probes know."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    settings = document(folder, "probes")["settings"]
+    prefix = next(iter(document(folder, "probes")["data"])).removesuffix(".bin")
+    corpus = IndexedDataset(prefix)
+    order = np.random.default_rng(settings["seed"]).permutation(len(corpus.document_indices) - 1)
+    return [corpus[int(index)][:LENGTH].tolist() for index in order[:TRAINED]]
+
+
+def prompts_of(folder: Path, name: str) -> list[list[int]]:
+    """Ids of the prompts that a document names."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    names = [one["name"] for one in document(folder, name)["results"]["per_prompt"]]
+    corpora = {one: IndexedDataset(one) for one in {name.rpartition(":")[0] for name in names}}
+    return [corpora[name.rpartition(":")[0]][int(name.rpartition(":")[2])][:LENGTH].tolist() for name in names]
+
+
+def test_certificates_of_probes_are_made_of_other_prompts_and_used(trained: Path) -> None:
+    of_heads, of_probes = read_certificates(iteration(trained))
+    assert (of_heads.score, of_probes.score) == ("head", "probe") and of_probes.refusal is None
+    assert document(trained, "calibrate")["results"]["certificates"][0]["exit_score"] == "probe"
+    by_key = {path.name: read_records(path) for path in iteration(trained).glob("exit_records/*")}
+    assert len(by_key) == 2 and all(len(one) == PROMPTS for one in by_key.values())
+    (of_score,) = [one for key, one in by_key.items() if key.startswith(of_probes.fingerprint.digest[:12])]
+    llm = LLM.load(str(trained))
+    ids = prompts_of(trained, "calibrate")[0]
+    (observed,) = llm.generate([ids], GenerationParams(max_tokens=ANSWER, observe_exits=True, exit_score="probe"))
+    recorded = [[one.confidence for one in token.predictions[:-1]] for token in observed.tokens]
+    assert of_score[0].scores.tolist() == pytest.approx(np.array(recorded), rel=1e-4)
+    layers, thresholds = zip(*sorted(of_probes.thresholds.items()), strict=True)
+    numbers = GenerationParams(
+        max_tokens=ANSWER, mode="early_exit", exit_layers=layers, exit_thresholds=thresholds, exit_score="probe"
+    )
+    tokens = lambda params: [(one.token, one.exit_layer) for one in llm.generate([ids], params)[0].tokens]
+    assert tokens(CERTAIN) == tokens(numbers)
+    assert any(layer == 2 for _, layer in tokens(CERTAIN))
+
+
+def test_certified_exits_are_planned(trained: Path) -> None:
+    """Records of the certificate's own score, and exits that cost more than the full model: none is evaluated."""
+    from dataclasses import replace
+
+    llm = LLM.load(str(trained))
+    assert set(llm.engine.checks.calibrated) == {"head", "probe"}
+    planned = replace(CERTAIN, plan_exits=None)
+    costs = llm.engine.measure_costs()
+    none, dear = (0.0,) * 5, (1.0,) * 5
+    for probe, expected in ((dear, set()), (none, {2})):
+        llm.engine._measured_costs = replace(
+            costs, layer_seconds=(1e-3,) * 5, exit_head_seconds=none, final_head_seconds=(1e-3,) * 5,
+            probe_seconds=probe, batch_seconds=0.0,
+        )  # fmt: skip
+        (output,) = llm.generate([[1, 2, 3]], planned)
+        assert set(output.result.exit_layers) == expected
+
+
+def test_an_interrupted_run_goes_on(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(made / "exits", folder)
+    original, answered = training.outputs_as_they_end, []
+
+    def some(llm: LLM, prompts: list, params: GenerationParams) -> Any:
+        for output in original(llm, prompts, params):
+            if len(answered) == 7:
+                raise KeyboardInterrupt
+            answered.append(output)
+            yield output
+
+    words = ["--width", 4, "--max-epochs", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "outputs_as_they_end", some)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate("probes", made, folder, 20, *words)
+    assert not (iteration(folder) / "exit_probes.safetensors").exists()
+    (kept,) = iteration(folder).glob("exit_probe_answers/*.jsonl")
+    assert len(kept.read_text().splitlines()) == 7
+    with kept.open("a") as file:
+        file.write('{"prompt": 1')  # cut off
+    again = []
+    monkeypatch.setattr(
+        training,
+        "outputs_as_they_end",
+        lambda llm, prompts, params: again.extend(prompts) or original(llm, prompts, params),
+    )
+    assert evaluate("probes", made, folder, 20, *words) == 0
+    assert len(again) == 13 and len(kept.read_text().splitlines()) == 20
+
+
+@pytest.mark.parametrize(("command", "words", "message"), [
+    ("probes", ["--width", 0], "--width is 0; it must be at least 1"),
+    ("probes", ["--held-out", 1], "--held-out is 1; it must lie between 0 and 1"),
+    ("calibrate", ["--exit-score", "probe", "--levels", 0.5],
+     "exit_score 'probe' needs probes of this model's exits (the checkpoint has none)"),
+])  # fmt: skip
+def test_what_cannot_be_trained_or_certified(
+    made: Path, command: str, words: list, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(iteration(made / "exits").iterdir())
+    assert evaluate(command, made, made / "exits", 40, *words) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(iteration(made / "exits").iterdir()) == before
+
+
+def test_a_model_without_exits(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("probes", made, made / "plain", 20) == 2
+    assert "has no exits to train probes for" in capsys.readouterr().err
+
+
+def test_prompts_that_probes_were_trained_on(made: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 200 documents 40 are taken."""
+    words = ["--levels", 0.5, "--rounding-prompts", 0, "--exit-score", "probe"]
+    assert evaluate("calibrate", made, trained, 170, *words) == 2
+    error = capsys.readouterr().err
+    assert "170 prompts are needed, but" in error and "that the probes were not trained on (40 others)" in error
+    assert prompt_digest([1, 2]) == ids_digest([[1, 2]])[:16]
