@@ -67,7 +67,7 @@ def _levels_of(checks: RequestChecks, answers: GenerationParams) -> list[float]:
 
 def _variant(params: GenerationParams, checks: RequestChecks) -> Variant:
     if params.mode == "self_speculative":
-        layer = params.drafting_exit(checks.exits)
+        layers = params.drafting_exits(checks.exits)
         length = "adaptive" if params.draft_length is None else str(params.draft_length)
         return Variant(f"draft with exit {layer}, length {length}", params, draft_exit=layer)
     thresholds = {checks.model.exits[one.exit].layer_number: one.threshold for one in checks.thresholds(params)}

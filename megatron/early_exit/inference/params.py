@@ -24,6 +24,9 @@ EXIT_SCORES: tuple[ExitScore, ...] = ("head", "probe")
 Speculation = Literal["auto", "draft_then_verify", "across_stages"]
 SPECULATIONS = ("auto", "draft_then_verify", "across_stages")
 
+DraftSourceChoice = Literal["exit", "ngram", "both"]
+DRAFT_SOURCES = ("exit", "ngram", "both")
+
 LONGEST_DRAFT = 1024
 """All lengths up to `max_draft_length` are compared before every draft."""
 
@@ -188,7 +191,7 @@ class GenerationParams:
 
     mode: Mode = "full"
     """full: all layers for every token. early_exit: take a token from the first exit that is confident.
-    self_speculative: let an exit draft tokens and all layers verify them; the answer is that of `full`."""
+    self_speculative: draft tokens and let all layers verify them; the answer is that of `full`."""
 
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     """How tokens are chosen from a head's distribution."""
@@ -219,8 +222,13 @@ class GenerationParams:
     """early_exit: rows of this request that may be deferred. Where one more exits, it runs the remaining layers with
     those deferred before it; the token is still the exit's."""
 
+    draft_source: DraftSourceChoice = "exit"
+    """self_speculative. exit: an exit of the model drafts. ngram: what followed the last tokens where they stood
+    before, in the prompt or the answer; that costs no rows and needs no exit. both: whichever promises more."""
+
     draft_exit: int | None = None
-    """self_speculative: the exit that drafts; None: the first."""
+    """self_speculative: the exit that drafts; None: the one that promises most, by what all layers accept and by what
+    layers and heads cost (across stages: the first)."""
 
     draft_length: int | None = None
     """self_speculative: tokens to draft before they are verified; None: what the measured acceptance and costs make
@@ -231,6 +239,10 @@ class GenerationParams:
     across_stages: every token goes on through the pipeline stages while its draft is fed already; `draft_length` is
     then the number of unverified drafts on the way, by default what keeps all stages busy. auto: across stages, where
     there is one behind that of the draft exit."""
+
+    draft_min_confidence: float | None = None
+    """self_speculative: an exit's draft ends with a token of less confidence than this; None: with an adaptive length
+    where one more token is not expected to pay. Where cheap heads give no confidence it has no effect."""
 
     max_draft_length: int = 12
     """self_speculative: longest draft if the length adapts."""
@@ -276,6 +288,12 @@ class GenerationParams:
             raise ValueError(f"observe_exits needs mode 'full', not {self.mode!r}")
         if self.exit_score not in (None, *EXIT_SCORES):
             raise ValueError(f"exit_score is {self.exit_score!r}; choose one of {', '.join(EXIT_SCORES)}")
+        if self.draft_source not in DRAFT_SOURCES:
+            raise ValueError(f"draft_source is {self.draft_source!r}; choose one of {', '.join(DRAFT_SOURCES)}")
+        if self.draft_source == "ngram" and self.draft_exit is not None:
+            raise ValueError(f"draft_exit is {self.draft_exit}, but with draft_source 'ngram' no exit drafts")
+        if self.draft_min_confidence is not None and not 0.0 <= self.draft_min_confidence <= 1.0:
+            raise ValueError(f"draft_min_confidence is {self.draft_min_confidence}; it must lie between 0 and 1")
         if self.speculation not in SPECULATIONS:
             raise ValueError(f"speculation is {self.speculation!r}; choose one of {', '.join(SPECULATIONS)}")
         if self.max_deferred < 0:
@@ -332,6 +350,8 @@ class GenerationParams:
         for name in ("draft_exit", "draft_length"):
             if getattr(self, name) is not None:
                 checks[name] = checked.integer
+        if self.draft_min_confidence is not None:
+            checks["draft_min_confidence"] = checked.number
         values = {name: check(name, getattr(self, name)) for name, check in checks.items()}
         thresholds = _certified(self.exit_thresholds)
         if thresholds is None:
@@ -366,19 +386,24 @@ class GenerationParams:
             raise ValueError(f"exit_thresholds is {str(self.exit_thresholds)!r}: only a loaded model knows it")
         return ExitPolicy.for_model(exits, self.exit_thresholds, self.exit_layers)
 
-    def drafting_exit(self, exits: ExitConfig) -> int | None:
-        """Layer number of the exit that drafts, or None if this request does not draft. Raises ValueError if the model
-        has no such exit."""
-        if self.mode != "self_speculative":
-            return None
+    def drafting_exits(self, exits: ExitConfig) -> tuple[int, ...]:
+        """Layer numbers of the exits that may draft; none: no exit does. Raises ValueError if the model has no such
+        exit."""
+        if self.mode != "self_speculative" or self.draft_source == "ngram":
+            return ()
         if not exits.exit_layer_nums:
-            raise ValueError("mode 'self_speculative' needs an exit to draft with, and the model has none")
-        layer = exits.exit_layer_nums[0] if self.draft_exit is None else self.draft_exit
-        if layer not in exits.exit_layer_nums:
             raise ValueError(
-                f"draft_exit is {layer}, but the model's exits are {', '.join(map(str, exits.exit_layer_nums))}"
+                f"mode 'self_speculative' with draft_source {self.draft_source!r} needs an exit to draft with, and the "
+                "model has none; draft_source 'ngram' needs none"
             )
-        return layer
+        if self.draft_exit is None:
+            return exits.exit_layer_nums
+        if self.draft_exit not in exits.exit_layer_nums:
+            raise ValueError(
+                f"draft_exit is {self.draft_exit}, but the model's exits are "
+                f"{', '.join(map(str, exits.exit_layer_nums))}"
+            )
+        return (self.draft_exit,)
 
 
 @dataclass(frozen=True)

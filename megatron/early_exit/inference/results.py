@@ -14,6 +14,10 @@ FinishReason = Literal["eod", "stop", "max_tokens", "max_positions", "cancelled"
 no longer sequence."""
 
 
+DraftSource = Literal["exit", "ngram"]
+"""What drafted a token: an exit, or earlier text in which the last tokens stood before."""
+
+
 @dataclass(frozen=True)
 class HeadPrediction:
     """What one head predicts for the next token."""
@@ -50,7 +54,7 @@ class GeneratedToken:
     """Whether the cap on deferred rows ran this row, and those deferred before it, through the remaining layers; the
     token is still the exit's."""
     is_draft: bool = False
-    """Whether an exit drafted the token and all layers accepted it."""
+    """Whether the token was drafted, by an exit or from earlier text, and all layers accepted it."""
     top_log_probs: tuple[tuple[int, float], ...] = ()
     """(id, log-probability) of that head's most probable tokens."""
 
@@ -80,7 +84,7 @@ class Statistics:
     rows that it reaches and reads the weights once. The full model needs `full_layer_passes` of them. Of pipeline
     stages those that a token waited for; with speculation across stages, for an accepted draft those up to its exit."""
     drafted: int
-    """Tokens that an exit drafted for verification."""
+    """Tokens that were drafted for verification."""
     accepted: int
     """Drafted tokens that all layers accepted."""
     queue_seconds: float
@@ -89,6 +93,9 @@ class Statistics:
     """From the request's arrival until its first token; None if it has none."""
     decode_seconds: float
     """From the first token until the last."""
+    ngram_drafted: int = 0
+    """Of the drafted tokens, those from earlier text; exits made the others."""
+    ngram_accepted: int = 0
 
     @property
     def layers_saved(self) -> float:

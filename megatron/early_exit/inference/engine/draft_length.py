@@ -1,4 +1,4 @@
-"""How many tokens to draft before all layers verify them, and how many rows to have under way unverified.
+"""What drafts promise, in tokens a second, and how many rows to have under way unverified.
 
 Drafting with the model's own exits and sharing their KV cache: Zhang et al., arXiv:2309.08168, and LayerSkip,
 arXiv:2404.16710.
@@ -7,51 +7,85 @@ arXiv:2404.16710.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from megatron.early_exit.inference.costs import StepCosts
-
-# The estimate starts from this many imagined drafts with this acceptance, and forgets old ones at this rate.
-_PRIOR_TRIALS, _PRIOR_ACCEPTANCE, _KEPT = 4.0, 0.7, 0.97
+from megatron.early_exit.inference.protocol import ExitDescription
 
 
-class DraftLength:
-    """How many tokens to draft: a given number, or the one that promises most tokens in a second."""
+@dataclass
+class StepLoad:
+    """What else runs in the step that is being put together; requests tell what they add to it."""
 
-    def __init__(self, fixed: int | None, longest: int, exit_depth: int, num_layers: int, costs: StepCosts | None):
-        """costs: what layers and heads take, needed unless `fixed` is given."""
-        self._fixed, self._longest = fixed, longest
-        self._depth, self._num_layers, self._costs = exit_depth, num_layers, costs
-        self._trials, self._hits = 0.0, 0.0
+    num_requests: int = 1
+    """That run, the one that asks included."""
+    num_drafting: int = 1
+    """Those of them that may draft with exits and verify together; the others run one row in every step."""
+    extra_rows: int = 0
+    """Rows of the step beyond one for each request."""
+    extra_tokens: float = 0.0
+    """What these promise."""
+    is_drafting: bool = False
+    """Whether an exit is drafting for some request. The others that draft with exits wait, and all verify together:
+    one that runs all layers meanwhile would make every row of the drafts as slow as that."""
+    is_verifying: bool = False
+    """Whether a request waits for its drafts to be verified: no exit begins to draft in that step."""
 
-    @property
-    def acceptance(self) -> float:
-        """Estimated probability that a drafted token is accepted if those before it were."""
-        return (self._hits + _PRIOR_TRIALS * _PRIOR_ACCEPTANCE) / (self._trials + _PRIOR_TRIALS)
 
-    def next(self, num_requests: int = 1) -> int:
-        """Tokens to draft now, where so many requests run together and are taken to draft as many; 0: run the full
-        model, drafting costs more than it brings."""
-        if self._fixed is not None:
-            return self._fixed
-        best = max(range(self._longest + 1), key=lambda length: self._tokens_per_second(length, num_requests))
-        if best == 0:
-            # Forget slowly, so that drafting is tried again.
-            self._trials, self._hits = self._trials * _KEPT, self._hits * _KEPT
-        return best
+class DraftRates:
+    """Expected tokens a second of all requests that run, by what one of them drafts. Steps are remembered."""
 
-    def observe(self, drafted: int, accepted: int) -> None:
-        """Learn from one verification: the draft after the last accepted one was rejected, those after it untried."""
-        tried = min(accepted + 1, drafted)
-        kept = _KEPT**tried
-        self._trials, self._hits = self._trials * kept + tried, self._hits * kept + accepted
+    def __init__(self, costs: StepCosts, num_layers: int) -> None:
+        self.costs, self._num_layers = costs, num_layers
+        self._steps: dict[int, float] = {}
+        self._rounds: dict[tuple[int, int, int, int, bool], float] = {}
 
-    def _tokens_per_second(self, length: int, num_requests: int) -> float:
-        """Of each request."""
-        costs, acceptance, verified = self._costs, self.acceptance, num_requests * (length + 1)
-        tokens = sum(acceptance**i for i in range(length + 1))
-        shallow = (length + 1) * self._depth * costs.layer(num_requests) + length * costs.approximate_head(num_requests)
-        deep = (self._num_layers - self._depth) * costs.layer(verified) + costs.final_head(verified)
-        return tokens / (shallow + deep + (length + 1) * costs.batch_seconds)
+    def step_seconds(self, rows: int) -> float:
+        """A step in which so many rows run all layers."""
+        if rows not in self._steps:
+            costs = self.costs
+            layers = self._num_layers * costs.layer(rows)
+            self._steps[rows] = layers + costs.final_head(rows) + costs.batch_seconds
+        return self._steps[rows]
+
+    def of_rows(self, expected: Sequence[float], load: StepLoad) -> list[float]:
+        """Where 0, 1, ... known drafts are verified in the next step. expected: tokens that each gives."""
+        others = load.num_requests - 1 + load.extra_tokens
+        rows = load.num_requests + load.extra_rows
+        return [(others + tokens) / self.step_seconds(rows + length) for length, tokens in enumerate(expected)]
+
+    def of_exit(self, one: ExitDescription, expected: Sequence[float], load: StepLoad) -> list[float]:
+        """Where an exit makes 0, 1, ... drafts, and as many for all requests that draft with exits."""
+        plain = load.num_requests - load.num_drafting
+        return [
+            (load.num_drafting * tokens + (length + 1) * plain) / self.round_seconds(one, length, load)
+            for length, tokens in enumerate(expected)
+        ]
+
+    def round_seconds(self, one: ExitDescription, length: int, load: StepLoad) -> float:
+        """So many steps that draft, and one that verifies."""
+        drafting, plain = load.num_drafting, load.num_requests - load.num_drafting
+        key = one.depth, length, drafting, plain, one.has_block
+        if key not in self._rounds:
+            costs, both = self.costs, drafting + plain
+            shallow, deep = one.depth + one.has_block, self._num_layers - one.depth
+            draft = shallow * costs.layer(both) + costs.approximate_head(drafting) + costs.batch_seconds
+            if plain:
+                draft += deep * costs.layer(plain) + costs.final_head(plain) + costs.batch_seconds
+            verified = drafting * (length + 1) + plain
+            verify = shallow * costs.layer(both) + deep * costs.layer(verified)
+            verify += costs.final_head(verified) + costs.batch_seconds
+            self._rounds[key] = length * draft + verify
+        return self._rounds[key]
+
+    @cached_property
+    def observed_exit_seconds(self) -> float:
+        """To ask another exit about a row that is being verified."""
+        costs = self.costs
+        own_head = costs.exit_head(1) if costs.has_approximate_heads else 0.0
+        return costs.approximate_head(1) + own_head + costs.batch_seconds
 
 
 class DraftWindow:

@@ -19,7 +19,9 @@ from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificates
 from megatron.early_exit.inference.costs import StepCosts, guessed_costs
 from megatron.early_exit.inference.engine.audit import ExitAudit
-from megatron.early_exit.inference.engine.draft_length import DraftLength, DraftWindow
+from megatron.early_exit.inference.engine.draft_acceptance import Experience, Source
+from megatron.early_exit.inference.engine.draft_length import DraftRates, DraftWindow, StepLoad
+from megatron.early_exit.inference.engine.drafter import Drafter, DraftSettings
 from megatron.early_exit.inference.engine.exit_selection import ExitSelector
 from megatron.early_exit.inference.engine.generation import GenerationRequest, RunningGeneration
 from megatron.early_exit.inference.engine.request import Progress, Request, Result, RunningRequest
@@ -27,7 +29,7 @@ from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.engine.scoring import RunningScoring, ScoringRequest
 from megatron.early_exit.inference.engine.slots import Slots
 from megatron.early_exit.inference.executor.base import Executor, ExecutorError
-from megatron.early_exit.inference.params import ExitScore, GenerationParams, ScoreParams
+from megatron.early_exit.inference.params import ExitScore, GenerationParams, SamplingSettings, ScoreParams
 from megatron.early_exit.inference.protocol import (
     FINAL_HEAD,
     CopyPrefix,
@@ -43,6 +45,8 @@ log = logging.getLogger(__name__)
 
 _NO_SCORES: Mapping[ExitScore, np.ndarray] = MappingProxyType({})
 
+_USUAL_DRAFT = 4
+"""Tokens, of the draft by which exits are compared before a request begins."""
 _ROWS_OF_AUDITS = 32
 """In a step that users wait for."""
 
@@ -106,6 +110,9 @@ class Engine:
         self._operations: list[SlotOperation] = []
         """For the next step."""
         self._num_planned_for = 0
+        self._experience = Experience()
+        """Of drafts."""
+        self._rates: dict[StepCosts, DraftRates] = {}
         self.failure: str | None = None
         """Why the workers have ended; None while they live."""
 
@@ -118,7 +125,7 @@ class Engine:
         the workers have ended."""
         model, prompt_ids = self.description, list(prompt_ids)
         self.checks.check_generation(prompt_ids, params)
-        draft_exit = self.checks.draft_exit(params)
+        draft_exits = self.checks.draft_exits(params)
         self._check_room()
         thresholds = self.checks.thresholds(params)
         planning = self.checks.planning(params)
@@ -127,19 +134,20 @@ class Engine:
             thresholds = self._selector.select(
                 thresholds, num_requests, self._costs_of(params), planning == "all or none"
             )
-        across_stages = self.checks.speculates_across_stages(params, draft_exit)
-        verifies_together = draft_exit is not None and not across_stages
+        across_stages = self.checks.speculates_across_stages(params, draft_exits)
+        sampling = params.sampling.of_sample(seed_offset)
+        draft_exits = self._candidates(draft_exits, params, across_stages)
         return self._enqueue(
             GenerationRequest(
                 request_id=next(self._request_ids),
                 prompt=self.slots.prepare(prompt_ids),
                 params=params,
-                sampling=params.sampling.of_sample(seed_offset),
+                sampling=sampling,
                 model=model,
                 ends=self.ends,
                 thresholds=thresholds,
-                draft_exit=draft_exit,
-                draft_length=self._draft_length(params, draft_exit) if verifies_together else None,
+                draft_exits=draft_exits,
+                drafter=self._drafter(params, sampling, draft_exits) if params.mode == "self_speculative" else None,
                 draft_window=DraftWindow(params.draft_length, model.num_stages, self._costs) if across_stages else None,
                 certificate=self.checks.certificate(params),
                 is_audited=self.audit.draws(params),
@@ -184,7 +192,8 @@ class Engine:
 
         Until then a guess does: rows are free, a head costs what it reads. If the workers have ended, `add` says so."""
         plans = params.plan_exits or (params.plan_exits is None and params.certified_level is not None)
-        adapts = plans or (params.mode == "self_speculative" and params.draft_length is None)
+        adapts_drafts = params.draft_length is None or params.draft_source == "both"
+        adapts = plans or (params.mode == "self_speculative" and adapts_drafts)
         if adapts and not self.has_work:
             self.measure_costs()
 
@@ -251,15 +260,40 @@ class Engine:
             of_exits=is_argmax and params.mode == "self_speculative", of_final=is_argmax and not params.log_probs
         )
 
-    def _draft_length(self, params: GenerationParams, draft_exit: int) -> DraftLength:
-        model = self.description
-        return DraftLength(
-            params.draft_length,
-            params.max_draft_length,
-            model.exits[draft_exit].depth,
-            model.num_layers,
-            self._costs_of(params),
+    def _candidates(self, exits: tuple[int, ...], params: GenerationParams, across_stages: bool) -> tuple[int, ...]:
+        """Of the exits that may draft, those among which a request chooses. The block of an exit must have seen all of
+        its rows and costs a layer in each of them: of these exits only one is a candidate, if it is the best so far.
+        Across stages one exit drafts all along."""
+        if len(exits) < 2:
+            return exits
+        if across_stages:
+            return exits[:1]
+        rates, load, is_greedy = self._draft_rates(params), StepLoad(), params.sampling.is_plain_argmax
+
+        def promise(index: int) -> float:
+            expected = self._experience.of(Source("exit", index), is_greedy).expected_tokens(_USUAL_DRAFT)
+            return max(rates.of_exit(self.description.exits[index], expected, load))
+
+        best = max(exits, key=promise)
+        return tuple(index for index in exits if index == best or not self.description.exits[index].has_block)
+
+    def _drafter(self, params: GenerationParams, sampling: SamplingSettings, exits: tuple[int, ...]) -> Drafter:
+        settings = DraftSettings(
+            exits=exits,
+            uses_ngrams=params.draft_source != "exit",
+            is_greedy=sampling.is_plain_argmax,
+            fixed_length=params.draft_length,
+            longest=params.max_draft_length if params.draft_length is None else params.draft_length,
+            min_confidence=params.draft_min_confidence,
         )
+        return Drafter(settings, self.description.exits, self._draft_rates(params), self._experience)
+
+    def _draft_rates(self, params: GenerationParams) -> DraftRates:
+        """Requests of equal costs share them."""
+        costs = self._costs_of(params)
+        if costs not in self._rates:
+            self._rates[costs] = DraftRates(costs, self.description.num_layers)
+        return self._rates[costs]
 
     def _check_room(self) -> None:
         if self.failure is not None:
@@ -389,15 +423,25 @@ class Engine:
     def _all_running(self) -> list[RunningRequest]:
         return [*self._running.values(), *self.audit.running.values()]
 
+    def _load(self) -> StepLoad:
+        running = [one for one in self._running.values() if isinstance(one, RunningGeneration)]
+        drafting = sum(len(one.request.draft_exits) > 0 for one in running)
+        load = StepLoad(max(len(self._running), 1), max(drafting, 1))
+        if self.description.num_stages == 1:  # else requests that wait would leave stages idle
+            load.is_drafting = any(one.is_drafting for one in running)
+            load.is_verifying = any(one.has_finished_draft for one in running)
+        return load
+
     def _submit(self) -> bool:
         """Submit a step. False if no request has rows to run now."""
         in_flight = sum(request.num_prompt_rows_in_flight for request in self._all_running)
         most = (self.description.num_stages + 1) * self.prefill_chunk
         budget, rows = min(self.prefill_chunk, max(most - in_flight, 0)), []
+        load = self._load()
         for request in self._all_running:
             if request.request_id in self.audit.running and self._running:
                 budget = min(budget, _ROWS_OF_AUDITS)
-            following = request.next_rows(budget, len(self._running))
+            following = request.next_rows(budget, load)
             if following is not None:
                 rows.append(request.submit(following))
                 budget -= len(following.tokens) if following.phase in ("prefill", "score") else 0

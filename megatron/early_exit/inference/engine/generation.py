@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from megatron.early_exit.inference.certificates import Certificate
-from megatron.early_exit.inference.engine.draft_length import DraftLength, DraftWindow
+from megatron.early_exit.inference.engine.draft_length import DraftWindow, StepLoad
+from megatron.early_exit.inference.engine.drafter import Drafter
 from megatron.early_exit.inference.engine.request import Progress, Request, RunningRequest
 from megatron.early_exit.inference.engine.slots import Assignment
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.protocol import (
     FINAL_HEAD,
+    NEVER_TAKEN,
     Admit,
     DrawnToken,
     ExitThreshold,
@@ -23,6 +26,7 @@ from megatron.early_exit.inference.protocol import (
     WorkerDescription,
 )
 from megatron.early_exit.inference.results import (
+    DraftSource,
     FinishReason,
     GeneratedToken,
     HeadPrediction,
@@ -44,10 +48,10 @@ class GenerationRequest(Request):
     thresholds: tuple[ExitThreshold, ...] = ()
     """early_exit: exits that may give tokens, in the order of layers; all of them, never taken, where they are only
     observed."""
-    draft_exit: int | None = None
-    """self_speculative: index of the exit that drafts."""
-    draft_length: DraftLength | None = None
-    """Where drafts are verified together."""
+    draft_exits: tuple[int, ...] = ()
+    """self_speculative: indices of exits that may draft; across stages the first of them does."""
+    drafter: Drafter | None = None
+    """self_speculative: what is drafted."""
     draft_window: DraftWindow | None = None
     """self_speculative across stages: rows go on through all layers while their drafts are fed, instead of being
     verified together."""
@@ -67,7 +71,7 @@ class GenerationRequest(Request):
 
     @cached_property
     def enabled_exits(self) -> tuple[int, ...]:
-        return tuple(one.exit for one in self.thresholds) if self.draft_exit is None else (self.draft_exit,)
+        return self.draft_exits or tuple(one.exit for one in self.thresholds)
 
     @cached_property
     def prefill_stop(self) -> int:
@@ -98,6 +102,11 @@ class RunningGeneration(RunningRequest):
         self.thresholds = request.thresholds
         """Exits that are evaluated now."""
         self.drafts: list[int] = []
+        """Tokens behind `tokens` that are not verified."""
+        self._draft_sources: deque[DraftSource] = deque()
+        """Of each of them."""
+        self._exit_that_drafts: int | None = None
+        """Where drafts are verified together."""
         self.num_to_draft: int | None = None
         """Length of the draft that is being made; None: a new one is to be begun."""
         self.generated: list[GeneratedToken] = []
@@ -107,13 +116,31 @@ class RunningGeneration(RunningRequest):
         self._num_tokens_of_prefill = 0
         """1 if the first token came out of the prompt's last rows, with no row of its own."""
         self._layer_passes = self._layer_runs = 0
-        self._num_drafted = self._num_accepted = 0
+        self._num_drafted: Counter[DraftSource] = Counter()
+        self._num_accepted: Counter[DraftSource] = Counter()
+        if request.drafter is not None:
+            request.drafter.extend(self.tokens)
         self._first_token_at: float | None = None
         self._last_token_at = 0.0
 
     @property
     def is_prefilling(self) -> bool:
         return self.num_rows < self.request.prefill_stop
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether an exit is in the middle of a draft that will be verified together."""
+        return self.num_to_draft is not None and len(self.drafts) < self.num_to_draft
+
+    @property
+    def has_finished_draft(self) -> bool:
+        """Whether what an exit has drafted waits to be verified."""
+        return self.num_to_draft is not None and not self.is_drafting and self.num_rows < self._num_known
+
+    @property
+    def _num_known(self) -> int:
+        """Positions whose token is known, or drafted."""
+        return len(self.tokens) + len(self.drafts)
 
     def admission(self) -> Admit:
         return Admit(
@@ -136,18 +163,18 @@ class RunningGeneration(RunningRequest):
 
     # Which rows come next.
 
-    def next_rows(self, prefill_budget: int, num_running: int) -> Rows | None:
+    def next_rows(self, prefill_budget: int, load: StepLoad) -> Rows | None:
         if self.is_prefilling:
             count = min(self.request.prefill_stop - self.num_rows, prefill_budget)
             return self._prefill_rows(count) if count > 0 else None
-        if self.num_rows >= len(self.tokens) + len(self.drafts):
-            return None  # the next token is not known
         if self.params.echo and self._prompt_rows:
             return None  # an exit might end the answer before the prompt's scores have come
         if self.request.draft_window is not None:
-            return self._rows_across_stages(num_running)
-        if self.request.draft_exit is not None:
-            return self._speculation_rows(num_running)
+            return self._rows_across_stages(load)
+        if self.num_rows >= self._num_known:
+            return None  # the next token is not known
+        if self.request.drafter is not None:
+            return self._speculation_rows(load)
         return self._rows("decode", self.tokens[-1:], exits=self.thresholds, sample_from=self.num_rows)
 
     def _rows(self, phase: str, tokens: Sequence[int], **changes: object) -> Rows:
@@ -166,28 +193,47 @@ class RunningGeneration(RunningRequest):
             wanted |= {"score_top": self.params.top_log_probs}
         return self._rows("prefill", self.tokens[first:stop], **wanted)
 
-    def _speculation_rows(self, num_running: int) -> Rows:
-        request = self.request
+    def _speculation_rows(self, load: StepLoad) -> Rows | None:
+        if load.is_drafting and not self.is_drafting:
+            return None
+        drafter = self.request.drafter
         if self.num_to_draft is None:
             # Verification yields one token more than it accepts; the rows of all drafts need positions.
-            room = min(request.max_tokens - len(self.generated) - 1, request.model.num_positions - len(self.tokens))
-            self.num_to_draft = max(min(request.draft_length.next(num_running), room), 0)
-        token = self.drafts[-1] if self.drafts else self.tokens[-1]
-        if len(self.drafts) < self.num_to_draft:
-            return self._rows("draft", [token], exits=(ExitThreshold(request.draft_exit, 0.0),))
-        return self._rows("verify", [token], sample_from=len(self.tokens) - 1)
+            room = min(
+                self.request.max_tokens - len(self.generated) - 1, self.request.model.num_positions - len(self.tokens)
+            )
+            choice = drafter.choose(load, room)
+            self._exit_that_drafts, self.num_to_draft = choice.exit, choice.length or len(choice.tokens)
+            self._add_drafts("ngram", choice.tokens)
+        if self.is_drafting:
+            token = self.drafts[-1] if self.drafts else self.tokens[-1]
+            return self._rows("draft", [token], exits=(ExitThreshold(self._exit_that_drafts, 0.0),))
+        asked = tuple(ExitThreshold(index, NEVER_TAKEN) for index in drafter.exits_to_ask(load))
+        return self._rows("verify", self._unsubmitted(), exits=asked, sample_from=len(self.tokens) - 1)
 
-    def _rows_across_stages(self, num_running: int) -> Rows | None:
+    def _add_drafts(self, source: DraftSource, tokens: Sequence[int]) -> None:
+        self.drafts += tokens
+        self._draft_sources += [source] * len(tokens)
+        self._num_drafted[source] += len(tokens)
+
+    def _unsubmitted(self) -> list[int]:
+        """Tokens and drafts that are known and have no row yet."""
+        return [self.tokens[-1], *self.drafts][self.num_rows - (len(self.tokens) - 1) :]
+
+    def _rows_across_stages(self, load: StepLoad) -> Rows | None:
         """The row of the last token or draft that is known, while those before it are on their way."""
         request, num_unverified = self.request, self.num_rows - (len(self.tokens) - 1)
         remaining = min(request.max_tokens - len(self.generated), request.model.num_positions - len(self.tokens) + 1)
-        window = request.draft_window.next(num_running)
-        if num_unverified >= min(window, remaining):
+        most = min(request.draft_window.next(load.num_requests), remaining)
+        if num_unverified >= most:
             return None
-        is_drafted = window > 1 and num_unverified + 1 < remaining
-        token = (self.drafts[num_unverified - 1 :] if num_unverified else self.tokens[-1:])[:1]
-        exits = (ExitThreshold(request.draft_exit, 0.0),) if is_drafted else ()
-        return self._rows("speculate", token, exits=exits, sample_from=self.num_rows)
+        if self.num_rows == self._num_known:
+            self._add_drafts("ngram", request.drafter.guesses(self.drafts, most - num_unverified))
+            if self.num_rows == self._num_known:
+                return None  # the next token is not known
+        is_drafted = request.draft_exits and most > 1 and num_unverified + 1 < remaining
+        exits = (ExitThreshold(request.draft_exits[0], 0.0),) if is_drafted else ()
+        return self._rows("speculate", self._unsubmitted()[:1], exits=exits, sample_from=self.num_rows)
 
     # What the heads made of them.
 
@@ -210,8 +256,10 @@ class RunningGeneration(RunningRequest):
             return self._compare(output) if output.answers else self._add_draft(output)
         if not output.answers:
             return Progress()  # rows that were answered before have run all layers
-        if self.num_to_draft is not None and len(self.drafts) < self.num_to_draft:
-            self.drafts.append(output.tokens[0].token)
+        if self.is_drafting:
+            self._add_drafts("exit", [output.tokens[0].token])
+            if not self.request.drafter.goes_on(output.tokens[0].confidence):
+                self.num_to_draft = len(self.drafts)
             return Progress()
         if self.num_to_draft is not None:
             return self._verify(output.tokens)
@@ -232,27 +280,25 @@ class RunningGeneration(RunningRequest):
         arXiv:2408.07978); greedily both take the most probable token."""
         drafts, tokens = self.drafts, []
         self.drafts, self.num_to_draft = [], None
-        self._num_drafted += len(drafts)
         reason, num_accepted = None, 0
         for one, draft in zip(drawn, [*drafts, None], strict=True):
             is_accepted = one.token == draft
             num_accepted += is_accepted
-            token = self._generated(one, is_draft=is_accepted)
+            token = self._generated(one, self._draft_sources.popleft() if is_accepted else None)
             tokens.append(token)
             reason = self._emit(token)
             if reason is not None or not is_accepted:
                 break
-        self._num_accepted += num_accepted
-        self.request.draft_length.observe(len(drafts), num_accepted)
+        self._draft_sources.clear()
+        self.request.drafter.observe(len(drafts), num_accepted, [one.token for one in tokens], drawn[-1])
         if num_accepted < len(drafts):
             self._roll_back()
         return Progress(tokens, reason)
 
     def _add_draft(self, output: RowsOutput) -> Progress:
         """Take what an exit drafts behind a row; it may come later than the token that all layers draw there."""
-        if output.tokens and output.stop == len(self.tokens) + len(self.drafts):
-            self.drafts.append(output.tokens[0].token)
-            self._num_drafted += 1
+        if output.tokens and output.stop == self._num_known:
+            self._add_drafts("exit", [output.tokens[0].token])
         return Progress()
 
     def _compare(self, output: RowsOutput) -> Progress:
@@ -261,24 +307,28 @@ class RunningGeneration(RunningRequest):
         tokens = []
         for one in output.tokens:
             draft = self.drafts.pop(0) if self.drafts else None
-            token = self._generated(one, is_draft=one.token == draft)
+            source = None if draft is None else self._draft_sources.popleft()
+            token = self._generated(one, source if one.token == draft else None)
             tokens.append(token)
-            self._num_accepted += token.is_draft
-            self._layer_runs += self._runs_waited_for(draft, token.is_draft)
+            self.request.drafter.compare(source, token.token, token.is_draft)
+            self._layer_runs += self._runs_waited_for(source, token.is_draft)
             reason = self._emit(token)
             if reason is not None or (draft is not None and not token.is_draft):
                 self.drafts.clear()
+                self._draft_sources.clear()
                 self.num_in_flight = 0
                 self._roll_back()
                 return Progress(tokens, reason)
         return Progress(tokens)
 
-    def _runs_waited_for(self, draft: int | None, is_accepted: bool) -> int:
+    def _runs_waited_for(self, source: DraftSource | None, is_accepted: bool) -> int:
         """Layer runs from a row to its token, with speculation across stages: a draft that is accepted was fed when its
-        exit had given it, whatever the other layers took."""
+        exit had given it, whatever the other layers took, or at once if earlier text did."""
         model = self.request.model
-        head = model.exits[self.request.draft_exit]
-        return (head.depth if is_accepted else model.num_layers) + (head.has_block and draft is not None)
+        if source == "ngram" or not self.request.draft_exits:
+            return 0 if is_accepted else model.num_layers
+        head = model.exits[self.request.draft_exits[0]]
+        return (head.depth if is_accepted else model.num_layers) + (head.has_block and source is not None)
 
     def _roll_back(self) -> None:
         """Make rows behind the last token stale: it is as if they never ran, the next ones overwrite their keys and
@@ -287,8 +337,13 @@ class RunningGeneration(RunningRequest):
         self.num_rows = len(self.tokens) - 1
         self.complete_to = min(self.complete_to, self.num_rows)
 
-    def _generated(self, drawn: DrawnToken, is_draft: bool = False) -> GeneratedToken:
+    def _generated(self, drawn: DrawnToken, draft: DraftSource | None = None) -> GeneratedToken:
+        """draft: what had drafted it."""
         exits, is_final = self.request.model.exits, drawn.exit == FINAL_HEAD
+        if draft is not None:
+            self._num_accepted[draft] += 1
+        # Of exits that were asked beside a verification only the drafter learns.
+        predictions = drawn.predictions if self.request.drafter is None else drawn.predictions[-1:]
         return GeneratedToken(
             token=drawn.token,
             exit_layer=self.request.model.num_layers if is_final else exits[drawn.exit].layer_number,
@@ -300,10 +355,10 @@ class RunningGeneration(RunningRequest):
                     None if one.exit == FINAL_HEAD else exits[one.exit].layer_number,
                     one.token, one.confidence, one.is_approximate,
                 )
-                for one in drawn.predictions
+                for one in predictions
             ),
             caught_up=drawn.caught_up,
-            is_draft=is_draft,
+            is_draft=draft is not None,
             top_log_probs=tuple(drawn.top_log_probs),
         )  # fmt: skip
 
@@ -327,14 +382,16 @@ class RunningGeneration(RunningRequest):
             layer_passes=self._layer_passes,
             full_layer_passes=(len(self.generated) - self._num_tokens_of_prefill) * model.num_layers,
             layer_runs=self._layer_runs,
-            drafted=self._num_drafted,
-            accepted=self._num_accepted,
+            drafted=self._num_drafted.total(),
+            accepted=self._num_accepted.total(),
+            ngram_drafted=self._num_drafted["ngram"],
+            ngram_accepted=self._num_accepted["ngram"],
             queue_seconds=self.started - self.request.arrived,
             first_token_seconds=None if first is None else first - self.request.arrived,
             decode_seconds=0.0 if first is None else self._last_token_at - first,
         )
         exits = {one.exit for one in self.thresholds}
-        exits |= set() if self.request.draft_exit is None else {self.request.draft_exit}
+        exits |= set(self.request.draft_exits)
         exit_layers = {model.exits[index].layer_number for index in exits}
         exit_layers |= {token.exit_layer for token in self.generated if not token.is_final}
         return RequestResult(

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron.early_exit.inference.engine.draft_length import StepLoad
 from megatron.early_exit.inference.engine.slots import Assignment, PromptBlocks
 from megatron.early_exit.inference.protocol import Admit, Rows, RowsOutput
 from megatron.early_exit.inference.results import FinishReason, GeneratedToken, RequestResult, ScoreResult
@@ -87,7 +88,7 @@ class RunningRequest(ABC):
         """What the workers are told of it."""
 
     @abstractmethod
-    def next_rows(self, prefill_budget: int, num_running: int) -> Rows | None:
+    def next_rows(self, prefill_budget: int, load: StepLoad) -> Rows | None:
         """The rows to run next, of which at most `prefill_budget` may be prompt rows; None: none now."""
 
     @abstractmethod

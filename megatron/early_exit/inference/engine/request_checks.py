@@ -42,7 +42,7 @@ class RequestChecks:
     def check(self, params: GenerationParams) -> None:
         """Refuse settings that the model or its layout cannot do."""
         self.thresholds(params)
-        self.speculates_across_stages(params, self.draft_exit(params))
+        self.speculates_across_stages(params, self.draft_exits(params))
 
     def check_generation(self, prompt_ids: Sequence[int], params: GenerationParams) -> None:
         """Refuse a request for an answer."""
@@ -126,20 +126,20 @@ class RequestChecks:
             return params
         return replace(params, max_tokens=certificate.answers.max_tokens, ignore_eod=certificate.answers.ignore_eod)
 
-    def draft_exit(self, params: GenerationParams) -> int | None:
-        """Index of the exit that drafts, None: nothing is drafted."""
-        layer = params.drafting_exit(self.exits)
-        return None if layer is None else self.model.index_of(layer)
+    def draft_exits(self, params: GenerationParams) -> tuple[int, ...]:
+        """Indices of the exits that may draft, in the order of layers; none: no exit does."""
+        return tuple(self.model.index_of(layer) for layer in params.drafting_exits(self.exits))
 
-    def speculates_across_stages(self, params: GenerationParams, draft_exit: int | None) -> bool:
-        """Refuse that if it is asked for and no stage lies behind the draft exit."""
-        if draft_exit is None:
+    def speculates_across_stages(self, params: GenerationParams, draft_exits: Sequence[int]) -> bool:
+        """Refuse that if it is asked for and no stage lies behind what drafts."""
+        if params.mode != "self_speculative":
             return False
-        is_possible = self.model.stage_of(draft_exit) < self.model.num_stages - 1
+        stage = self.model.stage_of(draft_exits[0]) if draft_exits else 0
+        is_possible = stage < self.model.num_stages - 1
         if params.speculation == "across_stages" and not is_possible:
-            layer = self.model.exits[draft_exit].layer_number
+            what = f"that of the draft exit {self.model.exits[draft_exits[0]].layer_number}" if draft_exits else "it"
             raise ValueError(
-                f"speculation 'across_stages' needs a pipeline stage behind that of the draft exit {layer}, and the "
+                f"speculation 'across_stages' needs a pipeline stage behind {what}, and the "
                 f"model has {self.model.num_stages} in all; choose an earlier exit, more stages or 'auto'"
             )
         return is_possible and params.speculation != "draft_then_verify"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron.early_exit.inference.engine.draft_length import StepLoad
 from megatron.early_exit.inference.engine.request import Progress, Request, RunningRequest
 from megatron.early_exit.inference.engine.slots import Assignment
 from megatron.early_exit.inference.params import SamplingSettings, ScoreParams
@@ -55,7 +56,7 @@ class RunningScoring(RunningRequest):
             sampling=SamplingSettings(), exits=self.request.enabled_exits,
         )  # fmt: skip
 
-    def next_rows(self, prefill_budget: int, num_running: int) -> Rows | None:
+    def next_rows(self, prefill_budget: int, load: StepLoad) -> Rows | None:
         first, params = self.num_rows, self.request.params
         stop = min(first + prefill_budget, self._stop)
         if stop <= first:

@@ -514,7 +514,8 @@ class StageRunner:
         one: _Wanted, output: AnyOutput, exit_index: int, token: int, log_prob: float | None
     ) -> DrawnToken:
         rows, count = one.scheduled, one.scheduled.slot.request.top_log_probs
-        predictions = rows.predictions
+        # Exits have seen the newest row alone.
+        predictions = rows.predictions if one.position == rows.stop - 1 else []
         if exit_index == FINAL_HEAD:
             predictions = [*predictions, _prediction(FINAL_HEAD, output, one.row)]
         return DrawnToken(
