@@ -250,7 +250,7 @@ def test_requests_say_what_was_chosen(page: Page) -> None:
     assert sent == [
         plain | {"mode": "early_exit", "exit_thresholds": [THRESHOLD], "exit_layers": [2, 4]},
         drawn | {"mode": "early_exit", "exit_thresholds": [0.81], "exit_layers": [4]},
-        drawn | {"mode": "self_speculative", "draft_exit": 4},
+        drawn | {"mode": "self_speculative", "draft_source": "exit", "draft_exit": 4},
         drawn | {"mode": "full"},
     ]
 

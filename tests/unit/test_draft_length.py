@@ -1,14 +1,19 @@
-"""The length of drafts, by numbers worked out by hand."""
+"""What drafts promise, by numbers worked out by hand."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
-from megatron.early_exit.inference.engine.draft_length import DraftLength, DraftWindow
+from megatron.early_exit.inference.engine.draft_acceptance import Acceptance, Source
+from megatron.early_exit.inference.engine.draft_length import DraftRates, DraftWindow, StepLoad
+from megatron.early_exit.inference.protocol import ExitDescription
 
 SAME = (1.0,) * len(ROW_COUNTS)
 COSTS = StepCosts(SAME, SAME, SAME, SAME)
+EXIT = ExitDescription(2, 2, False)
 
 
 def test_costs_where_only_tokens_are_needed() -> None:
@@ -23,53 +28,50 @@ def test_costs_where_only_tokens_are_needed() -> None:
     assert approximate.approximate_seconds == approximate.final_head_seconds == SAME
 
 
-def length(costs: StepCosts = COSTS, fixed: int | None = None) -> DraftLength:
-    return DraftLength(fixed, longest=10, exit_depth=2, num_layers=12, costs=costs)
-
-
-def test_a_fixed_length_stays() -> None:
-    one = length(fixed=3)
-    one.observe(3, 0)
-    assert one.next() == 3
-
-
-def test_drafts_grow_with_acceptance_and_vanish_without() -> None:
-    good, bad = length(), length()
-    for _ in range(30):
-        good.observe(4, 4)
-        bad.observe(4, 0)
-    assert good.acceptance > 0.9 > 0.2 > bad.acceptance
-    assert good.next() >= 5
-    assert bad.next() == 0
-
-
-def test_the_length_promises_most_tokens_in_a_second() -> None:
+def test_drafts_of_an_exit_by_hand() -> None:
     # At the first estimate, 0.7: k drafts give (1 - 0.7^(k+1)) / 0.3 tokens and cost 2 (k + 1) + k + 10 + 1.
-    rates = [sum(0.7**i for i in range(k + 1)) / (2 * (k + 1) + k + 11) for k in range(11)]
-    assert length().next() == rates.index(max(rates)) == 2
+    expected = Acceptance(Source("exit", 0)).expected_tokens(10)
+    assert expected == pytest.approx([(1 - 0.7 ** (k + 1)) / 0.3 for k in range(11)])
+    rates = DraftRates(COSTS, 12).of_exit(EXIT, expected, StepLoad())
+    assert rates == pytest.approx([expected[k] / (2 * (k + 1) + k + 11) for k in range(11)])
+    # A block is one more layer in every row.
+    with_block = DraftRates(COSTS, 12).of_exit(ExitDescription(2, 2, True), expected, StepLoad())
+    assert with_block == pytest.approx([expected[k] / (3 * (k + 1) + k + 11) for k in range(11)])
 
 
-def test_costly_rows_and_batches_shorten_drafts() -> None:
+def test_every_row_of_a_draft_costs_a_full_step_where_others_run_one() -> None:
+    rates = DraftRates(COSTS, 12)
+    (_, one) = rates.of_exit(EXIT, [1.0, 1.7], StepLoad(num_requests=3, num_drafting=2))
+    # Two drafting requests and a plain one, which gets a token in each of the two steps.
+    assert one == pytest.approx((2 * 1.7 + 2) / ((2 + 1 + 10 + 1) + 13))
+
+
+def test_known_drafts_cost_what_their_rows_add() -> None:
     rising = tuple(float(rows) for rows in ROW_COUNTS)
-    assert length(replace(COSTS, layer_seconds=rising)).next() == 0
-    assert length(replace(COSTS, batch_seconds=30.0)).next() == 0
+    rates = DraftRates(replace(COSTS, layer_seconds=rising), 12)
+    load = StepLoad(num_requests=3, extra_rows=1, extra_tokens=0.5)
+    assert rates.of_rows([1.0, 1.6], load) == pytest.approx([3.5 / (12 * 4 + 1), 4.1 / (12 * 5 + 1)])
 
 
-def test_drafts_that_pay_for_one_request_may_not_pay_for_many() -> None:
-    one = length(replace(COSTS, layer_seconds=(1.0, 1.0, 1.0, 4.0, 8.0)))
-    assert one.next(1) > 0
-    assert one.next(8) == 0
+def test_matches_are_learned_by_place() -> None:
+    acceptance = Acceptance(Source("ngram", 2))
+    for _ in range(200):
+        acceptance.observe(1, 0)
+        acceptance.observe(4, 3)
+    assert 0.45 < acceptance.first.value < 0.55 and 0.6 < acceptance.later.value < 0.72
+    one, _, three, *_ = [after - before for before, after in zip(*[acceptance.expected_tokens(4)[i:] for i in (0, 1)])]
+    assert three == pytest.approx(one * acceptance.later.value**2)
 
 
-def test_drafting_is_tried_again_after_a_while() -> None:
-    one = length()
-    for _ in range(30):
-        one.observe(4, 0)
-    tries = 0
-    while one.next() == 0:
-        tries += 1
-        assert tries < 1000
-    assert tries > 10
+def test_a_request_starts_from_what_all_have_seen() -> None:
+    of_all = Acceptance(Source("exit", 1))
+    for _ in range(100):
+        Acceptance(of_all.source, of_all).observe(1, 0)
+    new = Acceptance(of_all.source, of_all)
+    assert new.first.value == of_all.first.value < 0.1
+    for _ in range(8):
+        new.observe(1, 1)
+    assert new.first.value > 0.6 > of_all.first.value
 
 
 def window(beta: float, num_requests: int, num_stages: int = 4, fixed: int | None = None) -> int:

@@ -52,7 +52,7 @@ class ScriptedEngine:
 
     def check(self, params: GenerationParams) -> None:
         params.exit_policy(ExitConfig())
-        params.drafting_exit(ExitConfig())
+        params.drafting_exits(ExitConfig())
 
     def add(self, ids: Sequence[int], params: GenerationParams, *, seed_offset: int = 0) -> int:
         if len(self.running) == self.num_slots:

@@ -16,6 +16,7 @@ import torch
 from megatron.early_exit.evaluation.decoding import decode
 from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.evaluation.statistics.intervals import clopper_pearson
+from megatron.early_exit.evaluation.variants import drafting
 from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
@@ -48,6 +49,7 @@ class Case:
         changed = {"batch": self.batch}
         if params.mode == "self_speculative":
             changed |= {
+                "draft_source": params.draft_source,
                 "draft_exit": params.draft_exit,
                 "draft_length": params.draft_length or "adaptive",
                 "speculation": params.speculation,
@@ -98,12 +100,16 @@ def _speculative(
                 replace(answers, mode="self_speculative", draft_exit=layer, draft_length=length, speculation=kind)
                 for length in lengths
             ]
-    return found
+    sources = ("ngram", "both") if checks.exits.exit_layer_nums else ("ngram",)
+    return found + [
+        replace(answers, mode="self_speculative", draft_source=source, draft_length=length)
+        for source in sources for length in lengths
+    ]  # fmt: skip
 
 
 def _words(params: GenerationParams) -> str:
     across = ", across stages" if params.speculation == "across_stages" else ""
-    return f"draft with exit {params.draft_exit}, length {params.draft_length or 'adaptive'}{across}"
+    return f"draft with {drafting(params)}, length {params.draft_length or 'adaptive'}{across}"
 
 
 @dataclass(frozen=True)

@@ -50,13 +50,15 @@ class Variant:
     @property
     def description(self) -> Row:
         """The columns of a row that say what it is of."""
+        is_drafted = self.params.mode == "self_speculative"
         return {
             "name": self.name,
             "mode": self.params.mode,
             "thresholds": None if self.thresholds is None else {str(k): v for k, v in self.thresholds.items()},
             "level": self.params.certified_level,
+            "draft_source": self.params.draft_source if is_drafted else None,
             "draft_exit": self.draft_exit,
-            "draft_length": None if self.draft_exit is None else self.params.draft_length or "adaptive",
+            "draft_length": self.params.draft_length or "adaptive" if is_drafted else None,
         }
 
 
@@ -74,6 +76,7 @@ def row_of(
     num_identical = sum(one == other for one, other in zip(measured.answers, baseline.answers, strict=True))
     runs_saved = _saved(results, "layer_runs")
     drafted = sum(result.statistics.drafted for result in results)
+    accepted = sum(result.statistics.accepted for result in results)
     return {
         **variant.description,
         "is_baseline": measured is baseline,
@@ -85,7 +88,8 @@ def row_of(
         "agreement_interval": share_interval(agreeing, seed),
         "identical_answers": num_identical / len(results),
         "identical_interval": clopper_pearson(num_identical, len(results)),
-        "acceptance": sum(result.statistics.accepted for result in results) / drafted if drafted else None,
+        "acceptance": accepted / drafted if drafted else None,
+        "ngram_share": sum(result.statistics.ngram_accepted for result in results) / accepted if accepted else None,
         "perplexity": perplexity_of(quality),
         "loop_rate": sum(is_loop(answer) for answer in measured.answers) / len(results),
         "exit_shares": exit_shares(results),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from megatron.early_exit.evaluation.rows import Variant
 from megatron.early_exit.inference.engine.request_checks import RequestChecks
-from megatron.early_exit.inference.params import CertifiedThresholds, GenerationParams
+from megatron.early_exit.inference.params import CertifiedThresholds, DraftSourceChoice, GenerationParams
 
 FULL = "full"
 
@@ -25,6 +25,8 @@ class Grid:
     """None: all."""
     draft_lengths: tuple[int | None, ...] = ()
     """None: it adapts."""
+    draft_sources: tuple[DraftSourceChoice, ...] = ("exit",)
+    """exit: each of `draft_exits` by itself; with the others those exits are chosen among that may draft."""
 
 
 def variants_of(grid: Grid, answers: GenerationParams, checks: RequestChecks) -> list[Variant]:
@@ -44,10 +46,22 @@ def variants_of(grid: Grid, answers: GenerationParams, checks: RequestChecks) ->
     drafts = [
         replace(answers, mode="self_speculative", draft_exit=layer, draft_length=length)
         for layer in (layers if grid.draft_exits is None else grid.draft_exits) for length in grid.draft_lengths
+        if "exit" in grid.draft_sources
+    ]  # fmt: skip
+    drafts += [
+        replace(answers, mode="self_speculative", draft_source=source, draft_length=length)
+        for source in grid.draft_sources if source != "exit" for length in grid.draft_lengths
     ]  # fmt: skip
     for params in (*early, *drafts):
         checks.check(params)
     return [Variant(FULL, answers), *(_variant(params, checks) for params in (*early, *drafts))]
+
+
+def drafting(params: GenerationParams) -> str:
+    """What drafts, in words."""
+    if params.draft_source == "exit":
+        return "exits" if params.draft_exit is None else f"exit {params.draft_exit}"
+    return "n-grams" if params.draft_source == "ngram" else "n-grams and exits"
 
 
 def _chosen_exits(exits: str, layers: Sequence[int]) -> list[tuple[int, ...]]:
@@ -67,9 +81,8 @@ def _levels_of(checks: RequestChecks, answers: GenerationParams) -> list[float]:
 
 def _variant(params: GenerationParams, checks: RequestChecks) -> Variant:
     if params.mode == "self_speculative":
-        layers = params.drafting_exits(checks.exits)
         length = "adaptive" if params.draft_length is None else str(params.draft_length)
-        return Variant(f"draft with exit {layer}, length {length}", params, draft_exit=layer)
+        return Variant(f"draft with {drafting(params)}, length {length}", params, draft_exit=params.draft_exit)
     thresholds = {checks.model.exits[one.exit].layer_number: one.threshold for one in checks.thresholds(params)}
     if params.certified_level is not None:
         name = f"certified {params.certified_level:g}"

@@ -98,10 +98,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--plan-exits", action=argparse.BooleanOptionalAction,
         help="only exits that pay on this machine (calibrate); default: with --certified",
     )  # fmt: skip
-    exits.add_argument("--draft-exit", type=int, metavar="N", help="self_speculative: exit that drafts; default: first")
+    exits.add_argument(
+        "--draft-source", choices=("exit", "ngram", "both"),
+        help="self_speculative: an exit drafts, or what followed the last tokens where they stood before, in the "
+        "prompt or the answer (ngram: for models without exits too), or whichever promises more; default exit",
+    )  # fmt: skip
+    exits.add_argument(
+        "--draft-exit", type=int, metavar="N",
+        help="self_speculative: exit that drafts; default: the one that promises most",
+    )  # fmt: skip
     exits.add_argument(
         "--draft-length", type=int, metavar="N", help="self_speculative: tokens to draft at once; default: it adapts"
     )
+    exits.add_argument(
+        "--draft-min-confidence", type=float, metavar="F",
+        help="self_speculative: an exit's draft ends with a token of less confidence; default: where one more token is "
+        "not expected to pay",
+    )  # fmt: skip
     exits.add_argument(
         "--speculation", choices=("auto", "draft_then_verify", "across_stages"),
         help="self_speculative: feed drafts while the pipeline stages verify those before them (across_stages), or "
@@ -199,8 +212,10 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
         max_deferred=32 if args.max_deferred is None else args.max_deferred,
         exit_score=args.exit_score,
         plan_exits=args.plan_exits,
+        draft_source=args.draft_source or "exit",
         draft_exit=args.draft_exit,
         draft_length=args.draft_length,
+        draft_min_confidence=args.draft_min_confidence,
         speculation=args.speculation or "auto",
         add_special_tokens=not args.no_special_tokens,
         stop=tuple(args.stop),
@@ -240,8 +255,10 @@ def _checked_mode(args: argparse.Namespace) -> str:
             "--plan-exits": args.plan_exits,
         },
         "self_speculative": {
+            "--draft-source": args.draft_source,
             "--draft-exit": args.draft_exit,
             "--draft-length": args.draft_length,
+            "--draft-min-confidence": args.draft_min_confidence,
             "--speculation": args.speculation,
         },
     }

@@ -52,7 +52,10 @@ def usage_table(output: RequestOutput, num_stages: int = 1) -> str:
         rows.append((_head(usage.exit_layer, usage.is_final), str(usage.tokens), share, _number(usage.mean_confidence)))
     lines = [aligned(rows)]
     if statistics.acceptance is not None:
-        lines.append(f"drafted {statistics.drafted} tokens, accepted {statistics.acceptance:.1%}")
+        of_text = ""
+        if statistics.ngram_drafted:
+            of_text = f"; from earlier text {statistics.ngram_accepted} of {statistics.ngram_drafted}"
+        lines.append(f"drafted {statistics.drafted} tokens, accepted {statistics.acceptance:.1%}{of_text}")
     num_caught_up = sum(token.caught_up for token in result.tokens)
     notes = f" ({num_caught_up} tokens ran all layers because of the cap on deferred rows)" if num_caught_up else ""
     has_exits = len(result.usage) > 1  # else nothing could be saved

@@ -12,7 +12,14 @@ from pathlib import Path
 
 from megatron.early_exit.data.chat_template import read_chat_template
 from megatron.early_exit.inference.model_flags import add_model_flags, check_torchrun, engine_settings
-from megatron.early_exit.inference.params import EXIT_SCORES, MODES, SPECULATIONS, CertifiedThresholds, GenerationParams
+from megatron.early_exit.inference.params import (
+    DRAFT_SOURCES,
+    EXIT_SCORES,
+    MODES,
+    SPECULATIONS,
+    CertifiedThresholds,
+    GenerationParams,
+)
 from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.processes import die_with_torchrun
@@ -100,8 +107,15 @@ def _add_early_exit_flags(parser: argparse.ArgumentParser) -> None:
         help="only exits that pay (calibrate); default: where a certified level is asked for",
     )  # fmt: skip
     exits.add_argument("--exit-score", choices=EXIT_SCORES, help="as in generate.py")
+    exits.add_argument("--draft-source", choices=DRAFT_SOURCES, help="self_speculative: what drafts, as in generate.py")
     exits.add_argument("--draft-exit", type=int, metavar="N", help="self_speculative: exit that drafts")
     exits.add_argument("--draft-length", type=int, metavar="N", help="self_speculative: tokens to draft at once")
+    exits.add_argument(
+        "--draft-min-confidence",
+        type=float,
+        metavar="F",
+        help="self_speculative: as in generate.py; default: it adapts",
+    )
     exits.add_argument("--speculation", choices=SPECULATIONS, help="as in generate.py; default: auto")
     exits.add_argument(
         "--audit-share", type=float, default=0.01, metavar="F",
@@ -165,9 +179,8 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
 
 
 def _defaults(args: argparse.Namespace) -> GenerationParams:
-    names = (
-        "exit_layers", "draft_exit", "draft_length", "mode", "max_deferred", "plan_exits", "exit_score", "speculation",
-    )  # fmt: skip
+    names = ("exit_layers", "draft_source", "draft_exit", "draft_length", "draft_min_confidence", "mode")
+    names += ("max_deferred", "plan_exits", "exit_score", "speculation")
     given = {"exit_thresholds": args.early_exit_thres, **{name: getattr(args, name) for name in names}}
     if args.certified is not None:
         if args.early_exit_thres is not None:

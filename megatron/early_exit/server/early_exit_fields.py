@@ -11,7 +11,14 @@ from pydantic import BaseModel, Field
 
 from megatron.early_exit.inference.certificates import Certificate
 from megatron.early_exit.inference.engine.request_checks import RequestChecks
-from megatron.early_exit.inference.params import LONGEST_DRAFT, ExitScore, GenerationParams, Mode, Speculation
+from megatron.early_exit.inference.params import (
+    LONGEST_DRAFT,
+    DraftSourceChoice,
+    ExitScore,
+    GenerationParams,
+    Mode,
+    Speculation,
+)
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.server.request_fields import RequestBody, otherwise
 
@@ -23,7 +30,7 @@ _Layer = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 _FIELDS_OF_MODES: dict[Mode, tuple[str, ...]] = {
     "early_exit": ("exit_thresholds", "exit_layers", "max_deferred", "plan_exits", "exit_score"),
-    "self_speculative": ("draft_exit", "draft_length", "speculation"),
+    "self_speculative": ("draft_source", "draft_exit", "draft_length", "draft_min_confidence", "speculation"),
 }
 
 
@@ -33,7 +40,7 @@ class EarlyExitFields(RequestBody):
 
     mode: Mode | None = None
     """full: all layers for every token. early_exit: take a token from the first exit that is confident.
-    self_speculative: an exit drafts tokens, all layers verify them."""
+    self_speculative: tokens are drafted, all layers verify them."""
     exit_thresholds: Annotated[
         _Threshold | Annotated[list[_Threshold], Field(min_length=1, max_length=_MAX_EXITS)] | LevelText | None,
         otherwise("it must be a number from 0 to 1, a list of them, one for each exit, or a level as certified:0.99"),
@@ -52,10 +59,15 @@ class EarlyExitFields(RequestBody):
     """early_exit: what thresholds are compared with. head: the probability of the best token. probe: what a small
     network says before the exit's head is evaluated; the model must have probes. Left out: head, and with a certified
     level what its certificate was made with."""
+    draft_source: DraftSourceChoice | None = None
+    """self_speculative: an exit drafts; or ngram: what followed the last tokens where they stood before, in the prompt
+    or the answer; or both: whichever promises more."""
     draft_exit: _Layer | None = None
-    """self_speculative: the exit that drafts."""
+    """self_speculative: the exit that drafts; left out: the one that promises most."""
     draft_length: Annotated[int, Field(ge=1, le=LONGEST_DRAFT)] | None = None
     """self_speculative: tokens to draft at once; left out: it adapts."""
+    draft_min_confidence: _Threshold | None = None
+    """self_speculative: an exit's draft ends with a token of less confidence; left out: where it does not pay."""
     speculation: Speculation | None = None
     """self_speculative, over pipeline stages: how drafts are verified."""
     return_exit_details: bool | None = None
@@ -94,7 +106,7 @@ class TokenExit(BaseModel):
     is_final: bool
     """Whether all layers gave or verified it."""
     is_draft: bool
-    """Whether an exit drafted it and all layers accepted it."""
+    """Whether it was drafted, by an exit or from earlier text, and all layers accepted it."""
     confidence: float
     """Largest probability of the head that gave it."""
 
@@ -113,6 +125,9 @@ class EarlyExitUsage(BaseModel):
     """By the layer of the exit; `final` for the final head."""
     drafted: int
     accepted: int
+    ngram_drafted: int
+    """Of the drafted tokens, those from earlier text."""
+    ngram_accepted: int
 
 
 def certified_or_full(
@@ -166,4 +181,6 @@ def early_exit_usage(params: GenerationParams, results: Sequence[RequestResult])
         tokens_by_exit=dict(tokens),
         drafted=sum(one.drafted for one in statistics),
         accepted=sum(one.accepted for one in statistics),
+        ngram_drafted=sum(one.ngram_drafted for one in statistics),
+        ngram_accepted=sum(one.ngram_accepted for one in statistics),
     )

@@ -47,8 +47,10 @@ class ServerMetrics:
         self._tokens = self._counter(
             "generation_tokens", "Tokens of answers by the head that gave them", "exit_layer", "mode"
         )
-        self._drafted = self._counter("drafted_tokens", "Tokens that an exit drafted, of answers that have ended")
+        self._drafted = self._counter("drafted_tokens", "Tokens that were drafted, of answers that have ended")
         self._accepted = self._counter("accepted_tokens", "Of these, tokens that all layers accepted")
+        self._ngram_drafted = self._counter("ngram_drafted_tokens", "Of the drafted tokens, those from earlier text")
+        self._ngram_accepted = self._counter("ngram_accepted_tokens", "Of these, tokens that all layers accepted")
         self._passes = self._counter("layer_passes", "Rows times layers run after the prompt, of ended answers", "mode")
         self._runs = self._counter("layer_runs", "Runs of a layer after the prompt, of ended answers", "mode")
         self._full_passes = self._counter(
@@ -106,6 +108,8 @@ class ServerMetrics:
         self._queue.observe(costs.queue_seconds)
         self._drafted.inc(costs.drafted)
         self._accepted.inc(costs.accepted)
+        self._ngram_drafted.inc(costs.ngram_drafted)
+        self._ngram_accepted.inc(costs.ngram_accepted)
         self._passes.labels(mode).inc(costs.layer_passes)
         self._runs.labels(mode).inc(costs.layer_runs)
         self._full_passes.labels(mode).inc(costs.full_layer_passes)

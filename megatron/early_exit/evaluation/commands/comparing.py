@@ -54,6 +54,11 @@ def add_grid_flags(
         "--draft-lengths", type=_draft_length, nargs="*", default=[_draft_length(one) for one in lengths], metavar="N",
         help=f"tokens to draft at once, or {ADAPTIVE}; default {words(lengths)}",
     )  # fmt: skip
+    grid.add_argument(
+        "--draft-sources", choices=("exit", "ngram", "both"), nargs="+", default=["exit"], metavar="SOURCE",
+        help="what drafts: exit (each of --draft-exits), ngram (what followed the last tokens before), both (whichever "
+        "promises more); default exit",
+    )  # fmt: skip
 
 
 def add_timing_flags(parser: argparse.ArgumentParser, batches: Sequence[int], rounds: int) -> None:
@@ -108,7 +113,7 @@ def grid_of(args: argparse.Namespace) -> Grid:
     several = lambda values: None if values is None else tuple(dict.fromkeys(values))
     return Grid(
         several(args.thresholds), args.exits, several(args.certified), several(args.draft_exits),
-        several(args.draft_lengths),
+        several(args.draft_lengths), several(args.draft_sources),
     )  # fmt: skip
 
 

@@ -42,6 +42,8 @@ class ModelArguments:
     """early_exit: exits that may be evaluated; several between slashes."""
     exit_layer: int | None = None
     """The model ends behind this exit: its head gives all likelihoods and all tokens."""
+    draft_source: str | None = None
+    """exit, ngram or both."""
     draft_exit: int | None = None
     """self_speculative: the exit that drafts; default: the first."""
     draft_length: int | None = None
@@ -87,7 +89,7 @@ class ModelArguments:
     def decoding(self) -> DecodingMode:
         """Raises ValueError for settings that contradict each other or do nothing."""
         of_early_exit = {name: getattr(self, name) for name in ("exit_thresholds", "exit_layers")}
-        of_drafts = {name: getattr(self, name) for name in ("draft_exit", "draft_length")}
+        of_drafts = {name: getattr(self, name) for name in ("draft_source", "draft_exit", "draft_length")}
         given = {name: value for name, value in (of_early_exit | of_drafts).items() if value is not None}
         if self.exit_layer is not None:
             self._refuse(given, f"exit_layer={self.exit_layer} lets that exit give every token")
@@ -106,7 +108,10 @@ class ModelArguments:
                 exit_layers=_several(self.exit_layers or ()),
             )
         else:
-            params = GenerationParams(mode=self.mode, draft_exit=self.draft_exit, draft_length=self.draft_length)
+            params = GenerationParams(
+                mode=self.mode, draft_source=self.draft_source or "exit", draft_exit=self.draft_exit,
+                draft_length=self.draft_length,
+            )  # fmt: skip
         return DecodingMode(self.mode, params)
 
     def load(self) -> LoadedEngine:

@@ -160,6 +160,7 @@ class Row(msgspec.Struct):
     thresholds: Any = None
     level: Number = None
     """Of the certificate whose thresholds these are."""
+    draft_source: str | None = None
     draft_exit: int | None = None
     draft_length: int | str | None = None
     layers_saved: Number = None
@@ -168,6 +169,8 @@ class Row(msgspec.Struct):
     """Share."""
     identical_interval: Interval = None
     acceptance: Number = None
+    ngram_share: Number = None
+    """Of the accepted drafts, those from earlier text."""
     perplexity: Number = None
     loop_rate: Number = None
     first_token_seconds: Number = None

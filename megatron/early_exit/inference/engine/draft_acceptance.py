@@ -60,6 +60,7 @@ class Acceptance:
     For exits they are one."""
 
     def __init__(self, source: Source, before: Acceptance | None = None) -> None:
+        self.source = source
         guess, kept = source.guess, _KEPT_OF_ALL if before is None else _KEPT
         self.first = Rate(guess if before is None else before.first, kept)
         self.later = self.first

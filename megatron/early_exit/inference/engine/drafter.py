@@ -7,6 +7,7 @@ their hidden states pass by anyway; so is known what they would have drafted.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -99,36 +100,39 @@ class Drafter:
 
     def choose(self, load: StepLoad, room: int) -> DraftChoice:
         """What promises most tokens in a second. room: tokens that may be drafted at most."""
-        longest = min(self.settings.longest if self.settings.fixed_length is None else self.settings.fixed_length, room)
+        settings = self.settings
         self._draft = None
-        self._match = self._index.find(self.settings.longest) if self.settings.uses_ngrams else None
+        self._match = self._index.find(settings.longest) if settings.uses_ngrams else None
+        longest = min(settings.longest, room)
         if longest < 1:
             return NO_DRAFT
-        best_rate, best = self._nothing(load), NO_DRAFT
+        best_rate, best = self._rate_of_nothing(load), NO_DRAFT
         if self._match is not None:
             expected = self.acceptance(Source("ngram", self._match.size)).expected_tokens(longest)
             rate, length = self._best(self._rates.of_rows(expected, load))
             if rate > best_rate:
                 best_rate, best = rate, DraftChoice(tuple(self._match.tokens[:length]))
         if not load.is_verifying:
-            for index in self.settings.exits:
+            for index in settings.exits:
                 expected = self.acceptance(Source("exit", index)).expected_tokens(longest)
                 rate, length = self._best(self._rates.of_exit(self._exits[index], expected, load))
-                if rate > best_rate:
+                if length and rate > best_rate:
                     best_rate, best = rate, DraftChoice(exit=index, length=length)
-        best = self._tried_again(best, load)
-        if best.exit is not None:
-            self._draft = _ExitDraft(best.exit, best_rate, load)
-            if self.settings.fixed_length is None and self.settings.min_confidence is None:
-                best = DraftChoice(exit=best.exit, length=longest)  # it ends where it does not pay, see `goes_on`
         if best.tokens:
             load.extra_rows += len(best.tokens)
-            expected = self.acceptance(Source("ngram", self._match.size)).expected_tokens(len(best.tokens))
-            load.extra_tokens += expected[-1] - 1.0
+            load.extra_tokens += self._expected_of_match(len(best.tokens))
+        elif best.exit is not None:
+            self._draft = _ExitDraft(best.exit, best_rate, load)
+            if settings.fixed_length is None and settings.min_confidence is None:
+                return DraftChoice(exit=best.exit, length=longest)  # it ends where it does not pay, see `goes_on`
+        elif self._tries_again(load):
+            index = max(settings.exits, key=lambda one: self.acceptance(Source("exit", one)).first.value)
+            self._draft = _ExitDraft(index, math.inf, load)
+            return DraftChoice(exit=index, length=1)
         return best
 
-    def _nothing(self, load: StepLoad) -> float:
-        """Tokens a second without a draft, below all others if the length is fixed."""
+    def _rate_of_nothing(self, load: StepLoad) -> float:
+        """Tokens a second without a draft; below all others if the length is fixed."""
         return self._rates.of_rows([1.0], load)[0] if self.settings.fixed_length is None else -1.0
 
     def _best(self, rates: Sequence[float]) -> tuple[float, int]:
@@ -138,18 +142,19 @@ class Drafter:
         length = max(range(len(rates)), key=rates.__getitem__)  # the shortest of equals
         return rates[length], length
 
-    def _tried_again(self, best: DraftChoice, load: StepLoad) -> DraftChoice:
-        """Where exits draft no more and cannot be asked, a draft of one token now and then tells whether they would be
-        worth it again."""
+    def _expected_of_match(self, length: int) -> float:
+        """Drafts that are accepted on average."""
+        return self.acceptance(Source("ngram", self._match.size)).expected_tokens(length)[-1] - 1.0
+
+    def _tries_again(self, load: StepLoad) -> bool:
+        """Whether an exit drafts one token though it does not pay: now and then, where exits cannot be asked, that
+        tells whether it would again."""
         settings = self.settings
-        if best != NO_DRAFT or settings.is_greedy or not settings.exits or load.is_verifying:
-            return best
-        if settings.fixed_length is not None:
-            return best
-        index = max(settings.exits, key=lambda one: self.acceptance(Source("exit", one)).first.value)
-        one, alone = self._exits[index], StepLoad()
-        cost = self._rates.round_seconds(one, 1, alone) - self._rates.round_seconds(one, 0, alone)
-        return DraftChoice(exit=index, length=1) if self._spend(cost * load.num_requests) else best
+        if settings.is_greedy or not settings.exits or settings.fixed_length is not None or load.is_verifying:
+            return False
+        one = self._exits[settings.exits[0]]
+        cost = self._rates.round_seconds(one, 1, load) - self._rates.round_seconds(one, 0, load)
+        return self._spend(cost)
 
     def guesses(self, drafts: Sequence[int], count: int) -> list[int]:
         """Across stages: `count` tokens that earlier text says follow the drafts that are on their way, or none."""

@@ -123,7 +123,7 @@ function openAiRequest(mode, content) {
     body.exit_thresholds = certified ? `certified:${certified.level}` : thresholds;
     body.exit_layers = boxes.map((box) => Number(box.value));
   }
-  if (mode === "self_speculative") body.draft_exit = Number(at("draft").value);
+  if (mode === "self_speculative") Object.assign(body, { draft_source: "exit", draft_exit: Number(at("draft").value) });
   return { path: content.messages ? "v1/chat/completions" : "v1/completions", body };
 }
 
