@@ -246,7 +246,8 @@ def check_invariants(engine: Engine) -> None:
         assert (state.request.request_id, state.request.generation) == (request.request_id, request.generation)
         tokens = request.tokens + request.drafts
         assert 0 <= request.num_rows < len(tokens) <= engine.description.num_positions + 1 + len(request.drafts)
-        assert request.is_prefilling or request.num_rows == len(tokens) - 1
+        is_waiting = request.num_rows == len(request.tokens) - 1 and not request.is_drafting  # with drafts from text
+        assert request.is_prefilling or request.num_rows == len(tokens) - 1 or is_waiting
         assert state.ids[: request.num_rows] == tokens[: request.num_rows]
         assert len(request.generated) < request.request.max_tokens or request.request.max_tokens == 0
         deferred = [state.deferred[index] for index in sorted(state.deferred, reverse=True)]
@@ -344,7 +345,8 @@ def add_random_request(engine: Engine, cfg: RunConfig, mode: str, vocab_size: in
         sampling=SamplingSettings(temperature=random.choice([0.0, 1.0]), seed=random.randrange(1000)),
         exit_layers=tuple(random.sample(layers, random.randrange(1, len(layers) + 1))),
         max_deferred=random.choice([0, 2, 6, 32]),
-        draft_exit=random.choice(layers),
+        draft_source=(source := random.choice(["exit", "exit", "ngram", "both"])),
+        draft_exit=None if source == "ngram" else random.choice([*layers, None]),
         draft_length=random.choice([None, 1, 3]),
         echo=random.random() < 0.2,
     )

@@ -50,6 +50,9 @@ MODES = [
     {"mode": "self_speculative", "draft_length": 2},
     {"mode": "self_speculative", "draft_length": 2, "speculation": "draft_then_verify"},
     {"mode": "self_speculative", "draft_exit": 3},
+    {"mode": "self_speculative", "draft_source": "ngram", "draft_length": 4},
+    {"mode": "self_speculative", "draft_source": "ngram", "draft_length": 4, "speculation": "draft_then_verify"},
+    {"mode": "self_speculative", "draft_source": "both"},
 ]
 
 

@@ -157,9 +157,11 @@ def some_params(choices: Random, of: Model) -> Settings:
             max_deferred=pick(choices, [32, 0, 2]), top_log_probs=2 * (choices.randrange(4) == 1),
         )  # fmt: skip
     if kind == 3:
+        source = pick(choices, ["exit", "ngram", "both"])
         return GenerationParams(
-            **common, mode="self_speculative", draft_length=pick(choices, [2, 1, 4, None]),
-            draft_exit=pick(choices, [1, 2, 3]), speculation=pick(choices, ["auto", "draft_then_verify"]),
+            **common, mode="self_speculative", draft_length=pick(choices, [2, 1, 4, None]), draft_source=source,
+            draft_exit=None if source == "ngram" else pick(choices, [1, 2, 3, None]),
+            speculation=pick(choices, ["auto", "draft_then_verify"]),
         )  # fmt: skip
     return pick(choices, [
         ScoreParams(), ScoreParams(exit_layers=(1,), final=False), ScoreParams(exit_layers=(3, 2), final=False),

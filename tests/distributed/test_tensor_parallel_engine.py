@@ -123,10 +123,12 @@ def test_draws_are_those_of_one_rank(pair: Pair, mode: str, sampling: SamplingSe
 def test_sampled_speculation_draws_the_full_model_s_tokens(pair: Pair) -> None:
     prompt = [token % pair.vocab_size for token in PROMPT]
     full = GenerationParams(max_tokens=20, sampling=SAMPLED)
-    requests = [(prompt, full), (prompt, replace(full, mode="self_speculative", draft_length=3, draft_exit=3))]
-    _, (plain, speculative) = pair.answers(requests)
-    assert plain.token_ids == speculative.token_ids
-    assert speculative.statistics.drafted > 0
+    drafts = replace(full, mode="self_speculative", draft_length=3)
+    requests = [(prompt, full), (prompt, replace(drafts, draft_exit=3))]
+    requests += [(prompt, replace(drafts, draft_source=source)) for source in ("ngram", "both")]
+    _, (plain, *speculative) = pair.answers(requests)
+    assert all(one.token_ids == plain.token_ids for one in speculative)
+    assert speculative[0].statistics.drafted > 0 and speculative[1].statistics.ngram_drafted > 0
 
 
 @pytest.mark.parametrize("sampling", [SamplingSettings(), SAMPLED], ids=["greedy", "sampled"])

@@ -22,6 +22,8 @@ MODES = {
     "full": {},
     "early_exit": {"mode": "early_exit", "exit_thresholds": (0.5, 0.3)},
     "self_speculative": {"mode": "self_speculative", "draft_length": 3},
+    "ngram": {"mode": "self_speculative", "draft_source": "ngram", "draft_length": 4},
+    "both": {"mode": "self_speculative", "draft_source": "both"},
 }
 PROMPT = list(range(20))
 

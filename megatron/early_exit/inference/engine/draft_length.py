@@ -28,8 +28,8 @@ class StepLoad:
     extra_tokens: float = 0.0
     """What these promise."""
     is_drafting: bool = False
-    """Whether an exit is drafting for some request. The others that draft with exits wait, and all verify together:
-    one that runs all layers meanwhile would make every row of the drafts as slow as that."""
+    """Whether an exit is drafting for some request. The others that speculate wait, and all verify together: one that
+    runs all layers meanwhile would make every row of the drafts as slow as that."""
     is_verifying: bool = False
     """Whether a request waits for its drafts to be verified: no exit begins to draft in that step."""
 

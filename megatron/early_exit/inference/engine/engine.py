@@ -424,12 +424,16 @@ class Engine:
         return [*self._running.values(), *self.audit.running.values()]
 
     def _load(self) -> StepLoad:
+        """What the step will be of, once all requests have chosen what to draft."""
         running = [one for one in self._running.values() if isinstance(one, RunningGeneration)]
         drafting = sum(len(one.request.draft_exits) > 0 for one in running)
         load = StepLoad(max(len(self._running), 1), max(drafting, 1))
-        if self.description.num_stages == 1:  # else requests that wait would leave stages idle
-            load.is_drafting = any(one.is_drafting for one in running)
-            load.is_verifying = any(one.has_finished_draft for one in running)
+        waits = self.description.num_stages == 1  # requests that wait would leave other stages idle
+        load.is_verifying = waits and any(one.has_finished_draft for one in running)
+        if not (waits and any(one.is_drafting for one in running)):  # else those who would begin wait as well
+            for one in running:
+                one.choose_draft(load)
+        load.is_drafting = waits and any(one.is_drafting for one in running)
         return load
 
     def _submit(self) -> bool:

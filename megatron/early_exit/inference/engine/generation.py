@@ -163,6 +163,18 @@ class RunningGeneration(RunningRequest):
 
     # Which rows come next.
 
+    def choose_draft(self, load: StepLoad) -> None:
+        """Begin the next draft, if it is time to; all requests do so before any of them says which rows it needs."""
+        request = self.request
+        is_time = self.num_to_draft is None and self.num_rows < self._num_known and not self.is_prefilling
+        if request.drafter is None or request.draft_window is not None or not is_time:
+            return
+        # Verification yields one token more than it accepts; the rows of all drafts need positions.
+        room = min(request.max_tokens - len(self.generated) - 1, request.model.num_positions - len(self.tokens))
+        choice = request.drafter.choose(load, room)
+        self._exit_that_drafts, self.num_to_draft = choice.exit, choice.length or len(choice.tokens)
+        self._add_drafts("ngram", choice.tokens)
+
     def next_rows(self, prefill_budget: int, load: StepLoad) -> Rows | None:
         if self.is_prefilling:
             count = min(self.request.prefill_stop - self.num_rows, prefill_budget)
@@ -196,19 +208,10 @@ class RunningGeneration(RunningRequest):
     def _speculation_rows(self, load: StepLoad) -> Rows | None:
         if load.is_drafting and not self.is_drafting:
             return None
-        drafter = self.request.drafter
-        if self.num_to_draft is None:
-            # Verification yields one token more than it accepts; the rows of all drafts need positions.
-            room = min(
-                self.request.max_tokens - len(self.generated) - 1, self.request.model.num_positions - len(self.tokens)
-            )
-            choice = drafter.choose(load, room)
-            self._exit_that_drafts, self.num_to_draft = choice.exit, choice.length or len(choice.tokens)
-            self._add_drafts("ngram", choice.tokens)
         if self.is_drafting:
             token = self.drafts[-1] if self.drafts else self.tokens[-1]
             return self._rows("draft", [token], exits=(ExitThreshold(self._exit_that_drafts, 0.0),))
-        asked = tuple(ExitThreshold(index, NEVER_TAKEN) for index in drafter.exits_to_ask(load))
+        asked = tuple(ExitThreshold(index, NEVER_TAKEN) for index in self.request.drafter.exits_to_ask(load))
         return self._rows("verify", self._unsubmitted(), exits=asked, sample_from=len(self.tokens) - 1)
 
     def _add_drafts(self, source: DraftSource, tokens: Sequence[int]) -> None:
