@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.protocol import Rows, Step
@@ -157,6 +158,15 @@ def test_exits_that_do_not_draft_are_asked_beside_verifications() -> None:
     rates = engine._draft_rates()
     spent = sum(map(len, asked)) * rates.observed_exit_seconds
     assert spent <= 0.02 * rates.step_seconds(1) * (len(asked) + 51)
+
+
+def test_exits_that_are_for_leaving_do_not_draft() -> None:
+    exits = ExitConfig(exit_layer_nums=(1, 2, 3), exit_uses=("draft", "leave", "both"))
+    assert GenerationParams(mode="self_speculative").drafting_exits(exits) == (1, 3)
+    with pytest.raises(ValueError, match="draft_exit is 2, an exit that is for leaving alone"):
+        GenerationParams(mode="self_speculative", draft_exit=2).drafting_exits(exits)
+    with pytest.raises(ValueError, match="the model's exits are for leaving alone"):
+        GenerationParams(mode="self_speculative").drafting_exits(replace(exits, exit_uses=("leave",)))
 
 
 def test_models_without_exits_draft_from_text_alone() -> None:

@@ -396,13 +396,21 @@ class GenerationParams:
                 f"mode 'self_speculative' with draft_source {self.draft_source!r} needs an exit to draft with, and the "
                 "model has none; draft_source 'ngram' needs none"
             )
+        may_draft = tuple(layer for index, layer in enumerate(exits.exit_layer_nums) if exits.may_draft(index))
+        if self.draft_exit is None and not may_draft:
+            raise ValueError(
+                f"draft_source {self.draft_source!r} needs an exit to draft with, and the model's exits are for "
+                "leaving alone (--exit-uses); draft_source 'ngram' needs none"
+            )
         if self.draft_exit is None:
-            return exits.exit_layer_nums
+            return may_draft
         if self.draft_exit not in exits.exit_layer_nums:
             raise ValueError(
                 f"draft_exit is {self.draft_exit}, but the model's exits are "
                 f"{', '.join(map(str, exits.exit_layer_nums))}"
             )
+        if self.draft_exit not in may_draft:
+            raise ValueError(f"draft_exit is {self.draft_exit}, an exit that is for leaving alone (--exit-uses)")
         return (self.draft_exit,)
 
 
