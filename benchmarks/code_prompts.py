@@ -26,6 +26,7 @@ EDITS = (
     "Add a print of the arguments at the beginning of this function. Answer with the whole function.",
     "Replace the docstring of this function with a shorter one. Answer with the whole function.",
 )
+GO_ON = "Go on with this file where it ends. Answer with the code that follows."
 _LINES, _CHARACTERS = range(7, 19), range(250, 800)
 
 
@@ -52,16 +53,19 @@ def beginnings() -> Iterator[tuple[str, str]]:
             yield str(path.relative_to(common.ROOT)), text
 
 
+def _chat(what: str, text: str, domain: str, where: str) -> dict[str, Any]:
+    content = f"{what}\n\n```python\n{text.rstrip()}\n```"
+    return {"messages": [{"role": "user", "content": content}], "domain": domain, "source": where}
+
+
 def prompts() -> list[dict[str, Any]]:
     chance = random.Random(SEED)
     edits = [
-        {"messages": [{"role": "user", "content": f"{EDITS[number % len(EDITS)]}\n\n```python\n{text}\n```"}],
-         "domain": "edit", "source": where}
+        _chat(EDITS[number % len(EDITS)], text, "edit", where)
         for number, (where, text) in enumerate(chance.sample(list(functions()), NUM_OF_KIND))
-    ]  # fmt: skip
+    ]
     completions = [
-        {"prompt": text, "domain": "completion", "source": where}
-        for where, text in chance.sample(list(beginnings()), NUM_OF_KIND)
+        _chat(GO_ON, text, "completion", where) for where, text in chance.sample(list(beginnings()), NUM_OF_KIND)
     ]
     return [one for pair in zip(edits, completions, strict=True) for one in pair]
 
