@@ -152,10 +152,11 @@ def test_exits_that_do_not_draft_are_asked_beside_verifications() -> None:
         submit(step)
 
     engine.executor.submit = recorded
-    engine.add([17, 80, 3], GenerationParams(max_tokens=150, mode="self_speculative", ignore_eod=True))
+    params = GenerationParams(max_tokens=150, mode="self_speculative", ignore_eod=True)
+    engine.add([17, 80, 3], params)
     (result,) = run_all(engine).values()
     assert any(asked) and all(len(token.predictions) == 1 for token in result.tokens)
-    rates = engine._draft_rates()
+    rates = engine._draft_rates(params)
     spent = sum(map(len, asked)) * rates.observed_exit_seconds
     assert spent <= 0.02 * rates.step_seconds(1) * (len(asked) + 51)
 
