@@ -21,6 +21,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.data import preprocess as preprocess_module
 from megatron.early_exit.data.corpus import docstrings_and_comments, write_stdlib_corpus
+from megatron.early_exit.data.corpus import main as corpus_main
 from megatron.early_exit.data.preprocess import PreprocessConfig, Progress, preprocess
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.data.train_tokenizer import train_tokenizer
@@ -323,7 +324,7 @@ def test_stdlib_corpus_is_real_text_and_always_the_same(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert 400_000 < summary.num_bytes <= 500_000
     assert summary.num_documents == len(records) > 10
-    assert not any("test/" in record["source"] or "site-packages" in record["source"] for record in records)
+    assert not any({"test", "tests", "site-packages"} & set(record["source"].split("/")) for record in records)
     [result] = run(tmp_path, str(tmp_path / "a.jsonl"))
     assert result.num_tokens == summary.num_bytes
 
@@ -337,8 +338,21 @@ def test_corpus_prose_of_a_source_file(tmp_path: Path) -> None:
     write_stdlib_corpus(tmp_path / "c.jsonl", content="prose", library=tmp_path / "lib")
     texts = {record["source"]: record["text"] for record in map(json.loads, (tmp_path / "c.jsonl").open())}
     assert texts == {"pydoc_data/topics.py#assert": "The assert statement.", "m.py": docstrings_and_comments(source)}
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no text found"):
-        write_stdlib_corpus(tmp_path / "d.jsonl", library=tmp_path / "nowhere")
+        write_stdlib_corpus(tmp_path / "d.jsonl", library=tmp_path / "empty")
+
+
+def test_corpus_of_installed_packages_has_each_text_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, text in {"a/one.py": "x = 1\n", "b/vendored/one.py": "x = 1\n", "b/two.py": "x = 2\n"}.items():
+        (tmp_path / "packages" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "packages" / name).write_text(text)
+    output = tmp_path / "e.jsonl"
+    assert corpus_main(["--folder", str(tmp_path / "packages"), "--output", str(output)]) == 0
+    texts = {record["source"]: record["text"] for record in map(json.loads, output.open())}
+    assert texts == {"a/one.py": "x = 1\n", "b/two.py": "x = 2\n"}
+    assert corpus_main(["--folder", str(tmp_path / "nowhere"), "--output", str(output)]) == 1
+    assert "nowhere is no folder" in capsys.readouterr().err
 
 
 def test_byte_tokenizer_of_these_tests_is_the_real_one() -> None:

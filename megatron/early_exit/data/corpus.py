@@ -1,7 +1,8 @@
 """A corpus of real text that every machine has: sources and documentation of the running Python's standard library.
 
-Run as `tools/stdlib_corpus.py`. Documents are whole source files and, from `pydoc_data`, the English help topics.
-The same Python always gives the same file; another version gives another, so losses compare only within one.
+Run as `tools/stdlib_corpus.py`. Documents are whole source files and, from `pydoc_data`, the English help topics; what
+is there several times, as packages carry copies of others, is one document. The same Python always gives the same file;
+another version gives another, so losses compare only within one.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def write_stdlib_corpus(
     if max_mb is not None and max_mb <= 0:
         raise ValueError(f"--max-mb {max_mb} must be positive")
     folder = Path(library or sysconfig.get_path("stdlib"))
+    if not folder.is_dir():
+        raise ValueError(f"--folder {folder} is no folder")
     documents = _limited(stdlib_documents(folder, content), None if max_mb is None else int(max_mb * 1e6))
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +94,8 @@ def stdlib_documents(folder: Path, content: Content = "all") -> list[CorpusDocum
             text = docstrings_and_comments(text)
         if text.strip():
             documents.append(CorpusDocument(source, text))
-    return sorted(documents, key=lambda document: hashlib.sha256(document.source.encode()).digest())
+    different = {document.text: document for document in reversed(documents)}  # of equal ones the first
+    return sorted(different.values(), key=lambda document: hashlib.sha256(document.source.encode()).digest())
 
 
 def docstrings_and_comments(source: str) -> str:
@@ -147,10 +151,13 @@ def _limited(documents: list[CorpusDocument], max_bytes: int | None) -> Iterator
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stdlib_corpus.py",
-        description="Write sources and documentation of Python's standard library as a JSONL corpus.",
+        description="Write sources and documentation of Python's standard library, or of packages, as a JSONL corpus.",
     )
     parser.add_argument("--output", required=True, help="JSONL file to write")
     parser.add_argument("--content", choices=get_args(Content), default="all", help="default: sources and prose")
+    parser.add_argument(
+        "--folder", metavar="DIR", help="another folder of Python sources, installed packages for instance"
+    )
     parser.add_argument("--max-mb", type=float, help="stop at so many million bytes of text")
     add_verbose_flag(parser)
     return parser
@@ -160,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit status."""
     args = build_parser().parse_args(argv)
     try:
-        summary = write_stdlib_corpus(args.output, content=args.content, max_mb=args.max_mb)
+        summary = write_stdlib_corpus(args.output, content=args.content, max_mb=args.max_mb, library=args.folder)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

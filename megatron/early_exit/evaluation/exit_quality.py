@@ -3,16 +3,18 @@ tells where it agrees."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron.early_exit.evaluation.probes import probe_scores
 from megatron.early_exit.evaluation.rows import Row, share_interval
 from megatron.early_exit.evaluation.statistics.exit_metrics import auroc, expected_calibration_error, reliability
 from megatron.early_exit.inference.costs import StepCosts
+from megatron.early_exit.inference.exit_probes import ExitProbes
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import ScoreParams
+from megatron.early_exit.inference.params import ExitScore, ScoreParams
 from megatron.early_exit.inference.results import ScoredHead
 
 
@@ -30,35 +32,56 @@ class HeadScores:
     """Whether the most probable token is the text's."""
     agrees: tuple[np.ndarray, ...]
     """Whether it is the final head's."""
+    probe_scores: tuple[np.ndarray, ...] | None = None
+    """Output of the exit's probe, if there is one."""
 
     def of(self, sequences: Sequence[int]) -> HeadScores:
         """Those of some sequences."""
         some = lambda values: tuple(values[index] for index in sequences)
         return HeadScores(
-            self.layer, self.is_final, some(self.log_probs), some(self.scores), some(self.is_right), some(self.agrees)
-        )
+            self.layer, self.is_final, some(self.log_probs), some(self.scores), some(self.is_right), some(self.agrees),
+            None if self.probe_scores is None else some(self.probe_scores),
+        )  # fmt: skip
+
+    def scores_of(self, score: ExitScore) -> np.ndarray:
+        """[positions]: what thresholds are compared with."""
+        return np.concatenate(self.scores if score == "head" else self.probe_scores)
 
 
 def head_scores(
-    llm: LLM, sequences: Sequence[Sequence[int]], progress: Callable[[int, int], None] = lambda done, total: None
+    llm: LLM,
+    sequences: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    probes: ExitProbes | None = None,
 ) -> list[HeadScores]:
-    """Every exit in the order of layers, and then the final head, over `sequences` of at least two ids each."""
-    found = {}
-    for index, result in llm.stream_scores([list(ids) for ids in sequences], ScoreParams(score_last=False)):
-        found[index] = result.check().heads
+    """Every exit in the order of layers, and then the final head, over `sequences` of at least two ids each. probes:
+    the model's, whose output is wanted as well."""
+    found, of_probes = {}, {}
+    params = ScoreParams(score_last=False, states=probes is not None)
+    for index, result in llm.stream_scores([list(ids) for ids in sequences], params):
+        *exits, final = result.check().heads
+        if probes is not None:
+            of_probes[index] = [probe_scores(probes.networks[head.exit_layer], head.states) for head in exits]
+        found[index] = [*(replace(head, states=None) for head in exits), final]
         progress(len(found), len(sequences))
-    of_sequences = [found[index] for index in range(len(sequences))]
-    finals, num_layers = [heads[-1] for heads in of_sequences], llm.engine.description.num_layers
-    return [_scores_of(of_head, sequences, finals, num_layers) for of_head in zip(*of_sequences, strict=True)]
+    numbers = range(len(sequences))
+    heads = [_scores_of(head, sequences, [found[index] for index in numbers], llm) for head in range(len(found[0]))]
+    if probes is None:
+        return heads
+    return [
+        replace(head, probe_scores=None if head.is_final else tuple(of_probes[index][place] for index in numbers))
+        for place, head in enumerate(heads)
+    ]
 
 
 def _scores_of(
-    of_head: Sequence[ScoredHead], sequences: Sequence[Sequence[int]], finals: Sequence[ScoredHead], num_layers: int
+    place: int, sequences: Sequence[Sequence[int]], of_sequences: Sequence[Sequence[ScoredHead]], llm: LLM
 ) -> HeadScores:
-    layer = of_head[0].exit_layer
-    predicted = [np.array(head.tokens) for head in of_head]
+    """Of the head at `place` among all."""
+    of_head, finals = [heads[place] for heads in of_sequences], [heads[-1] for heads in of_sequences]
+    layer, predicted = of_head[0].exit_layer, [np.array(head.tokens) for head in of_head]
     return HeadScores(
-        layer=num_layers if layer is None else layer,
+        layer=llm.engine.description.num_layers if layer is None else layer,
         is_final=layer is None,
         log_probs=tuple(np.array(head.log_probs) for head in of_head),
         scores=tuple(np.array(head.confidences) for head in of_head),
@@ -88,6 +111,27 @@ def head_row(head: HeadScores, costs: StepCosts, seed: int) -> Row:
         "ece": None if head.is_final else expected_calibration_error(scores, agrees),
         "auroc": None if head.is_final else auroc(scores, agrees),
         "cost_in_layers": in_layers,
+    }
+
+
+def used_heads_row(heads: Sequence[HeadScores], thresholds: Mapping[int, float], score: ExitScore) -> Row:
+    """A text's perplexity where each token is judged by the head that would give it: the first exit whose score reaches
+    its threshold, else the final head. thresholds: by layer; of exits that are never taken none."""
+    *exits, final = heads
+    used = [head for head in exits if head.layer in thresholds]
+    of_final = np.concatenate(final.log_probs)
+    log_probs, taken = of_final, np.full(len(of_final), len(used))
+    for index in reversed(range(len(used))):
+        is_reached = used[index].scores_of(score) >= thresholds[used[index].layer]
+        log_probs = np.where(is_reached, np.concatenate(used[index].log_probs), log_probs)
+        taken[is_reached] = index
+    loss, more = float(-log_probs.mean()), float(of_final.mean() - log_probs.mean())
+    shares = np.bincount(taken, minlength=len(used) + 1) / len(taken)
+    return {
+        "loss": loss,
+        "perplexity": float(np.exp(loss)) if loss < 700 else None,
+        "perplexity_ratio": float(np.exp(more)) if more < 700 else None,
+        "shares": dict(zip([*(str(head.layer) for head in used), "final"], shares.tolist(), strict=True)),
     }
 
 

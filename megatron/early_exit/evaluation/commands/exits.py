@@ -85,10 +85,11 @@ def _check_lengths(text: PromptSet) -> None:
 
 def _evaluated(args: argparse.Namespace, llm: LLM, loaded: LoadedEngine, text: PromptSet) -> dict[str, Any]:
     """Print and return what the heads of one model do."""
-    from megatron.early_exit.evaluation.exit_quality import head_row, head_scores, reliability_rows
+    from megatron.early_exit.evaluation.exit_quality import head_row, head_scores, reliability_rows, used_heads_row
     from megatron.early_exit.evaluation.rows import names_of
 
-    heads = head_scores(llm, [one.ids for one in text.prompts], show_progress("sequences"))
+    probes = loaded.checkpoint.probes
+    heads = head_scores(llm, [one.ids for one in text.prompts], show_progress("sequences"), probes)
     costs = llm.engine.measure_costs()
     rows = [head_row(head, costs, args.seed) for head in heads]
     num_tokens = sum(len(one.ids) - 1 for one in text.prompts)
@@ -98,9 +99,16 @@ def _evaluated(args: argparse.Namespace, llm: LLM, loaded: LoadedEngine, text: P
         chosen = [index for index, one in enumerate(text.prompts) if one.domain == domain]
         by_domain[domain] = [head_row(head.of(chosen), costs, args.seed) for head in heads]
         print(f"\n{domain}, {len(chosen)} of {len(text.prompts)} sequences:\n{_table(by_domain[domain])}")
+    used_heads = [
+        {"level": one.level, "exit_score": one.score, **used_heads_row(heads, one.thresholds, one.score)}
+        for one in llm.engine.checks.certificates.certified
+    ]
+    if used_heads:
+        print(f"\neach token judged by the head that would give it:\n{_table_of_used(used_heads)}")
     return {
         "tokens": num_tokens,
         "heads": rows,
+        "used_heads": used_heads,
         "reliability": {str(head.layer): reliability_rows(head) for head in heads if not head.is_final},
         "by_domain": by_domain,
         "per_prompt": [
@@ -130,4 +138,16 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
             number("accuracy", ".1%"), number("agreement", ".1%") + ends, number("confidence", ".1%"),
             number("ece", ".3f"), number("auroc", ".3f"), number("cost_in_layers", ".1f"),
         ))  # fmt: skip
+    return aligned(lines)
+
+
+def _table_of_used(rows: Sequence[dict[str, Any]]) -> str:
+    from megatron.early_exit.inference.report import aligned
+
+    lines = [("certified", "decided by", "perplexity", "/ final head's", "given by exits")]
+    for row in rows:
+        number = lambda name, row=row: "-" if row[name] is None else f"{row[name]:.4f}"
+        given = 1.0 - row["shares"]["final"]
+        score = row["exit_score"]
+        lines.append((f"{row['level']:g}", score, number("perplexity"), number("perplexity_ratio"), f"{given:.1%}"))
     return aligned(lines)
