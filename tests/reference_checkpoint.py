@@ -25,7 +25,14 @@ HEADS = {
     "block": {"use_exit_block": True, "use_exit_norm": True, "untie_exit_output_weights": True},
     "pre_exit": {"pre_exit": True, "use_exit_norm": True},
     "pre_exit_block": {"pre_exit": True, "use_exit_block": True},
-}
+    "mixed": {
+        "use_exit_block": (True, False, False), "use_exit_norm": (False, True, True),
+        "use_exit_mlp": (False, False, True), "untie_exit_output_weights": (False, True, False),
+    },
+}  # fmt: skip
+"""Of three exits; those of `mixed` are each of another kind."""
+WITH_USES = {"uses": {**HEADS["mixed"], "exit_uses": ("draft", "leave", "both")}}
+"""Heads of which not all do everything."""
 STYLES = {
     "llama": {},
     "rotary_percent": {"rotary_percent": 0.5, "untie_embeddings_and_output_weights": True},

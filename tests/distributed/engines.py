@@ -174,7 +174,7 @@ def check_against_reference(
     policy = params.exit_policy(cfg.exits)
     for row, token in enumerate(result.tokens, start=len(prompt) - 1):
         enabled = () if policy is None else policy.exit_layers
-        enabled = cfg.exits.exit_layer_nums if params.observe_exits else enabled
+        enabled = cfg.exits.leaving_layers if params.observe_exits else enabled
         predictions = iter(token.predictions)
         for head in (*enabled, None):
             log_prob, best = log_probs[head][row].max(0)
@@ -219,7 +219,7 @@ def check_statistics(cfg: RunConfig, params: GenerationParams, result: RequestRe
         assert statistics.first_token_seconds >= statistics.queue_seconds
     if params.mode == "full":
         assert statistics.layer_passes == statistics.layer_runs == statistics.full_layer_passes
-    if params.mode == "early_exit" and not cfg.exits.use_exit_block:
+    if params.mode == "early_exit" and not any(head.block for head in cfg.exits.heads):
         # Rows that exited and were not run later saved the layers above the deepest later exit; nothing else does.
         depths, deepest = [], 0
         for token in reversed(result.tokens):
@@ -338,7 +338,7 @@ def add_random_request(engine: Engine, cfg: RunConfig, mode: str, vocab_size: in
     from megatron.early_exit.inference.params import SamplingSettings
 
     prompt = [random.randrange(vocab_size) for _ in range(random.choice([1, 2, 5, 12, 20]))]
-    layers = list(cfg.exits.exit_layer_nums)
+    layers, drafting = list(cfg.exits.leaving_layers), list(cfg.exits.drafting_layers)
     params = GenerationParams(
         mode=mode,
         max_tokens=random.randrange(1, 25),
@@ -346,7 +346,7 @@ def add_random_request(engine: Engine, cfg: RunConfig, mode: str, vocab_size: in
         exit_layers=tuple(random.sample(layers, random.randrange(1, len(layers) + 1))),
         max_deferred=random.choice([0, 2, 6, 32]),
         draft_source=(source := random.choice(["exit", "exit", "ngram", "both"])),
-        draft_exit=None if source == "ngram" else random.choice([*layers, None]),
+        draft_exit=None if source == "ngram" else random.choice([*drafting, None]),
         draft_length=random.choice([None, 1, 3]),
         echo=random.random() < 0.2,
     )

@@ -13,13 +13,20 @@ from megatron.early_exit.inference.worker.stage import FlowControl, Stage
 from megatron.early_exit.inference.worker.weights import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
-from tests.reference_checkpoint import HEADS, STYLES, decoding_config, reference_description, reference_tensors
+from tests.reference_checkpoint import (
+    HEADS,
+    STYLES,
+    WITH_USES,
+    decoding_config,
+    reference_description,
+    reference_tensors,
+)
 
 NUM_SLOTS = 4
 
 
 def config_of(head: str, style: str) -> RunConfig:
-    return decoding_config(**HEADS[head], **STYLES[style])
+    return decoding_config(**{**HEADS, **WITH_USES}[head], **STYLES[style])
 
 
 def factory(

@@ -66,9 +66,18 @@ def stored(folder: Path) -> dict[str, tuple | None]:
 )
 def test_the_parameters_are_those_of_a_model_trained_with_exits(head: str, style: str, tmp_path: Path) -> None:
     plain(tmp_path / "plain", style)
-    cfg = make_config(exit_layer_nums=(1, 3), exit_layer_weight=(), **HEADS[head], **STYLES[style])
+    layers = (1, 2, 3) if head == "mixed" else (1, 3)
+    cfg = make_config(exit_layer_nums=layers, exit_layer_weight=(), **HEADS[head], **STYLES[style])
     run_distributed(1, save, cfg=cfg, folder=tmp_path / "trained")
-    words = ("--load", tmp_path / "plain", "--save", tmp_path / "added", "--exit-layer-nums", 1, 3, *EXIT_FLAGS[head])
+    words = (
+        "--load",
+        tmp_path / "plain",
+        "--save",
+        tmp_path / "added",
+        "--exit-layer-nums",
+        *layers,
+        *EXIT_FLAGS[head],
+    )
     assert run("add-exits", *words) == 0
     assert stored(tmp_path / "added") == stored(tmp_path / "trained")
     assert read(tmp_path / "added")[0] == cfg.exits

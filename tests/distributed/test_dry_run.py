@@ -9,7 +9,7 @@ import pytest
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.training.dry_run import describe, stages
-from tests.configs import VOCAB_SIZE, make_config
+from tests.configs import MIXED_HEADS, VOCAB_SIZE, make_config
 from tests.distributed.workers import run_distributed
 from tests.reference_checkpoint import HEADS, STYLES
 
@@ -35,7 +35,10 @@ def built(cfg: RunConfig) -> tuple[int, list[int], int, int]:
 
 
 @pytest.mark.parametrize(("world_size", "changes"), [
-    *((1, HEADS[head]) for head in HEADS),
+    *((1, HEADS[head]) for head in HEADS if head != "mixed"),
+    (1, MIXED_HEADS),
+    (2, {**PP2, **MIXED_HEADS}),
+    (2, {"tune_exit": True, **PP2, **MIXED_HEADS}),
     *((1, STYLES[style]) for style in STYLES),
     (1, {"qk_layernorm": True}),
     (2, {**TP2, **HEADS["mlp"]}),

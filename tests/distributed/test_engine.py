@@ -96,7 +96,7 @@ def test_threshold_zero_takes_the_first_exit(head: str) -> None:
     result = checked(cfg, early_exit([0.0]))
     assert {t.exit_layer for t in result.tokens} == {1}
     assert [len(t.predictions) for t in result.tokens] == [1] * 20
-    layers_of_a_row = (0 if cfg.exits.pre_exit else 1) + (1 if cfg.exits.use_exit_block else 0)
+    layers_of_a_row = (0 if cfg.exits.pre_exit else 1) + cfg.exits.head_of(0).block
     assert result.statistics.layer_passes == 20 * layers_of_a_row
 
 

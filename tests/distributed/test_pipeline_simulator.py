@@ -80,7 +80,7 @@ class Model:
             reference, _ = reference_over(self.cfg, tokens)
             names = {layer: f"decoder.layers.{layer}" for layer in range(self.cfg.model.num_layers)}
             for index, layer_number in enumerate(self.cfg.exits.exit_layer_nums):
-                if self.cfg.exits.use_exit_block:
+                if self.cfg.exits.head_of(index).block:
                     names["block", index] = f"decoder.layers.{layer_number - 1}.exit_head.block"
             self._references[key] = {part: reference.keys_and_values(name) for part, name in names.items()}
         return self._references[key]

@@ -157,6 +157,16 @@ class ExitConfig:
         """Index of the exit named `layer_number` among the exits, or None if this layer has none."""
         return self.exit_layer_nums.index(layer_number) if layer_number in self.exit_layer_nums else None
 
+    @property
+    def leaving_layers(self) -> tuple[int, ...]:
+        """The exits at which tokens may leave."""
+        return tuple(layer for index, layer in enumerate(self.exit_layer_nums) if self.may_leave(index))
+
+    @property
+    def drafting_layers(self) -> tuple[int, ...]:
+        """The exits that may draft."""
+        return tuple(layer for index, layer in enumerate(self.exit_layer_nums) if self.may_draft(index))
+
     def depth_of(self, layer_number: int) -> int:
         """Layers that have run when the exit named `layer_number` reads the hidden states."""
         return layer_number - self.pre_exit

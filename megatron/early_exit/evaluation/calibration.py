@@ -143,8 +143,9 @@ def calibrate(
     show: makes a progress function for a kind of work. Raises ValueError for a model without exits, for one whose
     weights cannot be told from others, for too few prompts, for records that are damaged, and with `exit_score` "probe"
     for a model without probes and for prompts that they were trained on."""
-    if not loaded.engine.exits.exit_layer_nums:
-        raise ValueError(f"the model in {loaded.checkpoint.config.path} has no exits to calibrate")
+    if not loaded.engine.exits.leaving_layers:
+        reason = ": their use is to draft alone" if loaded.engine.exits.num_exits else ""
+        raise ValueError(f"the model in {loaded.checkpoint.config.path} has no exits to calibrate{reason}")
     if not (loaded.checkpoint.folder / CHECKSUMS_FILE).is_file():
         raise ValueError(
             f"{loaded.checkpoint.folder} has no {CHECKSUMS_FILE}, by which certificates know weights; let "
@@ -166,9 +167,9 @@ class _Calibrator:
         self._answers = AnswerSettings(settings.answer_tokens, settings.ignore_eod, prompts.template_digest)
         about = AboutRecords(self._fingerprint, self._answers, prompts.digest, len(prompts.prompts))
         self._folder = RecordsFolder(loaded.checkpoint.folder, about)
-        self._layers = loaded.engine.exits.exit_layer_nums
+        self._layers = loaded.engine.exits.leaving_layers
         model = loaded.engine.description
-        self._savings = [1.0 - one.depth / model.num_layers for one in model.exits]
+        self._savings = [1.0 - one.depth / model.num_layers for one in model.exits if one.may_leave]
         self._split = Split.draw(len(prompts.prompts), settings.seed, settings.with_free_running)
 
     def run(self) -> Calibration:

@@ -75,7 +75,7 @@ def lossless_cases(checks: RequestChecks, answers: GenerationParams, batch: int,
         Case(f"full, prompts in pieces of {SMALL_PREFILL_CHUNK}", answers, batch, SMALL_PREFILL_CHUNK),
         Case("full, prompts computed before", answers, batch, keep_prefixes=True),
     ]
-    if checks.exits.exit_layer_nums:
+    if checks.exits.leaving_layers:
         cases.append(Case("full, every exit evaluated", replace(answers, observe_exits=True), batch))
         cases.append(
             Case("early exit, threshold 1", replace(answers, mode="early_exit", exit_thresholds=(1.0,)), batch)
@@ -93,7 +93,7 @@ def _speculative(
     checks: RequestChecks, answers: GenerationParams, lengths: Sequence[int | None]
 ) -> list[GenerationParams]:
     found = []
-    for layer in checks.exits.exit_layer_nums:
+    for layer in checks.exits.drafting_layers:
         is_last_stage = checks.model.stage_of(checks.model.index_of(layer)) == checks.model.num_stages - 1
         for kind in ("draft_then_verify", *(() if is_last_stage else ("across_stages",))):
             found += [
@@ -210,7 +210,11 @@ class CorrectnessCheck:
 
     def median_score(self) -> float:
         """Half of the exits' scores along the full model's answers lie below it."""
-        wanted = [ScoreParams(final=False, score_from=len(prompt.ids) - 1, score_last=False) for prompt in self.prompts]
+        leaving = self.llm.exits.leaving_layers
+        wanted = [
+            ScoreParams(exit_layers=leaving, final=False, score_from=len(prompt.ids) - 1, score_last=False)
+            for prompt in self.prompts
+        ]
         answers = self.reference(self.answers.sampling)
         ids = [[*prompt.ids, *answer] for prompt, answer in zip(self.prompts, answers, strict=True)]
         return median(
@@ -300,7 +304,7 @@ def check_all(
     """Every case of the model and its layout, and the check, for what else is to be compared."""
     check = CorrectnessCheck(llm, prompts, answers, batch)
     cases = lossless_cases(llm.engine.checks, answers, batch, temperature)
-    early = early_exit_cases(answers, batch, check.median_score()) if llm.exits.exit_layer_nums else []
+    early = early_exit_cases(answers, batch, check.median_score()) if llm.exits.leaving_layers else []
     outcomes = []
     for number, case in enumerate([*cases, *early], start=1):
         outcomes.append(check.run(case) if number <= len(cases) else check.run_early_exit(case))

@@ -18,11 +18,12 @@ class Grid:
 
     thresholds: tuple[float, ...] = ()
     exits: str = "together"
-    """Exits that thresholds are tried on: all `together`, `each` by itself, or `both`."""
+    """Exits that thresholds are tried on, of those that tokens may leave at: all `together`, `each` by itself, or
+    `both`."""
     certified: tuple[float, ...] | None = ()
     """Levels; None: all whose certificates are for answers like these."""
     draft_exits: tuple[int, ...] | None = None
-    """None: all."""
+    """None: all that may draft."""
     draft_lengths: tuple[int | None, ...] = ()
     """None: it adapts."""
     draft_sources: tuple[DraftSourceChoice, ...] = ("exit",)
@@ -34,7 +35,7 @@ def variants_of(grid: Grid, answers: GenerationParams, checks: RequestChecks) ->
 
     Raises ValueError for exits that the model does not have, thresholds that are none, and levels that are not
     certified."""
-    layers = checks.exits.exit_layer_nums
+    layers = checks.exits.leaving_layers
     early = [
         replace(answers, mode="early_exit", exit_thresholds=(threshold,), exit_layers=chosen)
         for chosen in _chosen_exits(grid.exits, layers) for threshold in grid.thresholds
@@ -45,7 +46,8 @@ def variants_of(grid: Grid, answers: GenerationParams, checks: RequestChecks) ->
     ]
     drafts = [
         replace(answers, mode="self_speculative", draft_exit=layer, draft_length=length)
-        for layer in (layers if grid.draft_exits is None else grid.draft_exits) for length in grid.draft_lengths
+        for layer in (checks.exits.drafting_layers if grid.draft_exits is None else grid.draft_exits)
+        for length in grid.draft_lengths
         if "exit" in grid.draft_sources
     ]  # fmt: skip
     drafts += [

@@ -27,7 +27,7 @@ _ABOUT_FILE = "about.json"
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """The decisions of one answer: T tokens, E exits in the order of layers."""
+    """The decisions of one answer: T tokens, E exits that tokens may leave at, in the order of layers."""
 
     prompt: int
     """Number of the prompt in its set."""

@@ -248,7 +248,7 @@ class InferenceCheckpoint:
         shortlist = None if is_probe else self.shortlist(tokenizer.vocab_size)
         return ExitFingerprint(
             weights=fingerprint(self.folder),
-            exit_layers=tuple(self.description.exits.exit_layer_nums),
+            exit_layers=self.description.exits.leaving_layers,
             dtype="bf16" if self.dtype == torch.bfloat16 else "fp32",
             quantize=None if is_probe and quantize == "exits" else quantize,
             shortlist=None if shortlist is None else shortlist.digest,

@@ -202,7 +202,7 @@ class GenerationParams:
     checkpoint's certificate of this level has (`tools/evaluate.py calibrate`)."""
 
     exit_layers: tuple[int, ...] = ()
-    """early_exit: exits that may be evaluated; none given: all."""
+    """early_exit: exits that may be evaluated; none given: all that tokens may leave at."""
 
     exit_score: ExitScore | None = None
     """early_exit, and exits that are observed: what thresholds are compared with, the largest probability of the exit's
@@ -215,8 +215,9 @@ class GenerationParams:
     taken and by what layers and heads cost on this machine. Possibly none. None: if the thresholds are certified."""
 
     observe_exits: bool = False
-    """full: evaluate every exit for every token and take none; `GeneratedToken.predictions` tell what each would have
-    said, with the score (`exit_score`) that early exit would have compared with its threshold."""
+    """full: evaluate every exit that tokens may leave at for every token, and take none; `GeneratedToken.predictions`
+    tell what each would have said, with the score (`exit_score`) that early exit would have compared with its
+    threshold."""
 
     max_deferred: int = 32
     """early_exit: rows of this request that may be deferred. Where one more exits, it runs the remaining layers with
@@ -396,7 +397,7 @@ class GenerationParams:
                 f"mode 'self_speculative' with draft_source {self.draft_source!r} needs an exit to draft with, and the "
                 "model has none; draft_source 'ngram' needs none"
             )
-        may_draft = tuple(layer for index, layer in enumerate(exits.exit_layer_nums) if exits.may_draft(index))
+        may_draft = exits.drafting_layers
         if self.draft_exit is None and not may_draft:
             raise ValueError(
                 f"draft_source {self.draft_source!r} needs an exit to draft with, and the model's exits are for "
@@ -410,7 +411,11 @@ class GenerationParams:
                 f"{', '.join(map(str, exits.exit_layer_nums))}"
             )
         if self.draft_exit not in may_draft:
-            raise ValueError(f"draft_exit is {self.draft_exit}, an exit that is for leaving alone (--exit-uses)")
+            others = ", ".join(map(str, may_draft)) or "none"
+            raise ValueError(
+                f"draft_exit is {self.draft_exit}, an exit that is for leaving alone (--exit-uses); exits that may draft "
+                f"are {others}"
+            )
         return (self.draft_exit,)
 
 

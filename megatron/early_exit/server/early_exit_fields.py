@@ -49,7 +49,8 @@ class EarlyExitFields(RequestBody):
     certified level, as in certified:0.99, with the thresholds of its certificate: temperature, max_tokens and the like
     are then, where they are left out, those of the certified answers."""
     exit_layers: Annotated[list[_Layer], Field(max_length=_MAX_EXITS)] | None = None
-    """early_exit: exits that may be taken, by the numbers of their layers; empty: all."""
+    """early_exit: exits that may be taken, by the numbers of their layers; empty: all whose use is not to draft
+    alone."""
     max_deferred: Annotated[int, Field(ge=0)] | None = None
     """early_exit: tokens whose remaining layers may wait."""
     plan_exits: bool | None = None
@@ -63,7 +64,8 @@ class EarlyExitFields(RequestBody):
     """self_speculative: an exit drafts; or ngram: what followed the last tokens where they stood before, in the prompt
     or the answer; or both: whichever promises more."""
     draft_exit: _Layer | None = None
-    """self_speculative: the exit that drafts; left out: the one that promises most."""
+    """self_speculative: the exit that drafts; left out: the one that promises most, of those whose use is
+    not to leave alone."""
     draft_length: Annotated[int, Field(ge=1, le=LONGEST_DRAFT)] | None = None
     """self_speculative: tokens to draft at once; left out: it adapts."""
     draft_min_confidence: _Threshold | None = None

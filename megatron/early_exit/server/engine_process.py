@@ -22,7 +22,6 @@ from megatron.early_exit.inference.engine.engine import Engine, Event
 from megatron.early_exit.inference.engine.request import Result
 from megatron.early_exit.inference.engine_loading import LoadedEngine, load_engine
 from megatron.early_exit.inference.executor.base import ExecutorError
-from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import RequestResult, Statistics
 from megatron.early_exit.inference.text_engine import request_error
 from megatron.early_exit.inference.worker.kv_cache import CacheSize
@@ -100,8 +99,8 @@ def _end_loading(*_: object) -> NoReturn:
 
 def _prepare(engine: Engine) -> None:
     """Measure costs now: with requests there would be no time for it."""
-    if engine.exits.exit_layer_nums:
-        engine.prepare(GenerationParams(mode="self_speculative"))
+    if engine.exits.num_exits:
+        engine.measure_costs()
 
 
 def _ready(loaded: LoadedEngine) -> Ready:

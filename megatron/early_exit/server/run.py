@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from megatron.early_exit.inference.executor.base import ExecutorError
+from megatron.early_exit.inference.protocol import ExitDescription
 from megatron.early_exit.server.app import build_app
 from megatron.early_exit.server.async_engine import AsyncEngine, LoadedModel
 from megatron.early_exit.server.config import RequestLimits, ServerConfig
@@ -127,9 +128,13 @@ async def _until_idle(engine: AsyncEngine) -> None:
         await asyncio.sleep(0.05)
 
 
+def _exit_in_words(one: ExitDescription) -> str:
+    return str(one.layer_number) if one.use == "both" else f"{one.layer_number} ({one.use})"
+
+
 def _in_words(model: LoadedModel, name: str) -> str:
     ready = model.ready
-    exits = ", ".join(str(one.layer_number) for one in ready.description.exits) or "none"
+    exits = ", ".join(_exit_in_words(one) for one in ready.description.exits) or "none"
     lines = [
         f"model {name}: {ready.checkpoint}, {ready.description.num_layers} layers, exits {exits}",
         f"keys and values: {ready.memory}",

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     llm, loaded = load_for(args, max(settings.batches))
     with llm:
         if args.draft_exits is None:
-            args.draft_exits = list(llm.exits.exit_layer_nums[:1])
+            args.draft_exits = list(llm.exits.drafting_layers[:1])
         grid = grid_of(args)
         variants = variants_of(grid, answers, llm.engine.checks)
         prompts = load_prompts(args, llm.tokenizer, llm.engine.description, args.answer_tokens, max(settings.batches))

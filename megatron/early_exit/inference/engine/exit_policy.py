@@ -27,17 +27,30 @@ class ExitPolicy:
     def for_model(cls, exits: ExitConfig, thresholds: Sequence[float], exit_layers: Sequence[int] = ()) -> ExitPolicy:
         """The policy for a model with `exits`.
 
-        exit_layers: exits to enable, by layer number; none given: all. thresholds: one for all of them, or one for
-        each in the order of `exit_layers`. Raises ValueError for a model without exits, an exit that the model does not
-        have, a repeated one, a number of thresholds that does not fit, and a threshold that is not a number."""
+        exit_layers: exits to enable, by layer number; none given: all that tokens may leave at. thresholds: one for all
+        of them, or one for each in the order of `exit_layers`. Raises ValueError for a model without such exits, an
+        exit that the model does not have or that only drafts, a repeated one, a number of thresholds that does not fit,
+        and a threshold that is not a number."""
         if not exits.exit_layer_nums:
             raise ValueError("early exit was asked for, but the model has no exits (--exit-layer-nums is empty)")
-        enabled = tuple(exit_layers) or exits.exit_layer_nums
+        leaving = exits.leaving_layers
+        if not leaving:
+            raise ValueError(
+                f"early exit was asked for, but the model's exits ({_text(exits.exit_layer_nums)}) only draft "
+                "(--exit-uses); use mode 'self_speculative'"
+            )
+        enabled = tuple(exit_layers) or leaving
         unknown = sorted(set(enabled) - set(exits.exit_layer_nums))
         if unknown:
             raise ValueError(
                 f"exit_layers {_text(enabled)}: the model has no exit named {_text(unknown)}; its exits are "
                 f"{_text(exits.exit_layer_nums)}"
+            )
+        drafting = sorted(set(enabled) - set(leaving))
+        if drafting:
+            raise ValueError(
+                f"exit_layers {_text(enabled)}: the use of exit {_text(drafting)} is to draft, and no token may leave "
+                f"there; exits to leave at are {_text(leaving)}"
             )
         if len(set(enabled)) < len(enabled):
             raise ValueError(f"exit_layers {_text(enabled)} names an exit twice")

@@ -88,8 +88,10 @@ class ExitSelector:
     """Selects exits by what was recorded of them; selections that were made are kept."""
 
     def __init__(self, model: WorkerDescription, scores: Mapping[ExitScore, np.ndarray]) -> None:
-        """scores: [decisions, exits] of each kind, from records"""
+        """scores: [decisions, exits that tokens may leave at] of each kind, from records"""
         self._model, self._scores = model, scores
+        leaving = (index for index, one in enumerate(model.exits) if one.may_leave)
+        self._columns = {index: column for column, index in enumerate(leaving)}
         self._selected: dict[tuple, tuple[ExitThreshold, ...]] = {}
 
     def select(
@@ -108,7 +110,7 @@ class ExitSelector:
         key = (candidates, num_requests, costs, all_or_none)
         if key not in self._selected:
             indices = select_exits(
-                self._scores[score][:, [one.exit for one in candidates]],
+                self._scores[score][:, [self._columns[one.exit] for one in candidates]],
                 [one.threshold for one in candidates],
                 [self._model.exits[one.exit].depth for one in candidates],
                 self._model.num_layers,

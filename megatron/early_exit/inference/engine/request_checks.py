@@ -86,12 +86,13 @@ class RequestChecks:
                 "trains them"
             )
         if params.observe_exits:
-            return tuple(ExitThreshold(index, NEVER_TAKEN, score) for index in range(len(self.model.exits)))
+            leaving = (index for index, one in enumerate(self.model.exits) if one.may_leave)
+            return tuple(ExitThreshold(index, NEVER_TAKEN, score) for index in leaving)
         if params.certified_level is None:
             policy = params.exit_policy(self.exits)
             thresholds = {} if policy is None else dict(zip(policy.exit_layers, policy.thresholds, strict=True))
         else:
-            ExitPolicy.for_model(self.exits, (1.0,), params.exit_layers)  # refuses exits that the model lacks
+            ExitPolicy.for_model(self.exits, (1.0,), params.exit_layers)  # refuses exits that no token may leave at
             thresholds = self.certificates.thresholds(params)
         return tuple(ExitThreshold(self.model.index_of(layer), value, score) for layer, value in thresholds.items())
 

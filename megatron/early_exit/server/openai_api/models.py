@@ -7,6 +7,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
+from megatron.early_exit.config.exits import ExitUse
 from megatron.early_exit.inference.certificates import Certificate
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.engine_messages import Ready
@@ -54,6 +55,8 @@ class Model(BaseModel):
     num_layers: int
     exit_layers: list[int]
     """Exits, by the numbers of their layers."""
+    exit_uses: list[ExitUse]
+    """What each of them is for: to give tokens (leave), to draft, or both."""
     certified: list[CertifiedLevel]
     """What `exit_thresholds` may name as certified:LEVEL."""
 
@@ -92,6 +95,7 @@ def _model(context: ServerContext) -> Model:
         max_model_len=ready.description.num_positions,
         num_layers=ready.description.num_layers,
         exit_layers=[one.layer_number for one in ready.description.exits],
+        exit_uses=[one.use for one in ready.description.exits],
         certified=certified_levels(ready),
     )
 

@@ -36,7 +36,7 @@ class PageDefaults(BaseModel):
     exit_layers: list[int]
     """Those that are evaluated."""
     draft_exit: int | None
-    """None for a model without exits."""
+    """None for a model without exits that may draft."""
 
 
 class PageModel(BaseModel):
@@ -47,6 +47,10 @@ class PageModel(BaseModel):
     num_layers: int
     exit_layers: list[int]
     """Layer numbers of the exits, ascending."""
+    leaving_layers: list[int]
+    """Of those that tokens may leave at."""
+    drafting_layers: list[int]
+    """Of those that may draft."""
     num_positions: int
     """Longest prompt and answer together, in tokens."""
     has_chat_template: bool
@@ -81,12 +85,15 @@ def router(context: ServerContext) -> APIRouter:
 def _describe(context: ServerContext) -> PageModel:
     """Raises NotReady while there is no model."""
     model, defaults = context.ready_model(), context.config.defaults
-    exits = [one.layer_number for one in model.ready.description.exits]
+    exits = model.ready.exits
+    leaving, drafting = list(exits.leaving_layers), list(exits.drafting_layers)
     is_certified = isinstance(defaults.exit_thresholds, CertifiedThresholds)
     return PageModel(
         name=context.model_name,
         num_layers=model.ready.description.num_layers,
-        exit_layers=exits,
+        exit_layers=list(exits.exit_layer_nums),
+        leaving_layers=leaving,
+        drafting_layers=drafting,
         num_positions=model.ready.description.num_positions,
         has_chat_template=bool(context.config.chat_template or model.tokenizer.chat_template),
         certified=certified_levels(model.ready),
@@ -94,8 +101,8 @@ def _describe(context: ServerContext) -> PageModel:
             mode=defaults.mode,
             exit_thresholds=[0.8] if is_certified else list(defaults.exit_thresholds),
             certified=defaults.certified_level,
-            exit_layers=list(defaults.exit_layers) or exits,
-            draft_exit=exits[0] if exits and defaults.draft_exit is None else defaults.draft_exit,
+            exit_layers=list(defaults.exit_layers) or leaving,
+            draft_exit=drafting[0] if drafting and defaults.draft_exit is None else defaults.draft_exit,
         ),
     )
 

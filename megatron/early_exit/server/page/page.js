@@ -56,9 +56,11 @@ function fill() {
   at("threshold").value = thresholds[0];
   at("max-tokens").max = Math.min(model.num_positions, MOST_TOKENS);
   at("max-tokens").value = Math.min(at("max-tokens").value, Math.ceil(model.num_positions / 2));
-  for (const layer of model.exit_layers) {
+  for (const layer of model.leaving_layers) {
     const box = element("input", { type: "checkbox", value: layer, checked: defaults.exit_layers.includes(layer) });
     at("exits").append(element("label", {}, [box, ` after layer ${layer}`]));
+  }
+  for (const layer of model.drafting_layers) {
     at("draft").append(element("option", { value: layer, textContent: `after layer ${layer}` }));
   }
   at("draft").value = defaults.draft_exit ?? "";
@@ -69,8 +71,12 @@ function fill() {
   at("promise").value = defaults.certified ?? "";
   const hasExits = model.exit_layers.length > 0;
   // Who opens the page wants to see exits at work, also where the server's own default is the full model.
-  at("mode").value = !hasExits ? "full" : defaults.mode === "full" ? "early_exit" : defaults.mode;
-  for (const option of at("mode").options) option.disabled = !hasExits && option.value !== "full";
+  const isUsable = {
+    full: true, early_exit: model.leaving_layers.length > 0, self_speculative: model.drafting_layers.length > 0,
+  };
+  const wanted = [defaults.mode, "early_exit", "self_speculative", "full"].slice(defaults.mode === "full" ? 1 : 0);
+  at("mode").value = wanted.find((mode) => isUsable[mode]);
+  for (const option of at("mode").options) option.disabled = !isUsable[option.value];
   at("no-exits").hidden = hasExits;
   at("exits").hidden = !hasExits;
   at("form").elements.kind[1].disabled = !model.has_chat_template;
