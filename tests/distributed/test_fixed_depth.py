@@ -26,13 +26,14 @@ from tests.distributed.workers import run_distributed
     ("llama", "untied_norm"), ("llama", "mlp"), ("llama", "block"), ("llama", "pre_exit"),
     ("llama tied, no groups", "untied_norm"), ("llama 3", "block"), ("mistral", "mlp"), ("qwen2", "pre_exit"),
     ("qwen3", "block"), ("gpt2", "mlp"), ("gpt2", "block"), ("gpt2 untied", "untied_norm"),
+    ("llama", "mixed"),
 ])  # fmt: skip
 def test_an_exit_is_a_plain_model(
     name: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     import transformers
 
-    write_with_exits(name, EXIT_FLAGS[head], (2, 3), tmp_path, monkeypatch)
+    write_with_exits(name, EXIT_FLAGS[head], (1, 2, 3) if head == "mixed" else (2, 3), tmp_path, monkeypatch)
     logits = run_distributed(1, head_logits, folder=tmp_path / "exits", tokens=TOKENS)[0]
     capsys.readouterr()
     for layer in (2, 3):

@@ -336,13 +336,13 @@ def test_pickles_run_no_code_and_adapters_are_not_left_out(llama: Path, tmp_path
         read_hugging_face(llama)
 
 
-@pytest.mark.parametrize(("name", "head"), [("llama", "block"), ("qwen2", "tied"), ("gpt2", "mlp")])
+@pytest.mark.parametrize(("name", "head"), [("llama", "block"), ("qwen2", "tied"), ("gpt2", "mlp"), ("llama", "uses")])
 def test_exits_survive_saving_in_transformers(
     name: str, head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     import transformers
 
-    write_with_exits(name, EXIT_FLAGS[head], (1, 3), tmp_path, monkeypatch)
+    write_with_exits(name, EXIT_FLAGS[head], (1, 2, 3) if head == "uses" else (1, 3), tmp_path, monkeypatch)
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(tmp_path / "back", trust_remote_code=True)
     model.save_pretrained(tmp_path / "again", max_shard_size="50KB")
@@ -376,6 +376,13 @@ def test_exits_of_older_folders_and_damaged_ones(tmp_path: Path, monkeypatch: py
     source = read_hugging_face(tmp_path / "back")
     name = "decoder.layers.1.exit_head.norm.weight"
     assert torch.equal(source.tensors[name].read(), exits["0.norm.weight"]) and source.exits.exit_layer_nums == (2,)
+    path = tmp_path / "back/config.json"
+    config = json.loads(path.read_text())
+    del config["early_exits"]["uses"]
+    for part in ("block", "mlp", "norm", "own_output"):  # one value for all exits, as they once had
+        (config["early_exits"][part],) = config["early_exits"][part]
+    path.write_text(json.dumps(config))
+    assert read_hugging_face(tmp_path / "back").exits == source.exits
     put_weights(tmp_path / "back", exits | {"1.norm.weight": torch.ones(42)}, "exits.safetensors")
     with pytest.raises(ValueError, match="exits.1.norm.weight has the shape .42,., expected no such parameter"):
         read_hugging_face(tmp_path / "back")

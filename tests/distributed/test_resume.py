@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron.early_exit.data.tokenizer import load_tokenizer
-from tests.configs import make_training_config
+from tests.configs import MIXED_HEADS, make_training_config
 from tests.data_files import write_token_files
 from tests.distributed.training_runs import training_run
 from tests.distributed.workers import run_distributed
@@ -61,6 +61,7 @@ def test_same_layout_is_bit_equal(data: str, tmp_path: Path, settings: dict) -> 
     ({}, (2, VP2), (2, {})),
     ({"use_exit_mlp": True, "untie_exit_output_weights": True}, (2, TP2), (2, PP2)),
     ({**UNTIED, "use_exit_norm": True}, (2, PP2), (2, TP2)),
+    (MIXED_HEADS, (2, TP2), (2, PP2)),
     (UNTIED, (2, TP2), (2, VP2)),
     (DISTRIBUTED, (2, {}), (2, PP2)),
     (DISTRIBUTED, (4, PP2), (2, TP2)),

@@ -26,6 +26,11 @@ HEADS = {
     "mlp": {"use_exit_mlp": True, "use_exit_norm": True},
     "block": {"use_exit_block": True, "untie_exit_output_weights": True},
     "pre_exit": {"pre_exit": True, "use_exit_norm": True},
+    "mixed, one with nothing of its own": {
+        "exit_layer_nums": (1, 2, 3),
+        "use_exit_norm": (False, True, True),
+        "use_exit_mlp": (False, False, True),
+    },
     "dynamic": {"use_exit_norm": True, "use_dynamic_exit_layer_weight": True, "exit_layer_temperature": (0.7, 1.5)},
 }
 TP2 = {"tensor_model_parallel_size": 2}
@@ -117,6 +122,12 @@ def test_gradients_in_all_layouts(name: str) -> None:
     layers = sorted({layer for one in built for layer in one["layers"]})
     assert layers == list(range(1, cfg.exits.exit_layer_nums[-1] + 1))
     assert not any(one["has_final_head"] for one in built)
+
+
+def test_a_stage_whose_exits_have_nothing_of_their_own() -> None:
+    changes = {"exit_layer_nums": (1, 3), "use_exit_norm": (False, True), "pipeline_model_parallel_size": 2}
+    built = run_distributed(2, compare_with_reference, cfg=tuning_config(**changes))
+    assert [one["exits"] for one in built] == [0, 1]
 
 
 UNTIED = {"untie_embeddings_and_output_weights": True}
