@@ -57,7 +57,7 @@ class AboutProbes:
 
 @dataclass(frozen=True)
 class ExitProbes:
-    """Those of all exits."""
+    """Those of all exits that tokens may leave at."""
 
     about: AboutProbes
     networks: Mapping[int, ProbeNetwork]

@@ -181,7 +181,7 @@ class InferenceCheckpoint:
             return None, "the checkpoint has none"
         mismatch = probes.mismatch(
             fingerprint(self.folder),
-            tuple(self.description.exits.exit_layer_nums),
+            self.description.exits.leaving_layers,
             self.description.model.hidden_size,
         )
         if mismatch is None:

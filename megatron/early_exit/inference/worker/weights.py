@@ -422,6 +422,7 @@ class _Reader:
             output_name = f"{layer}{EXIT_HEAD}{OUTPUT_WEIGHT}"
             self._read_head(output_name, is_approximated=True)
         output = self._heads[output_name]
+        network = None if self._probes is None else self._probes.networks.get(layer_number)
         return ExitWeights(
             index=index,
             layer_number=layer_number,
@@ -434,7 +435,7 @@ class _Reader:
             output=output.linear,
             approximate=output.approximate,
             certified=output.certified,
-            probe=None if self._probes is None else ExitProbe(self._probes.networks[layer_number], self._device),
+            probe=None if network is None else ExitProbe(network, self._device),
         )
 
     # Weights with a row for each id.
