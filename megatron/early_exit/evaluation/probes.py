@@ -78,15 +78,14 @@ class ProbeSamples:
 def train_probes(
     llm: LLM, loaded: LoadedEngine, prompts: PromptSet, settings: ProbeSettings, show: ShowProgress
 ) -> tuple[ExitProbes, dict[str, Any]]:
-    """(probes of all exits that tokens may leave at, results of the document). Answers that an earlier run has taken are not taken again.
+    """(probes of all exits that tokens may leave at, results of the document). Answers that an earlier run has taken
+    are not taken again.
 
     show: makes a progress function for a kind of work. Raises ValueError for a model without exits, for one whose
     weights cannot be told from others, and for less than two prompts."""
     checkpoint, layers = loaded.checkpoint, loaded.engine.exits.leaving_layers
     if not layers:
-        raise ValueError(
-            f"the model in {checkpoint.config.path} has no exits that tokens may leave at, to train probes for"
-        )
+        raise ValueError(f"the model in {checkpoint.config.path} has no exits to train probes for")
     if not (checkpoint.folder / CHECKSUMS_FILE).is_file():
         raise ValueError(
             f"{checkpoint.folder} has no {CHECKSUMS_FILE}, by which probes know weights; let "

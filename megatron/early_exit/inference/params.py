@@ -413,8 +413,8 @@ class GenerationParams:
         if self.draft_exit not in may_draft:
             others = ", ".join(map(str, may_draft)) or "none"
             raise ValueError(
-                f"draft_exit is {self.draft_exit}, an exit that is for leaving alone (--exit-uses); exits that may draft "
-                f"are {others}"
+                f"draft_exit is {self.draft_exit}, an exit that is for leaving alone (--exit-uses); those that may "
+                f"draft are {others}"
             )
         return (self.draft_exit,)
 
