@@ -7,7 +7,9 @@
 time: an iteration of plain GPT and of the same with two exits (after 1/4 and 2/4 of the layers) at
 `--exit-loss-token-fraction` 1, 1/2, 1/4; every round runs each once, in rotating order. The time added by exits is that
 of an iteration less that of plain GPT in the same round; of exits that are norm and output projection all of it is the
-head's. An MLP branch sees all tokens, so its exits save less; the share that is expected then is that of the FLOPs.
+head's. An MLP branch sees all tokens, so its exits save less; the share that is expected then is that of the FLOPs. On
+CPU, where all of it is one thread, seconds are those of the processor, which other programs do not use up; on CUDA they
+are the wall's.
 
 variance: the model of `make demo` with its exits, gradients of whole batches of its text. Noise of the draw: mean of
 |g_f - g|^2 over batches and draws, g over all tokens, g_f over those drawn of the same batch. Noise of the batch:
@@ -64,13 +66,13 @@ class Settings:
     device: str = "cpu"
     fractions: tuple[float, ...] = (1.0, 0.5, 0.25)
     """With 1 first, which the others are compared with."""
-    num_layers: int = 8
-    hidden_size: int = 256
-    num_attention_heads: int = 8
-    vocab_size: int = 32768
+    num_layers: int = 4
+    hidden_size: int = 192
+    num_attention_heads: int = 6
+    vocab_size: int = 16384
     seq_length: int = 512
-    micro_batch_size: int = 2
-    num_microbatches: int = 2
+    micro_batch_size: int = 4
+    num_microbatches: int = 1
     rounds: int = 9
     bf16: bool = False
     batches: int = 12
@@ -138,7 +140,8 @@ class Built:
 
 
 def measure_time(settings: Settings) -> dict[str, list[float]]:
-    """Seconds of an iteration of every variant in every round, after one that does not count."""
+    """Seconds of an iteration of every variant in every round, after one that does not count. Of the wall on CUDA, of
+    the processor on CPU."""
     from megatron.early_exit.config.parallel import ParallelConfig
     from megatron.early_exit.platform.distributed import initialize_model_parallel
 
@@ -156,7 +159,8 @@ def measure_time(settings: Settings) -> dict[str, list[float]]:
         first = number % len(names)
         gc.collect()
         for name in names[first:] + names[:first]:
-            seconds[name].append(timed(built[name].step, batches)[0])
+            wall, processor = timed(built[name].step, batches)
+            seconds[name].append(wall if use_cuda() else processor)
     return {name: values[1:] for name, values in seconds.items()}
 
 
@@ -191,9 +195,10 @@ def compare_time(settings: Settings, seconds: dict[str, list[float]]) -> list[di
 
 def share_of_flops(settings: Settings, head: str, fraction: float) -> float:
     """FLOPs of an exit at this fraction over those at 1: the output projection's shrink."""
+    kind = exits_of(settings, head, fraction).head_of(0)
     projection = 6 * settings.hidden_size * settings.vocab_size
     model = ModelConfig(settings.num_layers, settings.hidden_size, settings.num_attention_heads, swiglu=True)
-    branch = 6 * flops._mlp_weights(model) if HEADS[head].get("use_exit_mlp") else 0
+    branch = flops.exit_flops_per_token(model, kind, settings.vocab_size, settings.seq_length) - projection
     return (fraction * projection + branch) / (projection + branch)
 
 

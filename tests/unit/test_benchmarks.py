@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, flops, loading, stage_memory, training_overhead, tuning_cost
+from benchmarks import common, flops, loading, stage_memory, token_fraction, training_overhead, tuning_cost
 from benchmarks.memory_tracker import TensorMemoryTracker
 from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind
 from megatron.early_exit.config.model import ModelConfig
@@ -249,3 +249,38 @@ def test_what_tuning_costs_is_compared_by_hand() -> None:
     assert [verdict["met"] for verdict in verdicts] == [True, one["chunk_mib"] >= 50]
     in_time, _ = tuning_cost.goals([one | {"backbone_over_forward": 0.5}]).values()
     assert not in_time["met"]
+
+
+def test_what_token_fractions_save_is_compared_by_hand() -> None:
+    settings = token_fraction.Settings(hidden_size=8, num_attention_heads=1, vocab_size=100, seeds=(1, 2))
+    seconds = {
+        "plain": [1.0, 2.0, 4.0],
+        "norm 1": [2.0, 4.0, 8.0], "norm 0.5": [1.5, 3.2, 6.0], "norm 0.25": [1.2, 2.6, 5.2],
+        "MLP 1": [3.0, 6.0, 12.0], "MLP 0.5": [2.0, 4.0, 8.0], "MLP 0.25": [2.0, 4.0, 8.0],
+    }  # fmt: skip
+    rows = token_fraction.compare_time(settings, seconds)
+    assert [row["share_of_added_time"] for row in rows] == pytest.approx([1, 0.5, 0.3, 1, 0.5, 0.5])
+    assert [row["added_time_over_plain"] for row in rows] == pytest.approx([1, 0.5, 0.3, 2, 1, 1])
+    projection, branch = 8 * 100, 3 * 8 * settings_ffn(settings)
+    expected = [(f * projection + branch) / (projection + branch) for f in (1, 0.5, 0.25)]
+    assert [row["share_of_added_flops"] for row in rows] == pytest.approx([1, 0.5, 0.25, *expected])
+
+    measured = {"batch_variance": 10.0, "squared_distances": {"0.5": [1.0, 3.0], "0.25": [6.0]}}
+    half, quarter = token_fraction.compare_variance(measured)
+    assert half["draw_over_batch_variance"] == 0.2 and half["over_1_minus_f_by_f"] == 2.0
+    assert quarter["draw_variance"] == 6.0 and quarter["over_1_minus_f_by_f"] == 2.0
+
+    losses = [
+        {"fraction": fraction, "seed": seed, "lm_loss": loss * seed}
+        for fraction, loss in ((1.0, 2.0), (0.5, 2.01), (0.25, 2.1), (None, 2.0))
+        for seed in (1, 2)
+    ]
+    verdicts = token_fraction.goals(settings, {"time": rows, "losses": losses})
+    time, final = verdicts.values()
+    assert [check["met"] for check in time["checks"]] == [True, False]  # 0.3 is more than 1.15 x 0.25
+    assert [check["met"] for check in final["checks"]] == [True, False] and final["met"] is False
+    assert [goal["met"] for goal in token_fraction.goals(settings, {}).values()] == [None, None]
+
+
+def settings_ffn(settings: token_fraction.Settings) -> int:
+    return ModelConfig(settings.num_layers, settings.hidden_size, settings.num_attention_heads, swiglu=True).ffn_size

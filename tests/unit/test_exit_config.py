@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron.early_exit.checkpoint.exits import exits_of_layers, merged_exits
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 
@@ -97,3 +98,10 @@ def test_index_of_an_exit():
 def test_mlp_width_after_defaults(settings, expected):
     sizes = {"num_layers": 2, "hidden_size": 256, "num_attention_heads": 8}
     assert ModelConfig(**(sizes | settings)).ffn_size == expected
+
+
+def test_exits_that_are_merged_or_left_out_keep_their_token_fractions():
+    present, wanted = exits(exit_loss_token_fraction=(0.5,)), ExitConfig((3,), exit_loss_token_fraction=(0.25,))
+    both = merged_exits(present, wanted, (2, 3, 4))
+    assert both.exit_loss_token_fraction == (0.5, 0.25, 0.5)
+    assert exits_of_layers(both, (3, 4)).exit_loss_token_fraction == (0.25, 0.5)
