@@ -247,6 +247,7 @@ def test_models(server: RunningServer) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     (model,) = client.models.list().data
     assert (model.id, model.max_model_len, model.exit_layers, model.num_layers) == ("model", 256, [2, 4], NUM_LAYERS)
+    assert model.exit_uses == ["both", "both"]
     assert client.models.retrieve("model") == model
     for ask in (
         lambda: client.models.retrieve("other/model"),

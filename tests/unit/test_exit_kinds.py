@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind, exit_kind_problems, head_settings
 from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.serialize import from_dict, to_dict
 from megatron.early_exit.config.validate import ConfigError
+from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.protocol import ExitDescription, WorkerDescription
+from megatron.early_exit.server import page, run
+from megatron.early_exit.server.engine_messages import Ready
+from megatron.early_exit.server.openai_api import models
 
 BASE = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 8 --lr 1e-3 --train-iters 1 --mock-data"
 KINDS = [
@@ -91,3 +98,24 @@ def test_heads_in_words() -> None:
         "head of 1 = shared output projection, 2 = MLP branch + shared output projection, 3 = own output projection;"
         " use of 1 = draft, 2 = leave, 3 = both"
     )
+
+
+def test_what_a_server_says_of_uses() -> None:
+    """In the API, to the page, and when it starts."""
+    model = WorkerDescription(
+        4, 8, 50, tuple(ExitDescription(layer, layer, False, use) for layer, use in ((1, "draft"), (2, "leave"))), 2, 64
+    )
+    config = ExitConfig(exit_layer_nums=(1, 2), exit_uses=("draft", "leave"))
+    ready = Ready(
+        description=model, exits=config, ends=(), tokenizer=DataConfig(), calibrated=(), checkpoint="folder",
+        iteration=0, memory="", stages="",
+    )  # fmt: skip
+    loaded = SimpleNamespace(ready=ready, tokenizer=SimpleNamespace(chat_template=None))
+    server = SimpleNamespace(defaults=GenerationParams(), chat_template=None)
+    context = SimpleNamespace(model_name="m", started=0.0, config=server, ready_model=lambda: loaded)
+    described = models._model(context)
+    assert (described.exit_layers, described.exit_uses) == ([1, 2], ["draft", "leave"])
+    of_page = page._describe(context)
+    assert (of_page.exit_layers, of_page.leaving_layers, of_page.drafting_layers) == ([1, 2], [2], [1])
+    assert (of_page.defaults.exit_layers, of_page.defaults.draft_exit) == ([2], 1)
+    assert "exits 1 (draft), 2 (leave)" in run._in_words(loaded, "m")
