@@ -7,6 +7,7 @@ may own an exit and need the labels. Nothing is broadcast.
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import hashlib
 import math
@@ -25,11 +26,13 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import normalize
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron.early_exit.config.data import DataConfig, parse_blend, split_shares
 from megatron.early_exit.data.index_cache import cached_indices
+from megatron.early_exit.data.loss_masks import check_mask, has_mask, loss_mask_of_labels, mask_prefix, separate_texts
 from megatron.early_exit.data.token_files import TokenFile, check_token_file, foreign_id
 from megatron.early_exit.data.tokenizer import Tokenizer, check_ids_fit
 from megatron.early_exit.platform.processes import die_with_parent
@@ -137,11 +140,35 @@ class StampedDatasetConfig(GPTDatasetConfig):
 
 
 class StampedGPTDataset(GPTDataset):
-    """Core's dataset, whose cached index files are found again only for the same data, and only if they are whole.
+    """Core's dataset, with the loss mask that may lie beside its tokens. Its cached index files are found again only
+    for the same data, and only if they are whole.
 
     Core knows data by their path: after preprocessing again to the same prefix it would use the sample index of the old
     files, silently.
     """
+
+    def __init__(self, indexed_dataset: IndexedDataset, dataset_path: str | None, *arguments: Any) -> None:
+        super().__init__(indexed_dataset, dataset_path, *arguments)
+        self._masks: StampedGPTDataset | None = None
+        if has_mask(dataset_path):
+            masks = copy.copy(self)  # the same samples of other files
+            masks.dataset = IndexedDataset(mask_prefix(dataset_path))
+            self._masks = masks
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(index)
+        if self._masks is None:
+            return sample
+        marks, _ = self._masks._query_document_sample_shuffle_indices(index)
+        marks = torch.from_numpy(marks).clamp(min=0)  # core pads with -1
+        sample["loss_mask"] = sample["loss_mask"] * loss_mask_of_labels(marks)
+        if self.config.reset_attention_mask or self.config.reset_position_ids:
+            forbidden, positions = separate_texts(marks[:-1])
+            if self.config.reset_attention_mask:
+                sample["attention_mask"] = forbidden
+            if self.config.reset_position_ids:
+                sample["position_ids"] = positions
+        return sample
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -304,6 +331,7 @@ def _load_blend(values: Sequence[str], vocab_size: int) -> tuple[tuple[list[str]
     files = [check_token_file(prefix) for prefix in prefixes]
     for file in files:
         file.check_ids(vocab_size)
+        check_mask(file)
     if len(prefixes) == 1:
         return (prefixes, None), files
     return (prefixes, weights or [float(file.num_tokens) for file in files]), files

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import numpy as np
 
 from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.data.chat_template import read_chat_template
+from megatron.early_exit.data.conversations import marked_conversation, messages_problem
 from megatron.early_exit.data.documents import (
     Document,
     InputFormat,
@@ -35,6 +37,8 @@ from megatron.early_exit.data.documents import (
     holds_json_lines,
     read_documents,
 )
+from megatron.early_exit.data.loss_masks import HAS_LOSS, mask_prefix
+from megatron.early_exit.data.text_files import parse_json
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.platform.command_line import add_verbose_flag
 from megatron.early_exit.platform.processes import die_with_parent
@@ -44,6 +48,9 @@ CHUNK_DOCUMENTS = 256
 CHUNK_BYTES = 1 << 17
 
 MOST_WORKERS = 512
+
+MESSAGES, MARKS = "messages", "marks"
+"""Keys of conversations, and of what `loss_masks` says of their tokens."""
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -66,6 +73,12 @@ class PreprocessConfig:
 
     append_eod: bool = False
     """End every document with the tokenizer's end-of-document id."""
+
+    chat: bool = False
+    """Lines hold conversations, {"messages": [{"role": ..., "content": ...}, ...]}: only answers get a loss."""
+
+    chat_template: str | None = None
+    """How they are written, in Jinja; None: the tokenizer's way."""
 
     input_format: InputFormat = "auto"
     """How to read the files; `auto` takes .jsonl, .json and what begins with a JSON object as JSON lines, all others as
@@ -94,6 +107,10 @@ class PreprocessConfig:
             problems.append(f"--output-prefix {self.output_prefix} is a folder; add a name, such as {example}")
         elif not Path(self.output_prefix).name:
             problems.append("--output-prefix must not be empty")
+        if self.chat and (self.json_keys != ("text",) or self.input_format == "text"):
+            problems.append('--chat reads "messages" from JSON lines: leave out --json-keys and --input-format text')
+        if self.chat_template is not None and not self.chat:
+            problems.append("--chat-template has no effect without --chat")
         if self.log_interval_sec < 0:
             problems.append(f"--log-interval-sec {self.log_interval_sec} must not be negative")
         if problems:
@@ -108,10 +125,12 @@ class PreprocessResult(NamedTuple):
     num_tokens: int
     num_skipped: int
     """Documents without a single token."""
+    num_answer_tokens: int | None = None
+    """Those that have a loss, of conversations."""
 
 
 class EncodedChunk(NamedTuple):
-    """Token ids of the documents of one chunk, for each key."""
+    """Token ids of the documents of one chunk, for each key; of conversations, their marks as another."""
 
     tokens: dict[str, np.ndarray]
     lengths: dict[str, list[int]]
@@ -126,11 +145,12 @@ def preprocess(config: PreprocessConfig) -> list[PreprocessResult]:
     Raises ValueError for bad input, FileExistsError for existing output without `overwrite`, RuntimeError if a worker
     died. In every failure, interruption included, nothing is left behind and existing files are as they were.
     """
-    prefixes = {key: f"{config.output_prefix}_{key}_document" for key in config.json_keys}
+    prefixes = _prefixes(config)
     _refuse_existing(prefixes.values(), config.overwrite)
     files = find_input_files(config.input)
     _check_keys_fit_format(config, files)
     tokenizer = build_tokenizer(config.data.tokenizer)
+    encoder = build_encoder(config, tokenizer)
     with _naming(Path(config.output_prefix).parent):
         Path(config.output_prefix).parent.mkdir(parents=True, exist_ok=True)
         for prefix in prefixes.values():
@@ -140,13 +160,27 @@ def preprocess(config: PreprocessConfig) -> list[PreprocessResult]:
     sizes = [file_bytes(path) for path in files]
     progress = Progress(None if None in sizes else sum(sizes), config.log_interval_sec)
     with _partial_outputs(prefixes, tokenizer.vocab_size) as writers:
-        for chunk in _encode_all(chunks_of(documents), config, tokenizer):
+        num_answer_tokens = 0
+        for chunk in _encode_all(chunks_of(documents), config, encoder):
             for key, writer in writers.items():
                 writer.add(chunk, key)
+            if config.chat:
+                num_answer_tokens += int((chunk.tokens[MARKS] & HAS_LOSS).sum())
             progress.update(chunk)
-        results = [writer.finish() for writer in writers.values()]
+        results = {key: writer.finish() for key, writer in writers.items()}
     progress.finish()
-    return results
+    if config.chat:
+        return [results[MESSAGES]._replace(num_answer_tokens=num_answer_tokens)]
+    return list(results.values())
+
+
+def _prefixes(config: PreprocessConfig) -> dict[str, str]:
+    """Of the files that are written, by key."""
+    if config.chat:
+        prefix = f"{config.output_prefix}_{MESSAGES}_document"
+        # Published in this order: at no moment do tokens lie there without their mask.
+        return {MARKS: mask_prefix(prefix), MESSAGES: prefix}
+    return {key: f"{config.output_prefix}_{key}_document" for key in config.json_keys}
 
 
 def chunks_of(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -166,17 +200,16 @@ def chunks_of(documents: Iterable[Document]) -> Iterator[list[Document]]:
 class Encoder:
     """Tokenizes chunks; one lives in every worker."""
 
-    def __init__(self, tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
         self.tokenizer = tokenizer
-        self.json_keys = tuple(json_keys)
+        self.keys = tuple(keys)
         self.append_eod = append_eod
 
     def __call__(self, chunk: list[Document]) -> EncodedChunk:
-        tokens: dict[str, list[np.ndarray]] = {key: [] for key in self.json_keys}
-        num_skipped = dict.fromkeys(self.json_keys, 0)
+        tokens: dict[str, list[np.ndarray]] = {key: [] for key in self.keys}
+        num_skipped = dict.fromkeys(self.keys, 0)
         for document in chunk:
-            for key, text in document_texts(document, self.json_keys).items():
-                ids = self.encode(text, document.location)
+            for key, ids in self.encode_document(document).items():
                 if len(ids):
                     tokens[key].append(ids)
                 else:
@@ -189,10 +222,17 @@ class Encoder:
             sum(document.read_bytes for document in chunk),
         )
 
-    def encode(self, text: str, location: str) -> np.ndarray:
-        """Ids of one document, int64; empty if the text has no token. Raises ValueError with the location."""
+    def encode_document(self, document: Document) -> dict[str, np.ndarray]:
+        """Ids of each key. Raises ValueError with the location."""
+        return {
+            key: self.encode(lambda text=text: self.tokenizer.tokenize(text), document.location)
+            for key, text in document_texts(document, self.keys).items()
+        }
+
+    def encode(self, tokenize: Callable[[], list[int]], location: str) -> np.ndarray:
+        """Ids that `tokenize` gives, int64; empty if the text has no token. Raises ValueError with the location."""
         try:
-            ids = self.tokenizer.tokenize(text)
+            ids = tokenize()
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # whatever a library raises; a panic in Rust is not even an Exception
@@ -205,10 +245,40 @@ class Encoder:
         return np.asarray(ids, dtype=np.int64)
 
 
+class ChatEncoder(Encoder):
+    """Tokenizes conversations, and marks their answers."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str, append_eod: bool) -> None:
+        super().__init__(tokenizer, (MESSAGES, MARKS), append_eod)
+        self.template = template
+
+    def encode_document(self, document: Document) -> dict[str, np.ndarray]:
+        value = parse_json(document.content, document.location)
+        messages = value.get(MESSAGES) if isinstance(value, dict) else None
+        if problem := messages_problem(messages):
+            raise ValueError(f"{document.location}: {problem}")
+        try:
+            marked = marked_conversation(self.tokenizer, messages, self.template)
+        except ValueError as error:
+            raise ValueError(f"{document.location}: {error}") from None
+        ids = self.encode(lambda: marked.ids, document.location)
+        return {MESSAGES: ids, MARKS: np.asarray(marked.marks + [0] * (len(ids) - len(marked.marks)), np.int64)}
+
+
+def build_encoder(config: PreprocessConfig, tokenizer: Tokenizer) -> Encoder:
+    """What tokenizes documents as the settings say. Raises ValueError if conversations have no template."""
+    if not config.chat:
+        return Encoder(tokenizer, config.json_keys, config.append_eod)
+    template = config.chat_template or tokenizer.chat_template
+    if template is None:
+        raise ValueError("--chat: the tokenizer has no chat template; give --chat-template FILE")
+    return ChatEncoder(tokenizer, template, config.append_eod)
+
+
 _encoder: Encoder | None = None
 
 
-def _start_worker(parent: int, data: DataConfig, json_keys: tuple[str, ...], append_eod: bool) -> None:
+def _start_worker(parent: int, config: PreprocessConfig) -> None:
     global _encoder
     die_with_parent(parent)
     # Ctrl-C and a lost terminal reach the whole process group; only the parent cleans up, so workers wait to be told.
@@ -216,7 +286,7 @@ def _start_worker(parent: int, data: DataConfig, json_keys: tuple[str, ...], app
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    _encoder = Encoder(build_tokenizer(data.tokenizer), json_keys, append_eod)
+    _encoder = build_encoder(config, build_tokenizer(config.data.tokenizer))
 
 
 def _encode_in_worker(chunk: list[Document]) -> EncodedChunk:
@@ -225,13 +295,13 @@ def _encode_in_worker(chunk: list[Document]) -> EncodedChunk:
 
 
 def _encode_all(
-    chunks: Iterator[list[Document]], config: PreprocessConfig, tokenizer: Tokenizer
+    chunks: Iterator[list[Document]], config: PreprocessConfig, encoder: Encoder
 ) -> Iterator[EncodedChunk]:
-    """Encoded chunks in the order of `chunks`."""
+    """Encoded chunks in the order of `chunks`. encoder: works in this process, if no other does."""
     # Parallel over documents, not inside one: threads of the Hugging Face library would compete with the workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.workers == 1:
-        yield from map(Encoder(tokenizer, config.json_keys, config.append_eod), chunks)
+        yield from map(encoder, chunks)
         return
     # Fork spares every worker the seconds that importing core takes.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
@@ -239,7 +309,7 @@ def _encode_all(
         config.workers,
         mp_context=multiprocessing.get_context(method),
         initializer=_start_worker,
-        initargs=(os.getpid(), config.data, config.json_keys, config.append_eod),
+        initargs=(os.getpid(), config),
     )
     try:
         _start_processes(executor)
@@ -310,11 +380,13 @@ class PairWriter:
     def __init__(self, key: str, prefix: str, vocab_size: int) -> None:
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+        dtype = np.uint8 if key == MARKS else DType.optimal_dtype(vocab_size)
+
         self.key = key
         self.prefix = prefix
         self.partial = f"{prefix}.partial-{os.getpid()}"
         with _naming(self.partial):
-            self.builder = IndexedDatasetBuilder(f"{self.partial}.bin", dtype=DType.optimal_dtype(vocab_size))
+            self.builder = IndexedDatasetBuilder(f"{self.partial}.bin", dtype=dtype)
             self._lock = open(f"{self.partial}.bin", "r+b")  # noqa: SIM115
         with suppress(OSError):  # a file system without locks
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -384,7 +456,7 @@ class Progress:
 
     def update(self, chunk: EncodedChunk) -> None:
         self.num_documents += chunk.num_documents
-        self.num_tokens += sum(len(tokens) for tokens in chunk.tokens.values())
+        self.num_tokens += sum(len(tokens) for key, tokens in chunk.tokens.items() if key != MARKS)
         self.read_bytes += chunk.read_bytes
         now = time.monotonic()
         if now - self.last >= self.interval_sec:
@@ -448,6 +520,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer-model", help="folder (Hugging Face) or .model file (SentencePiece)")
     parser.add_argument("--vocab-size", type=int, help="number of ids, for NullTokenizer")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys to tokenize, each into files of its own")
+    parser.add_argument(
+        "--chat", action="store_true",
+        help='lines hold conversations, {"messages": [{"role": "user", "content": "..."}, ...]}: the loss is on the '
+        "answers alone; output is PREFIX_messages_document.bin, .idx, .mask.bin and .mask.idx",
+    )  # fmt: skip
+    parser.add_argument("--chat-template", type=Path, help="Jinja template, with --chat; default: the tokenizer's")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document id")
     parser.add_argument("--input-format", choices=get_args(InputFormat), default="auto", help="default: by content")
     parser.add_argument("--split-by", choices=get_args(SplitBy), default="file", help="documents in a text file")
@@ -468,6 +546,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer_flags = {name: args.pop(name) for name in ("tokenizer_type", "tokenizer_model", "vocab_size")}
     args |= {"input": tuple(args["input"]), "json_keys": tuple(args["json_keys"])}
     try:
+        if args["chat_template"] is not None:
+            args["chat_template"] = read_chat_template(args["chat_template"])
         results = preprocess(PreprocessConfig(data=DataConfig(**tokenizer_flags), **args))
     except OSError as error:
         print(f"error: {error if error.filename else error.strerror or error}", file=sys.stderr)
@@ -480,7 +560,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     for result in results:
         skipped = f" ({result.num_skipped:,} empty ones skipped)" if result.num_skipped else ""
-        print(f"{result.prefix}: {result.num_documents:,} documents{skipped}, {result.num_tokens:,} tokens")
+        answers = "" if result.num_answer_tokens is None else f", {result.num_answer_tokens:,} of them answers'"
+        print(f"{result.prefix}: {result.num_documents:,} documents{skipped}, {result.num_tokens:,} tokens{answers}")
     return 0
 
 

@@ -98,20 +98,25 @@ class Tokenizer:
         return self.library.chat_template if isinstance(self.library, HuggingFaceLibrary) else None
 
     def chat(
-        self, messages: list[dict[str, str]], add_special_tokens: bool = True, template: str | None = None
+        self,
+        messages: list[dict[str, str]],
+        add_special_tokens: bool = True,
+        template: str | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """The ids that ask for an answer to a conversation of {"role": ..., "content": ...}: by the tokenizer's chat
         template, or one in Jinja in its place, which writes all special tokens itself, or the contents one after the
         other if there is none. A template in front of a tokenizer that is not of transformers writes text alone.
+        Without `add_generation_prompt`, a template writes the conversation alone.
 
         Raises ValueError if the template refuses the conversation."""
         for message in messages:
             check_unicode(message["content"])
         template = template or self.chat_template
         if template and isinstance(self.library, HuggingFaceLibrary):
-            return self.library.chat(messages, template)
+            return self.library.chat(messages, template, add_generation_prompt)
         if template:
-            return self.encode_prompt(_render(template, messages), add_special_tokens)
+            return self.encode_prompt(_render(template, messages, add_generation_prompt), add_special_tokens)
         text = "\n".join(message["content"] for message in messages) + "\n"
         return self.encode_prompt(text, add_special_tokens)
 
@@ -200,12 +205,12 @@ class HuggingFaceLibrary:
         templates = self.tokenizer.chat_template
         return templates.get("default") if isinstance(templates, dict) else templates
 
-    def chat(self, messages: list[dict[str, str]], template: str) -> list[int]:
-        """Ids of a conversation that asks for an answer. Raises ValueError if the template refuses it."""
+    def chat(self, messages: list[dict[str, str]], template: str, add_generation_prompt: bool) -> list[int]:
+        """Ids of a conversation. Raises ValueError if the template refuses it."""
         with _refusals_of_template():
             return list(
                 self.tokenizer.apply_chat_template(
-                    messages, chat_template=template, add_generation_prompt=True, return_dict=False
+                    messages, chat_template=template, add_generation_prompt=add_generation_prompt, return_dict=False
                 )
             )
 
@@ -216,11 +221,13 @@ class HuggingFaceLibrary:
         return self.tokenizer.decode(ids) != kept
 
 
-def _render(template: str, messages: list[dict[str, str]]) -> str:
+def _render(template: str, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with _refusals_of_template():
-        rendered, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True)
+        rendered, _ = render_jinja_template(
+            [messages], chat_template=template, add_generation_prompt=add_generation_prompt
+        )
         return rendered[0]
 
 
