@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import pretrain_early_exit_gpt
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.platform.failures import lost_loader, lost_peer
+from megatron.early_exit.training import program
 from tests.configs import make_config
 from tests.ports import free_port
 
@@ -94,9 +94,9 @@ def test_a_process_that_loads_data_is_killed(monkeypatch: pytest.MonkeyPatch, ca
         next(iter(torch.utils.data.DataLoader(Killed(), num_workers=1)))
 
     monkeypatch.setattr("megatron.early_exit.training.pretrain.pretrain", pretrain)
-    monkeypatch.setattr(pretrain_early_exit_gpt, "abort", lambda: sys.exit(1))
+    monkeypatch.setattr(program, "abort", lambda: sys.exit(1))
     with pytest.raises(SystemExit):
-        pretrain_early_exit_gpt.train(make_config(), 1)
+        program.train(make_config(), 1)
     said = capsys.readouterr().err
     assert said.startswith("error on rank 1: a process that loads data has ended (DataLoader worker")
     assert "--num-workers" in said and "Traceback" not in said

@@ -15,7 +15,7 @@ PACKAGE = "megatron.early_exit"
 
 LEVELS = (
     {"config"}, {"platform"}, {"data"}, {"model"}, {"checkpoint", "schedules"}, {"training", "inference"},
-    {"evaluation", "server"},
+    {"evaluation", "server"}, {"tuning"},
 )  # fmt: skip
 """Folders from the lowest level up; a folder imports from itself and from lower levels alone."""
 

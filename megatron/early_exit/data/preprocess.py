@@ -294,9 +294,7 @@ def _encode_in_worker(chunk: list[Document]) -> EncodedChunk:
     return _encoder(chunk)
 
 
-def _encode_all(
-    chunks: Iterator[list[Document]], config: PreprocessConfig, encoder: Encoder
-) -> Iterator[EncodedChunk]:
+def _encode_all(chunks: Iterator[list[Document]], config: PreprocessConfig, encoder: Encoder) -> Iterator[EncodedChunk]:
     """Encoded chunks in the order of `chunks`. encoder: works in this process, if no other does."""
     # Parallel over documents, not inside one: threads of the Hugging Face library would compete with the workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

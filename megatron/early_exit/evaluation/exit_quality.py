@@ -47,6 +47,14 @@ class HeadScores:
         """[positions]: what thresholds are compared with."""
         return np.concatenate(self.scores if score == "head" else self.probe_scores)
 
+    def at(self, counted: Sequence[Sequence[bool]]) -> HeadScores:
+        """Those of some positions of each sequence."""
+        some = lambda values: tuple(value[np.asarray(of, bool)] for value, of in zip(values, counted, strict=True))
+        return HeadScores(
+            self.layer, self.is_final, some(self.log_probs), some(self.scores), some(self.is_right), some(self.agrees),
+            None if self.probe_scores is None else some(self.probe_scores),
+        )  # fmt: skip
+
 
 def head_scores(
     llm: LLM,

@@ -56,11 +56,16 @@ class PromptSet:
 
 
 def add_prompt_flags(
-    parser: argparse.ArgumentParser, default_prompts: int, default_length: int = 32, what: str = "prompts"
+    parser: argparse.ArgumentParser,
+    default_prompts: int,
+    default_length: int = 32,
+    what: str = "prompts",
+    is_one_source: bool = True,
 ) -> None:
-    """Add the group of flags that `load_prompts` reads, and --seed. what: the command's word for prompts."""
+    """Add the group of flags that `load_prompts` reads, and --seed. what: the command's word for prompts.
+    is_one_source: both kinds of prompts cannot be given, and one must be."""
     group = parser.add_argument_group(what)
-    source = group.add_mutually_exclusive_group(required=True)
+    source = group.add_mutually_exclusive_group(required=True) if is_one_source else group
     source.add_argument(
         "--data-path", nargs="+", metavar="PREFIX",
         help="beginnings of documents, drawn from all over PREFIX.bin and PREFIX.idx; of several files, each is a "

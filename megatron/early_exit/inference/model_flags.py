@@ -8,10 +8,12 @@ from typing import Any
 from megatron.early_exit.platform.world import check_num_ranks
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the group of flags that `engine_settings` reads."""
+def add_model_flags(
+    parser: argparse.ArgumentParser, load: str = "folder of checkpoints (--save of the training)"
+) -> None:
+    """Add the group of flags that `engine_settings` reads. load: what --load names."""
     model = parser.add_argument_group("model")
-    model.add_argument("--load", required=True, metavar="DIR", help="folder of checkpoints (--save of the training)")
+    model.add_argument("--load", required=True, metavar="DIR", help=load)
     model.add_argument("--load-iteration", type=int, help="checkpoint to load; default: the last one")
     model.add_argument(
         "--tensor-model-parallel-size", type=int, default=1, metavar="N",

@@ -11,8 +11,9 @@ from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompt
 from megatron.early_exit.platform.command_line import show_progress
 
 if TYPE_CHECKING:
-    from megatron.early_exit.evaluation.prompts import PromptSet
+    from megatron.early_exit.evaluation.prompts import EvalPrompt, PromptSet
     from megatron.early_exit.inference.engine_loading import LoadedEngine
+    from megatron.early_exit.inference.exit_probes import ExitProbes
     from megatron.early_exit.inference.llm import LLM
 
 DEFAULT_LENGTH = 256
@@ -85,20 +86,37 @@ def _check_lengths(text: PromptSet) -> None:
 
 def _evaluated(args: argparse.Namespace, llm: LLM, loaded: LoadedEngine, text: PromptSet) -> dict[str, Any]:
     """Print and return what the heads of one model do."""
+    return evaluated_heads(
+        llm, str(loaded.checkpoint.folder), text.prompts, args.seed, probes=loaded.checkpoint.probes
+    )  # fmt: skip
+
+
+def evaluated_heads(
+    llm: LLM,
+    name: str,
+    sequences: Sequence[EvalPrompt],
+    seed: int,
+    counted: Sequence[Sequence[bool]] | None = None,
+    probes: ExitProbes | None = None,
+) -> dict[str, Any]:
+    """Print and return what the heads of the model `name` do. counted: of each sequence, which of its tokens from the
+    second on are counted; None: all. probes: the model's, if their output is wanted."""
     from megatron.early_exit.evaluation.exit_quality import head_row, head_scores, reliability_rows, used_heads_row
     from megatron.early_exit.evaluation.rows import names_of
 
-    probes = loaded.checkpoint.probes
-    heads = head_scores(llm, [one.ids for one in text.prompts], show_progress("sequences"), probes)
+    heads = head_scores(llm, [one.ids for one in sequences], show_progress("sequences"), probes)
+    if counted is not None:
+        heads = [head.at(counted) for head in heads]
     costs = llm.engine.measure_costs()
-    rows = [head_row(head, costs, args.seed) for head in heads]
-    num_tokens = sum(len(one.ids) - 1 for one in text.prompts)
-    print(f"\n{loaded.checkpoint.folder}: {num_tokens:,} tokens\n{_table(rows)}")
+    rows = [head_row(head, costs, seed) for head in heads]
+    num_tokens = sum(one.size for one in heads[0].agrees)
+    print(f"\n{name}: {num_tokens:,} tokens\n{_table(rows)}")
     by_domain = {}
-    for domain in text.domains:
-        chosen = [index for index, one in enumerate(text.prompts) if one.domain == domain]
-        by_domain[domain] = [head_row(head.of(chosen), costs, args.seed) for head in heads]
-        print(f"\n{domain}, {len(chosen)} of {len(text.prompts)} sequences:\n{_table(by_domain[domain])}")
+    for domain in sorted({one.domain for one in sequences if one.domain is not None}):
+        chosen = [index for index, one in enumerate(sequences) if one.domain == domain]
+        by_domain[domain] = [head_row(head.of(chosen), costs, seed) for head in heads]
+        if counted is None:  # of few answers there is little to say
+            print(f"\n{domain}, {len(chosen)} of {len(sequences)} sequences:\n{_table(by_domain[domain])}")
     used_heads = [
         {"level": one.level, "exit_score": one.score, **used_heads_row(heads, one.thresholds, one.score)}
         for one in llm.engine.checks.certificates.certified
@@ -121,7 +139,7 @@ def _evaluated(args: argparse.Namespace, llm: LLM, loaded: LoadedEngine, text: P
             }
             for head in heads
         ],
-        "prompts": names_of(text.prompts),
+        "prompts": names_of(sequences),
     }
 
 

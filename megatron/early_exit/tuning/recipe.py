@@ -1,0 +1,315 @@
+"""The steps from a model to tuned exits, each with what it depends on and what it makes.
+
+    FOLDER/recipe.json       what is done (`manifest.py`)
+    FOLDER/base              the model as our checkpoint, if it was another's
+    FOLDER/exits             the same with exits that are not tuned yet
+    FOLDER/answers           prompts, and the model's answers as they came
+    FOLDER/samples           train and held_out: rows of tokens with loss masks
+    FOLDER/hidden_states     what the frozen layers make of them, where that pays
+    FOLDER/tuned             checkpoints, metrics
+    FOLDER/exits.json        the exits on held-out answers, before and after
+
+The expensive modules are imported by the steps that need them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.early_exit.tuning.manifest import Facts, Manifest, Step
+from megatron.early_exit.tuning.training_words import TrainingPlan
+
+if TYPE_CHECKING:
+    from megatron.early_exit.evaluation.prompts import EvalPrompt
+    from megatron.early_exit.inference.llm import LLM
+
+_HEAD_BYTES = 1 << 20
+"""Of each file of another's weights that its digest is of, with its size: whole files take minutes to read."""
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Recipe:
+    """Steps in order, for one command line. Nothing is loaded or written until a step runs."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Raises ValueError or OSError for a model or prompts that are not there."""
+        self.args = args
+        self.folder: Path = args.output
+        self.source = Path(args.load)
+        self.is_ours = _is_ours(self.source)
+        self.base = self.source if self.is_ours else self.folder / "base"
+        self.exits = self.folder / "exits" if args.exit_layer_nums else self.base
+        self.answers_folder, self.samples = self.folder / "answers", self.folder / "samples"
+        self.tuned, self.report_path = self.folder / "tuned", self.folder / "exits.json"
+        self.training = TrainingPlan.of(args)
+        self.steps = self._steps()
+        self.manifest = Manifest(self.folder, self.steps)
+
+    def _steps(self) -> list[Step]:
+        args = self.args
+        source = {"model": _digest_of_model(self.source, self.is_ours, args.load_iteration)}
+        steps = []
+        base: tuple[str, ...] = ()
+        if not self.is_ours:
+            base = ("base",)
+            steps.append(Step("base", "convert the model", source, self.convert, outputs=(self.base,)))
+        exits = base
+        if args.exit_layer_nums:
+            exits = ("exits",)
+            settings = source | _exit_settings(args)
+            steps.append(Step("exits", "add exits", settings, self.add_exits, base, (self.exits,)))
+        answers = source | _answer_settings(args)
+        samples = {"seq_length": args.seq_length, "held_out": args.held_out}
+        steps += [
+            Step("answers", "the model answers prompts", answers, self.answer, base, (self.answers_folder,)),
+            Step("samples", "make training samples", samples, self.make_samples, ("answers",), (self.samples,)),
+            Step(
+                "training", "tune the exits", source | self.training.settings, self.train, (*exits, "samples"),
+                (self.tuned,), is_collective=True,
+            ),
+            Step("report", "compare the exits on held-out answers", {}, self.report, ("training",), (self.report_path,)),
+        ]  # fmt: skip
+        return steps
+
+    # What the steps do
+
+    def convert(self) -> Facts:
+        from megatron.early_exit.checkpoint.commands.hugging_face import from_hugging_face
+
+        flags = {
+            "input": self.source, "save": self.base, "force": True, "max_position_embeddings": None,
+            "skip_comparison": False, "dtype": None, "tensor_model_parallel_size": 1,
+            "make_vocab_size_divisible_by": 128, "load_iteration": None,
+        }  # fmt: skip
+        from_hugging_face(argparse.Namespace(**flags))
+        return {}
+
+    def add_exits(self) -> Facts:
+        from megatron.early_exit.checkpoint.commands.exits import add
+
+        flags = vars(self.args) | {"load": self.base, "save": self.exits, "force": True, "replace": False}
+        add(argparse.Namespace(**flags))
+        return {}
+
+    def answer(self) -> Facts:
+        from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+        from megatron.early_exit.tuning.own_answers import AnswersFolder, write_answers
+
+        args, folder = self.args, AnswersFolder(self.answers_folder)
+        with self._loaded(self.base, args) as llm:
+            if not folder.prompts_path.exists():
+                folder.write_prompts(_load_prompts(args, llm))
+            sampling = SamplingSettings(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+            params = GenerationParams(max_tokens=args.answer_tokens, sampling=sampling)
+            answers = write_answers(llm, folder, params, args.answers_to_each)
+        ended = sum(one.finish_reason == "eod" for one in answers)
+        num_tokens = sum(len(one.ids) for one in answers)
+        print(f"{len(answers):,} answers, {num_tokens:,} tokens; {ended:,} ended by themselves")
+        return {"answers": len(answers), "tokens": num_tokens, "ended": ended}
+
+    def make_samples(self) -> Facts:
+        from megatron.early_exit.config.serialize import checkpoint_folder, read_description
+        from megatron.early_exit.data.tokenizer import build_tokenizer
+        from megatron.early_exit.tuning.own_answers import AnswersFolder
+        from megatron.early_exit.tuning.samples import marked_answers, num_held_out, write_samples
+
+        args, folder = self.args, AnswersFolder(self.answers_folder)
+        description = read_description(checkpoint_folder(self.base, args.load_iteration))
+        if args.seq_length > description.max_position_embeddings:
+            raise ValueError(
+                f"--seq-length {args.seq_length} is more than the model takes: {description.max_position_embeddings}"
+            )
+        tokenizer = build_tokenizer(description.tokenizer)
+        prompts = folder.prompts()
+        texts = marked_answers(prompts, folder.answers(), args.answers_to_each)
+        first_held_out = len(prompts) - num_held_out(len(prompts), args.held_out)
+        parts = {
+            "train": [text for number, text in texts if number < first_held_out],
+            "held_out": [text for number, text in texts if number >= first_held_out],
+        }
+        partial = self.folder / "samples.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        facts: Facts = {"first_held_out": first_held_out}
+        for name, part in parts.items():
+            made = write_samples(partial / name, part, args.seq_length, tokenizer.eod, tokenizer.vocab_size)
+            facts[name] = made._asdict()
+            cut = f"; {made.num_cut:,} texts are longer, and were cut" if made.num_cut else ""
+            print(
+                f"{name}: {len(part):,} prompts with answers in {made.num_rows:,} rows of {args.seq_length} tokens, "
+                f"{made.num_answer_tokens:,} of them answers'{cut}"
+            )
+        shutil.rmtree(self.samples, ignore_errors=True)
+        os.replace(partial, self.samples)
+        return facts
+
+    def train(self) -> Facts:
+        from megatron.early_exit.config.serialize import checkpoint_folder, iteration_of
+        from megatron.early_exit.platform.command_line import is_main_rank
+        from megatron.early_exit.tuning.training_process import TrainingStopped, run_training
+
+        cache = self._cache_folder()
+        if is_main_rank() and cache.parent.exists():  # of other samples or precision
+            for other in cache.parent.iterdir():
+                if other != cache:
+                    shutil.rmtree(other)
+        words = self.training_words()
+        run_training(words, self.args.is_verbose)
+        wanted = int(words[len(words) - 1 - words[::-1].index("--train-iters") + 1])
+        if iteration_of(checkpoint_folder(self.tuned)) < wanted:  # a signal that this process did not get
+            raise TrainingStopped
+        return {"iterations": wanted}
+
+    def training_words(self) -> list[str]:
+        """The flags of the training program. The samples must have been made."""
+        from megatron.early_exit.platform.world import world_size
+
+        made = self.manifest.facts("samples")
+        return self.training.words(
+            exits=self.exits, tuned=self.tuned, samples=self.samples, cache=self._cache_folder(),
+            num_train=made["train"]["num_rows"] - 1, num_held_out=made["held_out"]["num_rows"] - 1,
+            world_size=world_size(),
+        )  # fmt: skip
+
+    def _cache_folder(self) -> Path:
+        """Of these samples and this precision; other settings of the training use it as well."""
+        content = f"{self.manifest.signatures['samples']} {self.training.cache_key}"
+        return self.folder / "hidden_states" / hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def report(self) -> Facts:
+        from megatron.early_exit.evaluation.commands.exits import evaluated_heads
+        from megatron.early_exit.evaluation.documents import content_digest, result_document, write_document
+        from megatron.early_exit.evaluation.prompts import EvalPrompt
+        from megatron.early_exit.inference.engine_loading import load_engine
+        from megatron.early_exit.inference.llm import LLM
+        from megatron.early_exit.tuning.own_answers import AnswersFolder
+        from megatron.early_exit.tuning.samples import marked_answers
+
+        args, folder = self.args, AnswersFolder(self.answers_folder)
+        first = self.manifest.facts("samples")["first_held_out"]
+        prompts = folder.prompts()
+        held_out = [
+            (prompts[number], text)
+            for number, text in marked_answers(prompts, folder.answers(), args.answers_to_each)
+            if number >= first
+        ][: args.report_answers]
+        sequences = [EvalPrompt(tuple(text.ids), prompt.domain, prompt.name) for prompt, text in held_out]
+        counted = [[bool(mark & 1) for mark in text.marks[1:]] for _, text in held_out]
+        results: dict[str, Any] = {}
+        for name, path in (("before", self.exits), ("after", self.tuned)):
+            settings = self._engine_settings(args) | {"iteration": None, "quantize": None}
+            with _alone():
+                loaded = load_engine(str(path), **settings)
+            with LLM(loaded.engine, loaded.tokenizer, loaded.engine.exits) as llm:
+                words = f"{path}, {name} tuning, held-out answers"
+                results[name] = evaluated_heads(llm, words, sequences, args.seed, counted)
+        of_tuned = results["after"] | {"compare": [{"checkpoint": str(self.exits), **results["before"]}]}
+        settings = {"sequences": len(sequences), "seed": args.seed, "recipe": asdict(self.training)}
+        data = {str(path): content_digest(path) for path in sorted(self.answers_folder.glob("*.npz"))}
+        write_document(result_document("exits", loaded, settings, of_tuned, data=data), self.report_path)
+        print(f"\nwrote {self.report_path}")
+        return {}
+
+    @contextmanager
+    def _loaded(self, path: Path, args: argparse.Namespace) -> Iterator[LLM]:
+        from megatron.early_exit.inference.llm import LLM
+
+        with _alone(), LLM.load(str(path), **self._engine_settings(args)) as llm:
+            yield llm
+
+    def _engine_settings(self, args: argparse.Namespace) -> dict[str, Any]:
+        from megatron.early_exit.inference.model_flags import engine_settings
+
+        settings = engine_settings(args) | {"worker_timeout": args.worker_timeout}
+        return settings if self.is_ours else settings | {"iteration": None}
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """As if torchrun had not started others: what one process does while they wait."""
+    saved = {name: os.environ.pop(name) for name in _TORCHRUN if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder holds our checkpoints, not a model of transformers. Raises ValueError if it is neither."""
+    from megatron.early_exit.config.validate import LATEST_FILE
+
+    if not path.exists():
+        raise ValueError(f"--load {path} does not exist; give a folder of checkpoints, or of a Hugging Face model")
+    if (path / LATEST_FILE).exists():
+        return True
+    if path.suffix == ".gguf" or (path / "config.json").exists() or list(path.glob("*.gguf")):
+        return False
+    raise ValueError(
+        f"--load {path} holds neither checkpoints ({LATEST_FILE}) nor a Hugging Face model (config.json, or a .gguf "
+        "file)"
+    )
+
+
+def _digest_of_model(path: Path, is_ours: bool, iteration: int | None) -> str:
+    if is_ours:
+        from megatron.early_exit.checkpoint.read_model import fingerprint
+        from megatron.early_exit.config.serialize import checkpoint_folder
+
+        return fingerprint(checkpoint_folder(path, iteration))
+    files = [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file())
+    return _digest_of_files(files)
+
+
+def _digest_of_files(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(_HEAD_BYTES))
+    return digest.hexdigest()
+
+
+def _exit_settings(args: argparse.Namespace) -> dict[str, Any]:
+    from megatron.early_exit.checkpoint.commands.exits import wanted_exits
+
+    return asdict(wanted_exits(args)) | {"init": args.init, "seed": args.seed if args.init == "random" else None}
+
+
+def _answer_settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = (
+        "prompts", "prompt_length", "seed", "answer_tokens", "answers_to_each", "temperature", "top_p", "dtype",
+        "quantize", "max_length",
+    )  # fmt: skip
+    files = {
+        "prompts_file": [] if args.prompts_file is None else [args.prompts_file],
+        "chat_template": [] if args.chat_template is None else [args.chat_template],
+        "data_path": [Path(f"{prefix}.{suffix}") for prefix in args.data_path or () for suffix in ("idx", "bin")],
+    }
+    settings = {name: getattr(args, name) for name in names}
+    return settings | {name: _digest_of_files(paths) if paths else None for name, paths in files.items()}
+
+
+def _load_prompts(args: argparse.Namespace, llm: LLM) -> list[EvalPrompt]:
+    """Of both sources, mixed, so that the last ones are a sample of all."""
+    import numpy as np
+
+    from megatron.early_exit.evaluation.prompts import load_prompts
+
+    found: list[EvalPrompt] = []
+    without = {"data_path": {"prompts_file": None, "chat_template": None},
+               "prompts_file": {"data_path": None, "prompt_length": None}}  # fmt: skip
+    for source, absent in without.items():
+        if getattr(args, source):
+            one = argparse.Namespace(**vars(args) | absent)
+            drawn = load_prompts(one, llm.tokenizer, llm.engine.description, args.answer_tokens)
+            found += drawn.prompts
+    if len(found) < 2:
+        raise ValueError("one prompt is too few: some are held out; give two or more")
+    order = np.random.default_rng(args.seed).permutation(len(found))
+    return [found[number] for number in order]
