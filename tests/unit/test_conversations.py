@@ -23,13 +23,15 @@ from tests.unit.test_text_of_tokenizers import byte_pairs, save, special
 TEMPLATES = {
     "chatml": (
         "{% for m in messages %}{{ '<start>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] + '<end>' }}{% endgeneration %}{% else %}{{ m['content'] + '<end>' }}{% endif %}"
+        "{% generation %}{{ m['content'] + '<end>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<end>' }}{% endif %}"
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
     ),
     "with a system prompt of its own": (
         "{% if messages[0]['role'] != 'system' %}{{ '<start>system\nbe small<end>\n' }}{% endif %}"
         "{% for m in messages %}{{ '<start>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] + '<end>' }}{% endgeneration %}{% else %}{{ m['content'] + '<end>' }}{% endif %}"
+        "{% generation %}{{ m['content'] + '<end>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<end>' }}{% endif %}"
         "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
     ),
     "llama 2": (

@@ -32,7 +32,8 @@ _SECONDS_FOR_MAIN_RANK = 15.0
 """In which it says what all ranks find wrong, before one of the others ends and torchrun ends it."""
 
 _EXAMPLE = """example, all by itself:
-  early-exit-tune --load SmolLM2-135M-Instruct --output runs/tuned --exit-layer-nums 8 15 22 --use-exit-norm --use-exit-mlp \\
+  early-exit-tune --load SmolLM2-135M-Instruct --output runs/tuned \\
+      --exit-layer-nums 8 15 22 --use-exit-norm --use-exit-mlp \\
       --prompts-file questions.jsonl --prompts 2000 --answer-tokens 128 --max-requests 64
 over several GPUs (steps for one process run on the first rank):
   torchrun --nproc_per_node 8 tools/tune_exits.py ... -- --tensor-model-parallel-size 2"""
@@ -41,8 +42,9 @@ over several GPUs (steps for one process run on the first rank):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tune_exits.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EXAMPLE,
-        description="From a model to tuned exits: convert it if need be, add exits, let the model answer prompts, and tune\n"
-        "the exits to say what its final head says there. Run the same command again to go on after an interruption.",
+        description="From a model to tuned exits: convert it if need be, add exits, let the model answer prompts, and\n"
+        "tune the exits to say what its final head says there. Run the same command again to go on after an\n"
+        "interruption.",
     )  # fmt: skip
     add_verbose_flag(parser)
     add_model_flags(parser, load="folder of checkpoints, or of a Hugging Face model")
@@ -89,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     training.add_argument(
         "--keep-hidden-states", action=argparse.BooleanOptionalAction,
-        help="run the frozen layers once, and keep what they make on disk; default: if samples are drawn more than once",
+        help="run the frozen layers once, and keep what they make on disk; default: where samples are drawn again",
     )  # fmt: skip
     training.add_argument("--bf16", action="store_true", help="train in bf16; default fp32")
     training.add_argument(
@@ -242,15 +244,14 @@ def next_steps(recipe: Recipe) -> str:
     """What one does with tuned exits."""
     tuned = recipe.tuned
     is_chat = recipe.args.prompts_file is not None
-    prompts = (
-        f"--prompts-file {recipe.args.prompts_file}" if is_chat else f"--data-path {' '.join(recipe.args.data_path)}"
-    )
+    prefixes = " ".join(recipe.args.data_path or ())
+    prompts = f"--prompts-file {recipe.args.prompts_file}" if is_chat else f"--data-path {prefixes}"
     return f"""
 Tuned exits: {tuned}. What now:
-  certify thresholds        python tools/evaluate.py calibrate --load {tuned} {prompts}
-  speed against quality     python tools/evaluate.py sweep --load {tuned} {prompts}
-  generate                  python tools/generate.py --load {tuned} --prompt "..." --use-early-exit --early-exit-thres 0.8
-  for longer                the same command with more --passes, and --redo"""
+  certify thresholds     python tools/evaluate.py calibrate --load {tuned} {prompts}
+  speed against quality  python tools/evaluate.py sweep --load {tuned} {prompts}
+  generate               python tools/generate.py --load {tuned} --prompt "..." --use-early-exit --early-exit-thres 0.8
+  for longer             the same command with more --passes, and --redo"""
 
 
 def run() -> int:

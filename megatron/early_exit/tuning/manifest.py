@@ -1,4 +1,4 @@
-"""What is done in the folder of a recipe, and of what: so a run that ended early goes on, and other settings are noticed.
+"""What is done in the folder of a recipe, and of what: a run that ended early goes on, other settings are noticed.
 
 `recipe.json` holds for each step its signature (its settings, and the signatures of the steps whose results it reads)
 and, when it is done, what later steps want to know of it."""

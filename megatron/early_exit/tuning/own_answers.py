@@ -86,7 +86,7 @@ class AnswersFolder:
                         found[number] = Answer(number, tuple(one.tolist()), reason)
             except Exception as error:  # of the archive, of an array in it, of what should be in it
                 raise ValueError(
-                    f"{path} cannot be read ({type(error).__name__}: {error}); remove it, and its answers are made again"
+                    f"{path} cannot be read ({type(error).__name__}: {error}); remove it, and it is made again"
                 ) from error
         return [found[number] for number in sorted(found)]
 

@@ -75,7 +75,7 @@ class Recipe:
                 "training", "tune the exits", source | self.training.settings, self.train, (*exits, "samples"),
                 (self.tuned,), is_collective=True,
             ),
-            Step("report", "compare the exits on held-out answers", {}, self.report, ("training",), (self.report_path,)),
+            Step("report", "compare exits on held-out answers", {}, self.report, ("training",), (self.report_path,)),
         ]  # fmt: skip
         return steps
 
@@ -95,7 +95,7 @@ class Recipe:
     def add_exits(self) -> Facts:
         from megatron.early_exit.checkpoint.commands.exits import add
 
-        flags = vars(self.args) | {"load": self.base, "save": self.exits, "force": True, "replace": False}
+        flags = vars(self.args) | {"load": self.base, "save": self.exits, "force": True}
         add(argparse.Namespace(**flags))
         return {}
 

@@ -91,7 +91,7 @@ class TrainingPlan:
     ) -> list[str]:
         """num_train, num_held_out: samples."""
         iterations = self.iterations(num_train)
-        every = max(iterations // 10, 1)
+        every, validation = max(iterations // 10, 1), max(num_held_out // self.global_batch_size, 1)
         own = str(samples / "train")
         data = ["1", own, *self.blend] if self.blend else [own]
         words: list[Any] = [
@@ -103,7 +103,7 @@ class TrainingPlan:
             "--lr-warmup-iters", iterations // 20, "--adam-beta2", 0.95, "--seed", self.seed,
             "--train-data-path", *data, "--valid-data-path", samples / "held_out",
             "--data-cache-path", samples / "cache", "--reset-attention-mask", "--num-workers", 0,
-            "--eval-interval", every, "--eval-iters", min(max(num_held_out // self.global_batch_size, 1), MOST_EVALUATIONS),
+            "--eval-interval", every, "--eval-iters", min(validation, MOST_EVALUATIONS),
             "--log-interval", max(iterations // 50, 1), "--tune-exit-distillation", self.distillation,
         ]  # fmt: skip
         words += ["--bf16"] if self.bf16 else []

@@ -1,0 +1,178 @@
+"""The tuning recipe without a model: what is done again and what is not, packing, flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron.early_exit.data.conversations import MarkedTokens, prompt_and_answer
+from megatron.early_exit.evaluation.prompts import EvalPrompt
+from megatron.early_exit.tuning.command_line import build_parser, check, main
+from megatron.early_exit.tuning.manifest import Manifest, Step
+from megatron.early_exit.tuning.own_answers import Answer, AnswersFolder
+from megatron.early_exit.tuning.samples import marked_answers, num_held_out, pack, write_samples
+from megatron.early_exit.tuning.training_words import TrainingPlan
+
+BASE = ["--load", "model", "--output", "out", "--prompts-file", "p.jsonl"]
+
+
+def manifest(folder: Path, first: int = 1, second: int = 1) -> Manifest:
+    nothing = lambda: {}
+    return Manifest(folder, [
+        Step("first", "", {"size": first, "words": ("a", "b")}, nothing, outputs=(folder / "one",)),
+        Step("second", "", {"size": second}, nothing, ("first",), (folder / "two",)),
+        Step("other", "", {}, nothing),
+    ])  # fmt: skip
+
+
+def test_a_step_is_done_once_and_again_with_other_settings_or_other_results_before_it(tmp_path: Path) -> None:
+    states = lambda one: [one.state(name) for name in ("first", "second", "other")]
+    before = manifest(tmp_path)
+    assert states(before) == ["to do"] * 3
+    before.begin("first")
+    assert states(manifest(tmp_path)) == ["begun", "to do", "to do"]
+    for name, path in (("first", "one"), ("second", "two"), ("other", "three")):
+        (tmp_path / path).mkdir()
+        before.begin(name)
+        before.finish(name, 2.0, {"rows": 3})
+    again = manifest(tmp_path)
+    assert states(again) == ["done"] * 3 and again.facts("second") == {"rows": 3} and again.seconds("first") == 2.0
+    assert states(manifest(tmp_path, second=2)) == ["done", "changed", "done"]
+    changed = manifest(tmp_path, first=2)
+    assert states(changed) == ["changed", "changed", "done"]
+    assert changed.differences("first") == ["size: 2 in place of 1"] and changed.differences("second") == []
+    changed.forget(["first", "second"])
+    assert states(manifest(tmp_path)) == ["to do", "to do", "done"]
+    (tmp_path / "one").rmdir()
+    before.finish("first", 1.0, {})
+    assert manifest(tmp_path).state("first") == "begun", "what it made is gone"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.json", "three", "two"]
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(ValueError, match=r"recipe.json cannot be read"):
+        manifest(tmp_path).state("first")
+
+
+def test_answers_come_back_from_their_parts(tmp_path: Path) -> None:
+    folder = AnswersFolder(tmp_path / "answers")
+    prompts = [EvalPrompt((1, 2), "letters", "a:1"), EvalPrompt((3,), None, "a:2")]
+    folder.write_prompts(prompts)
+    answers = [Answer(3, (7, 8), "eod"), Answer(0, (9,), "max_tokens"), Answer(2, (5, 5, 5), "eod")]
+    folder.add(answers[:2])
+    folder.add(answers[2:])
+    folder.add([])
+    (folder.folder / "part_000001_1.npz.partial-1").write_bytes(b"half")
+    assert folder.prompts() == prompts
+    assert folder.answers() == [answers[1], answers[2], answers[0]]
+    texts = marked_answers(prompts, folder.answers(), 2)
+    assert [number for number, _ in texts] == [0, 1, 1]
+    assert texts[1][1] == MarkedTokens([3, 5, 5, 5], [2, 1, 1, 1])
+    (folder.folder / "part_000009_1.npz").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"part_000009_1.npz cannot be read .* remove it"):
+        folder.answers()
+
+
+def test_held_out_prompts_leave_some_to_train_on() -> None:
+    assert [num_held_out(count, share) for count, share in ((2, 0.01), (2, 0.99), (100, 0.1), (5, 0.5))] == [
+        1,
+        1,
+        10,
+        2,
+    ]
+
+
+@pytest.mark.parametrize("length", [24, 27, 64])
+def test_rows_hold_every_text_whole(length: int) -> None:
+    generator = np.random.default_rng(length)
+    texts = []
+    for number in range(200):
+        prompt, answer = generator.integers(1, 9), generator.integers(1, 20)
+        texts.append(prompt_and_answer([1000 + number] * int(prompt), [2000 + number] * int(answer)))
+    rows, num_cut = pack(texts, length, filler=0)
+    assert all(len(row.ids) == len(row.marks) == length for row in rows)
+    assert num_cut == sum(len(text.ids) > length for text in texts)
+    assert not any(row.marks[0] & 1 for row in rows), "the last label of the row before"
+    found = {}
+    for row in rows:
+        starts = [place for place, mark in enumerate(row.marks) if mark & 2] + [length]
+        for start, end in zip(starts, starts[1:]):
+            if row.ids[start]:
+                found[row.ids[start] - 1000] = MarkedTokens(row.ids[start:end], row.marks[start:end])
+            else:
+                assert not any(row.ids[start:]) and not any(mark & 1 for mark in row.marks[start:])
+    expected = {number: MarkedTokens(text.ids[:length], text.marks[:length]) for number, text in enumerate(texts)}
+    assert found == expected
+    full = sum(min(len(text.ids), length) for text in texts)
+    assert len(rows) * length < (1.05 if length > 2 * 28 else 1.3) * full, "little is filled"
+
+
+def test_prompts_that_leave_no_room_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no answer begins within 4 tokens"):
+        write_samples(tmp_path / "s" / "train", [prompt_and_answer([1] * 4, [2])], 4, 0, 10)
+
+
+def plan(*words: str) -> TrainingPlan:
+    args = build_parser().parse_args([*BASE, *words])
+    args.more = []
+    return TrainingPlan.of(args)
+
+
+def words_of(one: TrainingPlan, num_train: int = 100, world_size: int = 1) -> list[str]:
+    paths = {name: Path(name) for name in ("exits", "tuned", "samples", "cache")}
+    return one.words(**paths, num_train=num_train, num_held_out=9, world_size=world_size)
+
+
+def value(words: list[str], flag: str) -> str:
+    return words[words.index(flag) + 1]
+
+
+def test_iterations_follow_from_passes_and_hidden_states_are_kept_where_that_pays() -> None:
+    words = words_of(plan())
+    assert value(words, "--train-iters") == "38"  # 3 passes over 100 samples, 8 at once
+    assert value(words, "--cache-samples") == "100" and value(words, "--lr") == "0.005"
+    assert value(words_of(plan(), 101, world_size=4), "--cache-samples") == "96"
+    once = words_of(plan("--passes", "1", "--untie-exit-output-weights"))
+    assert value(once, "--lr") == "0.001"
+    assert "--cache-hidden-states" in once  # 13 x 8 samples are more than 100
+    assert "--cache-hidden-states" not in words_of(plan("--train-iters", "12"))
+    assert "--cache-hidden-states" not in words_of(plan("--no-keep-hidden-states"))
+    blend = words_of(plan("--blend", "0.5", "text", "--passes", "1"))
+    assert value(blend, "--train-iters") == "19"
+    assert blend[blend.index("--train-data-path") + 1 :][:4] == ["1", "samples/train", "0.5", "text"]
+
+
+def test_the_words_are_flags_of_the_training_program() -> None:
+    from megatron.early_exit.config.flags import known_flags
+
+    words = words_of(plan("--blend", "0.5", "text", "--bf16"))
+    assert {word for word in words if word.startswith("--")} <= set(known_flags())
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--load", "model", "--output", "out"], "give prompts"),
+    ([*BASE, "--answers-to-each", "2"], "give a --temperature"),
+    ([*BASE, "--held-out", "1"], "--held-out is 1.0"),
+    ([*BASE, "--passes", "0"], "--passes is 0.0"),
+    ([*BASE, "--seq-length", "1"], "--seq-length is 1"),
+    ([*BASE, "--tune-exit-distillation", "1.5"], "--tune-exit-distillation is 1.5"),
+])  # fmt: skip
+def test_impossible_settings_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check(build_parser().parse_args(words))
+
+
+def test_a_model_that_is_none_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["--output", str(tmp_path / "out"), "--prompts-file", str(tmp_path / "p.jsonl"), "--load"]
+    assert main([*words, str(tmp_path / "nothing")]) == 2
+    assert main([*words, str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "does not exist; give a folder of checkpoints, or of a Hugging Face model" in said
+    assert "holds neither checkpoints" in said
+    assert not (tmp_path / "out").exists()
+    assert main([*words, str(tmp_path), "--blend", "text"]) == 2
