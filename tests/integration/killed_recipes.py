@@ -5,6 +5,7 @@ python -m tests.integration.killed_recipes FOLDER WORDS...      (prints one JSON
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -16,34 +17,41 @@ from pathlib import Path
 
 import psutil
 
-from megatron.early_exit.tuning import command_line, own_answers
+from megatron.early_exit.tuning import command_line, own_answers, training_process
 
-RENAMES_BETWEEN_KILLS = 4
+RENAMES_BETWEEN_KILLS = 6
 SECONDS_FOR_ORPHANS = 5
 MOST_RUNS = 40
+USED_MODULES = [
+    *(f"megatron.early_exit.{name}" for name in (
+        "checkpoint.exits", "checkpoint.comparison", "checkpoint.hugging_face", "checkpoint.read_model",
+        "evaluation.documents", "evaluation.exit_quality", "evaluation.rows", "inference.llm", "training.dry_run",
+    )),
+    "megatron.core.datasets.indexed_dataset", "transformers.models.llama.modeling_llama",
+]  # fmt: skip
 
 
 def main(folder: Path, words: list[str]) -> None:
-    import megatron.early_exit.checkpoint.commands.hugging_face
-    import megatron.early_exit.evaluation.commands.exits
-    import megatron.early_exit.inference.llm  # noqa: F401
+    for name in USED_MODULES:
+        importlib.import_module(name)
 
     own_answers._ANSWERS_PER_PART = 2
     whole = _forked([*words, "--output", str(folder / "whole")], lambda: None, folder / "whole.log")
     killed = [*words, "--output", str(folder / "killed")]
     log = folder / "killed.log"
     statuses, orphans = [], []
-    # Before every fourth file or folder gets its name: of the model, exits, answers, samples, the manifest.
-    while not (folder / "killed/tuned").exists() and len(statuses) < MOST_RUNS:
+    # Before every sixth file or folder gets its name (of the model, exits, answers, samples, the manifest), and at last
+    # when the training is to begin.
+    manifest = folder / "killed/recipe.json"
+    while not (manifest.exists() and "training" in json.loads(manifest.read_text())) and len(statuses) < MOST_RUNS:
         statuses.append(_forked(killed, _kill_at_a_rename, log))
-    # While the training, a process of its own, is at work.
-    for _ in range(1):
+    # While the training, a process of its own, is at work: killed, and asked to stop.
+    for number in (signal.SIGKILL, signal.SIGTERM):
         metrics = folder / "killed/tuned/metrics.jsonl"
-        statuses.append(_forked(killed, lambda: _kill_when(lambda: _lines(metrics) >= 2), log))
+        before = _lines(metrics)
+        is_at_work = lambda: _lines(metrics) > before + 1  # noqa: B023
+        statuses.append(_forked(killed, lambda: _kill_when(is_at_work, number), log))  # noqa: B023
         orphans += _orphans(folder)
-    # Ctrl-C and what a cluster sends: the training saves, or not, and the program says how to go on.
-    statuses.append(_forked(killed, lambda: _kill_when(lambda: _lines(metrics) >= 5, signal.SIGTERM), log))
-    orphans += _orphans(folder)
     statuses.append(_forked(killed, lambda: None, log))
     again = _forked(killed, lambda: None, folder / "again.log")
     print(json.dumps({"whole": whole, "killed": statuses, "orphans": orphans, "again": again}))
@@ -79,6 +87,7 @@ def _kill_at_a_rename() -> None:
         rename(*names)
 
     os.replace = replace
+    training_process.run_training = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _kill_when(is_due: Callable[[], bool], number: int = signal.SIGKILL) -> None:

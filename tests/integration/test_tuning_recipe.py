@@ -44,7 +44,7 @@ def words(folder: Path) -> list[str]:
         "--prompts-file", str(folder / "chats.jsonl"), "--data-path", str(folder / "text"), "--prompts", str(PROMPTS),
         "--prompt-length", "5", "--answer-tokens", str(ANSWER_TOKENS), "--temperature", "0.7",
         "--answers-to-each", "2", "--held-out", "0.2", "--seq-length", str(SEQ_LENGTH), "--global-batch-size", "4",
-        "--train-iters", "12",
+        "--train-iters", "40",
     ]  # fmt: skip
 
 

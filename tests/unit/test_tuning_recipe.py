@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_rows_hold_every_text_whole(length: int) -> None:
     found = {}
     for row in rows:
         starts = [place for place, mark in enumerate(row.marks) if mark & 2] + [length]
-        for start, end in zip(starts, starts[1:]):
+        for start, end in itertools.pairwise(starts):
             if row.ids[start]:
                 found[row.ids[start] - 1000] = MarkedTokens(row.ids[start:end], row.marks[start:end])
             else:

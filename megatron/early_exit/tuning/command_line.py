@@ -27,6 +27,9 @@ from megatron.early_exit.tuning.manifest import Manifest, Step
 from megatron.early_exit.tuning.recipe import Recipe
 from megatron.early_exit.tuning.training_process import TrainingFailed
 
+DEFAULT_MAX_REQUESTS = 64
+"""Nobody waits for a single answer."""
+
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_FOR_MAIN_RANK = 15.0
 """In which it says what all ranks find wrong, before one of the others ends and torchrun ends it."""
@@ -34,7 +37,7 @@ _SECONDS_FOR_MAIN_RANK = 15.0
 _EXAMPLE = """example, all by itself:
   early-exit-tune --load SmolLM2-135M-Instruct --output runs/tuned \\
       --exit-layer-nums 8 15 22 --use-exit-norm --use-exit-mlp \\
-      --prompts-file questions.jsonl --prompts 2000 --answer-tokens 128 --max-requests 64
+      --prompts-file questions.jsonl --prompts 2000 --answer-tokens 128
 over several GPUs (steps for one process run on the first rank):
   torchrun --nproc_per_node 8 tools/tune_exits.py ... -- --tensor-model-parallel-size 2"""
 
@@ -90,6 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="share of the loss that is the divergence from the final head; the rest is that of the text; default 1",
     )  # fmt: skip
     training.add_argument(
+        "--exit-loss-token-fraction", type=float, default=1.0, metavar="X",
+        help="share of the tokens whose loss is computed, drawn anew every time; default 1",
+    )  # fmt: skip
+    training.add_argument(
         "--keep-hidden-states", action=argparse.BooleanOptionalAction,
         help="run the frozen layers once, and keep what they make on disk; default: where samples are drawn again",
     )  # fmt: skip
@@ -103,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--redo", action="store_true", help="with other settings than before: do again the steps that depend on them"
     )
+    parser.set_defaults(max_requests=DEFAULT_MAX_REQUESTS)
     return parser
 
 
@@ -157,6 +165,8 @@ def check(args: argparse.Namespace) -> None:
         problems.append(f"--train-iters is {args.train_iters}; it must be at least 1")
     if not 0 <= args.tune_exit_distillation <= 1:
         problems.append(f"--tune-exit-distillation is {args.tune_exit_distillation}; it must lie between 0 and 1")
+    if not 0 < args.exit_loss_token_fraction <= 1:
+        problems.append(f"--exit-loss-token-fraction is {args.exit_loss_token_fraction}; it must lie above 0, up to 1")
     if args.output.is_file():
         problems.append(f"--output {args.output} is a file; give a folder")
     if problems:

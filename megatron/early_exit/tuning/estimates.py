@@ -63,8 +63,9 @@ def estimated(recipe: Recipe) -> dict[str, Estimate]:
     vocab, layers = config.description.padded_vocab_size, config.model.num_layers
     model_bytes = sizes.weight_bytes(config, sizes.stage_parameters(config, (), True, True))
     model_bytes += sizes.weight_bytes(config, layers * sizes.layer_parameters(config))
-    num_exits = config.exits.num_exits
-    exit_bytes = sizes.weight_bytes(config, num_exits * sizes.exit_parameters(config))
+    kinds = [config.exits.head_of(index) for index in range(config.exits.num_exits)]
+    trained = sum(sizes.exit_parameters(config, kind) for kind in kinds)
+    exit_bytes = sizes.weight_bytes(config, trained)
     prompts = args.prompts or args.default_prompts
     prompts *= bool(args.prompts_file) + bool(args.data_path)
     prompt_length = (args.prompt_length or args.default_length) if args.data_path else 64
@@ -72,7 +73,7 @@ def estimated(recipe: Recipe) -> dict[str, Estimate]:
     tokens = prompts * prompt_length + num_answers * args.answer_tokens
     # Six FLOPs a weight are forward and backward.
     forward = (layers * sizes.layer_flops_per_token(config) + sizes.output_flops_per_token(config, vocab)) / 3
-    heads = num_exits * sizes.exit_flops_per_token(config, vocab)
+    heads = plan.token_fraction * sum(sizes.exit_flops_per_token(config, kind, vocab) for kind in kinds)
     rows = max(num_answers * (prompt_length + args.answer_tokens) // args.seq_length, 2)
     num_train = max(round(rows * (1 - args.held_out)), 1)
     iterations = plan.iterations(num_train)
@@ -80,11 +81,10 @@ def estimated(recipe: Recipe) -> dict[str, Estimate]:
     keeps = drawn > num_train if plan.keeps_hidden_states is None else plan.keeps_hidden_states
     through_layers = min(num_train, drawn) if keeps else drawn
     width = config.model.hidden_size * (2 if plan.bf16 else 4)
-    points = num_exits + bool(plan.distillation)
+    points = len(kinds) + bool(plan.distillation)
     kept = points * min(num_train, drawn) * args.seq_length * width if keeps else 0
     final = sizes.output_flops_per_token(config, vocab) / 3 if plan.distillation else 0
     training = args.seq_length * (through_layers * forward + drawn * (heads + final)) / speed
-    trained = num_exits * sizes.exit_parameters(config)
     memory = model_bytes + sizes.gradient_bytes(config, trained) + sizes.optimizer_bytes(config, 1, trained)
     memory += sizes.logits_chunk_bytes(config) + sizes.activation_bytes(config, 1)
     answers_words = (
@@ -117,8 +117,6 @@ def _resolved(recipe: Recipe) -> ResolvedConfig:
 
     description = _description(recipe)
     exits = wanted_exits(recipe.args) if recipe.args.exit_layer_nums else description.exits
-    if not exits.num_exits:
-        raise ValueError(f"{recipe.source} has no exits, and --exit-layer-nums does not name any")
     args = recipe.args
     settings = build_settings({
         **{name: value for name, value in vars(description.model).items() if value is not None},
@@ -131,10 +129,8 @@ def _resolved(recipe: Recipe) -> ResolvedConfig:
 
 
 def _description(recipe: Recipe) -> ModelDescription:
-    from megatron.early_exit.config.serialize import checkpoint_folder, read_description
-
     if recipe.is_ours:
-        return read_description(checkpoint_folder(recipe.source, recipe.args.load_iteration))
+        return recipe.description_of_base()
     from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
     from megatron.early_exit.config.data import TokenizerConfig
     from megatron.early_exit.config.description import ModelDescription

@@ -27,6 +27,7 @@ from megatron.early_exit.tuning.manifest import Facts, Manifest, Step
 from megatron.early_exit.tuning.training_words import TrainingPlan
 
 if TYPE_CHECKING:
+    from megatron.early_exit.config.description import ModelDescription
     from megatron.early_exit.evaluation.prompts import EvalPrompt
     from megatron.early_exit.inference.llm import LLM
 
@@ -50,6 +51,8 @@ class Recipe:
         self.answers_folder, self.samples = self.folder / "answers", self.folder / "samples"
         self.tuned, self.report_path = self.folder / "tuned", self.folder / "exits.json"
         self.training = TrainingPlan.of(args)
+        if not (args.exit_layer_nums or (self.is_ours and self.description_of_base().exits.num_exits)):
+            raise ValueError(f"{self.source} has no exits: give --exit-layer-nums, and what their heads are made of")
         self.steps = self._steps()
         self.manifest = Manifest(self.folder, self.steps)
 
@@ -104,9 +107,10 @@ class Recipe:
         from megatron.early_exit.tuning.own_answers import AnswersFolder, write_answers
 
         args, folder = self.args, AnswersFolder(self.answers_folder)
-        with self._loaded(self.base, args) as llm:
-            if not folder.prompts_path.exists():
-                folder.write_prompts(_load_prompts(args, llm))
+        if not folder.prompts_path.exists():
+            folder.write_prompts(self._drawn_prompts())
+        longest = max(len(one.ids) for one in folder.prompts()) + args.answer_tokens - 1
+        with self._loaded(self.base, longest) as llm:
             sampling = SamplingSettings(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
             params = GenerationParams(max_tokens=args.answer_tokens, sampling=sampling)
             answers = write_answers(llm, folder, params, args.answers_to_each)
@@ -116,13 +120,12 @@ class Recipe:
         return {"answers": len(answers), "tokens": num_tokens, "ended": ended}
 
     def make_samples(self) -> Facts:
-        from megatron.early_exit.config.serialize import checkpoint_folder, read_description
         from megatron.early_exit.data.tokenizer import build_tokenizer
         from megatron.early_exit.tuning.own_answers import AnswersFolder
         from megatron.early_exit.tuning.samples import marked_answers, num_held_out, write_samples
 
         args, folder = self.args, AnswersFolder(self.answers_folder)
-        description = read_description(checkpoint_folder(self.base, args.load_iteration))
+        description = self.description_of_base()
         if args.seq_length > description.max_position_embeddings:
             raise ValueError(
                 f"--seq-length {args.seq_length} is more than the model takes: {description.max_position_embeddings}"
@@ -200,11 +203,12 @@ class Recipe:
             for number, text in marked_answers(prompts, folder.answers(), args.answers_to_each)
             if number >= first
         ][: args.report_answers]
+        longest = max(len(text.ids) for _, text in held_out)
         sequences = [EvalPrompt(tuple(text.ids), prompt.domain, prompt.name) for prompt, text in held_out]
         counted = [[bool(mark & 1) for mark in text.marks[1:]] for _, text in held_out]
         results: dict[str, Any] = {}
         for name, path in (("before", self.exits), ("after", self.tuned)):
-            settings = self._engine_settings(args) | {"iteration": None, "quantize": None}
+            settings = self._engine_settings(longest) | {"iteration": None, "quantize": None}
             with _alone():
                 loaded = load_engine(str(path), **settings)
             with LLM(loaded.engine, loaded.tokenizer, loaded.engine.exits) as llm:
@@ -218,17 +222,54 @@ class Recipe:
         return {}
 
     @contextmanager
-    def _loaded(self, path: Path, args: argparse.Namespace) -> Iterator[LLM]:
+    def _loaded(self, path: Path, longest: int) -> Iterator[LLM]:
         from megatron.early_exit.inference.llm import LLM
 
-        with _alone(), LLM.load(str(path), **self._engine_settings(args)) as llm:
+        with _alone(), LLM.load(str(path), **self._engine_settings(longest)) as llm:
             yield llm
 
-    def _engine_settings(self, args: argparse.Namespace) -> dict[str, Any]:
+    def _engine_settings(self, longest: int) -> dict[str, Any]:
+        """longest: sequence that is run; for shorter ones more requests fit into memory."""
         from megatron.early_exit.inference.model_flags import engine_settings
 
-        settings = engine_settings(args) | {"worker_timeout": args.worker_timeout}
+        settings = engine_settings(self.args) | {"worker_timeout": self.args.worker_timeout}
+        settings["max_length"] = min(self.args.max_length or longest, longest)
         return settings if self.is_ours else settings | {"iteration": None}
+
+    def _drawn_prompts(self) -> list[EvalPrompt]:
+        """Of both sources, mixed, so that the last ones are a sample of all."""
+        import numpy as np
+
+        from megatron.early_exit.data.tokenizer import build_tokenizer
+        from megatron.early_exit.evaluation.prompts import load_prompts
+        from megatron.early_exit.inference.protocol import WorkerDescription
+
+        args, description = self.args, self.description_of_base()
+        tokenizer = build_tokenizer(description.tokenizer)
+        num_positions = min(args.max_length or description.max_position_embeddings, description.max_position_embeddings)
+        model = WorkerDescription(
+            description.model.num_layers, description.model.hidden_size, tokenizer.vocab_size, (), num_slots=1,
+            num_positions=num_positions,
+        )  # fmt: skip
+        absent = {
+            "data_path": {"prompts_file": None, "chat_template": None},
+            "prompts_file": {"data_path": None, "prompt_length": None},
+        }
+        found: list[EvalPrompt] = []
+        for source, others in absent.items():
+            if getattr(args, source):
+                one = argparse.Namespace(**vars(args) | others)
+                found += load_prompts(one, tokenizer, model, args.answer_tokens).prompts
+        if len(found) < 2:
+            raise ValueError("one prompt is too few: some are held out; give two or more")
+        order = np.random.default_rng(args.seed).permutation(len(found))
+        return [found[number] for number in order]
+
+    def description_of_base(self) -> ModelDescription:
+        """Of the model as our checkpoint, when it is one."""
+        from megatron.early_exit.config.serialize import checkpoint_folder, read_description
+
+        return read_description(checkpoint_folder(self.base, self.args.load_iteration if self.is_ours else None))
 
 
 @contextmanager
@@ -277,8 +318,12 @@ def _digest_of_files(paths: Sequence[Path]) -> str:
 
 def _exit_settings(args: argparse.Namespace) -> dict[str, Any]:
     from megatron.early_exit.checkpoint.commands.exits import wanted_exits
+    from megatron.early_exit.config.exits import ExitConfig
 
-    return asdict(wanted_exits(args)) | {"init": args.init, "seed": args.seed if args.init == "random" else None}
+    # Those that are not the default: a setting that a later version adds changes nothing.
+    default, wanted = asdict(ExitConfig()), asdict(wanted_exits(args))
+    given = {name: value for name, value in wanted.items() if value != default[name]}
+    return given | {"init": args.init, "seed": args.seed if args.init == "random" else None}
 
 
 def _answer_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -293,23 +338,3 @@ def _answer_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
     settings = {name: getattr(args, name) for name in names}
     return settings | {name: _digest_of_files(paths) if paths else None for name, paths in files.items()}
-
-
-def _load_prompts(args: argparse.Namespace, llm: LLM) -> list[EvalPrompt]:
-    """Of both sources, mixed, so that the last ones are a sample of all."""
-    import numpy as np
-
-    from megatron.early_exit.evaluation.prompts import load_prompts
-
-    found: list[EvalPrompt] = []
-    without = {"data_path": {"prompts_file": None, "chat_template": None},
-               "prompts_file": {"data_path": None, "prompt_length": None}}  # fmt: skip
-    for source, absent in without.items():
-        if getattr(args, source):
-            one = argparse.Namespace(**vars(args) | absent)
-            drawn = load_prompts(one, llm.tokenizer, llm.engine.description, args.answer_tokens)
-            found += drawn.prompts
-    if len(found) < 2:
-        raise ValueError("one prompt is too few: some are held out; give two or more")
-    order = np.random.default_rng(args.seed).permutation(len(found))
-    return [found[number] for number in order]

@@ -33,6 +33,8 @@ class TrainingPlan:
     bf16: bool
     blend: tuple[str, ...]
     """Other token files with their weights, against 1 for the own answers: WEIGHT PREFIX ..."""
+    token_fraction: float
+    """Of the tokens whose loss is computed."""
     seed: int
     more: tuple[str, ...]
     """Further flags of the training program."""
@@ -42,7 +44,9 @@ class TrainingPlan:
         """Raises ValueError for numbers that cannot be, and for a blend that is none."""
         from megatron.early_exit.config.data import parse_blend
 
-        rate = LEARNING_RATE_OF_OUTPUTS if args.untie_exit_output_weights else LEARNING_RATE
+        outputs = args.untie_exit_output_weights  # no value: of all exits
+        has_outputs = outputs is not None and (not outputs or any(outputs))
+        rate = LEARNING_RATE_OF_OUTPUTS if has_outputs else LEARNING_RATE
         blend = tuple(args.blend or ())
         if blend and parse_blend(blend)[1] is None:
             raise ValueError(
@@ -51,16 +55,18 @@ class TrainingPlan:
         return cls(
             args.seq_length, args.micro_batch_size, args.global_batch_size, args.passes, args.train_iters,
             rate if args.lr is None else args.lr, args.tune_exit_distillation, args.keep_hidden_states, args.bf16,
-            blend, args.seed, tuple(args.more),
+            blend, args.exit_loss_token_fraction, args.seed, tuple(args.more),
         )  # fmt: skip
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the result depends on. Keeping hidden states changes no bit of it, and may be changed in between."""
-        return {
+        fraction = {"exit_loss_token_fraction": self.token_fraction} if self.token_fraction < 1 else {}
+        return fraction | {
             "batch": [self.seq_length, self.micro_batch_size, self.global_batch_size], "passes": self.passes,
             "train_iters": self.train_iters, "lr": self.learning_rate, "tune_exit_distillation": self.distillation,
-            "bf16": self.bf16, "blend": list(self.blend), "seed": self.seed, "more": list(self.more),
+            "bf16": self.bf16, "blend": list(self.blend), "seed": self.seed,
+            "more": list(self.more),
         }  # fmt: skip
 
     @property
@@ -107,6 +113,7 @@ class TrainingPlan:
             "--log-interval", max(iterations // 50, 1), "--tune-exit-distillation", self.distillation,
         ]  # fmt: skip
         words += ["--bf16"] if self.bf16 else []
+        words += ["--exit-loss-token-fraction", self.token_fraction] if self.token_fraction < 1 else []
         words += self._cache_words(cache, num_train, iterations, world_size)
         return [*map(str, words), *self.more]
 
