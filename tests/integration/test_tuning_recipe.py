@@ -23,6 +23,8 @@ from tests.data_files import write_documents
 from tests.integration.test_training_program import ROOT, environment, torchrun
 from tests.server.models import chat_model
 
+pytestmark = pytest.mark.slow
+
 ANSWER_TOKENS, SEQ_LENGTH, PROMPTS = 6, 48, 10
 QUESTIONS = [{"messages": [{"role": "user", "content": f"a small model reads {number}"}]} for number in range(20)]
 
@@ -79,6 +81,7 @@ def test_a_recipe_that_is_killed_again_and_again_makes_the_same(folder: Path, ru
     assert all(torch.equal(tensors[0][name].read(), tensors[1][name].read()) for name in tensors[0])
     assert heads(one) == heads(other)
     assert "interrupted; the same command goes on here" in log and "(goes on)" in log
+    assert not list(other.rglob("*.partial*"))
     expected = {"recipe.json", "base", "exits", "answers", "samples", "hidden_states", "tuned", "exits.json"}
     assert {path.name for path in other.iterdir()} - {"run.lock"} == expected
 
@@ -145,6 +148,9 @@ def test_other_settings_are_refused_or_redo_what_depends_on_them(
     refused = tune(folder / "killed", words, "--lr", "1e-3")
     assert refused.returncode == 2 and "lr: 0.001 in place of 0.005" in refused.stderr
     assert "--redo: it does again training, report, and keeps the other steps" in refused.stderr
+    assert json.loads((folder / "killed/recipe.json").read_text()) == before
+    wrong = tune(folder / "killed", words, "--redo", "--", "--lr-warmup-itres", "3")
+    assert wrong.returncode == 2 and "unknown flag --lr-warmup-itres" in wrong.stderr
     assert json.loads((folder / "killed/recipe.json").read_text()) == before
     plan = tune(folder / "killed", words, "--lr", "1e-3", "--dry-run")
     assert plan.returncode == 0 and plan.stdout.count("needs --redo") == 2 and plan.stdout.count(" done ") == 4

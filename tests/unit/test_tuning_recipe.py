@@ -177,3 +177,5 @@ def test_a_model_that_is_none_is_refused_before_anything_is_written(
     assert "holds neither checkpoints" in said
     assert not (tmp_path / "out").exists()
     assert main([*words, str(tmp_path), "--blend", "text"]) == 2
+    assert main([*words, str(tmp_path), "--", "--lr=3", "--min-lr", "1"]) == 2
+    assert "--lr behind -- is for this program to set" in capsys.readouterr().err

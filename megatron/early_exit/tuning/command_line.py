@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     own, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     args = build_parser().parse_args(own)
-    args.more, args.is_verbose = more, getattr(args, "verbose", False)
+    args.more = more
     try:
         check(args)
         recipe = Recipe(args)
@@ -183,8 +183,14 @@ def carry_out(recipe: Recipe, redo: bool) -> None:
     lock = FolderLock(recipe.folder)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves parts that are whole
     try:
+        for path in [*recipe.folder.glob("*.partial-*"), *recipe.answers_folder.glob("*.partial-*")]:
+            _remove(path)  # which a run that was killed has left
+        if recipe.exits_are_there:
+            recipe.check_training()
         _prepare(recipe, redo)
         for number, step in enumerate(recipe.steps, start=1):
+            if step.name == "answers":
+                recipe.check_training()
             _carry_out(recipe.manifest, step, f"{number}/{len(recipe.steps)} {step.title}")
     finally:
         lock.release()

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.early_exit.platform.world import world_size
 from megatron.early_exit.tuning.manifest import Facts, Manifest, Step
 from megatron.early_exit.tuning.training_words import TrainingPlan
 
@@ -164,21 +165,33 @@ class Recipe:
                 if other != cache:
                     shutil.rmtree(other)
         words = self.training_words()
-        run_training(words, self.args.is_verbose)
-        wanted = int(words[len(words) - 1 - words[::-1].index("--train-iters") + 1])
+        run_training(words)
+        wanted = int(words[words.index("--train-iters") + 1])
         if iteration_of(checkpoint_folder(self.tuned)) < wanted:  # a signal that this process did not get
             raise TrainingStopped
         return {"iterations": wanted}
 
     def training_words(self) -> list[str]:
         """The flags of the training program. The samples must have been made."""
-        from megatron.early_exit.platform.world import world_size
-
         made = self.manifest.facts("samples")
+        return self._words(made["train"]["num_rows"] - 1, made["held_out"]["num_rows"] - 1)
+
+    @property
+    def exits_are_there(self) -> bool:
+        names = [name for name in ("base", "exits") if name in self.manifest.steps]
+        return all(self.manifest.state(name) == "done" for name in names)
+
+    def check_training(self) -> None:
+        """Raise ValueError for settings that the training would refuse, as soon as the exits are there: the answers may
+        take hours."""
+        from megatron.early_exit.config.flags import parse_run_config
+
+        parse_run_config(self._words(1000, 100), world_size=world_size(), warn=lambda _: None)
+
+    def _words(self, num_train: int, num_held_out: int) -> list[str]:
         return self.training.words(
-            exits=self.exits, tuned=self.tuned, samples=self.samples, cache=self._cache_folder(),
-            num_train=made["train"]["num_rows"] - 1, num_held_out=made["held_out"]["num_rows"] - 1,
-            world_size=world_size(),
+            exits=self.exits, tuned=self.tuned, samples=self.samples, cache=self._cache_folder(), num_train=num_train,
+            num_held_out=num_held_out, world_size=world_size(),
         )  # fmt: skip
 
     def _cache_folder(self) -> Path:
@@ -227,6 +240,8 @@ class Recipe:
 
         with _alone(), LLM.load(str(path), **self._engine_settings(longest)) as llm:
             yield llm
+            del llm
+        _free_memory()  # for the training, which is another process
 
     def _engine_settings(self, longest: int) -> dict[str, Any]:
         """longest: sequence that is run; for shorter ones more requests fit into memory."""
@@ -270,6 +285,17 @@ class Recipe:
         from megatron.early_exit.config.serialize import checkpoint_folder, read_description
 
         return read_description(checkpoint_folder(self.base, self.args.load_iteration if self.is_ours else None))
+
+
+def _free_memory() -> None:
+    """Give back what no object holds any more."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -22,11 +23,12 @@ class TrainingStopped(KeyboardInterrupt):
     """By a signal; it has saved what it had."""
 
 
-def run_training(words: Sequence[str], is_verbose: bool) -> None:
+def run_training(words: Sequence[str]) -> None:
     """Train with these flags, to the end. A rank that torchrun started trains with the others.
 
     Raises TrainingFailed, or TrainingStopped after Ctrl-C and SIGTERM, which the program is given time to save after.
     """
+    is_verbose = logging.getLogger().isEnabledFor(logging.INFO)  # `run_program` has taken -v out of the flags
     command = [sys.executable, "-m", __name__, *words, *(["--verbose"] if is_verbose else [])]
     stopped_by: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -11,6 +11,13 @@ from typing import Any
 LEARNING_RATE, LEARNING_RATE_OF_OUTPUTS = 5e-3, 1e-3
 """Which bring most in the study of docs/tuning.md; the latter for exits with output projections of their own."""
 
+OWN_FLAGS = frozenset(
+    "--load --save --pretrained-checkpoint --train-iters --train-samples --seq-length --micro-batch-size "
+    "--global-batch-size --lr --seed --bf16 --tune-exit-distillation --exit-loss-token-fraction --data-path "
+    "--train-data-path --valid-data-path --cache-hidden-states --cache-samples --exit-layer-nums".split()
+)
+"""Of the training program: what they say is said by flags of the recipe, or is its own affair."""
+
 MOST_EVALUATIONS = 20
 """Global batches of one validation."""
 
@@ -47,6 +54,9 @@ class TrainingPlan:
         outputs = args.untie_exit_output_weights  # no value: of all exits
         has_outputs = outputs is not None and (not outputs or any(outputs))
         rate = LEARNING_RATE_OF_OUTPUTS if has_outputs else LEARNING_RATE
+        twice = sorted({word.partition("=")[0] for word in args.more} & OWN_FLAGS)
+        if twice:
+            raise ValueError(f"{', '.join(twice)} behind -- is for this program to set: give its own flags before --")
         blend = tuple(args.blend or ())
         if blend and parse_blend(blend)[1] is None:
             raise ValueError(
@@ -73,7 +83,7 @@ class TrainingPlan:
     def cache_key(self) -> str:
         """What kept hidden states depend on beside the samples."""
         order = [self.iterations_text, self.global_batch_size] if self.blend else []
-        return f"{self.bf16} {self.seed} {self.blend} {order} {'--bf16' in self.more}"
+        return f"{self.bf16} {self.seed} {self.blend} {order} {'--fp16' in self.more}"
 
     @property
     def iterations_text(self) -> str:
