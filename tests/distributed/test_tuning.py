@@ -188,6 +188,18 @@ def weights_of(folder: str | Path, iteration: int | None = None) -> dict[str, to
     return {name: tensor.read() for name, tensor in tensors.items()}
 
 
+def test_a_resumed_run_outlives_the_checkpoint_that_it_resumed_from(data: str, tmp_path: Path) -> None:
+    """Which --keep-last removes, while the layers that were never trained lie in its files alone."""
+    base = base_model(data, tmp_path / "base", **HEADS["norm"])
+    settings = {**HEADS["norm"], "save_interval": 1, "keep_last": 1}
+    tune(data, tmp_path, base, exit_interval=2, **settings)
+    shutil.rmtree(base)
+    log = tune(data, tmp_path, base, **settings)
+    assert log[-1]["iteration"] == 6
+    assert [path.name for path in (tmp_path / "ck").glob("iter_*")] == ["iter_0000006"]
+    assert any(name.startswith("decoder.layers.0.mlp") for name in weights_of(tmp_path / "ck"))
+
+
 OWN_OUTPUT = {"untie_exit_output_weights": True}
 
 

@@ -139,7 +139,9 @@ class CheckpointSaver:
         write_tokenizer(self._tokenizer, partial / TOKENIZER_FOLDER)
         save_description(self.config.description, partial)
         write_checksums(partial, checksums)
-        folders.publish(partial, iteration)
+        published = folders.publish(partial, iteration)
+        if self._base is not None:
+            self._base = published  # the one that the run began with may be removed as too old
         if self.config.checkpoint.keep_last is not None:
             folders.remove_old(self.folder, self.config.checkpoint.keep_last, iteration)
 
