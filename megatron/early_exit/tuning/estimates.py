@@ -73,7 +73,7 @@ def estimated(recipe: Recipe) -> dict[str, Estimate]:
     tokens = prompts * prompt_length + num_answers * args.answer_tokens
     # Six FLOPs a weight are forward and backward.
     forward = (layers * sizes.layer_flops_per_token(config) + sizes.output_flops_per_token(config, vocab)) / 3
-    heads = plan.token_fraction * sum(sizes.exit_flops_per_token(config, kind, vocab) for kind in kinds)
+    heads = sum(sizes.exit_flops_per_token(config, index, vocab) for index in range(len(kinds)))
     rows = max(num_answers * (prompt_length + args.answer_tokens) // args.seq_length, 2)
     num_train = max(round(rows * (1 - args.held_out)), 1)
     iterations = plan.iterations(num_train)
@@ -86,7 +86,9 @@ def estimated(recipe: Recipe) -> dict[str, Estimate]:
     final = sizes.output_flops_per_token(config, vocab) / 3 if plan.distillation else 0
     training = args.seq_length * (through_layers * forward + drawn * (heads + final)) / speed
     memory = model_bytes + sizes.gradient_bytes(config, trained) + sizes.optimizer_bytes(config, 1, trained)
-    memory += sizes.logits_chunk_bytes(config) + sizes.activation_bytes(config, 1)
+    memory += sizes.logits_chunk_bytes(config, args.micro_batch_size * args.seq_length) + sizes.activation_bytes(
+        config, 1
+    )
     answers_words = (
         f"{num_answers:,} answers of at most {args.answer_tokens} tokens, about "
         f"{num_answers * args.answer_tokens / max(tokens * forward / speed, 1e-9):,.0f} tokens/s"
@@ -124,7 +126,7 @@ def _resolved(recipe: Recipe) -> ResolvedConfig:
         "global_batch_size": args.global_batch_size, "train_iters": 1, "lr": 1.0, "bf16": recipe.training.bf16,
         "tokenizer_type": "NullTokenizer", "vocab_size": description.padded_vocab_size - 1, "mock_data": True,
     })  # fmt: skip
-    settings = replace(settings, exits=exits)
+    settings = replace(settings, exits=replace(exits, exit_loss_token_fraction=(recipe.training.token_fraction,)))
     return RunConfig(**vars(settings)).resolved(description.padded_vocab_size)
 
 
