@@ -44,6 +44,7 @@ class Recipe:
     def __init__(self, args: argparse.Namespace) -> None:
         """Raises ValueError or OSError for a model or prompts that are not there."""
         self.args = args
+        self.training = TrainingPlan.of(args)
         self.folder: Path = args.output
         self.source = Path(args.load)
         self.is_ours = _is_ours(self.source)
@@ -51,7 +52,6 @@ class Recipe:
         self.exits = self.folder / "exits" if args.exit_layer_nums else self.base
         self.answers_folder, self.samples = self.folder / "answers", self.folder / "samples"
         self.tuned, self.report_path = self.folder / "tuned", self.folder / "exits.json"
-        self.training = TrainingPlan.of(args)
         if not (args.exit_layer_nums or (self.is_ours and self.description_of_base().exits.num_exits)):
             raise ValueError(f"{self.source} has no exits: give --exit-layer-nums, and what their heads are made of")
         self.steps = self._steps()
