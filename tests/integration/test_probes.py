@@ -18,11 +18,12 @@ from megatron.early_exit.inference.certificates import read_certificates
 from megatron.early_exit.inference.exit_probes import ExitProbes
 from megatron.early_exit.inference.exit_records import read_records
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from tests.data_files import write_documents
 from tests.server.models import NUM_LAYERS, chat_model
 
-LENGTH, ANSWER, PROMPTS, TRAINED = 6, 8, 120, 40
+LENGTH, ANSWER, PROMPTS, TRAINED, NUM_FULL = 6, 8, 120, 40, 28
+"""NUM_FULL: of those that probes are trained on, the prompts that the full model answers."""
 CERTAIN = GenerationParams(max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.3", plan_exits=False)
 
 
@@ -70,31 +71,33 @@ def document(folder: Path, name: str) -> dict[str, Any]:
 
 def test_figures_are_those_of_the_probes_on_held_out_prompts(trained: Path) -> None:
     found, probes = document(trained, "probes")["results"], ExitProbes.load(iteration(trained))
-    (answers,) = iteration(trained).glob("exit_probe_answers/*.jsonl")
-    answered = {one["prompt"]: one["tokens"] for one in map(json.loads, answers.read_text().splitlines())}
-    assert sorted(answered) == list(range(TRAINED)) and found["digest"] == probes.digest
-    assert sum(found["decisions"].values()) == sum(map(len, answered.values()))
-    assert len(probes.about.prompts) == TRAINED and probes.about.fingerprint.weights
+    answers = {}
+    for name, first in (("full", 0), ("early_exit", NUM_FULL)):
+        (file,) = iteration(trained).glob(f"exit_probe_answers/*/{name}.jsonl")
+        answers |= {one["prompt"] + first: one["tokens"] for one in map(json.loads, file.read_text().splitlines())}
+    assert sorted(answers) == list(range(TRAINED)) and found["digest"] == probes.digest
+    assert sum(found["decisions"].values()) == sum(map(len, answers.values()))
+    prompts = drawn_ids(trained)
+    assert sorted(map(prompt_digest, prompts)) == list(probes.about.prompts)
     llm = LLM.load(str(trained))
-    # Observed by the engine along the same answers; the held-out decisions of exit 2.
-    prompts = prompts_of(trained, "calibrate")  # of others: what probes say there follows from the records
-    assert not {prompt_digest(one) for one in prompts} & set(probes.about.prompts)
-    full = GenerationParams(max_tokens=ANSWER, observe_exits=True, exit_score="probe")
-    held_out = [drawn_ids(trained)[number] for number in found["held_out_prompts"]]
-    outputs = llm.generate(held_out, full)
-    for number, output in zip(found["held_out_prompts"], outputs, strict=True):
-        assert output.result.token_ids == answered[number]
-    for index, row in enumerate(found["exits"]):
-        tokens = [token for output in outputs for token in output.tokens]
-        of_exit = [token.predictions[index] for token in tokens]
-        agrees = [one.token == token.token for one, token in zip(of_exit, tokens, strict=True)]
-        assert row["agreement"] == pytest.approx(np.mean(agrees))
-        if len(set(agrees)) == 2:
-            assert row["probe"]["auroc"] == pytest.approx(
-                roc_auc_score(agrees, [one.confidence for one in of_exit]), abs=1e-3
-            )
-    assert found["exits"][0]["probe"]["auroc"] is not None
-    assert found["exits"][1]["agreement"] == 1.0  # the final head again
+    full = [one.result.token_ids for one in llm.generate(prompts, GenerationParams(max_tokens=ANSWER))]
+    assert full[:NUM_FULL] == [answers[number] for number in range(NUM_FULL)]
+    assert full[NUM_FULL:] != [answers[number] for number in range(NUM_FULL, TRAINED)]  # some go astray
+    agrees, scores = {2: [], NUM_LAYERS: []}, {2: [], NUM_LAYERS: []}
+    for number in found["held_out_prompts"]:
+        ids = prompts[number] + answers[number]
+        (result,) = llm.score([ids], ScoreParams(states=True, score_from=LENGTH - 1, score_last=False))
+        *exits, final = result.check().heads
+        for head in exits:
+            network = probes.networks[head.exit_layer]
+            x = head.states / (np.sqrt((head.states.astype(float) ** 2).mean(1, keepdims=True)) + 1e-6)
+            logits = np.maximum(x @ network.fc1.T + network.fc1_bias, 0) @ network.fc2[0] + network.fc2_bias
+            scores[head.exit_layer] += (1 / (1 + np.exp(-logits))).tolist()
+            agrees[head.exit_layer] += [one == other for one, other in zip(head.tokens, final.tokens, strict=True)]
+    of_first, of_last = found["exits"]
+    assert of_first["agreement"] == pytest.approx(np.mean(agrees[2]))
+    assert of_first["probe"]["auroc"] == pytest.approx(roc_auc_score(agrees[2], scores[2]), abs=1e-3)
+    assert of_last["agreement"] == 1.0  # the final head again
 
 
 def drawn_ids(folder: Path) -> list[list[int]]:
@@ -125,7 +128,9 @@ def test_certificates_of_probes_are_made_of_other_prompts_and_used(trained: Path
     assert len(by_key) == 2 and all(len(one) == PROMPTS for one in by_key.values())
     (of_score,) = [one for key, one in by_key.items() if key.startswith(of_probes.fingerprint.digest[:12])]
     llm = LLM.load(str(trained))
-    ids = prompts_of(trained, "calibrate")[0]
+    prompts = prompts_of(trained, "calibrate")
+    assert not set(map(prompt_digest, prompts)) & set(ExitProbes.load(iteration(trained)).about.prompts)
+    ids = prompts[0]
     (observed,) = llm.generate([ids], GenerationParams(max_tokens=ANSWER, observe_exits=True, exit_score="probe"))
     recorded = [[one.confidence for one in token.predictions[:-1]] for token in observed.tokens]
     assert of_score[0].scores.tolist() == pytest.approx(np.array(recorded), rel=1e-4)
@@ -174,7 +179,7 @@ def test_an_interrupted_run_goes_on(made: Path, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             evaluate("probes", made, folder, 20, *words)
     assert not (iteration(folder) / "exit_probes.safetensors").exists()
-    (kept,) = iteration(folder).glob("exit_probe_answers/*.jsonl")
+    (kept,) = iteration(folder).glob("exit_probe_answers/*/full.jsonl")
     assert len(kept.read_text().splitlines()) == 7
     with kept.open("a") as file:
         file.write('{"prompt": 1')  # cut off
@@ -185,11 +190,12 @@ def test_an_interrupted_run_goes_on(made: Path, tmp_path: Path, monkeypatch: pyt
         lambda llm, prompts, params: again.extend(prompts) or original(llm, prompts, params),
     )
     assert evaluate("probes", made, folder, 20, *words) == 0
-    assert len(again) == 13 and len(kept.read_text().splitlines()) == 20
+    assert len(again) == 7 + 6 and len(kept.read_text().splitlines()) == 14
 
 
 @pytest.mark.parametrize(("command", "words", "message"), [
     ("probes", ["--width", 0], "--width is 0; it must be at least 1"),
+    ("probes", ["--early-exit-share", 1], "--early-exit-share is 1; it must be 0 or more, and less than 1"),
     ("probes", ["--held-out", 1], "--held-out is 1; it must lie between 0 and 1"),
     ("calibrate", ["--exit-score", "probe", "--levels", 0.5],
      "exit_score 'probe' needs probes of this model's exits (the checkpoint has none)"),

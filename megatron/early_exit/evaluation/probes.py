@@ -1,12 +1,15 @@
-"""Probes from prompts: the full model's answers, the hidden states that exits read along them, and the networks that
-learn from these where an exit's token is the final head's."""
+"""Probes from prompts: answers, the hidden states that exits read along them, and the networks that learn from these
+where an exit's token is the final head's.
+
+Most answers are the full model's. Some are of early exit, with the heads' own probabilities: behind a token that the
+full model would not have taken, states are others, and a probe that never saw them takes one error for the next."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +26,7 @@ from megatron.early_exit.inference.certificates import AnswerSettings
 from megatron.early_exit.inference.engine_loading import LoadedEngine
 from megatron.early_exit.inference.exit_probes import RMS_EPSILON, AboutProbes, ExitProbes, ProbeNetwork
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import ScoreParams
+from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 
 ANSWERS_FOLDER = "exit_probe_answers"
 _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 512, 1e-3, 1e-2
@@ -44,9 +47,13 @@ class ProbeSettings:
     """Epochs without a better loss on the held-out prompts, after which training ends."""
     held_out: float = 0.2
     """Share of the prompts that say when to stop."""
+    early_exit_share: float = 0.3
+    """Share of the prompts that early exit answers."""
     seed: int = 1234
 
     def __post_init__(self) -> None:
+        if not 0.0 <= self.early_exit_share < 1.0:
+            raise ValueError(f"--early-exit-share is {self.early_exit_share:g}; it must be 0 or more, and less than 1")
         for name in ("answer_tokens", "width", "max_epochs", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
@@ -94,13 +101,10 @@ def train_probes(
     if len(prompts.prompts) < 2:
         raise ValueError("probes need at least 2 prompts, one to train on and one to hold out")
     fingerprint = checkpoint.exit_fingerprint(loaded.tokenizer)
-    answers = AnswerSettings(settings.answer_tokens, settings.ignore_eod, prompts.template_digest)
-    end = "-ignore-eod" if settings.ignore_eod else ""
-    name = f"{fingerprint.digest[:12]}-{prompts.digest[:12]}-{settings.answer_tokens}{end}.jsonl"
     start = time.perf_counter()
-    tokens = take_answers(llm, prompts.prompts, answers, checkpoint.folder / ANSWERS_FOLDER / name, show("answers"))
-    answered = time.perf_counter()
-    samples = take_samples(llm, prompts.prompts, tokens, show("hidden states"))
+    end = "-ignore-eod" if settings.ignore_eod else ""
+    name = f"{fingerprint.digest[:12]}-{prompts.digest[:12]}-{settings.answer_tokens}{end}"
+    samples = _take_all_samples(llm, prompts.prompts, checkpoint.folder / ANSWERS_FOLDER / name, settings, show)
     sampled = time.perf_counter()
     held_out = held_out_prompts(len(prompts.prompts), settings)
     is_held_out = np.isin(samples.prompts, held_out)
@@ -116,10 +120,35 @@ def train_probes(
         prompts=tuple(sorted(prompt_digest(prompt.ids) for prompt in prompts.prompts)),
         training={"settings": asdict(settings), "exits": figures, "held_out_prompts": held_out.tolist()},
     )
-    seconds = {"answers": answered - start, "states": sampled - answered, "training": time.perf_counter() - sampled}
+    seconds = {"samples": sampled - start, "training": time.perf_counter() - sampled}
     counts = {"train": int((~is_held_out).sum()), "held_out": int(is_held_out.sum())}
     results = {"exits": figures, "decisions": counts, "held_out_prompts": held_out.tolist(), "seconds": seconds}
     return ExitProbes(about, networks), results
+
+
+def _take_all_samples(
+    llm: LLM, prompts: Sequence[EvalPrompt], folder: Path, settings: ProbeSettings, show: ShowProgress
+) -> ProbeSamples:
+    """Decisions along the answers of the full model and, of the last prompts, of early exit."""
+    num_full = max(len(prompts) - round(settings.early_exit_share * len(prompts)), 1)
+    full, others = prompts[:num_full], prompts[num_full:]
+    params = full_params(AnswerSettings(settings.answer_tokens, settings.ignore_eod))
+    answers = take_answers(llm, full, params, folder / "full.jsonl", show("answers"))
+    samples = take_samples(llm, full, answers, show("hidden states"))
+    if not others:
+        return samples
+    # Half of the decisions leave at an exit that is not drafting alone.
+    layers = [layer for index, layer in enumerate(llm.exits.exit_layer_nums) if llm.exits.may_leave(index)]
+    thresholds = [float(np.median(samples.exits[layer].confidences)) for layer in layers]
+    if not layers:
+        return samples
+    early = replace(params, mode="early_exit", exit_layers=tuple(layers), exit_thresholds=tuple(thresholds))
+    answers = take_answers(llm, others, early, folder / "early_exit.jsonl", show("answers of early exit"))
+    more = take_samples(llm, others, answers, show("hidden states behind them"))
+    return ProbeSamples(
+        {layer: ExitSamples(*map(np.concatenate, zip(one, more.exits[layer]))) for layer, one in samples.exits.items()},
+        np.concatenate([samples.prompts, more.prompts + num_full]),
+    )
 
 
 def held_out_prompts(num_prompts: int, settings: ProbeSettings) -> np.ndarray:
@@ -129,15 +158,15 @@ def held_out_prompts(num_prompts: int, settings: ProbeSettings) -> np.ndarray:
 
 
 def take_answers(
-    llm: LLM, prompts: Sequence[EvalPrompt], answers: AnswerSettings, path: Path, progress: Progress
+    llm: LLM, prompts: Sequence[EvalPrompt], params: GenerationParams, path: Path, progress: Progress
 ) -> list[list[int]]:
-    """The full model's answers, in the order of prompts. They are kept in `path`, a line each, as they come."""
-    path.parent.mkdir(exist_ok=True)
+    """Answers in the order of prompts. They are kept in `path`, a line each, as they come."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = _read_answers(path)
     missing = [number for number in range(len(prompts)) if number not in found]
     progress(len(found), len(prompts))
     with path.open("a") as file:
-        for output in outputs_as_they_end(llm, [prompts[number].ids for number in missing], full_params(answers)):
+        for output in outputs_as_they_end(llm, [prompts[number].ids for number in missing], params):
             number = missing[output.prompt_index]
             found[number] = output.result.token_ids
             file.write(json.dumps({"prompt": number, "tokens": found[number]}) + "\n")

@@ -33,6 +33,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     probes.add_argument(
         "--held-out", type=float, default=0.2, metavar="F", help="share of the prompts that say when; default 0.2"
     )
+    probes.add_argument(
+        "--early-exit-share", type=float, default=0.3, metavar="F",
+        help="share of the prompts that early exit answers in place of the full model, so that probes learn from what "
+        "comes behind its errors as well; default 0.3",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -43,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron.early_exit.inference.exit_probes import PROBES_FILE
     from megatron.early_exit.platform.machine import machine_info
 
-    names = ("answer_tokens", "ignore_eod", "width", "max_epochs", "patience", "held_out", "seed")
+    names = ("answer_tokens", "ignore_eod", "width", "max_epochs", "patience", "held_out", "early_exit_share", "seed")
     settings = ProbeSettings(**{name: getattr(args, name) for name in names})
     machine = machine_info()
     llm, loaded = load(args)
