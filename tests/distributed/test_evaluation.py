@@ -244,9 +244,10 @@ def test_answers_that_end_in_their_first_token_have_no_speed(llm: LLM, prompts: 
 
 def test_all_lossless_ways_are_tried(llm: LLM) -> None:
     names = [case.name for case in lossless_cases(llm.engine.checks, ANSWERS, 4, 0.8)]
-    assert len(names) == len(set(names)) == 5 + 3 * 3 + 2 + 3
+    assert len(names) == len(set(names)) == 5 + 3 * 3 + 2 * 3 + 2 + 3 + 2
     drafts = {f"draft with exit {layer}, length {length}" for layer in (1, 2, 3) for length in (1, 4, "adaptive")}
     assert drafts < set(names)
+    assert {f"draft with {source}, length 4" for source in ("n-grams", "n-grams and exits")} < set(names)
 
 
 def test_a_difference_is_placed_and_measured(cfg: RunConfig, llm: LLM, prompts: list[EvalPrompt]) -> None:

@@ -279,6 +279,11 @@ def test_usage_says_what_early_exit_did(server: RunningServer, offline: LLM) -> 
     assert (got["mode"], got["drafted"], got["accepted"]) == (
         "self_speculative", statistics.drafted, statistics.accepted,
     )  # fmt: skip
+    settings = {"mode": "self_speculative", "draft_source": "ngram", "draft_length": 2}
+    statistics = greedy(offline, max_tokens=16, **settings).result.statistics
+    got = answered(server, max_tokens=16, temperature=0, **settings)["usage"]["early_exit"]
+    assert (got["ngram_drafted"], got["ngram_accepted"]) == (statistics.ngram_drafted, statistics.ngram_accepted)
+    assert got["drafted"] == got["ngram_drafted"] > 0
     settings = {"mode": "early_exit", "exit_thresholds": 0.99, "exit_layers": [4]}
     expected = greedy(offline, max_tokens=8, **settings).result
     got = answered(server, max_tokens=8, temperature=0, **settings)["usage"]["early_exit"]
@@ -297,6 +302,7 @@ def test_usage_says_what_early_exit_did(server: RunningServer, offline: LLM) -> 
     ({"max_deferred": 0}, "early_exit"),
     ({"draft_exit": 2}, "self_speculative"),
     ({"speculation": "auto"}, "self_speculative"),
+    ({"draft_source": "ngram"}, "self_speculative"),
     ({"exit_layers": [], "plan_exits": False}, "full"),
     ({"exit_thresholds": 0.0, "mode": "full"}, "full"),
     ({"exit_thresholds": 0.0, "draft_exit": 2, "mode": "self_speculative"}, "self_speculative"),

@@ -159,6 +159,13 @@ def test_a_grid_names_each_way_once() -> None:
     names = [one.name for one in variants_of(grid, GenerationParams(max_tokens=8), one_exit)]
     assert names == ["full", "threshold 0.5", "draft with exit 2, length adaptive", "draft with exit 2, length 3"]
     assert [one.name for one in variants_of(grid, GenerationParams(max_tokens=8), checks(exits=()))] == ["full"]
+    of_text = Grid(draft_lengths=(4,), draft_sources=("ngram", "both"))
+    _, *drafts = variants_of(of_text, GenerationParams(max_tokens=8), one_exit)
+    assert [one.name for one in drafts] == ["draft with n-grams, length 4", "draft with n-grams and exits, length 4"]
+    columns = ("draft_source", "draft_exit", "draft_length")
+    assert [[one.description[name] for name in columns] for one in drafts] == [["ngram", None, 4], ["both", None, 4]]
+    without = variants_of(Grid(draft_lengths=(4,), draft_sources=("ngram",)), GenerationParams(), checks(exits=()))
+    assert [one.params.draft_source for one in without[1:]] == ["ngram"]
 
 
 def test_first_differences_and_what_explains_them() -> None:

@@ -106,6 +106,12 @@ def test_where_the_full_model_would_run_nothing_nothing_is_saved() -> None:
         (["--max-deferred", "2"], "--max-deferred has no effect without --mode early_exit"),
         (["--draft-exit", "2", "--use-early-exit"], "--draft-exit has no effect without --mode self_speculative"),
         (["--draft-length", "2"], "--draft-length has no effect without --mode self_speculative"),
+        (["--draft-source", "ngram"], "--draft-source has no effect without --mode self_speculative"),
+        (["--draft-min-confidence", "0.5"], "--draft-min-confidence has no effect without --mode self_speculative"),
+        (
+            ["--mode", "self_speculative", "--draft-source", "ngram", "--draft-exit", "2"],
+            "draft_exit is 2, but with draft_source 'ngram' no exit drafts",
+        ),
         (["--speculation", "auto"], "--speculation has no effect without --mode self_speculative"),
         (["--mode", "full", "--use-early-exit"], "--use-early-exit contradicts --mode full"),
         (["--use-early-exit", "--early-exit-thres", "1.5"], "threshold is 1.5"),
