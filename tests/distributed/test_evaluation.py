@@ -215,6 +215,7 @@ def test_sweep_writes_a_document_and_a_table(checkpoint: Path, texts: list[str],
     document = read_document(tmp_path / "sweep.json")
     assert document["settings"] == {
         "thresholds": [0.2], "exits": "each", "certified": None, "draft_exits": [2], "draft_lengths": [None],
+        "draft_sources": ["exit"],
         "batches": [1, 2], "rounds": 2, "num_prompts": 3, "prompt_length": 8, "seed": 1234, "answer_tokens": 6,
         "ignore_eod": True,
     }  # fmt: skip
