@@ -11,6 +11,7 @@ bootstrap over groups of prompts, paired. Loops make drafts cheap: how many answ
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks import common, smollm2
 from megatron.early_exit.evaluation.decoding import Measurement, Way, decode, measure
@@ -32,6 +34,16 @@ from megatron.early_exit.inference.params import GenerationParams
 
 GOAL = 1.2
 """Of the fastest lossless way at batch 1, over all prompts."""
+
+
+def save_in_fp32(gguf: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as one that was never quantised; transformers does not write the other."""
+    quantised, _ = smollm2.load(gguf)
+    config = copy.deepcopy(quantised.config)
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(quantised.state_dict())
+    plain.save_pretrained(folder)
 
 
 def our_ways(llm: LLM, num_tokens: int) -> dict[str, Way]:
@@ -118,9 +130,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         theirs: dict[str, Way] = {}
         if settings.gguf is not None:
-            model, _ = smollm2.load(settings.gguf)
-            model.save_pretrained(folder)
-            del model
+            save_in_fp32(settings.gguf, Path(folder))
             wrapped = TransformersModel(Path(folder), torch.float32, llm.engine.ends, llm.engine.description.vocab_size)
             theirs = their_ways(wrapped, settings)
         for batch in settings.batch:
