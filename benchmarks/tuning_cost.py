@@ -6,6 +6,9 @@ Variants of one model, with 1, 2 and 8 exits (norm + MLP branch, the model's out
 - forward: a forward pass of the plain model with its loss, the cost that tuning is compared with;
 - tune: EE-Tuning, forward through the layers up to the last exit and training of the exits (optimizer step included);
 - train: training of all parameters with these exits;
+- distil: as tune, following the final head (--tune-exit-distillation 1): all layers run, and with two stages what the
+  final head reads travels back;
+- distil_kept: the same on kept hidden states, which are there in memory: no layers run;
 - heads: forward and backward of the exits' heads alone, on hidden states that are there.
 With one stage exits are spread over the first half of the layers (one exit: at a quarter), so the second half is never
 built; with two stages over all layers, so that both stages run.
@@ -22,9 +25,10 @@ import gc
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks import common
 from benchmarks.ranks import run_on_ranks
@@ -71,12 +75,26 @@ QUICK = Settings(num_layers=8, hidden_size=64, num_attention_heads=4, exits=(1, 
 """Shows that everything runs; its times say nothing."""
 
 
+class _Kept(NamedTuple):
+    """One microbatch with what the layers make of it."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    attention_mask: None
+    hidden_states: dict[str, Tensor]
+
+
 class Built:
     """One variant on this rank."""
 
-    def __init__(self, settings: Settings, num_stages: int, num_exits: int, tunes: bool) -> None:
+    def __init__(
+        self, settings: Settings, num_stages: int, num_exits: int, tunes: bool, distillation: float = 0.0
+    ) -> None:
         from megatron.early_exit.model.build import build_model
         from megatron.early_exit.training.optimizer import build_optimizer
+        from megatron.early_exit.training.plans import PlannedPipeline, follows_plan
         from megatron.early_exit.training.step import connect_gradient_reduction
 
         has_exits = num_exits > 0
@@ -94,7 +112,7 @@ class Built:
             parallel=ParallelConfig(pipeline_model_parallel_size=num_stages),
             training=TrainingConfig(
                 seq_length=settings.seq_length, micro_batch_size=settings.micro_batch_size, bf16=settings.bf16,
-                tune_exit=tunes, train_iters=1,
+                tune_exit=tunes, tune_exit_distillation=distillation, train_iters=1,
             ),
             optimizer=OptimizerConfig(lr=1e-4),
             data=DataConfig(mock_data=True, vocab_size=settings.vocab_size),
@@ -104,6 +122,7 @@ class Built:
         self.model = build_model(self.config, settings.vocab_size)
         connect_gradient_reduction(self.model)
         self.optimizer = build_optimizer(self.config, self.model)
+        self.planned = PlannedPipeline(self.config, self.model, progress) if follows_plan(self.config) else None
         self.sizes = {"micro_batch_size": settings.micro_batch_size, "seq_length": settings.seq_length}
 
     def _iterators(self, batches: list[Batch]) -> list[Any]:
@@ -125,7 +144,21 @@ class Built:
 
         train_step(
             self.model, self.optimizer, self._iterators(batches), exit_weights=self.config.exits.weights_at(0),
-            num_microbatches=len(batches), **self.sizes,
+            num_microbatches=len(batches), planned=self.planned, **self.sizes,
+        )  # fmt: skip
+
+    def step_on_kept(self, batches: list[Batch]) -> None:
+        """A step on hidden states that are there; their values do not matter."""
+        from megatron.early_exit.training.step import train_step
+
+        (chunk,) = self.model.chunks
+        points = chunk.tuning_points()
+        shape = (self.sizes["micro_batch_size"], self.sizes["seq_length"], self.config.model.hidden_size)
+        hidden = torch.zeros(shape, dtype=chunk.config.params_dtype, device=batches[0].tokens.device)
+        kept = (_Kept(*batch, dict.fromkeys(points, hidden)) for batch in batches)
+        train_step(
+            self.model, self.optimizer, [kept if points else None], exit_weights=self.config.exits.weights_at(0),
+            num_microbatches=len(batches), has_hidden_states=True, **self.sizes,
         )  # fmt: skip
 
     def heads(self, batches: list[Batch]) -> None:
@@ -170,10 +203,16 @@ def measure_layout(settings: Settings, num_stages: int) -> list[dict[str, Any]]:
         progress(f"PP {num_stages}, {num_exits} exits")
         plain, tune = Built(settings, num_stages, 0, False), Built(settings, num_stages, num_exits, True)
         train = Built(settings, num_stages, num_exits, False)
-        actions = {"forward": plain.forward, "tune": tune.step, "train": train.step}
+        distil = Built(settings, num_stages, num_exits, True, distillation=1.0)
+        actions = {
+            "forward": plain.forward, "tune": tune.step, "train": train.step, "distil": distil.step,
+            "distil_kept": distil.step_on_kept,
+        }  # fmt: skip
         if num_stages == 1:
             actions["heads"] = tune.heads
-        built = {"forward": plain, "tune": tune, "train": train, "heads": tune}
+        built = {
+            "forward": plain, "tune": tune, "train": train, "heads": tune, "distil": distil, "distil_kept": distil
+        }  # fmt: skip
         for action in actions.values():  # warm up, and let optimizers make their state
             action(batches)
         memory = {
@@ -189,7 +228,7 @@ def measure_layout(settings: Settings, num_stages: int) -> list[dict[str, Any]]:
             "exit_layers": list(tune.config.exits.exit_layer_nums),
             "built_layers": tune.config.build.num_built_layers, "seconds": seconds, "memory": memory,
         })  # fmt: skip
-        del plain, tune, train, actions, built
+        del plain, tune, train, distil, actions, built
         gc.collect()
     return rows
 
@@ -204,9 +243,13 @@ def compare(settings: Settings, row: dict[str, Any]) -> dict[str, Any]:
         "tune_tokens_per_second": tokens / common.median(seconds["tune"]),
         "tune_over_forward": ratio("tune", "forward"),
         "tune_over_train": ratio("tune", "train"),
+        "distil_over_tune": ratio("distil", "tune"),
+        "distil_kept_over_tune": ratio("distil_kept", "tune"),
         "heads_over_forward": ratio("heads", "forward") if "heads" in seconds else None,
         "backbone_over_forward": None,
         "tune_peak_mib": busiest("tune") / common.MIB,
+        "distil_peak_mib": busiest("distil") / common.MIB,
+        "distil_kept_peak_mib": busiest("distil_kept") / common.MIB,
         "train_peak_mib": busiest("train") / common.MIB,
         "forward_peak_mib": busiest("forward") / common.MIB,
         "chunk_mib": chunk / common.MIB,
@@ -282,7 +325,8 @@ def main() -> int:
     verdicts = goals(comparisons)
     names = [
         "num_stages", "num_exits", "built_layers", "tune_tokens_per_second", "tune_over_forward", "heads_over_forward",
-        "backbone_over_forward", "tune_over_train", "forward_peak_mib", "tune_peak_mib", "train_peak_mib",
+        "backbone_over_forward", "tune_over_train", "distil_over_tune", "distil_kept_over_tune", "forward_peak_mib",
+        "tune_peak_mib", "distil_peak_mib", "distil_kept_peak_mib", "train_peak_mib",
         "standing_mib", "train_standing_mib",
     ]  # fmt: skip
     print(common.format_table(names, [[one[name] for name in names] for one in comparisons]))

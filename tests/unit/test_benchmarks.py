@@ -236,15 +236,20 @@ def test_what_tuning_costs_is_compared_by_hand() -> None:
     mib = common.MIB
     memory = {
         name: [{"peak_bytes": peak * mib, "trained_parameter_bytes": 1, "gradient_bytes": 1, "optimizer_bytes": 2}]
-        for name, peak in {"forward": 10, "tune": 60, "train": 100, "heads": 5}.items()
+        for name, peak in {"forward": 10, "tune": 60, "train": 100, "heads": 5, "distil": 90, "distil_kept": 70}.items()
     }
     row = {
         "num_stages": 1, "num_exits": 1, "exit_layers": [4], "built_layers": 4, "memory": memory,
-        "seconds": {"forward": [1.0, 2.0], "tune": [0.7, 1.4], "train": [3.5, 7.0], "heads": [0.3, 0.6]},
+        "seconds": {
+            "forward": [1.0, 2.0], "tune": [0.7, 1.4], "train": [3.5, 7.0], "heads": [0.3, 0.6], "distil": [1.4, 2.8],
+            "distil_kept": [0.35, 0.7],
+        },
     }  # fmt: skip
     one = tuning_cost.compare(settings, row)
     assert one["tune_over_forward"] == pytest.approx(0.7) and one["tune_over_train"] == pytest.approx(0.2)
     assert one["backbone_over_forward"] == pytest.approx(0.4)
+    assert one["distil_over_tune"] == pytest.approx(2) and one["distil_kept_over_tune"] == pytest.approx(0.5)
+    assert one["distil_peak_mib"] == 90 and one["distil_kept_peak_mib"] == 70
     verdicts = list(tuning_cost.goals([one]).values())
     assert [verdict["met"] for verdict in verdicts] == [True, one["chunk_mib"] >= 50]
     in_time, _ = tuning_cost.goals([one | {"backbone_over_forward": 0.5}]).values()

@@ -10,7 +10,7 @@ import pytest
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.model import sizes
 from megatron.early_exit.schedules.cases import CASES, setup_from_flags, setup_of_case
-from megatron.early_exit.schedules.comparison import FREE, Setup, compare, exits_in_backward, plain_gpt
+from megatron.early_exit.schedules.comparison import FREE, Setup, compare, exits_in_backward, plain_gpt, tuning_variant
 from megatron.early_exit.schedules.cost_model import (
     GPUS,
     Assumptions,
@@ -31,10 +31,18 @@ SMALL = (
     "--global-batch-size 12 --pipeline-model-parallel-size 4 --exit-layer-nums 3 5 --pre-exit "
     "--untie-exit-output-weights --padded-vocab-size 512"
 ).split()
+CHECKPOINT = str(Path(__file__).parent.parent / "fixtures" / "checkpoints" / "norm_mlp")
 
 
 def small(*flags: str, **changes: object) -> Setup:
     return setup_from_flags([*SMALL, *flags], **{"world_size": 4, "gpu": "H100-80GB", **changes})
+
+
+def test_tuning_towards_the_final_head_runs_all_stages() -> None:
+    tune = ("--tune-exit", "--pretrained-checkpoint", CHECKPOINT)
+    assert tuning_variant(small(*tune, world_size=3)).plan.num_ranks == 3
+    plan = tuning_variant(small(*tune, "--tune-exit-distillation", "0.5")).plan
+    assert plan.num_ranks == 4 and Action(Kind.RECEIVE_TEACHER, 0) in plan.ranks[1]
 
 
 # Costs
@@ -56,6 +64,11 @@ def test_costs_by_hand() -> None:
     assert [cost.forward_sec for cost in costs] == pytest.approx([one_forward] * 3 + [one_forward + output])
     assert [cost.backward_sec for cost in costs] == pytest.approx([2 * one_forward] * 4)
     assert costs[0].communication_sec < 1e-20  # four GPUs are in one server
+    tuning = small("--tune-exit", "--tune-exit-distillation", "0.5", "--pretrained-checkpoint", CHECKPOINT).config
+    towards_final = model_costs(tuning, 4, gpu, assumptions=Assumptions(0.5, 1.0, 1.0))
+    # Exits make the final head's logits beside their own, and the last stage makes none.
+    assert [cost.exit_sec for cost in towards_final] == pytest.approx([0, 4 / 3 * output, 4 / 3 * output, 0])
+    assert [cost.forward_sec for cost in towards_final] == pytest.approx([one_forward] * 4)
     fractions = small("--exit-loss-token-fraction", "0.25", "0.5").config
     some = model_costs(fractions, 4, gpu, assumptions=Assumptions(0.5, 1.0, 1.0))
     assert [cost.exit_sec for cost in some] == pytest.approx([0, output / 4, output / 2, 0])

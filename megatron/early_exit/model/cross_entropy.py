@@ -200,7 +200,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     else:
                         weight_grad += grad.t() @ chunk
                 del grad
-            del logits, exp
+            logits = exp = probabilities = None  # before the next chunk's are made
 
         loss = torch.cat(losses)
         both = loss if teacher is None else label_share * loss + teacher.share * torch.cat(divergences)
@@ -234,11 +234,12 @@ def _teach(
     max_logit = logits.amax(dim=-1)
     _all_reduce(max_logit, torch.distributed.ReduceOp.MAX, tp_group)
     logits.sub_(max_logit[:, None])
-    sum_exp = logits.exp().sum(dim=-1)
+    probabilities = logits.exp()
+    sum_exp = probabilities.sum(dim=-1)
     _all_reduce(sum_exp, torch.distributed.ReduceOp.SUM, tp_group)
+    probabilities.div_(sum_exp[:, None])
     log_probabilities = logits.sub_(sum_exp.log()[:, None])
-    probabilities = log_probabilities.exp()
-    divergence = (probabilities * (log_probabilities - student_logits)).sum(dim=-1)
+    divergence = log_probabilities.sub_(student_logits).mul_(probabilities).sum(dim=-1)  # in place: these are large
     _all_reduce(divergence, torch.distributed.ReduceOp.SUM, tp_group)
     return probabilities, divergence
 

@@ -30,6 +30,12 @@ def one_f_one_b_passes(num_ranks: int, stage: int, num_microbatches: int) -> lis
     return forwards[:num_warmup] + steady + backwards[num_microbatches - num_warmup :]
 
 
+def tuning_plan(num_ranks: int, num_microbatches: int, exit_stages: Collection[int], *, distils: bool) -> Plan:
+    """The plan of tuning exits: towards the text alone, or towards the final head."""
+    build = distilling_tuning if distils else forward_only_tuning
+    return build(num_ranks, num_microbatches, exit_stages)
+
+
 def forward_only_tuning(num_ranks: int, num_microbatches: int, exit_stages: Collection[int]) -> Plan:
     """EE-Tuning (arXiv:2402.00518): stages pass hidden states on and train their exits; there is no backward.
 

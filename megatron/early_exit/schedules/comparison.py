@@ -10,9 +10,9 @@ from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.pipeline import PipelineConfig
 from megatron.early_exit.config.run import ResolvedConfig
 from megatron.early_exit.schedules.builders import (
-    forward_only_tuning,
     interleaved,
     one_f_one_b,
+    tuning_plan,
     with_exits_in_bubbles,
 )
 from megatron.early_exit.schedules.cost_model import (
@@ -223,8 +223,9 @@ def _largest(most: int, works: Callable[[int], bool]) -> int:
 
 
 def tuning_variant(setup: Setup) -> Variant:
-    """EE-Tuning: forward passes through the stages up to the last exit."""
+    """EE-Tuning: forward passes through the stages up to the last exit, or to the final head where exits follow it."""
     stages = setup.config.parallel.num_stages
     costs = setup.costs[:stages]
-    plan = forward_only_tuning(stages, setup.num_microbatches, exit_stages(costs))
-    return Variant("forward-only tuning", plan, costs)
+    distils = setup.config.training.tune_exit_distillation > 0
+    plan = tuning_plan(stages, setup.num_microbatches, exit_stages(costs), distils=distils)
+    return Variant(plan.name, plan, costs)

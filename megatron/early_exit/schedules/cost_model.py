@@ -160,7 +160,7 @@ class _CostModel:
         if is_first:
             forward += self._memory_sec(2 * self._hidden) + self._all_reduce_sec
             backward += self._accumulation_sec(sizes.output_parameters(config))
-        if has_final_head:
+        if has_final_head and not config.training.tune_exit:
             # Loss and gradients are computed in one pass over chunks, in the forward.
             forward += self._output_projection_sec(self._tokens) + self._all_reduce_sec
         activations = sizes.activation_bytes(config, count)
@@ -177,7 +177,7 @@ class _CostModel:
             activation_bytes=activations,
             exit_gradient_bytes=len(exits) * self._sharded_hidden,
             exit_head_bytes=max((self._head_bytes(sizes.exit_tokens(config, index)) for index in indices), default=0),
-            final_head_bytes=self._head_bytes(self._tokens) if has_final_head else 0,
+            final_head_bytes=self._head_bytes(self._tokens) if has_final_head and not config.training.tune_exit else 0,
             recompute_bytes=sizes.layer_activation_bytes(config) if is_recomputed else 0,
             state_bytes=sizes.weight_bytes(config, parameters)
             + sizes.gradient_bytes(config, trained)
@@ -227,7 +227,10 @@ class _CostModel:
         messages = self._all_reduce_sec * (1.0 if config.parallel.sequence_parallel else num_tokens / self._tokens)
         of_block = self._layer_forward_sec + self._layer_backward_sec if head.block else 0.0
         of_branch = self._matmul_sec(sizes.branch_flops_per_token(config, head)) if head.mlp else 0.0
-        return self._output_projection_sec(num_tokens) + messages + of_block + of_branch
+        # The logits of the final head that it follows are made beside its own, of a third of the FLOPs.
+        follows = config.training.tune_exit and config.training.tune_exit_distillation > 0
+        projections = 4 / 3 if follows else 1.0
+        return projections * self._output_projection_sec(num_tokens) + messages + of_block + of_branch
 
     @property
     def _message_sec(self) -> float:

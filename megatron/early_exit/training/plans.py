@@ -17,7 +17,7 @@ from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED, USUAL
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.distributed import on_rank_zero
-from megatron.early_exit.schedules.builders import distilling_tuning, forward_only_tuning, with_exits_in_bubbles
+from megatron.early_exit.schedules.builders import tuning_plan, with_exits_in_bubbles
 from megatron.early_exit.schedules.comparison import Variant, base_plan, exits_in_idle_time
 from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
 from megatron.early_exit.schedules.links import StageLinks
@@ -57,8 +57,8 @@ def build_plan(config: RunConfig, num_microbatches: int, costs: Sequence[StageCo
 def _build_plan(config: RunConfig, num_microbatches: int, costs: Sequence[StageCosts] | None) -> Plan:
     pipeline, num_ranks = config.pipeline, config.parallel.num_stages
     if config.training.tune_exit:
-        build = distilling_tuning if config.training.tune_exit_distillation > 0 else forward_only_tuning
-        return build(num_ranks, num_microbatches, config.exit_stages)
+        distils = config.training.tune_exit_distillation > 0
+        return tuning_plan(num_ranks, num_microbatches, config.exit_stages, distils=distils)
     times = _given_times(config) or (PassTimes.from_costs(costs) if costs is not None else None)
     if pipeline.fill_explicit_bubbles and times is not None:
         plan = with_filled_bubbles(
