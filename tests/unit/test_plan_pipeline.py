@@ -108,6 +108,22 @@ def test_recomputation_runs_layers_again_and_keeps_their_inputs() -> None:
     assert recomputed[1].recompute_bytes == 17 * hidden
 
 
+def test_every_exit_has_the_cost_and_the_parameters_of_its_own_kind() -> None:
+    """Four stages of two layers, each with an exit: a stage costs what it costs where all exits are of its kind."""
+    kinds = {
+        "use_exit_block": (True, False, False, False), "use_exit_norm": (False, True, False, False),
+        "use_exit_mlp": (False, False, True, False), "untie_exit_output_weights": (False, False, False, True),
+    }  # fmt: skip
+    config = small("--pipeline-model-parallel-size", "4", "--num-layers", "8").config
+    costs = lambda **heads: model_costs(
+        replace(config, exits=ExitConfig(exit_layer_nums=(1, 3, 5, 7), **heads)), 4, GPUS["A100-80GB"]
+    )
+    mixed = costs(**kinds)
+    for stage, name in enumerate(kinds):
+        assert mixed[stage] == costs(**{name: True})[stage], name
+    assert len({cost.exit_sec for cost in mixed}) == 3  # norm and own output cost what the others cost
+
+
 def test_flops_of_exits_that_learn_from_some_tokens() -> None:
     """A block and a branch see all tokens, the output projection a quarter of them."""
     projection, tokens = 6 * 256 * 512, 128
