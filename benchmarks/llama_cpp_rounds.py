@@ -3,14 +3,15 @@ not be this project's. It imports nothing of the project.
 
     PYTHON benchmarks/llama_cpp_rounds.py MODEL.gguf THREADS
 
-Each line of standard input is {"prompt": [ids], "tokens": N}; the answer is {"tokens": N, "seconds": of decoding}, as
-llama.cpp counts them, without the prompt.
+Each line of standard input is {"prompt": [ids], "tokens": N}; the answer is {"tokens": N, "seconds": of decoding,
+"cpu_seconds": of that}, without the prompt, as llama.cpp counts.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 
 
 def main() -> None:
@@ -24,13 +25,24 @@ def main() -> None:
     print(json.dumps({"version": xllamacpp.BUILD_INFO, "system": xllamacpp.get_system_info()}, default=str), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        started = time.process_time()
         answer = server.handle_completions({
             "prompt": asked["prompt"], "max_tokens": asked["tokens"], "n_predict": asked["tokens"], "temperature": 0,
             "ignore_eos": True, "cache_prompt": False,
         })  # fmt: skip
         answer = json.loads(answer) if isinstance(answer, str) else answer
-        timings = answer["timings"]
-        print(json.dumps({"tokens": timings["predicted_n"], "seconds": timings["predicted_ms"] / 1e3}), flush=True)
+        timings, cpu_seconds = answer["timings"], time.process_time() - started
+        share = timings["predicted_ms"] / (timings["predicted_ms"] + timings["prompt_ms"])
+        print(
+            json.dumps(
+                {
+                    "tokens": timings["predicted_n"],
+                    "seconds": timings["predicted_ms"] / 1e3,
+                    "cpu_seconds": share * cpu_seconds,
+                }
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
