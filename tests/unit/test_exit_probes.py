@@ -29,6 +29,7 @@ from megatron.early_exit.inference.certificates import (
     Certificates,
     FreeRunningCertificate,
 )
+from megatron.early_exit.inference.command_line import main as generate
 from megatron.early_exit.inference.costs import StepCosts, merged_costs
 from megatron.early_exit.inference.engine.exit_selection import select_exits, step_seconds
 from megatron.early_exit.inference.engine.request_checks import RequestChecks
@@ -37,6 +38,9 @@ from megatron.early_exit.inference.fingerprint import ExitFingerprint
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.protocol import ExitDescription, WorkerDescription
 from megatron.early_exit.inference.worker.probe import ExitProbe
+from megatron.early_exit.server.command_line import build_parser as build_server_parser
+from megatron.early_exit.server.command_line import server_config
+from megatron.early_exit.server.early_exit_fields import EarlyExitFields
 
 FINGERPRINT = ExitFingerprint("w", (2, 6), "fp32", None, None, "t", (0,))
 NO_PROGRESS = lambda done, total: None
@@ -239,3 +243,19 @@ def test_prompts_are_held_out_at_random() -> None:
 def test_impossible_settings(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ProbeSettings(**changes)
+
+
+# Where a request says it.
+
+
+def test_requests_and_programs_name_the_score(capsys: pytest.CaptureFixture[str]) -> None:
+    given = EarlyExitFields(exit_score="probe", exit_thresholds=0.5).with_exits(GenerationParams())
+    assert (given.mode, given.exit_score, given.plan_exits) == ("early_exit", "probe", None)
+    assert EarlyExitFields().with_exits(replace(given, mode="full")).exit_score == "probe"  # which has no effect there
+    with pytest.raises(ValueError, match="exit_score"):
+        EarlyExitFields(exit_score="heads")
+    assert generate(["--load", "nowhere", "--prompt", "a", "--exit-score", "probe"]) == 2
+    assert "--exit-score has no effect without --mode early_exit" in capsys.readouterr().err
+    flags = ["--load", "nowhere", "--exit-score", "probe", "--mode", "early_exit", "--no-plan-exits"]
+    defaults = server_config(build_server_parser().parse_args(flags)).defaults
+    assert (defaults.exit_score, defaults.plan_exits) == ("probe", False)
