@@ -161,7 +161,7 @@ def test_two_ranks_train_what_the_first_has_prepared(folder: Path, words: list[s
     """Beginning at another learning rate: the training alone is done again, by both, on the hidden states kept."""
     result = tune(folder / "killed", words, "--lr", "4e-3", "--redo", ranks=2)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "done again: training, report (lr: 0.004 in place of 0.005)" in result.stdout
+    assert "done again: training, report (training (lr: 0.004 in place of 0.005))" in result.stdout
     assert "2 ranks = TP 1 x PP 1 x DP 2" in result.stdout and "caching hidden states" not in result.stdout
     assert "1 other ranks wait" in result.stdout
     after, before = heads(folder / "killed")

@@ -245,6 +245,8 @@ def _take_part(recipe: Recipe) -> None:
     """Wait for what one process does, and train with the others."""
     for step in recipe.steps:
         if step.is_collective:
+            while recipe.manifest.state(step.name) not in ("begun", "done"):  # the main rank clears away what was there
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
             if recipe.manifest.state(step.name) != "done":
                 step.run()
             return
