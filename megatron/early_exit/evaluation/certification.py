@@ -72,13 +72,14 @@ class ThresholdLine:
     def tuned(cls, records: Sequence[PromptRecord], alpha: float, savings: Sequence[float]) -> ThresholdLine:
         """At each point some of the exits share a budget of wrong decisions, of the records' prompts on average, in
         even parts: each gets the smallest threshold with which its own are at most its part. Which exits share it is
-        what saves most layers there: one that is often wrong would use up what others need. The budget grows from
-        point to point. savings: for each exit, the share of the layers that a token saves that leaves there."""
+        what saves most layers there: one that is often wrong would use up what others need. One that is never wrong
+        needs no part. The budget grows from point to point. savings: for each exit, the share of the layers that a
+        token saves that leaves there."""
         budgets = np.geomspace(_SAFEST * alpha, _RISKIEST * alpha, _NUM_POINTS)
-        num_exits = records[0].scores.shape[1]
+        is_ever_wrong = np.any([one.is_wrong.any(0) for one in records], 0)
         options = []
-        for subset in _subsets(num_exits):
-            option = np.full((_NUM_POINTS, num_exits), NEVER)
+        for subset in _subsets(np.flatnonzero(is_ever_wrong).tolist()):
+            option = np.where(is_ever_wrong, NEVER, np.zeros((_NUM_POINTS, 1)))
             for index in subset:
                 option[:, index] = _smallest_thresholds(records, index, budgets / len(subset))
             options.append(option)
@@ -98,11 +99,11 @@ class ThresholdLine:
         return len(self.thresholds)
 
 
-def _subsets(num_exits: int) -> list[tuple[int, ...]]:
+def _subsets(exits: Sequence[int]) -> list[tuple[int, ...]]:
     """All of them, of many exits those of up to two, and all exits together, which come first."""
-    sizes = range(1, num_exits if num_exits <= _MOST_EXITS else 3)
-    smaller = [subset for size in sizes for subset in itertools.combinations(range(num_exits), size)]
-    return [tuple(range(num_exits)), *smaller]
+    sizes = range(1, len(exits) if len(exits) <= _MOST_EXITS else 3)
+    smaller = [subset for size in sizes for subset in itertools.combinations(exits, size)]
+    return [tuple(exits), *smaller]
 
 
 def _smallest_thresholds(records: Sequence[PromptRecord], exit_index: int, budgets: np.ndarray) -> np.ndarray:
