@@ -96,6 +96,18 @@ def test_drafts_come_from_certified_heads(exact: LLM, certified: LLM) -> None:
         assert head.counts.batches - head.counts.refused > before + 5
 
 
+def test_drafts_of_requests_for_the_most_probable_tokens(exact: LLM, certified: LLM) -> None:
+    """The answer's tokens have them, and drafts, of which nobody sees them, still come from certified heads."""
+    params = replace(DRAFTS, log_probs=True, top_log_probs=2)
+    head = decoder_of(certified.engine).exits[0].certified
+    before = head.counts.batches
+    expected, answers = (llm.generate(PROMPTS, replace(params, draft_exit=1)) for llm in (exact, certified))
+    same(expected, answers)
+    assert head.counts.batches > before
+    for theirs, ours in zip(expected, answers, strict=True):
+        assert [token.top_log_probs for token in ours.tokens] == [token.top_log_probs for token in theirs.tokens]
+
+
 def check_against_exact(llm: LLM) -> float:
     """Requests for log-probabilities are answered by exact heads, the others with the same tokens. Returns the share of
     certified ones. (Of ranks and types the last bits of the layers' sums are their own, so `exact` is no measure.)"""

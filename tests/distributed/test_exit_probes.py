@@ -50,7 +50,7 @@ def save_probes(folder: Path, cfg: RunConfig, seed: int) -> ExitProbes:
     normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
     networks = {
         layer: ProbeNetwork(normal(WIDTH, size), normal(WIDTH), normal(1, WIDTH), normal(1))
-        for layer in cfg.exits.exit_layer_nums
+        for layer in cfg.exits.leaving_layers
     }
     checkpoint = InferenceCheckpoint(LoadConfig(path=str(folder)))
     fingerprint = checkpoint.exit_fingerprint(build_tokenizer(TOKENIZER))
@@ -188,6 +188,16 @@ def test_tokens_and_exits_are_those_of_the_probes_by_hand(
 def test_costs_of_probes_are_measured(folders: dict[str, tuple[Path, RunConfig, ExitProbes]]) -> None:
     costs = LLM.load(str(folders["tied"][0]), max_requests=1).engine.measure_costs()
     assert min(costs.probe_seconds) > 0
+
+
+def test_costs_of_probes_where_the_first_exit_only_drafts(tmp_path: Path) -> None:
+    cfg = decoding_config(exit_uses=("draft", "leave", "both"))
+    probes = save(tmp_path, cfg)
+    assert sorted(probes.networks) == [2, 3]
+    llm = LLM.load(str(tmp_path), max_requests=1)
+    drafts = GenerationParams(max_tokens=4, mode="self_speculative")
+    assert llm.generate([1, 2], drafts)[0].error is None  # of adaptive length, so that costs are measured
+    assert min(llm.engine.measure_costs().probe_seconds) > 0
 
 
 @pytest.fixture

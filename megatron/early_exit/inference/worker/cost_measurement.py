@@ -43,10 +43,12 @@ def _saved(head: CertifiedHead | None) -> tuple[float, ...]:
 
 def _actions(decoder: Decoder, slot: int, rows: int) -> list[Callable[[], object] | None]:
     """What is timed for this many rows: all layers, the first exit's approximate and own head, the final head, setting
-    up a batch, the first exit's probe. None: not here."""
+    up a batch, the first probe. None: not here."""
     segments, tokens = [Segment(slot, 0, rows)], [0] * rows
     attention, weights = decoder.attention_metadata(segments), decoder.weights
     first_exit = decoder.exits[0].index if decoder.exits else None
+    # Exits that only draft have none.
+    first_probe = next((one.index for one in decoder.exits if one.probe is not None), None)
     hidden = torch.zeros(rows, weights.description.model.hidden_size, dtype=weights.dtype, device=weights.device)
     if weights.embedding is None:
         set_up = lambda: decoder.attention_metadata(segments)
@@ -59,7 +61,7 @@ def _actions(decoder: Decoder, slot: int, rows: int) -> list[Callable[[], object
         None if first_exit is None else lambda: decoder.exit_output(first_exit, hidden),
         None if weights.output is None else lambda: decoder.final_output(hidden),
         set_up,
-        None if not decoder.has_probes or first_exit is None else lambda: decoder.probe_scores(first_exit, hidden),
+        None if first_probe is None else lambda: decoder.probe_scores(first_probe, hidden),
     ]
 
 

@@ -513,7 +513,10 @@ class StageRunner:
     def _drawn_token(
         one: _Wanted, output: AnyOutput, exit_index: int, token: int, log_prob: float | None
     ) -> DrawnToken:
-        rows, count = one.scheduled, one.scheduled.slot.request.top_log_probs
+        rows = one.scheduled
+        # Nobody sees what else an exit says of its drafts, and a certified head does not know.
+        is_draft = rows.gives_draft and exit_index != FINAL_HEAD
+        count = 0 if is_draft else rows.slot.request.top_log_probs
         # Exits have seen the newest row alone.
         predictions = rows.predictions if one.position == rows.stop - 1 else []
         if exit_index == FINAL_HEAD:
