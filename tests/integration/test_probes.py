@@ -72,7 +72,7 @@ def document(folder: Path, name: str) -> dict[str, Any]:
 def test_figures_are_those_of_the_probes_on_held_out_prompts(trained: Path) -> None:
     found, probes = document(trained, "probes")["results"], ExitProbes.load(iteration(trained))
     answers = {}
-    for name, first in (("full", 0), ("early_exit", NUM_FULL)):
+    for name, first in (("full", 0), (f"early_exit_{NUM_FULL}", NUM_FULL)):
         (file,) = iteration(trained).glob(f"exit_probe_answers/*/{name}.jsonl")
         answers |= {one["prompt"] + first: one["tokens"] for one in map(json.loads, file.read_text().splitlines())}
     assert sorted(answers) == list(range(TRAINED)) and found["digest"] == probes.digest
@@ -191,6 +191,10 @@ def test_an_interrupted_run_goes_on(made: Path, tmp_path: Path, monkeypatch: pyt
     )
     assert evaluate("probes", made, folder, 20, *words) == 0
     assert len(again) == 7 + 6 and len(kept.read_text().splitlines()) == 14
+    # With another share early exit answers other prompts, from other thresholds on.
+    again.clear()
+    assert evaluate("probes", made, folder, 20, *words, "--early-exit-share", 0.5) == 0
+    assert len(again) == 10
 
 
 @pytest.mark.parametrize(("command", "words", "message"), [

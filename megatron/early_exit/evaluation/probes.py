@@ -137,13 +137,11 @@ def _take_all_samples(
     samples = take_samples(llm, full, answers, show("hidden states"))
     if not others:
         return samples
-    # Half of the decisions leave at an exit that is not drafting alone.
-    layers = [layer for index, layer in enumerate(llm.exits.exit_layer_nums) if llm.exits.may_leave(index)]
-    thresholds = [float(np.median(samples.exits[layer].confidences)) for layer in layers]
-    if not layers:
-        return samples
-    early = replace(params, mode="early_exit", exit_layers=tuple(layers), exit_thresholds=tuple(thresholds))
-    answers = take_answers(llm, others, early, folder / "early_exit.jsonl", show("answers of early exit"))
+    layers = llm.exits.leaving_layers
+    thresholds = tuple(float(np.median(samples.exits[layer].confidences)) for layer in layers)  # half of them leave
+    early = replace(params, mode="early_exit", exit_layers=layers, exit_thresholds=thresholds)
+    # Which prompts these are, and their thresholds, depends on how many the full model answers.
+    answers = take_answers(llm, others, early, folder / f"early_exit_{num_full}.jsonl", show("answers of early exit"))
     more = take_samples(llm, others, answers, show("hidden states behind them"))
     return ProbeSamples(
         {layer: ExitSamples(*map(np.concatenate, zip(one, more.exits[layer]))) for layer, one in samples.exits.items()},
@@ -162,7 +160,7 @@ def take_answers(
 ) -> list[list[int]]:
     """Answers in the order of prompts. They are kept in `path`, a line each, as they come."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = _read_answers(path)
+    found = {number: answer for number, answer in _read_answers(path).items() if number < len(prompts)}
     missing = [number for number in range(len(prompts)) if number not in found]
     progress(len(found), len(prompts))
     with path.open("a") as file:
