@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.exits import ExitConfig, ExitUse
 from megatron.early_exit.evaluation.comparison import ComparisonSettings
-from megatron.early_exit.evaluation.correctness import Difference, first_difference
+from megatron.early_exit.evaluation.correctness import Difference, first_difference, lossless_cases
 from megatron.early_exit.evaluation.decoding import Measurement, Run, measure
 from megatron.early_exit.evaluation.rows import share_interval, speed_columns, speed_over, table, write_csv
 from megatron.early_exit.evaluation.step_parts import step_parts
@@ -166,6 +167,16 @@ def test_a_grid_names_each_way_once() -> None:
     assert [[one.description[name] for name in columns] for one in drafts] == [["ngram", None, 4], ["both", None, 4]]
     without = variants_of(Grid(draft_lengths=(4,), draft_sources=("ngram",)), GenerationParams(), checks(exits=()))
     assert [one.params.draft_source for one in without[1:]] == ["ngram"]
+
+
+@pytest.mark.parametrize("use", ["leave", "draft", "both"])
+def test_ways_to_be_lossless_are_those_that_the_uses_of_exits_allow(use: ExitUse) -> None:
+    model = checks()
+    model = replace(model, exits=replace(model.exits, exit_uses=(use,)))
+    cases = lossless_cases(model, GenerationParams(max_tokens=8), 4, 0.8)
+    for case in cases:
+        model.check(case.params)
+    assert any(case.params.draft_source == "both" for case in cases) == (use != "leave")
 
 
 def test_first_differences_and_what_explains_them() -> None:

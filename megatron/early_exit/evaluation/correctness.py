@@ -100,7 +100,7 @@ def _speculative(
                 replace(answers, mode="self_speculative", draft_exit=layer, draft_length=length, speculation=kind)
                 for length in lengths
             ]
-    sources = ("ngram", "both") if checks.exits.exit_layer_nums else ("ngram",)
+    sources = ("ngram", "both") if checks.exits.drafting_layers else ("ngram",)
     return found + [
         replace(answers, mode="self_speculative", draft_source=source, draft_length=length)
         for source in sources for length in lengths
