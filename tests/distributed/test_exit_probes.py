@@ -16,6 +16,9 @@ from megatron.early_exit.checkpoint.store import write_checkpoint
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.data.tokenizer import build_tokenizer
+from megatron.early_exit.evaluation.commands.exits import evaluated_heads
+from megatron.early_exit.evaluation.exit_quality import head_scores
+from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.inference.certificates import AnswerSettings, Certificate, add_certificates
 from megatron.early_exit.inference.exit_probes import PROBES_FILE, AboutProbes, ExitProbes, ProbeNetwork
 from megatron.early_exit.inference.llm import LLM
@@ -198,6 +201,28 @@ def test_costs_of_probes_where_the_first_exit_only_drafts(tmp_path: Path) -> Non
     drafts = GenerationParams(max_tokens=4, mode="self_speculative")
     assert llm.generate([1, 2], drafts)[0].error is None  # of adaptive length, so that costs are measured
     assert min(llm.engine.measure_costs().probe_seconds) > 0
+
+
+def test_exits_that_only_draft_are_evaluated_without_a_probe(tmp_path: Path) -> None:
+    cfg = decoding_config(exit_uses=("draft", "leave", "both"))
+    probes, sequences = save(tmp_path, cfg), [list(range(9)), [7, 80, 3, 5]]
+    checkpoint = InferenceCheckpoint(LoadConfig(path=str(tmp_path)))
+    fingerprint = checkpoint.exit_fingerprint(build_tokenizer(TOKENIZER), "probe")
+    certificate = Certificate(
+        0.9, 0.05, "A-max", fingerprint, AnswerSettings(12), {2: 0.5}, refusal=None, p_value=0.01,
+        calibration_risk=0.01, num_prompts={},
+    )  # fmt: skip
+    add_certificates(checkpoint.folder, [certificate])
+    llm = LLM.load(str(tmp_path), max_requests=2)
+    first, second, third, final = head_scores(llm, sequences, probes=probes)
+    assert first.probe_scores is None and final.probe_scores is None
+    for head in (second, third):
+        for ids, scores in zip(sequences, head.probe_scores, strict=True):
+            assert scores == pytest.approx(by_hand(cfg, probes, ids[:-1])[1][head.layer].numpy(), abs=1e-5)
+    prompts = [EvalPrompt(tuple(ids), None, "text") for ids in sequences]
+    used = evaluated_heads(llm, "model", prompts, seed=1, probes=probes)["used_heads"]
+    assert [(one["level"], one["exit_score"]) for one in used] == [(0.9, "probe")]
+    assert evaluated_heads(llm, "model", prompts, seed=1)["used_heads"] == []  # their output is not known
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ class HeadScores:
     agrees: tuple[np.ndarray, ...]
     """Whether it is the final head's."""
     probe_scores: tuple[np.ndarray, ...] | None = None
-    """Output of the exit's probe, if there is one."""
+    """Output of the exit's probe, if there is one: exits that only draft have none."""
 
     def of(self, sequences: Sequence[int]) -> HeadScores:
         """Those of some sequences."""
@@ -64,22 +64,26 @@ def head_scores(
 ) -> list[HeadScores]:
     """Every exit in the order of layers, and then the final head, over `sequences` of at least two ids each. probes:
     the model's, whose output is wanted as well."""
-    found, of_probes = {}, {}
+    found: dict[int, list[ScoredHead]] = {}
+    of_probes: dict[int, dict[int, np.ndarray]] = {}
+    """By sequence and layer."""
     params = ScoreParams(score_last=False, states=probes is not None)
     for index, result in llm.stream_scores([list(ids) for ids in sequences], params):
         *exits, final = result.check().heads
         if probes is not None:
-            of_probes[index] = [probe_scores(probes.networks[head.exit_layer], head.states) for head in exits]
+            of_probes[index] = {
+                head.exit_layer: probe_scores(probes.networks[head.exit_layer], head.states)
+                for head in exits if head.exit_layer in probes.networks
+            }  # fmt: skip
         found[index] = [*(replace(head, states=None) for head in exits), final]
         progress(len(found), len(sequences))
     numbers = range(len(sequences))
     heads = [_scores_of(head, sequences, [found[index] for index in numbers], llm) for head in range(len(found[0]))]
     if probes is None:
         return heads
-    return [
-        replace(head, probe_scores=None if head.is_final else tuple(of_probes[index][place] for index in numbers))
-        for place, head in enumerate(heads)
-    ]
+    scores_of = lambda layer: tuple(of_probes[index][layer] for index in numbers)
+    has_probe = lambda head: not head.is_final and head.layer in probes.networks
+    return [replace(head, probe_scores=scores_of(head.layer)) if has_probe(head) else head for head in heads]
 
 
 def _scores_of(

@@ -120,6 +120,7 @@ def evaluated_heads(
     used_heads = [
         {"level": one.level, "exit_score": one.score, **used_heads_row(heads, one.thresholds, one.score)}
         for one in llm.engine.checks.certificates.certified
+        if one.score == "head" or probes is not None
     ]
     if used_heads:
         print(f"\neach token judged by the head that would give it:\n{_table_of_used(used_heads)}")
