@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ import requests
 
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+from megatron.early_exit.server.early_exit_fields import EarlyExitFields
 from megatron.early_exit.server.openai_api.chat import ChatRequest
 from megatron.early_exit.server.openai_api.completions import CompletionRequest
 from tests.server.models import MAX_POSITIONS, NUM_LAYERS
@@ -310,6 +312,19 @@ def test_usage_says_what_early_exit_did(server: RunningServer, offline: LLM) -> 
 def test_fields_of_a_mode_imply_it(fields: dict, mode: str, server: RunningServer) -> None:
     """Where the request does not say another one."""
     assert answered(server, max_tokens=4, **fields)["usage"]["early_exit"]["mode"] == mode
+
+
+def test_what_drafts_is_what_the_request_says() -> None:
+    """Whatever the server's default is."""
+    drafts = GenerationParams(mode="self_speculative")
+    of_text = EarlyExitFields(draft_source="ngram").with_exits(replace(drafts, draft_exit=2))
+    assert (of_text.draft_source, of_text.draft_exit) == ("ngram", None)
+    of_exit = EarlyExitFields(draft_exit=2).with_exits(replace(drafts, draft_source="ngram"))
+    assert (of_exit.draft_source, of_exit.draft_exit) == ("exit", 2)
+    of_both = EarlyExitFields(draft_exit=2).with_exits(replace(drafts, draft_source="both"))
+    assert (of_both.draft_source, of_both.draft_exit) == ("both", 2)
+    with pytest.raises(ValueError, match="draft_exit is 2, but with draft_source 'ngram' no exit drafts"):
+        EarlyExitFields(draft_source="ngram", draft_exit=2).with_exits(drafts)
 
 
 def test_the_asynchronous_client(server: RunningServer, offline: LLM) -> None:

@@ -77,7 +77,13 @@ class EarlyExitFields(RequestBody):
 
     def with_exits(self, params: GenerationParams) -> GenerationParams:
         """`params` with what this request sets. Raises ValueError."""
-        return replace(params, mode=self.mode_or(params.mode), **self._given)
+        given = self._given
+        # Of what drafts the request's word holds, whatever the default says.
+        if self.draft_source == "ngram" and self.draft_exit is None:
+            given["draft_exit"] = None
+        elif self.draft_source is None and self.draft_exit is not None and params.draft_source == "ngram":
+            given["draft_source"] = "exit"
+        return replace(params, mode=self.mode_or(params.mode), **given)
 
     def mode_or(self, default: Mode) -> Mode:
         """The mode that is given, else the one that the given fields imply, but for values that ask for nothing, else

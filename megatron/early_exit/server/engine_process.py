@@ -75,7 +75,7 @@ def _run(settings: ProcessSettings) -> int:
     signal.signal(signal.SIGTERM, _end_loading)
     try:
         loaded = load_engine(settings.path, join_torchrun=True, **settings.settings)
-        _prepare(loaded.engine)
+        loaded.engine.measure_costs()  # with requests there would be no time for it
         # From now on the HTTP process says when it is over: some send SIGTERM to all processes of a service, and the
         # requests that run may finish.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -95,12 +95,6 @@ def _run(settings: ProcessSettings) -> int:
 def _end_loading(*_: object) -> NoReturn:
     """End what is being loaded, wherever it is, and the ranks that load it."""
     raise SystemExit(128 + signal.SIGTERM)
-
-
-def _prepare(engine: Engine) -> None:
-    """Measure costs now: with requests there would be no time for it."""
-    if engine.exits.num_exits:
-        engine.measure_costs()
 
 
 def _ready(loaded: LoadedEngine) -> Ready:

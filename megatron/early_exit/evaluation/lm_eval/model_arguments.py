@@ -45,7 +45,7 @@ class ModelArguments:
     draft_source: str | None = None
     """exit, ngram or both."""
     draft_exit: int | None = None
-    """self_speculative: the exit that drafts; default: the first."""
+    """self_speculative: the exit that drafts; default: the one that promises most."""
     draft_length: int | None = None
     """self_speculative: tokens of a draft; default: adapts."""
     dtype: str | None = None
