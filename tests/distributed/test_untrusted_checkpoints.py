@@ -165,10 +165,29 @@ def test_metadata_that_are_none_are_damaged(tmp_path: Path, content: bytes) -> N
 
 def test_names_that_look_like_the_allowed_are_refused(tmp_path: Path) -> None:
     for module, name in (("torch", "load"), ("torch.distributed.checkpoint.metadata", "os.system"), ("torch", "Size.x"),
-                         ("builtins", "getattr"), ("torch.serialization", "load"), ("pathlib", "os")):  # fmt: skip
+                         ("builtins", "eval"), ("torch.serialization", "load"), ("pathlib", "os")):  # fmt: skip
         (tmp_path / ".metadata").write_bytes(f"c{module}\n{name}\n.".encode())
         with pytest.raises(UnsafeFileError, match=name):
             read_metadata(tmp_path)
+
+
+_ENUM = "torch.distributed.checkpoint.planner\nWriteItemType"
+
+
+@pytest.mark.parametrize(("of", "name"), [("torch\nSize", "numel"), (_ENUM, "__class__"), (_ENUM, "mro")])
+def test_attributes_are_those_of_enumerations_alone(tmp_path: Path, of: str, name: str) -> None:
+    (tmp_path / ".metadata").write_bytes(f"cbuiltins\ngetattr\n(c{of}\nS'{name}'\ntR.".encode())
+    with pytest.raises(UnsafeFileError, match="builtins.getattr of "):
+        read_metadata(tmp_path)
+
+
+def test_enumerations_are_read_as_every_python_writes_them(tmp_path: Path) -> None:
+    """Python 3.11.0 to 3.11.3 names their members, the others give their values."""
+    from torch.distributed.checkpoint.planner import WriteItemType
+
+    unpickled = lambda data: safe_pickle._MetadataUnpickler(io.BytesIO(data), tmp_path / ".metadata").load()
+    assert unpickled(f"cbuiltins\ngetattr\n(c{_ENUM}\nS'SHARD'\ntR.".encode()) is WriteItemType.SHARD
+    assert unpickled(pickle.dumps(WriteItemType.SHARD)) is WriteItemType.SHARD
 
 
 def test_what_runs_write_is_read(tmp_path: Path) -> None:

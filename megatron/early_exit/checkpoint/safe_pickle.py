@@ -12,6 +12,7 @@ import io
 import pathlib
 import pickle
 import zipfile
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -94,9 +95,17 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
+        if (module, name) == ("builtins", "getattr"):
+            return self._enum_member
         if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype | torch.layout):
             return value
         raise _refusal(self._file, f"{module}.{name}")
+
+    def _enum_member(self, kind: Any, name: str) -> Enum:
+        """What Python 3.11.0 to 3.11.3 writes for a member of an enumeration: a call of getattr."""
+        if isinstance(kind, EnumType) and name in kind.__members__:
+            return kind[name]
+        raise _refusal(self._file, f"builtins.getattr of {getattr(kind, '__name__', kind)}")
 
 
 def read_metadata(folder: Path) -> Metadata:
