@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.early_exit.checkpoint.store import write_checkpoint
 from megatron.early_exit.data.conversations import MarkedTokens, prompt_and_answer
 from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.tuning.command_line import build_parser, check, main
 from megatron.early_exit.tuning.manifest import Manifest, Step
 from megatron.early_exit.tuning.own_answers import Answer, AnswersFolder
+from megatron.early_exit.tuning.recipe import Recipe
 from megatron.early_exit.tuning.samples import marked_answers, num_held_out, pack, write_samples
 from megatron.early_exit.tuning.training_words import TrainingPlan
+from tests.reference_checkpoint import decoding_config, reference_description, reference_tensors
 
 BASE = ["--load", "model", "--output", "out", "--prompts-file", "p.jsonl"]
 
@@ -144,6 +147,27 @@ def test_iterations_follow_from_passes_and_hidden_states_are_kept_where_that_pay
     blend = words_of(plan("--blend", "0.5", "text", "--passes", "1"))
     assert value(blend, "--train-iters") == "19"
     assert blend[blend.index("--train-data-path") + 1 :][:4] == ["1", "samples/train", "0.5", "text"]
+
+
+def recipe(checkpoint: Path, *words: str) -> Recipe:
+    (checkpoint / "p.jsonl").write_text('{"prompt": "a"}\n')
+    prompts = ["--prompts-file", str(checkpoint / "p.jsonl")]
+    args = build_parser().parse_args(["--load", str(checkpoint), "--output", str(checkpoint / "out"), *prompts, *words])
+    args.more = []
+    return Recipe(args)
+
+
+def test_exits_that_are_there_say_how_they_are_tuned(tmp_path: Path) -> None:
+    cfg = decoding_config(untie_exit_output_weights=(True, False, False))
+    write_checkpoint(tmp_path, reference_description(cfg), reference_tensors(cfg))
+    rate = lambda *words: recipe(tmp_path, *words).training.learning_rate
+    assert rate() == 1e-3 and rate("--lr", "0.1") == 0.1
+    assert rate("--exit-layer-nums", "1", "--replace") == 5e-3 and rate("--exit-layer-nums", "4") == 1e-3
+    assert recipe(tmp_path, "--load-iteration", "0").training.learning_rate == 1e-3
+    with pytest.raises(ValueError, match="--load-iteration 7: exits that are there are tuned from the last checkpoint"):
+        recipe(tmp_path, "--load-iteration", "7")
+    report = lambda *words: recipe(tmp_path, *words).manifest.signatures["report"]
+    assert report() == report("--report-answers", "200") != report("--report-answers", "9")
 
 
 def test_the_words_are_flags_of_the_training_program() -> None:

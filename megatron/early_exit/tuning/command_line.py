@@ -24,7 +24,7 @@ from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.folder_lock import FolderLock
 from megatron.early_exit.platform.world import world_size
 from megatron.early_exit.tuning.manifest import Manifest, Step
-from megatron.early_exit.tuning.recipe import Recipe
+from megatron.early_exit.tuning.recipe import DEFAULT_REPORT_ANSWERS, Recipe
 from megatron.early_exit.tuning.training_process import TrainingFailed
 
 DEFAULT_MAX_REQUESTS = 64
@@ -69,9 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     answers.add_argument(
         "--report-answers",
         type=int,
-        default=200,
+        default=DEFAULT_REPORT_ANSWERS,
         metavar="N",
-        help="of these, for the comparison at the end; default 200",
+        help=f"of these, for the comparison at the end; default {DEFAULT_REPORT_ANSWERS}",
     )
     training = parser.add_argument_group(
         "training; further flags of the training program (docs/flags.md) stand at the end, behind --"
@@ -261,11 +261,9 @@ def _duration(seconds: float) -> str:
 def next_steps(recipe: Recipe) -> str:
     """What one does with tuned exits."""
     tuned = recipe.tuned
-    is_chat = recipe.args.prompts_file is not None
-    prefixes = " ".join(recipe.args.data_path or ())
-    prompts = f"--prompts-file {recipe.args.prompts_file}" if is_chat else f"--data-path {prefixes}"
+    prompts = "--prompts-file OTHERS.jsonl" if recipe.args.prompts_file is not None else "--data-path OTHERS"
     return f"""
-Tuned exits: {tuned}. What now:
+Tuned exits: {tuned}. What now, with prompts that the exits were not tuned on (they are better on those that they were):
   certify thresholds     python tools/evaluate.py calibrate --load {tuned} {prompts}
   speed against quality  python tools/evaluate.py sweep --load {tuned} {prompts}
   generate               python tools/generate.py --load {tuned} --prompt "..." --use-early-exit --early-exit-thres 0.8

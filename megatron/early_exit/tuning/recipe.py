@@ -19,13 +19,13 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.platform.world import world_size
 from megatron.early_exit.tuning.manifest import Facts, Manifest, Step
-from megatron.early_exit.tuning.training_words import TrainingPlan
+from megatron.early_exit.tuning.training_words import LEARNING_RATE_OF_OUTPUTS, TrainingPlan
 
 if TYPE_CHECKING:
     from megatron.early_exit.config.description import ModelDescription
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _HEAD_BYTES = 1 << 20
 """Of each file of another's weights that its digest is of, with its size: whole files take minutes to read."""
+
+DEFAULT_REPORT_ANSWERS = 200
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,6 +47,7 @@ class Recipe:
         """Raises ValueError or OSError for a model or prompts that are not there."""
         self.args = args
         self.training = TrainingPlan.of(args)
+        _check_iteration(args)
         self.folder: Path = args.output
         self.source = Path(args.load)
         self.is_ours = _is_ours(self.source)
@@ -54,6 +57,8 @@ class Recipe:
         self.tuned, self.report_path = self.folder / "tuned", self.folder / "exits.json"
         if not (args.exit_layer_nums or (self.is_ours and self.description_of_base().exits.num_exits)):
             raise ValueError(f"{self.source} has no exits: give --exit-layer-nums, and what their heads are made of")
+        if args.lr is None and self._tunes_present_outputs():
+            self.training = replace(self.training, learning_rate=LEARNING_RATE_OF_OUTPUTS)
         self.steps = self._steps()
         self.manifest = Manifest(self.folder, self.steps)
 
@@ -79,9 +84,20 @@ class Recipe:
                 "training", "tune the exits", source | self.training.settings, self.train, (*exits, "samples"),
                 (self.tuned,), is_collective=True,
             ),
-            Step("report", "compare exits on held-out answers", {}, self.report, ("training",), (self.report_path,)),
+            Step(
+                "report", "compare exits on held-out answers", _report_settings(args), self.report, ("training",),
+                (self.report_path,),
+            ),
         ]  # fmt: skip
         return steps
+
+    def _tunes_present_outputs(self) -> bool:
+        """Whether exits that the checkpoint has, and that are not replaced, have output projections of their own."""
+        if not self.is_ours:
+            return False
+        present = self.description_of_base().exits
+        kept = set(present.exit_layer_nums) - set(self.args.exit_layer_nums or ())
+        return any(head.untied_output for head in present.heads_of(kept))
 
     # What the steps do
 
@@ -324,6 +340,24 @@ def _is_ours(path: Path) -> bool:
     )
 
 
+def _check_iteration(args: argparse.Namespace) -> None:
+    """Raise ValueError for an iteration from which the training would not begin."""
+    wanted, source = args.load_iteration, Path(args.load)
+    if wanted is None:
+        return
+    from megatron.early_exit.config.serialize import checkpoint_folder, iteration_of
+
+    if not _is_ours(source):
+        raise ValueError(f"--load-iteration {wanted}: {source} is another's model, which has none; leave it out")
+    last = iteration_of(checkpoint_folder(source))
+    if not args.exit_layer_nums and wanted != last:
+        raise ValueError(
+            f"--load-iteration {wanted}: exits that are there are tuned from the last checkpoint on, which is that of "
+            f"iteration {last}; leave it out, or let tools/convert_checkpoint.py reshard write iteration {wanted} into "
+            "a folder of its own"
+        )
+
+
 def _digest_of_model(path: Path, is_ours: bool, iteration: int | None) -> str:
     if is_ours:
         from megatron.early_exit.checkpoint.read_model import fingerprint
@@ -350,6 +384,12 @@ def _exit_settings(args: argparse.Namespace) -> dict[str, Any]:
     default, wanted = asdict(ExitConfig()), asdict(wanted_exits(args))
     given = {name: value for name, value in wanted.items() if value != default[name]}
     return given | {"init": args.init, "seed": args.seed if args.init == "random" else None}
+
+
+def _report_settings(args: argparse.Namespace) -> dict[str, Any]:
+    # Where it is not the default: folders from before there was this setting are as they were.
+    given, default = args.report_answers, DEFAULT_REPORT_ANSWERS
+    return {} if given == default else {"report_answers": given}
 
 
 def _answer_settings(args: argparse.Namespace) -> dict[str, Any]:
