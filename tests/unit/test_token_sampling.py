@@ -10,6 +10,8 @@ import torch
 from scipy import stats
 
 from megatron.early_exit.model.token_sampling import draw_tokens
+from megatron.early_exit.training.summary import flops_per_token
+from tests.configs import make_config
 from tests.reference import drawn_token_weights
 
 
@@ -82,3 +84,14 @@ def test_draws_of_two_exits_are_independent() -> None:
     law = stats.hypergeom(32, 8, 8)
     expected = [600 * law.pmf(k) for k in range(5)] + [600 * law.sf(4)]
     assert stats.chisquare([shared[k] for k in range(6)], expected).pvalue > 1e-3
+
+
+def test_what_exits_follow_is_counted_for_the_tokens_that_they_learn_from() -> None:
+    settings = {"tune_exit": True, "use_exit_norm": True, "exit_layer_nums": (1, 4)}  # all layers are built
+    counted = lambda **changes: flops_per_token(make_config(**settings, **changes), 1000)
+    projection = 6 * make_config().model.hidden_size * 1000
+    whole = counted(tune_exit_distillation=1.0) - counted()
+    assert whole == pytest.approx(2 * projection / 3)
+    fraction = {"exit_loss_token_fraction": (0.25, 0.5)}
+    part = counted(tune_exit_distillation=1.0, **fraction) - counted(**fraction)
+    assert part == pytest.approx(0.75 * projection / 3)

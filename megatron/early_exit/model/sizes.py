@@ -193,6 +193,12 @@ def exit_flops_per_token(config: RunConfig, exit_index: int, vocab_size: int) ->
     ) + branch_flops_per_token(config, config.exits.head_of(exit_index))
 
 
+def teacher_flops_per_token(config: RunConfig, exit_index: int, vocab_size: int) -> float:
+    """FLOPs of what an exit that distils follows, for one token of the microbatch: the final head's logits of the
+    tokens that the exit learns from, which are made beside its own."""
+    return config.exits.token_fraction_of(exit_index) * output_flops_per_token(config, vocab_size) / 3
+
+
 def branch_flops_per_token(config: RunConfig, head: ExitHeadKind) -> int:
     """FLOPs of an exit's block or MLP branch for one token; 0 without either."""
     return head.block * layer_flops_per_token(config) + head.mlp * 6 * _mlp_weights(config)

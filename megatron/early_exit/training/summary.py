@@ -7,7 +7,12 @@ from megatron.core import parallel_state
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model, params_dtype
-from megatron.early_exit.model.sizes import exit_flops_per_token, layer_flops_per_token, output_flops_per_token
+from megatron.early_exit.model.sizes import (
+    exit_flops_per_token,
+    layer_flops_per_token,
+    output_flops_per_token,
+    teacher_flops_per_token,
+)
 from megatron.early_exit.platform.device import backend, device, use_cuda
 from megatron.early_exit.training.microbatches import Microbatches
 from megatron.early_exit.training.plans import plan_text
@@ -155,8 +160,8 @@ def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     if config.training.tune_exit:
         # Forward through the frozen layers; an exit's gradients stop at its parameters, at about its usual cost.
         num_layers = 0 if config.training.cache_hidden_states else config.build.num_built_layers
-        # What an exit follows is computed beside it: one more forward through the output projection.
-        teacher = output_flops_per_token(config, vocab_size) / 3 if config.training.tune_exit_distillation else 0
-        return num_layers * layer / 3 + exits + config.exits.num_exits * teacher
+        if config.training.tune_exit_distillation:
+            exits += sum(teacher_flops_per_token(config, index, vocab_size) for index in range(config.exits.num_exits))
+        return num_layers * layer / 3 + exits
     output = output_flops_per_token(config, vocab_size)
     return config.model.num_layers * layer + output + exits

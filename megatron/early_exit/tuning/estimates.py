@@ -63,7 +63,7 @@ def estimated(recipe: Recipe) -> dict[str, Estimate]:
     vocab, layers = config.description.padded_vocab_size, config.model.num_layers
     model_bytes = sizes.weight_bytes(config, sizes.stage_parameters(config, (), True, True))
     model_bytes += sizes.weight_bytes(config, layers * sizes.layer_parameters(config))
-    kinds = [config.exits.head_of(index) for index in range(config.exits.num_exits)]
+    kinds = config.exits.heads
     trained = sum(sizes.exit_parameters(config, kind) for kind in kinds)
     exit_bytes = sizes.weight_bytes(config, trained)
     prompts = args.prompts or args.default_prompts
@@ -83,8 +83,10 @@ def estimated(recipe: Recipe) -> dict[str, Estimate]:
     width = config.model.hidden_size * (2 if plan.bf16 else 4)
     points = len(kinds) + bool(plan.distillation)
     kept = points * min(num_train, drawn) * args.seq_length * width if keeps else 0
-    final = sizes.output_flops_per_token(config, vocab) / 3 if plan.distillation else 0
-    training = args.seq_length * (through_layers * forward + drawn * (heads + final)) / speed
+    of_training = heads
+    if plan.distillation:
+        of_training += sum(sizes.teacher_flops_per_token(config, index, vocab) for index in range(len(kinds)))
+    training = args.seq_length * (through_layers * forward + drawn * of_training) / speed
     memory = model_bytes + sizes.gradient_bytes(config, trained) + sizes.optimizer_bytes(config, 1, trained)
     memory += sizes.logits_chunk_bytes(config, args.micro_batch_size * args.seq_length) + sizes.activation_bytes(
         config, 1
