@@ -85,12 +85,12 @@ def _draft_length(text: str) -> int | None:
 
 
 def answers_of(args: argparse.Namespace) -> GenerationParams:
-    """Raises ValueError for a length that is none."""
+    """Tokens alone, as most users ask for them. Raises ValueError for a length that is none."""
     from megatron.early_exit.inference.params import GenerationParams
 
     if args.answer_tokens < 2:
         raise ValueError(f"--answer-tokens is {args.answer_tokens}; it must be at least 2")
-    return GenerationParams(max_tokens=args.answer_tokens, ignore_eod=args.ignore_eod)
+    return GenerationParams(max_tokens=args.answer_tokens, ignore_eod=args.ignore_eod, log_probs=False)
 
 
 def comparison_settings(args: argparse.Namespace) -> ComparisonSettings:
