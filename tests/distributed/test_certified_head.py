@@ -28,7 +28,7 @@ from tests.reference_checkpoint import decoding_config, reference_description, r
 
 FULL = GenerationParams(max_tokens=14, ignore_eod=True, log_probs=False)
 EXITS = replace(FULL, mode="early_exit", exit_thresholds=(0.0114, 0.0115, 0.0117))
-DRAFTS = replace(FULL, mode="self_speculative", draft_length=3)
+DRAFTS = replace(FULL, mode="self_speculative", draft_exit=1, draft_length=3)
 GREEDY = (FULL, EXITS, replace(EXITS, exit_thresholds=(1.0,)), DRAFTS, replace(DRAFTS, draft_exit=3), FULL)
 PROMPTS = [[5, 17, 80, 3, 41], [1], [9, 8, 7, 6], [2, 3, 2, 3, 2], [60], [50, 51]]
 
