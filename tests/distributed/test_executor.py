@@ -135,7 +135,7 @@ SAMPLING = SamplingSettings(
 
 
 def test_messages_come_out_as_they_went_in() -> None:
-    admit = Admit(2**40, 3, 7, 5, (1, 2), SAMPLING, (0, 1), 32, False, 20, 6, (0, 9))
+    admit = Admit(2**40, 3, 7, 5, (1, 2), SAMPLING, (0, 1), 32, 20, False, 6, (0, 9))
     rows = Rows(
         2**40, 3, 7, 2, "score", 11, (1, 2), (ExitThreshold(0, 0.5),), 12, (0, -1), 11, (4, 5), 3, score_logits=True
     )
