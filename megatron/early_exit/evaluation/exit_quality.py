@@ -37,11 +37,7 @@ class HeadScores:
 
     def of(self, sequences: Sequence[int]) -> HeadScores:
         """Those of some sequences."""
-        some = lambda values: tuple(values[index] for index in sequences)
-        return HeadScores(
-            self.layer, self.is_final, some(self.log_probs), some(self.scores), some(self.is_right), some(self.agrees),
-            None if self.probe_scores is None else some(self.probe_scores),
-        )  # fmt: skip
+        return self._each(lambda values: tuple(values[index] for index in sequences))
 
     def scores_of(self, score: ExitScore) -> np.ndarray:
         """[positions]: what thresholds are compared with."""
@@ -49,11 +45,13 @@ class HeadScores:
 
     def at(self, counted: Sequence[Sequence[bool]]) -> HeadScores:
         """Those of some positions of each sequence."""
-        some = lambda values: tuple(value[np.asarray(of, bool)] for value, of in zip(values, counted, strict=True))
-        return HeadScores(
-            self.layer, self.is_final, some(self.log_probs), some(self.scores), some(self.is_right), some(self.agrees),
-            None if self.probe_scores is None else some(self.probe_scores),
-        )  # fmt: skip
+        masks = [np.asarray(of_sequence, bool) for of_sequence in counted]
+        return self._each(lambda values: tuple(value[mask] for value, mask in zip(values, masks, strict=True)))
+
+    def _each(self, some: Callable[[tuple[np.ndarray, ...]], tuple[np.ndarray, ...]]) -> HeadScores:
+        """With `some` of each field's arrays."""
+        fields = {name: getattr(self, name) for name in ("log_probs", "scores", "is_right", "agrees", "probe_scores")}
+        return replace(self, **{name: some(values) for name, values in fields.items() if values is not None})
 
 
 def head_scores(
