@@ -426,8 +426,9 @@ class Timed(FakeExecutor):
 
 @pytest.mark.parametrize("params", [
     GenerationParams(max_tokens=4, mode="self_speculative"),
+    GenerationParams(max_tokens=4, mode="self_speculative", draft_length=2),
     GenerationParams(max_tokens=4, mode="early_exit", plan_exits=True),
-], ids=["drafts that adapt", "planned exits"])  # fmt: skip
+], ids=["drafts that adapt", "drafts of the exit that promises most", "planned exits"])  # fmt: skip
 def test_costs_are_measured_when_an_idle_engine_is_told_to_and_never_by_add(params: GenerationParams) -> None:
     executor, scores = Timed(), np.full((4, len(EXITS.exit_layer_nums)), 0.5, np.float32)
     engine = make_engine(executor, costs=None, exit_scores={"head": scores})

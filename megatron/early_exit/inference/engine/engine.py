@@ -188,11 +188,13 @@ class Engine:
         return [Event(request_id, [], self._end(request_id, "error", error)) for request_id in ids]
 
     def prepare(self, params: GenerationParams) -> None:
-        """Measure what layers and heads cost, if requests with these settings depend on it and nothing is running.
+        """Measure what layers and heads cost, if requests with these settings, which the model can do, depend on it and
+        nothing is running.
 
         Until then a guess does: rows are free, a head costs what it reads. If the workers have ended, `add` says so."""
         plans = params.plan_exits or (params.plan_exits is None and params.certified_level is not None)
         adapts_drafts = params.draft_length is None or params.draft_source == "both"
+        adapts_drafts |= len(self.checks.draft_exits(params)) > 1
         adapts = plans or (params.mode == "self_speculative" and adapts_drafts)
         if adapts and not self.has_work:
             self.measure_costs()
