@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron.early_exit.checkpoint.store import write_checkpoint
+from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.data.conversations import MarkedTokens, prompt_and_answer
 from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.tuning.command_line import build_parser, check, main
@@ -168,6 +170,19 @@ def test_exits_that_are_there_say_how_they_are_tuned(tmp_path: Path) -> None:
         recipe(tmp_path, "--load-iteration", "7")
     report = lambda *words: recipe(tmp_path, *words).manifest.signatures["report"]
     assert report() == report("--report-answers", "200") != report("--report-answers", "9")
+
+
+def test_exits_that_were_tuned_on_some_tokens_are_tuned_on_all(tmp_path: Path) -> None:
+    """Unless that is asked for again: --use-checkpoint-args would take it over."""
+    from megatron.early_exit.config.flags import parse_run_config
+
+    cfg = decoding_config(use_exit_norm=True, exit_loss_token_fraction=(0.5,))
+    tokenizer = TokenizerConfig("NullTokenizer", None, 93)
+    write_checkpoint(tmp_path, replace(reference_description(cfg), tokenizer=tokenizer), reference_tensors(cfg))
+    for words, fraction in (((), 1.0), (("--exit-loss-token-fraction", "0.25"), 0.25)):
+        one = recipe(tmp_path, "--seq-length", "16", *words)
+        config = parse_run_config(one._words(1000, 100), world_size=1, warn=lambda _: None)
+        assert [config.exits.token_fraction_of(index) for index in range(3)] == [fraction] * 3
 
 
 def test_the_words_are_flags_of_the_training_program() -> None:

@@ -121,9 +121,9 @@ class TrainingPlan:
             "--data-cache-path", samples / "cache", "--reset-attention-mask", "--num-workers", 0,
             "--eval-interval", every, "--eval-iters", min(validation, MOST_EVALUATIONS),
             "--log-interval", max(iterations // 50, 1), "--tune-exit-distillation", self.distillation,
+            "--exit-loss-token-fraction", self.token_fraction,  # 1 as well: the checkpoint's would be taken over
         ]  # fmt: skip
         words += ["--bf16"] if self.bf16 else []
-        words += ["--exit-loss-token-fraction", self.token_fraction] if self.token_fraction < 1 else []
         words += self._cache_words(cache, num_train, iterations, world_size)
         return [*map(str, words), *self.more]
 
