@@ -154,6 +154,10 @@ def test_standard_input_and_progress_without_a_size(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert documents_of(f"{tmp_path}/out_text_document") == ["one", "two"]
     assert "2 documents" in done.stderr and "ETA" not in done.stderr
+    assert "Warning" not in done.stderr, "libraries speak without -v"
+    gone = [*command, *flags, "--chat", "--chat-template", str(tmp_path / "gone")]
+    refused = subprocess.run(gone, input="", text=True, capture_output=True, env=ENVIRONMENT)
+    assert refused.stderr == f"error: {tmp_path}/gone: no such file or directory\n"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

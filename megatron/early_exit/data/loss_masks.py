@@ -7,11 +7,12 @@ blend, so answers of chats are trained on and their prompts are not.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
+if TYPE_CHECKING:  # core warns when it is imported, before a program has said what is to be shown
+    import torch
 
-from megatron.early_exit.data.token_files import TokenFile, check_token_file
+    from megatron.early_exit.data.token_files import TokenFile
 
 HAS_LOSS = 1
 """Bit of a token that is to be predicted."""
@@ -33,6 +34,10 @@ def check_mask(tokens: TokenFile) -> None:
     """Raise ValueError unless the mask of a token file, if it has one, is whole and of these tokens."""
     if not has_mask(tokens.prefix):
         return
+    import numpy as np
+
+    from megatron.early_exit.data.token_files import check_token_file
+
     mask = check_token_file(mask_prefix(tokens.prefix))
     if mask.dtype != np.uint8:
         raise ValueError(f"{mask.prefix}.idx says {mask.dtype}; a loss mask has one byte for each token (uint8)")
@@ -52,6 +57,8 @@ def loss_mask_of_labels(marks: torch.Tensor) -> torch.Tensor:
 def separate_texts(marks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """([1, s, s] bool, True where a position may not attend; [s] positions that count from the begin of each text), of
     the marks of s tokens."""
+    import torch
+
     begins = (marks & BEGINS) != 0
     text = begins.cumsum(0)
     place = torch.arange(len(marks))

@@ -41,6 +41,7 @@ from megatron.early_exit.data.loss_masks import HAS_LOSS, mask_prefix
 from megatron.early_exit.data.text_files import parse_json
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.platform.command_line import add_verbose_flag
+from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.processes import die_with_parent
 
 # A chunk is what a worker gets at once: enough to hide the cost of sending it, little enough to keep progress smooth.
@@ -548,7 +549,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args["chat_template"] = read_chat_template(args["chat_template"])
         results = preprocess(PreprocessConfig(data=DataConfig(**tokenizer_flags), **args))
     except OSError as error:
-        print(f"error: {error if error.filename else error.strerror or error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
