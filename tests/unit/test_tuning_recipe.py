@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from megatron.early_exit.checkpoint.store import write_checkpoint
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.data.conversations import MarkedTokens, prompt_and_answer
-from megatron.early_exit.evaluation.prompts import EvalPrompt
+from megatron.early_exit.evaluation.prompts import EvalPrompt, count_prompts
 from megatron.early_exit.tuning.command_line import build_parser, check, main
 from megatron.early_exit.tuning.manifest import Manifest, Step
 from megatron.early_exit.tuning.own_answers import Answer, AnswersFolder
@@ -55,6 +56,31 @@ def test_a_step_is_done_once_and_again_with_other_settings_or_other_results_befo
     before.finish("first", 1.0, {})
     assert manifest(tmp_path).state("first") == "begun", "what it made is gone"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.json", "three", "two"]
+
+
+def test_a_step_that_has_made_nothing_takes_other_settings(tmp_path: Path) -> None:
+    """Prompts that cannot be used, say, are mended and the same command is run again."""
+    manifest(tmp_path).begin("first")
+    assert manifest(tmp_path, first=2).state("first") == "to do"
+    (tmp_path / "one").mkdir()
+    assert manifest(tmp_path, first=2).state("first") == "changed"
+
+
+@pytest.mark.parametrize(("before", "now", "said"), [
+    (["a", "b"], ["a", "c"], "c in place of b"),
+    ([True, False], [False, True], "False True in place of True False"),
+    (["8", "8"], ["8"], "8 in place of 8 8"),
+    (None, [True, False], "[True, False] in place of nothing"),
+    ("a" * 64, "0" * 64, "other content than before"),
+    (None, "0" * 64, f"{'0' * 40} in place of nothing"),
+])  # fmt: skip
+def test_differences_say_what_differs(tmp_path: Path, before: object, now: object, said: str) -> None:
+    one, other = (
+        Manifest(tmp_path, [Step("only", "", {"key": value}, lambda: {}, outputs=(tmp_path / "made",))])
+        for value in (before, now)
+    )
+    one.begin("only")
+    assert other.differences("only") == [f"key: {said}"]
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
@@ -203,6 +229,26 @@ def test_the_words_are_flags_of_the_training_program() -> None:
 def test_impossible_settings_are_refused(words: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         check(build_parser().parse_args(words))
+
+
+def test_prompts_that_cannot_be_used_are_refused_before_a_model_is_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, prompts = tmp_path / "model", tmp_path / "prompts.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    lines = ['{"messages": [{"role": "user", "content": "a"}]}', '{"prompt": "b"}', "", '{"prompt": "c"}']
+    prompts.write_text("\n".join(lines))
+    words = ["--load", str(model), "--output", str(tmp_path / "out"), "--exit-layer-nums", "1"]
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main([*words, "--prompts-file", str(prompts)]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert "chats and other prompts are evaluated apart" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("[!r]*")) and not (tmp_path / "out/recipe.json").exists()
+    prompts.write_text("\n".join(lines[1:]))
+    assert count_prompts(prompts) == 2
 
 
 def test_a_model_that_is_none_is_refused_before_anything_is_written(

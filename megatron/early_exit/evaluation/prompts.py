@@ -276,17 +276,10 @@ class _Lines:
 
         path = args.prompts_file
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._lines = list(_read_lines(path))
+        self._lines = _lines_of_one_kind(path)
         self.count, self.files, self.where = len(self._lines), [path], str(path)
-        chats = [line for line in self._lines if line.key == "messages"]
-        if chats and len(chats) < self.count:
-            other = next(line for line in self._lines if line.key != "messages")
-            raise ValueError(
-                f"{chats[0].location} is a chat and {other.location} is none; chats and other prompts are evaluated "
-                "apart: give two files"
-            )
         self.template: str | None = None
-        if chats:
+        if self._lines[0].key == "messages":
             given = None if args.chat_template is None else read_chat_template(args.chat_template)
             self.template = given or tokenizer.chat_template
             if self.template is None:
@@ -318,6 +311,24 @@ class _Lines:
         if line.key == "messages":
             return self._tokenizer.chat(line.value, template=self.template)
         return self._tokenizer.encode_prompt(line.value)
+
+
+def count_prompts(path: Path) -> int:
+    """Lines of --prompts-file that are prompts. Raises ValueError if there is none, one is damaged, or some are chats
+    and others not; OSError."""
+    return len(_lines_of_one_kind(path))
+
+
+def _lines_of_one_kind(path: Path) -> list[_Line]:
+    lines = list(_read_lines(path))
+    chats = [line for line in lines if line.key == "messages"]
+    if chats and len(chats) < len(lines):
+        other = next(line for line in lines if line.key != "messages")
+        raise ValueError(
+            f"{chats[0].location} is a chat and {other.location} is none; chats and other prompts are evaluated "
+            "apart: give two files"
+        )
+    return lines
 
 
 def _foreign(ids: Sequence[int], vocab_size: int) -> int | None:

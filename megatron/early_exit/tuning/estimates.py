@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.early_exit.evaluation.prompts import count_prompts
 from megatron.early_exit.model import sizes
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def estimated(recipe: Recipe) -> dict[str, Estimate]:
     kinds = config.exits.heads
     trained = sum(sizes.exit_parameters(config, kind) for kind in kinds)
     exit_bytes = sizes.weight_bytes(config, trained)
-    prompts = args.prompts or args.default_prompts
-    prompts *= bool(args.prompts_file) + bool(args.data_path)
+    prompts = _num_prompts(recipe)
     prompt_length = (args.prompt_length or args.default_length) if args.data_path else 64
     num_answers = prompts * args.answers_to_each
     tokens = prompts * prompt_length + num_answers * args.answer_tokens
@@ -76,6 +76,8 @@ def estimated(recipe: Recipe) -> dict[str, Estimate]:
     heads = sum(sizes.exit_flops_per_token(config, index, vocab) for index in range(len(kinds)))
     rows = max(num_answers * (prompt_length + args.answer_tokens) // args.seq_length, 2)
     num_train = max(round(rows * (1 - args.held_out)), 1)
+    if recipe.manifest.state("samples") == "done":
+        num_train = recipe.manifest.facts("samples")["train"]["num_rows"] - 1
     iterations = plan.iterations(num_train)
     drawn = iterations * args.global_batch_size
     keeps = drawn > num_train if plan.keeps_hidden_states is None else plan.keeps_hidden_states
@@ -111,6 +113,13 @@ def estimated(recipe: Recipe) -> dict[str, Estimate]:
         "training": Estimate(training, kept + exit_bytes * 8, memory, training_words),
         "report": Estimate(report_tokens * (forward + heads / 3) / speed, 0, model_bytes),
     }
+
+
+def _num_prompts(recipe: Recipe) -> int:
+    args = recipe.args
+    wanted = args.prompts or args.default_prompts
+    of_file = 0 if args.prompts_file is None else min(wanted, count_prompts(args.prompts_file))
+    return of_file + (wanted if args.data_path else 0)
 
 
 def _resolved(recipe: Recipe) -> ResolvedConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any, Literal
 from megatron.early_exit.platform.files import replaced
 
 MANIFEST_FILE = "recipe.json"
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+"""SHA-256 of files, which says nothing to a reader."""
 
 Signature = dict[str, Any]
 Facts = dict[str, Any]
@@ -51,13 +55,16 @@ class Manifest:
             self.signatures[step.name] = json.loads(json.dumps({"settings": dict(step.settings), "needs": needs}))
 
     def state(self, name: str) -> State:
-        """Of a step; one whose outputs are gone is to be done."""
+        """Of a step; one whose outputs are gone is to be done. One that ended before it made anything is to be done,
+        whatever settings it was begun with."""
         entry = self._read().get(name)
         if entry is None:
             return "to do"
+        outputs = self.steps[name].outputs
         if entry["signature"] != self.signatures[name]:
-            return "changed"
-        is_there = all(path.exists() for path in self.steps[name].outputs)
+            has_made = entry["is_done"] or any(path.exists() for path in outputs)
+            return "changed" if has_made else "to do"
+        is_there = all(path.exists() for path in outputs)
         return "done" if entry["is_done"] and is_there else "begun"
 
     def facts(self, name: str) -> Facts:
@@ -111,5 +118,10 @@ def _difference(key: str, before: Any, now: Any) -> str:
     short = lambda value: "nothing" if value is None else str(value)[:40]
     if isinstance(before, list) and isinstance(now, list):
         gone, new = ([str(word) for word in one if word not in other] for one, other in ((before, now), (now, before)))
-        return f"{key}: {' '.join(new) or 'nothing'} in place of {' '.join(gone) or 'nothing'}"
+        if gone or new:
+            return f"{key}: {' '.join(new) or 'nothing'} in place of {' '.join(gone) or 'nothing'}"
+        # The same values in another order, or other numbers of them.
+        return f"{key}: {' '.join(map(str, now))} in place of {' '.join(map(str, before))}"
+    if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (before, now)):
+        return f"{key}: other content than before"
     return f"{key}: {short(now)} in place of {short(before)}"
