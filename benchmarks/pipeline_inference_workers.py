@@ -103,7 +103,7 @@ class SleepingDecoder(Decoder):
         time.sleep(self._times.layers(last - first, attention.num_rows))
         return hidden, hidden
 
-    def exit_output(self, exit_index: int, hidden: Tensor) -> HeadOutput:
+    def exit_output(self, exit_index: int, hidden: Tensor, *, tokens_only: bool = False) -> HeadOutput:
         says = self._script
         return self._head(
             [
@@ -112,7 +112,7 @@ class SleepingDecoder(Decoder):
             ]
         )
 
-    def final_output(self, hidden: Tensor) -> HeadOutput:
+    def final_output(self, hidden: Tensor, *, tokens_only: bool = False) -> HeadOutput:
         return self._head([(self._script.final_token(*row), _CONFIDENT) for row in _rows(hidden)])
 
     def _head(self, says: list[tuple[int, float]]) -> HeadOutput:

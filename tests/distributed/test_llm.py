@@ -407,7 +407,7 @@ def fail(cfg: RunConfig) -> None:
         expected = llm.generate("hello", SAMPLED)[0].text
         other = llm.stream("world", SAMPLED)
         next(other)
-        with mock.patch.object(decoder_of(llm.engine), "final_output", lambda hidden: 1 / 0):
+        with mock.patch.object(decoder_of(llm.engine), "final_output", lambda hidden, **_: 1 / 0):
             (failed,) = llm.generate("hello", SAMPLED)
         *_, last = other
         for one in (failed, last.output):

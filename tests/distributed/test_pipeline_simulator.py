@@ -535,8 +535,8 @@ def test_an_exit_that_is_not_finite_ends_requests_that_draft_or_score_with_it(ch
     (rank,) = (one for one in pipeline.ranks if 1 in one.record.num_rows)
     exit_output = rank.record.decoder.exit_output
 
-    def spoiled(index: int, hidden: Tensor) -> object:
-        return exit_output(index, hidden * torch.nan if index == 1 else hidden)
+    def spoiled(index: int, hidden: Tensor, **settings: bool) -> object:
+        return exit_output(index, hidden * torch.nan if index == 1 else hidden, **settings)
 
     rank.record.decoder.exit_output = spoiled
     ids = [add(engine, PROMPTS[2], params) for params in EVALUATE_EXIT_2 + SPARE_EXIT_2]
