@@ -23,11 +23,13 @@ from megatron.early_exit.inference.engine.request import Result
 from megatron.early_exit.inference.engine.slots import Slots
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
-from megatron.early_exit.inference.protocol import Admit, ExitThreshold, Rows, StageInput, StageRows, Step
+from megatron.early_exit.inference.protocol import FINAL_HEAD, Admit, ExitThreshold, Rows, StageInput, StageRows, Step
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.inbox import Inbox
+from megatron.early_exit.inference.worker.slot_state import SlotState
 from megatron.early_exit.inference.worker.stage import FlowControl, Stage
+from megatron.early_exit.inference.worker.stage_runner import ScheduledRows
 from megatron.early_exit.inference.worker.weights import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
@@ -650,3 +652,14 @@ def test_a_stage_hands_on_operations_without_rows() -> None:
     output = stage.run(stage.choose(), lambda outputs: None)
     assert output == (StageInput((admit,)), None, 0, 0)
     assert stage.choose() is None
+
+
+def test_rows_that_are_taken_along_are_not_scored_again() -> None:
+    """A chunk that failed goes on as fill rows, and the next chunk of its request takes them along."""
+    slot = SlotState(Admit(1, 0, 0, 9, (), SamplingSettings()), [], 0)
+    rows = Rows(1, 0, 0, 0, "score", 5, (8, 9), score_heads=(0, FINAL_HEAD), score_from=1, targets=(9, 4))
+    one = ScheduledRows(StageRows(rows, first=2, tokens=(5, 6, 7, 8, 9)), slot)
+    positions = list(one.positions(one.scored_from))
+    assert positions == [5, 6] and [rows.target_of(position) for position in positions] == [9, 4]
+    later = msgspec.structs.replace(rows, score_from=6, targets=(4,))
+    assert ScheduledRows(StageRows.of(later), slot).scored_from == 6

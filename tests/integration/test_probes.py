@@ -154,8 +154,8 @@ def test_certified_exits_are_planned(trained: Path) -> None:
     none, dear = (0.0,) * 5, (1.0,) * 5
     for probe, expected in ((dear, set()), (none, {2})):
         llm.engine._measured_costs = replace(
-            costs, layer_seconds=(1e-3,) * 5, exit_head_seconds=none, final_head_seconds=(1e-3,) * 5,
-            probe_seconds=probe, batch_seconds=0.0,
+            costs, layer_seconds=(1e-3,) * 5, exit_head_seconds=none, final_head_seconds=none, probe_seconds=probe,
+            batch_seconds=0.0,
         )  # fmt: skip
         (output,) = llm.generate([[1, 2, 3]], planned)
         assert set(output.result.exit_layers) == expected

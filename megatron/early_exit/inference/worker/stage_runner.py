@@ -97,6 +97,11 @@ class ScheduledRows:
         """Whether the predictions of a head, an exit index or `FINAL_HEAD`, are wanted."""
         return head in self.rows.score_heads and not self.is_answered
 
+    @property
+    def scored_from(self) -> int:
+        """First position whose predictions may be wanted: rows that are taken along were scored before, or failed."""
+        return max(self.rows.score_from, self.rows.first)
+
     def positions(self, start: int) -> range:
         """Positions of its rows in the batch from `start` on."""
         return range(max(start, self.first), self.stop)
@@ -284,7 +289,7 @@ class StageRunner:
                 wanted.append(_Wanted(len(wanted), one, one.stop - 1, threshold))
                 rows.append(offset + one.num_rows - 1)
             if one.is_scored_by(index):
-                for position in one.positions(one.rows.score_from):
+                for position in one.positions(one.scored_from):
                     scored.append(_Wanted(len(scored), one, position))
                     scored_rows.append(offset + position - one.first)
         answered = self._evaluate(index, evaluated, take_rows(states, last_rows)) if evaluated else []
@@ -452,7 +457,7 @@ class StageRunner:
         for one, offset in zip(batch.scheduled, batch.offsets(), strict=True):
             one.complete()
             draws_from = one.stop if one.rows.sample_from is None or one.is_answered else one.rows.sample_from
-            scores_from = one.rows.score_from if one.is_scored_by(FINAL_HEAD) else one.stop
+            scores_from = one.scored_from if one.is_scored_by(FINAL_HEAD) else one.stop
             if min(draws_from, scores_from) >= one.stop:
                 unseen.append(_Wanted(offset + one.num_rows - 1, one, one.stop - 1))
             for position in one.positions(min(draws_from, scores_from)):
