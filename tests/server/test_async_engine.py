@@ -273,7 +273,7 @@ MISBEHAVING = """
         context.term()
         sys.exit(1)
     ready = Ready(WorkerDescription(2, 8, 257, (), 2, 64), ExitConfig(), (), TokenizerConfig("ByteLevelTokenizer"),
-                  False, "folder", 0, "none", "one")
+                  (), "folder", 0, "none", "one")
 """
 
 
