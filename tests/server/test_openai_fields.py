@@ -23,6 +23,7 @@ from tests.server.openai_answers import Answer, answers_of, check_answers, close
 from tests.server.serving import RunningServer
 
 PROMPT = "a small model"
+REPEATED = "so so so so so"
 MESSAGES = [{"role": "user", "content": PROMPT}]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 NEEDED: dict[str, dict[str, Any]] = {COMPLETIONS: {"prompt": PROMPT}, CHAT: {"messages": MESSAGES}}
@@ -282,8 +283,8 @@ def test_usage_says_what_early_exit_did(server: RunningServer, offline: LLM) -> 
         "self_speculative", statistics.drafted, statistics.accepted,
     )  # fmt: skip
     settings = {"mode": "self_speculative", "draft_source": "ngram", "draft_length": 2}
-    statistics = greedy(offline, max_tokens=16, **settings).result.statistics
-    got = answered(server, max_tokens=16, temperature=0, **settings)["usage"]["early_exit"]
+    statistics = greedy(offline, REPEATED, max_tokens=16, **settings).result.statistics
+    got = answered(server, prompt=REPEATED, max_tokens=16, temperature=0, **settings)["usage"]["early_exit"]
     assert (got["ngram_drafted"], got["ngram_accepted"]) == (statistics.ngram_drafted, statistics.ngram_accepted)
     assert got["drafted"] == got["ngram_drafted"] > 0
     settings = {"mode": "early_exit", "exit_thresholds": 0.99, "exit_layers": [4]}

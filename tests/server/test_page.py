@@ -413,12 +413,13 @@ def test_the_page_offers_what_the_model_has(browser: Browser, server: RunningSer
     described = httpx.get(f"{server.url}/page/model").json()
     assert described == {
         "name": "model", "num_layers": models.NUM_LAYERS, "exit_layers": list(models.EXITS),
+        "leaving_layers": list(models.EXITS), "drafting_layers": list(models.EXITS),
         "num_positions": models.MAX_POSITIONS, "has_chat_template": True, "certified": [],
         "defaults": {
             "mode": "full", "exit_thresholds": [0.8], "certified": None, "exit_layers": [2, 4], "draft_exit": 2,
         },
     }  # fmt: skip
-    described |= {"exit_layers": [], "has_chat_template": False}
+    described |= {"exit_layers": [], "leaving_layers": [], "drafting_layers": [], "has_chat_template": False}
     described["defaults"] |= {"exit_layers": [], "draft_exit": None}
     page.route("**/page/model", lambda route: route.fulfill(json=described))
     page.goto(server.url)
