@@ -18,24 +18,16 @@ from megatron.early_exit.inference.certificates import read_certificates
 from megatron.early_exit.inference.exit_records import read_records
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
-from tests.data_files import write_documents
-from tests.server.models import NUM_LAYERS, chat_model
+from tests.integration.calibrated_models import ANSWER, LENGTH, iteration, make_model
+from tests.server.models import NUM_LAYERS
 
-LENGTH, ANSWER, PROMPTS = 6, 8, 240
+PROMPTS = 240
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with exits after layers 2 and 6, the last one."""
-    from megatron.early_exit.checkpoint.convert_command import main as convert
-
     folder = tmp_path_factory.mktemp("calibration")
-    chat_model(folder)
-    exits = ["--exit-layer-nums", "2", str(NUM_LAYERS), "--use-exit-norm", "--init", "copy"]
-    assert convert(["add-exits", "--load", str(folder / "plain"), "--save", str(folder / "exits"), *exits]) == 0
-    draw = np.random.default_rng(0)
-    vocabulary = 200
-    write_documents(folder / "text", [draw.integers(0, vocabulary, LENGTH + 2).tolist() for _ in range(400)])
+    make_model(folder, num_documents=400)
     return folder
 
 
@@ -51,11 +43,6 @@ def calibrate(made: Path, folder: Path, *words: str) -> int:
         "calibrate", "--load", str(folder), "--data-path", str(made / "text"), "--prompt-length", str(LENGTH),
         "--answer-tokens", str(ANSWER), "--prompts", str(PROMPTS), *words,
     ])  # fmt: skip
-
-
-def iteration(folder: Path) -> Path:
-    (only,) = folder.glob("iter_*")
-    return only
 
 
 @pytest.fixture(scope="module")

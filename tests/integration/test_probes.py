@@ -19,25 +19,18 @@ from megatron.early_exit.inference.exit_probes import ExitProbes
 from megatron.early_exit.inference.exit_records import read_records
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
-from tests.data_files import write_documents
-from tests.server.models import NUM_LAYERS, chat_model
+from tests.integration.calibrated_models import ANSWER, LENGTH, iteration, make_model
+from tests.server.models import NUM_LAYERS
 
-LENGTH, ANSWER, PROMPTS, TRAINED, NUM_FULL = 6, 8, 120, 40, 28
+PROMPTS, TRAINED, NUM_FULL = 120, 40, 28
 """NUM_FULL: of those that probes are trained on, the prompts that the full model answers."""
 CERTAIN = GenerationParams(max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.3", plan_exits=False)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with exits after layers 2 and 6, the last one."""
-    from megatron.early_exit.checkpoint.convert_command import main as convert
-
     folder = tmp_path_factory.mktemp("probes")
-    chat_model(folder)
-    exits = ["--exit-layer-nums", "2", str(NUM_LAYERS), "--use-exit-norm", "--init", "copy"]
-    assert convert(["add-exits", "--load", str(folder / "plain"), "--save", str(folder / "exits"), *exits]) == 0
-    draw = np.random.default_rng(0)
-    write_documents(folder / "text", [draw.integers(0, 200, LENGTH + 2).tolist() for _ in range(200)])
+    make_model(folder, num_documents=200)
     return folder
 
 
@@ -46,11 +39,6 @@ def evaluate(command: str, made: Path, folder: Path, prompts: int, *words: objec
         command, "--load", str(folder), "--data-path", str(made / "text"), "--prompt-length", str(LENGTH),
         "--answer-tokens", str(ANSWER), "--prompts", str(prompts), *map(str, words),
     ])  # fmt: skip
-
-
-def iteration(folder: Path) -> Path:
-    (only,) = folder.glob("iter_*")
-    return only
 
 
 @pytest.fixture(scope="module")

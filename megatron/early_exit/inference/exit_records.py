@@ -20,6 +20,7 @@ import numpy as np
 from megatron.early_exit.inference.certificates import AnswerSettings
 from megatron.early_exit.inference.fingerprint import ExitFingerprint
 from megatron.early_exit.platform.files import replaced
+from megatron.early_exit.platform.part_files import read_parts, write_part
 
 RECORDS_FOLDER = "exit_records"
 _ABOUT_FILE = "about.json"
@@ -81,34 +82,17 @@ class RecordsFolder:
 
     def add(self, records: Sequence[PromptRecord]) -> None:
         """Write a part, at once or not at all."""
-        if not records:
-            return
-        path = self.path / f"part_{min(one.prompt for one in records):06}_{len(records)}.npz"
-        join = lambda name: np.concatenate([getattr(one, name) for one in records])
-        with replaced(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(
-                file, prompts=np.array([one.prompt for one in records]),
-                lengths=np.array([len(one.tokens) for one in records]), tokens=join("tokens"), scores=join("scores"),
-                choices=join("choices"), final_confidences=join("final_confidences"),
-            )  # fmt: skip
+        joined = {name: [getattr(one, name) for one in records] for name in _OF_DECISIONS}
+        write_part(self.path, "prompts", {"prompts": [one.prompt for one in records]}, joined)
+
+
+_OF_DECISIONS = ("tokens", "scores", "choices", "final_confidences")
 
 
 def read_records(folder: Path) -> list[PromptRecord]:
     """All parts of a folder, in the order of prompts. Raises ValueError for one that cannot be read."""
-    found: dict[int, PromptRecord] = {}
-    for path in sorted(folder.glob("part_*.npz")):
-        try:
-            with np.load(path) as arrays:
-                cuts = np.cumsum(arrays["lengths"])[:-1]
-                columns = [
-                    np.split(arrays[name], cuts) for name in ("tokens", "scores", "choices", "final_confidences")
-                ]
-                for prompt, *values in zip(arrays["prompts"].tolist(), *columns, strict=True):
-                    found[prompt] = PromptRecord(prompt, *values)
-        except Exception as error:  # of the archive, of an array in it, of what should be in it
-            raise ValueError(
-                f"{path} cannot be read ({type(error).__name__}: {error}); remove it, and calibrate the exits again"
-            ) from error
+    parts = read_parts(folder, ("prompts",), _OF_DECISIONS, "calibrate the exits again")
+    found = {prompt: PromptRecord(prompt, *values) for prompt, *values in parts}
     return [found[prompt] for prompt in sorted(found)]
 
 

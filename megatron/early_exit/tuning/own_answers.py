@@ -15,6 +15,7 @@ from megatron.early_exit.evaluation.recording import outputs_as_they_end
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.platform.files import replaced
+from megatron.early_exit.platform.part_files import read_parts, write_part
 
 _ANSWERS_PER_PART, _SECONDS_PER_PART = 256, 30.0
 _SECONDS_BETWEEN_LINES = 30.0
@@ -63,31 +64,15 @@ class AnswersFolder:
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Write a part."""
-        if not answers:
-            return
-        path = self.folder / f"part_{min(one.number for one in answers):06}_{len(answers)}.npz"
-        with replaced(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(
-                file, numbers=np.array([one.number for one in answers]),
-                lengths=np.array([len(one.ids) for one in answers]),
-                ids=np.concatenate([np.array(one.ids, np.int64) for one in answers]),
-                finish_reasons=np.array([one.finish_reason for one in answers]),
-            )  # fmt: skip
+        of_items = {
+            "numbers": [one.number for one in answers], "finish_reasons": [one.finish_reason for one in answers],
+        }  # fmt: skip
+        write_part(self.folder, "numbers", of_items, {"ids": [np.array(one.ids, np.int64) for one in answers]})
 
     def answers(self) -> list[Answer]:
         """All that are there, by number. Raises ValueError for a part that cannot be read."""
-        found: dict[int, Answer] = {}
-        for path in sorted(self.folder.glob("part_*.npz")):
-            try:
-                with np.load(path) as arrays:
-                    ids = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
-                    columns = (arrays["numbers"].tolist(), ids, arrays["finish_reasons"].tolist())
-                    for number, one, reason in zip(*columns, strict=True):
-                        found[number] = Answer(number, tuple(one.tolist()), reason)
-            except Exception as error:  # of the archive, of an array in it, of what should be in it
-                raise ValueError(
-                    f"{path} cannot be read ({type(error).__name__}: {error}); remove it, and it is made again"
-                ) from error
+        parts = read_parts(self.folder, ("numbers", "finish_reasons"), ("ids",), "it is made again")
+        found = {number: Answer(number, tuple(ids.tolist()), reason) for number, reason, ids in parts}
         return [found[number] for number in sorted(found)]
 
 
