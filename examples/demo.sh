@@ -39,11 +39,11 @@ def main():
 generate=(python tools/generate.py --load "$FOLDER/checkpoints" --prompt "$PROMPT" --tokens-to-generate 96
     --temperature 0.7 --seed 1)
 "${generate[@]}"
-"${generate[@]}" --use-early-exit --early-exit-thres 0.2
+"${generate[@]}" --use-early-exit --early-exit-thres 0.4
 
 cat <<END
 
 Done. In $FOLDER: losses.png (the losses of all exits), checkpoints/ (run the demo again to resume after an interruption),
 checkpoints/metrics.jsonl (all numbers). Try another prompt or threshold:
-    python tools/generate.py --load $FOLDER/checkpoints --prompt 'import os' --use-early-exit --early-exit-thres 0.3
+    python tools/generate.py --load $FOLDER/checkpoints --prompt 'import os' --use-early-exit --early-exit-thres 0.5
 END
