@@ -80,5 +80,6 @@ def check_details(answer: Answer, output: RequestOutput) -> None:
 
 
 def close(numbers: Sequence[float]) -> Any:
-    """Log-probabilities that were computed beside other rows differ in the last digits."""
-    return pytest.approx(numbers, abs=1e-4)
+    """Log-probabilities that were computed beside other rows differ in the last digits of logits, which are in the
+    hundreds for weights drawn with a deviation of 0.3."""
+    return pytest.approx(numbers, abs=1e-3)
