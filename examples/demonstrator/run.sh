@@ -10,8 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 FOLDER=${1:?give the folder to work in}
 SIZE=${SIZE:-cpu} SEEDS=${SEEDS:-1 2 3} PROMPTS=${PROMPTS:-1500}
-# Documents that probes are trained on, and those of everything that is reported.
-PROBE_DOCUMENTS=500 HELD_OUT_DOCUMENTS=1800
+# Documents whose beginnings probes are trained on (many begin alike), and those of everything that is reported.
+PROBE_DOCUMENTS=500 PROBE_PROMPTS=400 HELD_OUT_DOCUMENTS=1800
 PACKAGES=${PACKAGES:-$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')}
 case $SIZE in
     cpu) VOCABULARY=4096 MAX_MB=120 DRAFTING=1 LEAVING="2 4 8" AT_ONCE=2 ;;
@@ -70,7 +70,7 @@ for seed in $SEEDS; do
             --data-path "$FOLDER/data/${text}_text_document"
     }
     answers=(--prompt-length 48 --answer-tokens 64)
-    evaluated probes probes "${answers[@]}" --prompts $PROBE_DOCUMENTS
+    evaluated probes probes "${answers[@]}" --prompts $PROBE_PROMPTS
     evaluated held_out calibrate "${answers[@]}" --exit-score probe --prompts "$PROMPTS" --levels 0.9 0.95 0.98 0.99
     evaluated held_out exits --prompts 64 --prompt-length 256 --compare "$FOLDER/seed_$seed/twin"
     evaluated held_out benchmark "${answers[@]}" --prompts 16 --batch 1 8 --rounds 5 --thresholds \
