@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron.early_exit.config.serialize import checkpoint_folder
 from megatron.early_exit.data.conversations import prompt_and_answer
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+from megatron.early_exit.tuning.command_line import main
 from megatron.early_exit.tuning.own_answers import AnswersFolder
 from tests.data_files import write_documents
 from tests.integration.test_training_program import ROOT, environment, torchrun
@@ -131,6 +133,18 @@ def test_exits_follow_the_final_head_better_than_before(folder: Path, runs: dict
     assert json.loads((folder / "whole/exits.json").read_text())["results"]["tokens"] == sum(tokens)
     caching = [line for line in (folder / "whole.log").read_text().splitlines() if "caching hidden states" in line]
     assert len(caching) == 1
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    (["--prompts", "21"], "21 prompts are needed, but .*chats.jsonl has 20 different prompts"),
+    (["--answer-tokens", "250"], "prompts are too long with an answer of 250 tokens"),
+])  # fmt: skip
+def test_prompts_are_refused_before_the_model_is_converted(
+    folder: Path, words: list[str], changes: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([*words, "--output", str(tmp_path / "out"), *changes]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def tune(folder: Path, words: list[str], *more: str, ranks: int = 0) -> subprocess.CompletedProcess:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import signal
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import pytest
 from megatron.early_exit.checkpoint.store import write_checkpoint
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.data.conversations import MarkedTokens, prompt_and_answer
-from megatron.early_exit.evaluation.prompts import EvalPrompt, count_prompts
+from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.tuning.command_line import build_parser, check, main
+from megatron.early_exit.tuning.estimates import resolved, training_flops
 from megatron.early_exit.tuning.manifest import Manifest, Step
 from megatron.early_exit.tuning.own_answers import Answer, AnswersFolder
 from megatron.early_exit.tuning.recipe import Recipe
@@ -22,6 +23,7 @@ from megatron.early_exit.tuning.samples import marked_answers, num_held_out, pac
 from megatron.early_exit.tuning.training_words import TrainingPlan
 from tests.reference_checkpoint import decoding_config, reference_description, reference_tensors
 
+IDS, CHAT = '{"ids": [1, 2, 3]}', '{"messages": [{"role": "user", "content": "a"}]}'
 BASE = ["--load", "model", "--output", "out", "--prompts-file", "p.jsonl"]
 
 
@@ -231,24 +233,75 @@ def test_impossible_settings_are_refused(words: list[str], said: str) -> None:
         check(build_parser().parse_args(words))
 
 
-def test_prompts_that_cannot_be_used_are_refused_before_a_model_is_converted(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("is_dry", [False, True])
+@pytest.mark.parametrize(("lines", "words", "said"), [
+    ([IDS, '{"ids": [4]}'], ["--answer-tokens", "39"], "1 of 2 prompts are too long with an answer of 39 tokens"),
+    ([IDS, '{"ids": [4]}'], ["--answer-tokens", "41"], "answers of 41 tokens leave no room for a prompt"),
+    ([IDS, '{"ids": [4]}'], ["--prompts", "3"], "3 prompts are needed, but .*p.jsonl has 2 different prompts"),
+    ([IDS, '{"ids": [4]}'], ["--seq-length", "41"], "--seq-length 41 is more than the model takes: 40"),
+    ([IDS], [], "one prompt is too few"),
+    ([CHAT, CHAT], [], "has no chat template; give --chat-template FILE"),
+    ([CHAT, IDS], [], "chats and other prompts are evaluated apart"),
+])  # fmt: skip
+def test_prompts_that_cannot_be_answered_are_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture, lines: list[str], words: list[str], said: str, is_dry: bool
 ) -> None:
-    model, prompts = tmp_path / "model", tmp_path / "prompts.jsonl"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    lines = ['{"messages": [{"role": "user", "content": "a"}]}', '{"prompt": "b"}', "", '{"prompt": "c"}']
-    prompts.write_text("\n".join(lines))
-    words = ["--load", str(model), "--output", str(tmp_path / "out"), "--exit-layer-nums", "1"]
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main([*words, "--prompts-file", str(prompts)]) == 2
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert "chats and other prompts are evaluated apart" in capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("[!r]*")) and not (tmp_path / "out/recipe.json").exists()
-    prompts.write_text("\n".join(lines[1:]))
-    assert count_prompts(prompts) == 2
+    cfg = decoding_config(use_exit_norm=True)
+    tokenizer = TokenizerConfig("NullTokenizer", None, 93)
+    write_checkpoint(
+        tmp_path / "model", replace(reference_description(cfg), tokenizer=tokenizer), reference_tensors(cfg)
+    )
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    given = ["--load", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--exit-layer-nums", "2"]
+    given += ["--prompts-file", str(tmp_path / "p.jsonl"), "--seq-length", "16", "--answer-tokens", "4", *words]
+    assert main([*given, *(["--dry-run"] if is_dry else [])]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_have_answers_are_not_drawn_again(tmp_path: Path) -> None:
+    cfg = decoding_config(use_exit_norm=True)
+    write_checkpoint(tmp_path, reference_description(cfg), reference_tensors(cfg))
+    folder, prompts = AnswersFolder(tmp_path / "out/answers"), [EvalPrompt((1, 2), None, "a:1")]
+    folder.write_prompts(prompts)
+    begun = recipe(tmp_path)
+    begun.manifest.begin("answers")
+    assert begun.prompts == recipe(tmp_path).prompts == prompts
+
+
+def test_answers_are_asked_for_without_log_probs(tmp_path: Path) -> None:
+    """So that the certified head may choose their tokens."""
+    cfg = decoding_config(use_exit_norm=True)
+    write_checkpoint(tmp_path, reference_description(cfg), reference_tensors(cfg))
+    params = recipe(tmp_path, "--answer-tokens", "7", "--temperature", "0.5").answer_params
+    assert (params.max_tokens, params.sampling.temperature, params.log_probs) == (7, 0.5, False)
+
+
+def test_estimates_count_what_runs(tmp_path: Path) -> None:
+    """Layers once where their hidden states are kept, heads on their share of the tokens, validations."""
+    cfg = decoding_config(use_exit_norm=True, untie_exit_output_weights=(True, False, False))
+    tokenizer = TokenizerConfig("NullTokenizer", None, 93)
+    write_checkpoint(tmp_path, replace(reference_description(cfg), tokenizer=tokenizer), reference_tensors(cfg))
+
+    def flops(*words: str) -> float:
+        one = recipe(tmp_path, "--seq-length", "16", "--train-iters", "20", "--global-batch-size", "4", *words)
+        return training_flops(resolved(one), one.training, num_train=40, num_held_out=9) / 16
+
+    # h = 32, four heads of 8, two groups, SwiGLU of 48, 96 ids; multiplications and additions of a forward pass.
+    head, layer = 2 * 32 * 96, 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48) + 2 * 32 * 16
+    validated, drawn = 10 * 2 * 4, 20 * 4  # every second iteration, two global batches
+    of_exits, of_final = (
+        3 + 2 + 2,
+        3,
+    )  # forward, and gradients of inputs, and of the output weight that is an exit's own
+    validation = validated * (4 * layer + 4 * head)
+    live, kept = "--no-keep-hidden-states", "--keep-hidden-states"
+    assert flops(live) == drawn * (4 * layer + (of_exits + of_final) * head) + validation
+    assert flops(kept) == flops() == 40 * 4 * layer + drawn * (of_exits + of_final) * head + validation
+    part = 40 * 4 * layer + drawn * (of_exits + of_final) * head / 4 + validation
+    assert flops("--exit-loss-token-fraction", "0.25") == pytest.approx(part)
+    alone = 40 * 3 * layer + drawn * of_exits * head + validated * (3 * layer + 3 * head)
+    assert flops("--tune-exit-distillation", "0") == pytest.approx(alone)
 
 
 def test_a_model_that_is_none_is_refused_before_anything_is_written(

@@ -313,13 +313,8 @@ class _Lines:
         return self._tokenizer.encode_prompt(line.value)
 
 
-def count_prompts(path: Path) -> int:
-    """Lines of --prompts-file that are prompts. Raises ValueError if there is none, one is damaged, or some are chats
-    and others not; OSError."""
-    return len(_lines_of_one_kind(path))
-
-
 def _lines_of_one_kind(path: Path) -> list[_Line]:
+    """Raises ValueError if there is none, one is damaged, or some are chats and others not; OSError."""
     lines = list(_read_lines(path))
     chats = [line for line in lines if line.key == "messages"]
     if chats and len(chats) < len(lines):

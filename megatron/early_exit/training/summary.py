@@ -11,7 +11,7 @@ from megatron.early_exit.model.sizes import (
     exit_flops_per_token,
     layer_flops_per_token,
     output_flops_per_token,
-    teacher_flops_per_token,
+    tuned_exit_flops_per_token,
 )
 from megatron.early_exit.platform.device import backend, device, use_cuda
 from megatron.early_exit.training.microbatches import Microbatches
@@ -156,12 +156,13 @@ def checkpoint_bytes(config: RunConfig, model: Model) -> int:
 def flops_per_token(config: RunConfig, vocab_size: int) -> float:
     """Floating-point operations of forward and backward (of tuning: what it runs) for one token, exits included."""
     layer = layer_flops_per_token(config)
-    exits = sum(exit_flops_per_token(config, index, vocab_size) for index in range(config.exits.num_exits))
+    numbers = range(config.exits.num_exits)
     if config.training.tune_exit:
-        # Forward through the frozen layers; an exit's gradients stop at its parameters, at about its usual cost.
+        # Forward through the frozen layers; an exit's gradients stop at its parameters.
         num_layers = 0 if config.training.cache_hidden_states else config.build.num_built_layers
-        if config.training.tune_exit_distillation:
-            exits += sum(teacher_flops_per_token(config, index, vocab_size) for index in range(config.exits.num_exits))
+        share = config.training.tune_exit_distillation
+        exits = sum(tuned_exit_flops_per_token(config, index, vocab_size, share) for index in numbers)
         return num_layers * layer / 3 + exits
+    exits = sum(exit_flops_per_token(config, index, vocab_size) for index in numbers)
     output = output_flops_per_token(config, vocab_size)
     return config.model.num_layers * layer + output + exits

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.early_exit.checkpoint.commands.exits import add_exit_flags
-from megatron.early_exit.evaluation.prompts import add_prompt_flags, count_prompts
+from megatron.early_exit.evaluation.prompts import add_prompt_flags
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.model_flags import add_model_flags
 from megatron.early_exit.platform.command_line import (
@@ -123,13 +123,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(args)
         recipe = Recipe(args)
-        if args.dry_run:
-            if is_main_rank():
-                from megatron.early_exit.tuning.estimates import describe
+        if is_main_rank():
+            recipe.check()
+        if not args.dry_run:
+            carry_out(recipe, args.redo)
+        elif is_main_rank():
+            from megatron.early_exit.tuning.estimates import describe
 
-                print(describe(recipe))
-            return 0
-        carry_out(recipe, args.redo)
+            print(describe(recipe))
     except (ValueError, OSError) as error:
         if not is_main_rank():
             time.sleep(_SECONDS_FOR_MAIN_RANK)
@@ -185,8 +186,6 @@ def carry_out(recipe: Recipe, redo: bool) -> None:
     try:
         for path in [*recipe.folder.glob("*.partial-*"), *recipe.answers_folder.glob("*.partial-*")]:
             _remove(path)  # which a run that was killed has left
-        if recipe.args.prompts_file is not None and recipe.manifest.state("answers") != "done":
-            count_prompts(recipe.args.prompts_file)  # a damaged file is said before a model is converted
         if recipe.exits_are_there:
             recipe.check_training()
         _prepare(recipe, redo)

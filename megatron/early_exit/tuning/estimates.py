@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.early_exit.evaluation.prompts import count_prompts
 from megatron.early_exit.model import sizes
 
 if TYPE_CHECKING:
-    from megatron.early_exit.config.description import ModelDescription
     from megatron.early_exit.config.run import ResolvedConfig
     from megatron.early_exit.tuning.recipe import Recipe
+    from megatron.early_exit.tuning.training_words import TrainingPlan
 
 _SECONDS_OF_MEASURING = 0.5
 _SHARE_OF_PEAK = 0.5
@@ -58,77 +57,100 @@ def describe(recipe: Recipe) -> str:
 
 
 def estimated(recipe: Recipe) -> dict[str, Estimate]:
-    args, plan = recipe.args, recipe.training
-    config = _resolved(recipe)
+    args, plan, config = recipe.args, recipe.training, resolved(recipe)
     speed = _flops_per_second(config.training.dtype) * _SHARE_OF_PEAK
-    vocab, layers = config.description.padded_vocab_size, config.model.num_layers
+    layers = config.model.num_layers
     model_bytes = sizes.weight_bytes(config, sizes.stage_parameters(config, (), True, True))
     model_bytes += sizes.weight_bytes(config, layers * sizes.layer_parameters(config))
-    kinds = config.exits.heads
-    trained = sum(sizes.exit_parameters(config, kind) for kind in kinds)
+    trained = sum(sizes.exit_parameters(config, kind) for kind in config.exits.heads)
     exit_bytes = sizes.weight_bytes(config, trained)
-    prompts = _num_prompts(recipe)
-    prompt_length = (args.prompt_length or args.default_length) if args.data_path else 64
-    num_answers = prompts * args.answers_to_each
-    tokens = prompts * prompt_length + num_answers * args.answer_tokens
-    # Six FLOPs a weight are forward and backward.
-    forward = (layers * sizes.layer_flops_per_token(config) + sizes.output_flops_per_token(config, vocab)) / 3
-    heads = sum(sizes.exit_flops_per_token(config, index, vocab) for index in range(len(kinds)))
-    rows = max(num_answers * (prompt_length + args.answer_tokens) // args.seq_length, 2)
-    num_train = max(round(rows * (1 - args.held_out)), 1)
-    if recipe.manifest.state("samples") == "done":
-        num_train = recipe.manifest.facts("samples")["train"]["num_rows"] - 1
-    iterations = plan.iterations(num_train)
-    drawn = iterations * args.global_batch_size
-    keeps = drawn > num_train if plan.keeps_hidden_states is None else plan.keeps_hidden_states
-    through_layers = min(num_train, drawn) if keeps else drawn
-    width = config.model.hidden_size * (2 if plan.bf16 else 4)
-    points = len(kinds) + bool(plan.distillation)
-    kept = points * min(num_train, drawn) * args.seq_length * width if keeps else 0
-    of_training = heads
-    if plan.distillation:
-        of_training += sum(sizes.teacher_flops_per_token(config, index, vocab) for index in range(len(kinds)))
-    training = args.seq_length * (through_layers * forward + drawn * of_training) / speed
+    lengths = [len(prompt.ids) for prompt in recipe.prompts]
+    num_answers = len(lengths) * args.answers_to_each
+    tokens = sum(lengths) + num_answers * args.answer_tokens
+    of_text = args.answers_to_each * sum(min(length + args.answer_tokens, args.seq_length) for length in lengths)
+    num_train, num_held_out = _num_samples(recipe, max(of_text // args.seq_length, 2))
+    kept = plan.samples_kept(num_train)
+    points = config.exits.num_exits + bool(plan.distillation)
+    kept_bytes = points * kept * args.seq_length * config.model.hidden_size * (2 if plan.bf16 else 4)
     memory = model_bytes + sizes.gradient_bytes(config, trained) + sizes.optimizer_bytes(config, 1, trained)
     memory += sizes.logits_chunk_bytes(config, args.micro_batch_size * args.seq_length) + sizes.activation_bytes(
         config, 1
     )
+    answering = tokens * _forward_flops(config, layers) / speed
     answers_words = (
         f"{num_answers:,} answers of at most {args.answer_tokens} tokens, about "
-        f"{num_answers * args.answer_tokens / max(tokens * forward / speed, 1e-9):,.0f} tokens/s"
+        f"{num_answers * args.answer_tokens / max(answering, 1e-9):,.0f} tokens/s"
     )
-    hidden = f", hidden states kept ({_gib(kept)})" if keeps else ""
+    hidden = f", hidden states kept ({_gib(kept_bytes)})" if kept else ""
     training_words = (
-        f"{iterations:,} iterations of {args.global_batch_size} x {args.seq_length} tokens over about {num_train:,} "
-        f"samples{hidden}; learning rate {plan.learning_rate:g}, distillation {plan.distillation:g}"
+        f"{plan.iterations(num_train):,} iterations of {args.global_batch_size} x {args.seq_length} tokens over about "
+        f"{num_train:,} samples{hidden}; learning rate {plan.learning_rate:g}, distillation {plan.distillation:g}"
     )
-    report_tokens = 2 * min(args.report_answers, max(num_answers * args.held_out, 1)) * (
-        prompt_length + args.answer_tokens
-    )  # fmt: skip
+    reported = min(args.report_answers, max(num_answers * args.held_out, 1)) / num_answers
+    report_tokens = 2 * reported * (args.answers_to_each * sum(lengths) + num_answers * args.answer_tokens)
     return {
         "base": Estimate(model_bytes / 2e8, model_bytes, model_bytes // layers),
         "exits": Estimate(model_bytes / 2e8, model_bytes + exit_bytes),
-        "answers": Estimate(tokens * forward / speed, tokens * 4, model_bytes, answers_words),
-        "samples": Estimate(tokens / 1e6, rows * args.seq_length * 5),
-        "training": Estimate(training, kept + exit_bytes * 8, memory, training_words),
-        "report": Estimate(report_tokens * (forward + heads / 3) / speed, 0, model_bytes),
-    }
+        "answers": Estimate(answering, tokens * 4, model_bytes, answers_words),
+        "samples": Estimate(tokens / 1e6, of_text * 5),
+        "training": Estimate(
+            training_flops(config, plan, num_train, num_held_out) / speed, kept_bytes + exit_bytes * 8, memory,
+            training_words,
+        ),
+        "report": Estimate(report_tokens * _evaluation_flops(config, layers) / speed, 0, model_bytes),
+    }  # fmt: skip
 
 
-def _num_prompts(recipe: Recipe) -> int:
-    args = recipe.args
-    wanted = args.prompts or args.default_prompts
-    of_file = 0 if args.prompts_file is None else min(wanted, count_prompts(args.prompts_file))
-    return of_file + (wanted if args.data_path else 0)
+def training_flops(config: ResolvedConfig, plan: TrainingPlan, num_train: int, num_held_out: int) -> float:
+    """FLOPs of the whole training: layers forward, over each sample once if what they make is kept; every exit, and the
+    final head that it follows, on its share of the tokens; and all heads forward in validations.
+
+    num_train, num_held_out: samples of own answers."""
+    distils, iterations = plan.distillation > 0, plan.iterations(num_train)
+    drawn = iterations * plan.global_batch_size
+    through_layers = plan.samples_kept(num_train) or drawn
+    layers = config.model.num_layers if distils else config.exits.exit_layer_nums[-1]
+    every, batches = plan.evaluation(num_train, num_held_out)
+    validated = iterations // every * batches * plan.global_batch_size
+    vocab = config.description.padded_vocab_size
+    of_exits = sum(
+        sizes.tuned_exit_flops_per_token(config, index, vocab, plan.distillation)
+        for index in range(config.exits.num_exits)
+    )
+    of_layers = layers * sizes.layer_flops_per_token(config) / 3
+    of_validation = _evaluation_flops(config, layers, has_final_head=distils)
+    return plan.seq_length * (through_layers * of_layers + drawn * of_exits + validated * of_validation)
 
 
-def _resolved(recipe: Recipe) -> ResolvedConfig:
+def _forward_flops(config: ResolvedConfig, num_layers: int, has_final_head: bool = True) -> float:
+    """Of a forward pass, for one token: six FLOPs a weight are forward and backward."""
+    output = sizes.output_flops_per_token(config, config.description.padded_vocab_size)
+    return (num_layers * sizes.layer_flops_per_token(config) + has_final_head * output) / 3
+
+
+def _evaluation_flops(config: ResolvedConfig, num_layers: int, has_final_head: bool = True) -> float:
+    """Of a forward pass with all exits, for one token."""
+    output = sizes.output_flops_per_token(config, config.description.padded_vocab_size)
+    exits = sum(output + sizes.branch_flops_per_token(config, kind) for kind in config.exits.heads)
+    return _forward_flops(config, num_layers, has_final_head) + exits / 3
+
+
+def _num_samples(recipe: Recipe, rows: int) -> tuple[int, int]:
+    """(for training, held out): as they were made, or of about `rows`."""
+    if recipe.manifest.state("samples") == "done":
+        made = recipe.manifest.facts("samples")
+        return made["train"]["num_rows"] - 1, made["held_out"]["num_rows"] - 1
+    num_held_out = max(round(rows * recipe.args.held_out), 1)
+    return max(rows - num_held_out, 1), num_held_out
+
+
+def resolved(recipe: Recipe) -> ResolvedConfig:
     """Settings of a training of this model with these exits, for the arithmetic of `model.sizes`."""
     from megatron.early_exit.checkpoint.commands.exits import wanted_exits
     from megatron.early_exit.config.run import RunConfig
     from megatron.early_exit.config.serialize import build_settings
 
-    description = _description(recipe)
+    description, _ = recipe.model
     exits = wanted_exits(recipe.args) if recipe.args.exit_layer_nums else description.exits
     args = recipe.args
     settings = build_settings({
@@ -139,19 +161,6 @@ def _resolved(recipe: Recipe) -> ResolvedConfig:
     })  # fmt: skip
     settings = replace(settings, exits=replace(exits, exit_loss_token_fraction=(recipe.training.token_fraction,)))
     return RunConfig(**vars(settings)).resolved(description.padded_vocab_size)
-
-
-def _description(recipe: Recipe) -> ModelDescription:
-    if recipe.is_ours:
-        return recipe.description_of_base()
-    from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
-    from megatron.early_exit.config.data import TokenizerConfig
-    from megatron.early_exit.config.description import ModelDescription
-
-    source = read_hugging_face(recipe.source)
-    rows = -(-source.config.vocab_size // 128) * 128
-    model = replace(source.model, padded_vocab_size=rows)
-    return ModelDescription(model, source.exits, TokenizerConfig("HuggingFaceTokenizer", str(recipe.source)), "fp32")
 
 
 def _flops_per_second(dtype: str) -> float:

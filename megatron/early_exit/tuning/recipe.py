@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +30,18 @@ from megatron.early_exit.tuning.training_words import LEARNING_RATE_OF_OUTPUTS, 
 
 if TYPE_CHECKING:
     from megatron.early_exit.config.description import ModelDescription
+    from megatron.early_exit.data.tokenizer import Tokenizer
     from megatron.early_exit.evaluation.prompts import EvalPrompt
     from megatron.early_exit.inference.llm import LLM
+    from megatron.early_exit.inference.params import GenerationParams
 
 _HEAD_BYTES = 1 << 20
 """Of each file of another's weights that its digest is of, with its size: whole files take minutes to read."""
 
 DEFAULT_REPORT_ANSWERS = 200
+
+VOCABULARY_MULTIPLE = 128
+"""To which the vocabulary of another's model is padded."""
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -99,6 +105,55 @@ class Recipe:
         kept = set(present.exit_layer_nums) - set(self.args.exit_layer_nums or ())
         return any(head.untied_output for head in present.heads_of(kept))
 
+    def check(self) -> None:
+        """Raise ValueError or OSError, before anything is made, for prompts and lengths that the model cannot take."""
+        description, _ = self.model
+        if self.args.seq_length > description.max_position_embeddings:
+            raise ValueError(
+                f"--seq-length {self.args.seq_length} is more than the model takes: "
+                f"{description.max_position_embeddings}"
+            )
+        if self.manifest.state("answers") != "done":
+            _ = self.prompts
+
+    @cached_property
+    def model(self) -> tuple[ModelDescription, Tokenizer]:
+        """What the model is, and its tokenizer, also before it is our checkpoint."""
+        from megatron.early_exit.checkpoint.commands.hugging_face import tokenizer_folder
+        from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
+        from megatron.early_exit.config.data import TokenizerConfig
+        from megatron.early_exit.config.description import ModelDescription
+        from megatron.early_exit.data.tokenizer import build_tokenizer
+
+        if self.is_ours or self.manifest.state("base") == "done":
+            description = self.description_of_base()
+            return description, build_tokenizer(description.tokenizer)
+        source = read_hugging_face(self.source)
+        rows = -(-source.config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        with tokenizer_folder(self.source, source.config) as folder:
+            config = TokenizerConfig("HuggingFaceTokenizer", str(folder))
+            tokenizer = build_tokenizer(config)
+        return ModelDescription(replace(source.model, padded_vocab_size=rows), source.exits, config, "fp32"), tokenizer
+
+    @cached_property
+    def prompts(self) -> list[EvalPrompt]:
+        """In random order: those that the answers are of, or, before there are any, as they are drawn now. Raises
+        ValueError or OSError for prompts that cannot be answered."""
+        from megatron.early_exit.tuning.own_answers import AnswersFolder
+
+        folder = AnswersFolder(self.answers_folder)
+        is_written = self.manifest.state("answers") in ("begun", "done") and folder.prompts_path.exists()
+        return folder.prompts() if is_written else self._drawn_prompts()
+
+    @property
+    def answer_params(self) -> GenerationParams:
+        """How the model answers. Nobody reads log-probs, so a head may be one that gives none."""
+        from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+
+        args = self.args
+        sampling = SamplingSettings(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+        return GenerationParams(max_tokens=args.answer_tokens, sampling=sampling, log_probs=False)
+
     # What the steps do
 
     def convert(self) -> Facts:
@@ -107,7 +162,7 @@ class Recipe:
         flags = {
             "input": self.source, "save": self.base, "force": True, "max_position_embeddings": None,
             "skip_comparison": False, "dtype": None, "tensor_model_parallel_size": 1,
-            "make_vocab_size_divisible_by": 128, "load_iteration": None,
+            "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE, "load_iteration": None,
         }  # fmt: skip
         from_hugging_face(argparse.Namespace(**flags))
         return {}
@@ -120,36 +175,25 @@ class Recipe:
         return {}
 
     def answer(self) -> Facts:
-        from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
         from megatron.early_exit.tuning.own_answers import AnswersFolder, write_answers
 
         args, folder = self.args, AnswersFolder(self.answers_folder)
         if not folder.prompts_path.exists():
-            folder.write_prompts(self._drawn_prompts())
-        longest = max(len(one.ids) for one in folder.prompts()) + args.answer_tokens - 1
+            folder.write_prompts(self.prompts)
+        longest = max(len(one.ids) for one in self.prompts) + args.answer_tokens - 1
         with self._loaded(self.base, longest) as llm:
-            sampling = SamplingSettings(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-            params = GenerationParams(max_tokens=args.answer_tokens, sampling=sampling)
-            answers = write_answers(llm, folder, params, args.answers_to_each)
+            answers = write_answers(llm, folder, self.answer_params, args.answers_to_each)
         ended = sum(one.finish_reason == "eod" for one in answers)
         num_tokens = sum(len(one.ids) for one in answers)
         print(f"{len(answers):,} answers, {num_tokens:,} tokens; {ended:,} ended by themselves")
         return {"answers": len(answers), "tokens": num_tokens, "ended": ended}
 
     def make_samples(self) -> Facts:
-        from megatron.early_exit.data.tokenizer import build_tokenizer
         from megatron.early_exit.tuning.own_answers import AnswersFolder
         from megatron.early_exit.tuning.samples import marked_answers, num_held_out, write_samples
 
-        args, folder = self.args, AnswersFolder(self.answers_folder)
-        description = self.description_of_base()
-        if args.seq_length > description.max_position_embeddings:
-            raise ValueError(
-                f"--seq-length {args.seq_length} is more than the model takes: {description.max_position_embeddings}"
-            )
-        tokenizer = build_tokenizer(description.tokenizer)
-        prompts = folder.prompts()
-        texts = marked_answers(prompts, folder.answers(), args.answers_to_each)
+        args, prompts, (_, tokenizer) = self.args, self.prompts, self.model
+        texts = marked_answers(prompts, AnswersFolder(self.answers_folder).answers(), args.answers_to_each)
         first_held_out = len(prompts) - num_held_out(len(prompts), args.held_out)
         parts = {
             "train": [text for number, text in texts if number < first_held_out],
@@ -224,12 +268,11 @@ class Recipe:
         from megatron.early_exit.tuning.own_answers import AnswersFolder
         from megatron.early_exit.tuning.samples import marked_answers
 
-        args, folder = self.args, AnswersFolder(self.answers_folder)
+        args, prompts, answers = self.args, self.prompts, AnswersFolder(self.answers_folder).answers()
         first = self.manifest.facts("samples")["first_held_out"]
-        prompts = folder.prompts()
         held_out = [
             (prompts[number], text)
-            for number, text in marked_answers(prompts, folder.answers(), args.answers_to_each)
+            for number, text in marked_answers(prompts, answers, args.answers_to_each)
             if number >= first
         ][: args.report_answers]
         longest = max(len(text.ids) for _, text in held_out)
@@ -271,12 +314,10 @@ class Recipe:
         """Of both sources, mixed, so that the last ones are a sample of all."""
         import numpy as np
 
-        from megatron.early_exit.data.tokenizer import build_tokenizer
         from megatron.early_exit.evaluation.prompts import load_prompts
         from megatron.early_exit.inference.protocol import WorkerDescription
 
-        args, description = self.args, self.description_of_base()
-        tokenizer = build_tokenizer(description.tokenizer)
+        args, (description, tokenizer) = self.args, self.model
         num_positions = min(args.max_length or description.max_position_embeddings, description.max_position_embeddings)
         model = WorkerDescription(
             description.model.num_layers, description.model.hidden_size, tokenizer.vocab_size, (), num_slots=1,

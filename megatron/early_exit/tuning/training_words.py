@@ -94,6 +94,18 @@ class TrainingPlan:
         own = 1 / (1 + sum(float(weight) for weight in self.blend[0::2]))
         return self.train_iters or max(math.ceil(self.passes * num_samples / own / self.global_batch_size), 1)
 
+    def samples_kept(self, num_samples: int) -> int:
+        """Of how many samples hidden states are kept; 0: of none. num_samples: of own answers."""
+        drawn = self.iterations(num_samples) * self.global_batch_size
+        keeps = drawn > num_samples if self.keeps_hidden_states is None else self.keeps_hidden_states
+        in_pass = drawn if self.blend else min(num_samples, drawn)
+        return in_pass if keeps else 0
+
+    def evaluation(self, num_samples: int, num_held_out: int) -> tuple[int, int]:
+        """(iterations from one validation to the next, global batches of one)."""
+        batches = max(num_held_out // self.global_batch_size, 1)
+        return max(self.iterations(num_samples) // 10, 1), min(batches, MOST_EVALUATIONS)
+
     def words(
         self,
         *,
@@ -107,7 +119,7 @@ class TrainingPlan:
     ) -> list[str]:
         """num_train, num_held_out: samples."""
         iterations = self.iterations(num_train)
-        every, validation = max(iterations // 10, 1), max(num_held_out // self.global_batch_size, 1)
+        every, validation = self.evaluation(num_train, num_held_out)
         own = str(samples / "train")
         data = ["1", own, *self.blend] if self.blend else [own]
         words: list[Any] = [
@@ -119,19 +131,12 @@ class TrainingPlan:
             "--lr-warmup-iters", iterations // 20, "--adam-beta2", 0.95, "--seed", self.seed,
             "--train-data-path", *data, "--valid-data-path", samples / "held_out",
             "--data-cache-path", samples / "cache", "--reset-attention-mask", "--num-workers", 0,
-            "--eval-interval", every, "--eval-iters", min(validation, MOST_EVALUATIONS),
+            "--eval-interval", every, "--eval-iters", validation,
             "--log-interval", max(iterations // 50, 1), "--tune-exit-distillation", self.distillation,
             "--exit-loss-token-fraction", self.token_fraction,  # 1 as well: the checkpoint's would be taken over
         ]  # fmt: skip
         words += ["--bf16"] if self.bf16 else []
-        words += self._cache_words(cache, num_train, iterations, world_size)
+        if kept := self.samples_kept(num_train):
+            unit = self.micro_batch_size * world_size  # a multiple for every layout of so many ranks
+            words += ["--cache-hidden-states", cache, "--cache-samples", max(kept // unit, 1) * unit]
         return [*map(str, words), *self.more]
-
-    def _cache_words(self, cache: Path, num_train: int, iterations: int, world_size: int) -> list[Any]:
-        drawn = iterations * self.global_batch_size
-        keeps = drawn > num_train if self.keeps_hidden_states is None else self.keeps_hidden_states
-        if not keeps:
-            return []
-        unit = self.micro_batch_size * world_size  # a multiple for every layout of so many ranks
-        in_pass = drawn if self.blend else min(num_train, drawn)
-        return ["--cache-hidden-states", cache, "--cache-samples", max(in_pass // unit, 1) * unit]

@@ -68,7 +68,7 @@ def from_hugging_face(args: argparse.Namespace) -> None:
     check_target(args.save, args.force)
     source = read_hugging_face(args.input, args.max_position_embeddings)
     show_notes(source.notes)
-    with _tokenizer_folder(args.input, source.config) as folder:
+    with tokenizer_folder(args.input, source.config) as folder:
         tokenizer = TokenizerConfig("HuggingFaceTokenizer", str(folder))
         tensors = pad_vocabulary(source.tensors, _rows_for(folder, source.config.vocab_size))
         done: list[str] = []
@@ -209,7 +209,7 @@ def _ids_of(tokenizer: Path, description: ModelDescription, tensors: Tensors) ->
 
 
 @contextmanager
-def _tokenizer_folder(path: Path, their_config: Any) -> Iterator[Path]:
+def tokenizer_folder(path: Path, their_config: Any) -> Iterator[Path]:
     """A folder with the tokenizer's files; of a GGUF file, made for the while."""
     from megatron.early_exit.data.tokenizer import MODEL_FILES, present_files
 
