@@ -4,7 +4,7 @@
 
 Parts (`--parts`; what they print is explained in `benchmarks/README.md`):
 - full: SmolLM2-135M, all layers, against `transformers.generate`; share of the time of the matrix products alone;
-- overhead: where a step's time goes; heads: what evaluating an exit costs, with and without shortlist and int8;
+- overhead: where a step's time goes; heads: what evaluating an exit costs, with and without a shortlist;
 - assisted: self-speculation against transformers' `assistant_early_exit`, with the same untrained exit;
 - early_exit, speculative, throughput: a checkpoint that was trained with exits (`--load`).
 
@@ -33,7 +33,6 @@ from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.worker.attention import Segment
-from megatron.early_exit.inference.worker.weights import ApproximateHeads
 from megatron.early_exit.platform.device import device, use_cuda
 
 PARTS = ("full", "overhead", "heads", "assisted", "early_exit", "speculative", "throughput")
@@ -207,18 +206,11 @@ def measure_overhead(model: SmolLM2, settings: argparse.Namespace) -> list[dict[
 def measure_heads(model: SmolLM2, settings: argparse.Namespace) -> list[dict[str, Any]]:
     """What evaluating the exit costs, in milliseconds and in layers."""
     frequent = tuple(range(0, model.vocab_size, model.vocab_size // 8192))[:8192]
-    kinds = {
-        "full": None,
-        "shortlist": ApproximateHeads(frequent),
-        "int8": ApproximateHeads(int8=True),
-        "both": ApproximateHeads(frequent, True),
-    }
-    rows = []
+    decoder, rows = model.decoder(shortlist=frequent, num_slots=1, length=64), []
     for count in (1, 2, 4, 8):
         progress(f"heads: {count} rows")
-        decoders = {name: model.decoder(approximate_heads=kind, num_slots=1, length=64) for name, kind in kinds.items()}
-        attention = decoders["full"].attention_metadata([Segment(0, 0, count)])
-        hidden = decoders["full"].embed([5] * count, attention)
+        attention = decoder.attention_metadata([Segment(0, 0, count)])
+        hidden = decoder.embed([5] * count, attention)
 
         def timed(action: Callable[[], object], times: int = 10) -> float:
             started = now()
@@ -226,14 +218,15 @@ def measure_heads(model: SmolLM2, settings: argparse.Namespace) -> list[dict[str
                 action()
             return (now() - started) / times
 
-        layers = decoders["full"].num_layers
-        variants = {name: (lambda d=d: timed(lambda: d.approximate_output(0, hidden))) for name, d in decoders.items()}
-        variants["layer"] = lambda: timed(lambda: decoders["full"].run_layers(hidden, attention, 0, layers), 2) / layers
+        heads = {"full": decoder.exit_output, "shortlist": decoder.approximate_output}
+        layers = decoder.num_layers
+        variants = {name: (lambda head=head: timed(lambda: head(0, hidden))) for name, head in heads.items()}
+        variants["layer"] = lambda: timed(lambda: decoder.run_layers(hidden, attention, 0, layers), 2) / layers
         seconds = in_turn(variants, settings.rounds)
         rows.append({
             "rows": count,
             **{f"{name}_ms": 1e3 * common.median(taken) for name, taken in seconds.items()},
-            **{f"{name}_in_layers": common.median_ratio(seconds[name], seconds["layer"]) for name in kinds},
+            **{f"{name}_in_layers": common.median_ratio(seconds[name], seconds["layer"]) for name in heads},
             "raw_seconds": seconds,
         })  # fmt: skip
     return rows

@@ -25,7 +25,7 @@ from megatron.early_exit.inference.params import ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_linear
-from megatron.early_exit.inference.worker.weights import ApproximateHeads, decoder_weights
+from megatron.early_exit.inference.worker.weights import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from megatron.early_exit.platform.device import device
 
@@ -77,7 +77,7 @@ def make_decoder(
     vocab_size: int,
     kind: str = "fp32",
     num_slots: int = 16,
-    approximate_heads: ApproximateHeads | None = None,
+    shortlist: tuple[int, ...] = (),
     length: int | None = None,
     use_graphs: bool | None = None,
 ) -> Decoder:
@@ -85,7 +85,7 @@ def make_decoder(
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     weights = decoder_weights(
         tensors, config, device=device(), dtype=dtype, make_linear=Int8Linear if kind == "int8" else fastest_linear,
-        approximate_heads=approximate_heads,
+        shortlist=shortlist,
     )  # fmt: skip
     return Decoder(weights, num_slots=num_slots, num_positions=length, vocab_size=vocab_size, use_graphs=use_graphs)
 

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, flops, loading, stage_memory, token_fraction, training_overhead, tuning_cost
+from benchmarks import (
+    common,
+    deciding_cost,
+    flops,
+    loading,
+    stage_memory,
+    token_fraction,
+    training_overhead,
+    tuning_cost,
+)
 from benchmarks.memory_tracker import TensorMemoryTracker
 from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind
 from megatron.early_exit.config.model import ModelConfig
@@ -290,3 +299,30 @@ def test_what_token_fractions_save_is_compared_by_hand() -> None:
 
 def settings_ffn(settings: token_fraction.Settings) -> int:
     return ModelConfig(settings.num_layers, settings.hidden_size, settings.num_attention_heads, swiglu=True).ffn_size
+
+
+def test_speeds_by_what_decides_that_a_row_leaves() -> None:
+    """Ten layers, an exit behind two of them: what every row pays, what rows that leave do, and what the others do."""
+    costs = {"own head": 4.0, "shortlist": 1.0, "probe": 0.1, "final head": 4.0}
+    half = next(one["speed"] for one in deciding_cost.speeds(costs, 2, 10) if one["share"] == 0.5)
+    assert half == pytest.approx({
+        "own head": 14 / (2 + 4 + 0.5 * (8 + 4)),
+        "shortlist": 14 / (2 + 1 + 0.5 * 4 + 0.5 * (8 + 4)),
+        "probe, own head": 14 / (2 + 0.1 + 0.5 * 4 + 0.5 * (8 + 4)),
+    })  # fmt: skip
+    costs |= {"certified head": 2.0, "certified final head": 3.0}
+    half = next(one["speed"] for one in deciding_cost.speeds(costs, 2, 10) if one["share"] == 0.5)
+    assert half["own head; tokens alone"] == pytest.approx(13 / (2 + 4 + 0.5 * (8 + 3)))
+    assert half["shortlist; tokens alone"] == pytest.approx(13 / (2 + 1 + 0.5 * 4 + 0.5 * (8 + 3)))
+    with_probe = 2 + 0.1 + 0.5 * 2 + 0.5 * (8 + 3)
+    assert half["probe, certified head; tokens alone"] == pytest.approx(13 / with_probe)
+    assert half["the same against the exact full model"] == pytest.approx(14 / with_probe)
+    slower = costs | {"certified head": 5.0, "certified final head": 6.0}
+    half = next(one["speed"] for one in deciding_cost.speeds(slower, 2, 10) if one["share"] == 0.5)
+    assert half["probe, certified head; tokens alone"] == half["probe, own head"]
+
+
+def test_a_slow_moment_of_the_machine_moves_no_cost() -> None:
+    """In one turn everything is slow, in another what is timed alone."""
+    pairs = [(5.0, 1.0)] * 8 + [(50.0, 10.0), (5.0, 40.0)]
+    assert deciding_cost.in_layers(pairs, 10) == {"median": 2.0, "quartiles": [2.0, 2.0]}

@@ -18,10 +18,9 @@ from megatron.early_exit.inference.costs import ROW_COUNTS
 from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.linear import DenseLinear, Int8Linear
+from megatron.early_exit.inference.worker.linear import DenseLinear
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 from megatron.early_exit.inference.worker.weights import (
-    ApproximateHeads,
     DecoderWeights,
     check_can_decode,
     decoder_weights,
@@ -171,7 +170,7 @@ def test_everything_is_read_once(style: str, head: str) -> None:
     cfg = decoding_config(**{**HEADS[head], **STYLES[style]})
     opened: list[str] = []
     tensors = reference_tensors(cfg)
-    decoder_weights(recording(tensors, opened), reference_description(cfg), approximate_heads=ApproximateHeads((1, 2)))
+    decoder_weights(recording(tensors, opened), reference_description(cfg), shortlist=(1, 2))
     shared = [name for name in tensors if head == "mlp" and ".pre_mlp_layernorm." in name and ".layers.3." not in name]
     assert sorted(opened) == sorted([*tensors, *shared])
 
@@ -277,15 +276,10 @@ def test_ids_of_which_the_model_knows_nothing() -> None:
     assert count(0, 93) == 93
 
 
-@pytest.mark.parametrize(
-    "heads", [ApproximateHeads((90, 1, 2, 40)), ApproximateHeads(int8=True), ApproximateHeads((1, 2), int8=True)]
-)
-def test_heads_that_share_a_weight_share_its_approximation(heads: ApproximateHeads) -> None:
-    weights = read(decoding_config(use_exit_norm=True), approximate_heads=heads)
+def test_heads_that_share_a_weight_share_its_rows_of_the_shortlist() -> None:
+    weights = read(decoding_config(use_exit_norm=True), shortlist=(90, 1, 2, 40))
     first, *others = (one.approximate for one in weights.exits)
-    assert all(one is first for one in others)
-    assert isinstance(first.linear, Int8Linear) == heads.int8
-    assert (None if first.ids is None else first.ids.tolist()) == (sorted(heads.shortlist) or None)
+    assert all(one is first for one in others) and first.ids.tolist() == [1, 2, 40, 90]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -103,6 +103,15 @@ def test_fingerprints_of_heads_are_as_before_there_were_probes() -> None:
     assert of_probes.differences(replace(FINGERPRINT, probes="e")) == ["other probes"]
 
 
+def test_what_was_recorded_of_exits_in_int8_holds_for_no_model() -> None:
+    """There are none any more."""
+    assert replace(FINGERPRINT, quantize="exits").differences(FINGERPRINT) == [
+        "exits in int8 (quantize 'exits'), which there are no more: calibrate again"
+    ]
+    in_int8 = replace(FINGERPRINT, quantize="all")
+    assert in_int8.differences(FINGERPRINT) == ["another quantize (all; the loaded model has none)"]
+
+
 # What is planned.
 
 # Of ten tokens five leave at the first exit, and three more at the second.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +26,9 @@ from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.inference import loading
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig
+from megatron.early_exit.inference.model_flags import add_model_flags, engine_settings
 from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.shortlist import Shortlist
 from megatron.early_exit.inference.stage_layers import split_layers, stages_in_words
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.kv_cache import (
@@ -303,8 +307,9 @@ def test_stages_agree_on_the_ids_that_the_model_knows(tmp_path: Path, num_exits:
 
 
 def test_all_stages_say_whether_exits_are_evaluated_at_less_cost(checkpoint: Path) -> None:
-    assert [one.has_approximate_heads for one in load_stages(checkpoint, 2, quantize="exits")] == [True] * 2
-    assert [one.has_approximate_heads for one in load_stages(checkpoint, 2)] == [False] * 2
+    Shortlist.of_counts(np.arange(VOCAB_SIZE), 20).save(checkpoint / "iter_0000000")
+    assert [one.has_approximate_heads for one in load_stages(checkpoint, 2)] == [True] * 2
+    assert [one.has_approximate_heads for one in load_stages(checkpoint, 2, shortlist=False)] == [False] * 2
 
 
 def test_memory_is_that_of_the_stage(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +421,8 @@ def test_an_exit_that_no_stage_has(tmp_path: Path) -> None:
         ({"pipeline_parallel_size": 2, "fill_min_rows": 0}, "fill_min_rows is 0; it must be at least 1"),
         ({"fill_min_rows": 8}, "fill_min_rows has no effect on one stage"),
         ({"pipeline_parallel_size": 2, "fill_min_rows": 65}, "fill_min_rows is 65; at most 64 rows go on at once"),
-        ({"quantize": "int8"}, "quantize is 'int8'"),
+        ({"quantize": "int8"}, "quantize is 'int8'; choose 'all', or leave it out"),
+        ({"quantize": "exits"}, "quantize is 'exits', which there is no more.* leave it out: .* a shortlist .* probes"),
         ({"shortlist": True}, "shortlist needs frequent tokens"),
     ],
 )
@@ -426,6 +432,16 @@ def test_settings_that_cannot_work_are_refused_before_reading(
     monkeypatch.setattr(loading, "read_model", lambda folder: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=message):
         InferenceCheckpoint(LoadConfig(str(checkpoint), **settings))
+
+
+def test_the_command_line_refuses_exits_in_int8(capsys: pytest.CaptureFixture) -> None:
+    """At once, and not when the model is loaded: tuning does other work before."""
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    assert engine_settings(parser.parse_args(["--load", "ck", "--quantize", "all"]))["quantize"] == "all"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--load", "ck", "--quantize", "exits"])
+    assert "argument --quantize: quantize is 'exits', which there is no more" in capsys.readouterr().err
 
 
 def test_a_worker_from_plain_values(checkpoint: Path) -> None:

@@ -42,6 +42,18 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+def quantize(value: Any) -> str:
+    """Raises ValueError unless `value` says what is kept in int8, which is `all`."""
+    if value == "exits":
+        raise ValueError(
+            "quantize is 'exits', which there is no more, since it did not pay; leave it out: what makes exits cheap "
+            "are a shortlist (tools/evaluate.py calibrate --shortlist-size) and probes (tools/evaluate.py probes)"
+        )
+    if value != "all":
+        raise ValueError(f"quantize is {value!r}; choose 'all', or leave it out")
+    return value
+
+
 def several(name: str, values: Any, check: Any) -> tuple:
     """One value, or any number of them, each through `check`; None: none."""
     if values is None:

@@ -39,7 +39,6 @@ from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_line
 from megatron.early_exit.inference.worker.placement import AlonePlacement, Placement
 from megatron.early_exit.inference.worker.stage import FlowControl, Stage
 from megatron.early_exit.inference.worker.weights import (
-    ApproximateHeads,
     check_can_decode,
     decoder_weights,
     num_ids_with_rows,
@@ -83,7 +82,7 @@ class LoadConfig:
     """Memory of each rank for keys and values (GiB); default: 90% of what a GPU has free beside the weights; on the CPU
     4, or half of what is free."""
     quantize: str | None = None
-    """exits: evaluate exits first with weights in int8; all: keep all linear layers in int8. On the CPU."""
+    """all: keep all linear layers in int8. On the CPU."""
     shortlist: bool | None = None
     """Evaluate exits first over the frequent tokens of the checkpoint's shortlist; default if it has few enough."""
     certified_head: CertifiedHeadSetting = "auto"
@@ -115,10 +114,10 @@ class LoadConfig:
             object.__setattr__(self, "kv_cache_gib", checked.number("kv_cache_gib", self.kv_cache_gib))
             if not (0 < self.kv_cache_gib < math.inf):
                 raise ValueError(f"kv_cache_gib is {self.kv_cache_gib}; it must be a number above 0")
-        if self.quantize not in (None, "exits", "all"):
-            raise ValueError(f"quantize is {self.quantize!r}; choose 'exits' or 'all', or leave it out")
-        if self.quantize is not None and use_cuda():
-            raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
+        if self.quantize is not None:
+            checked.quantize(self.quantize)
+            if use_cuda():
+                raise ValueError("quantize is for decoding on the CPU; on a GPU choose dtype bf16")
         self._check_certified_head()
 
     def _check_certified_head(self) -> None:
@@ -243,24 +242,19 @@ class InferenceCheckpoint:
         return self._shortlist if is_wanted else None
 
     def exit_fingerprint(self, tokenizer: Tokenizer, score: ExitScore = "head") -> ExitFingerprint:
-        """What the scores of this model's exits depend on. Probes do without approximate heads."""
-        is_probe, quantize = score == "probe", self.config.quantize
+        """What the scores of this model's exits depend on. Probes do without a shortlist."""
+        is_probe = score == "probe"
         shortlist = None if is_probe else self.shortlist(tokenizer.vocab_size)
         return ExitFingerprint(
             weights=fingerprint(self.folder),
             exit_layers=self.description.exits.leaving_layers,
             dtype="bf16" if self.dtype == torch.bfloat16 else "fp32",
-            quantize=None if is_probe and quantize == "exits" else quantize,
+            quantize=self.config.quantize,
             shortlist=None if shortlist is None else shortlist.digest,
             tokenizer=tokenizer.fingerprint,
             ends=tuple(sorted(tokenizer.ends)),
             probes=self.probes.digest if is_probe and self.probes is not None else None,
         )
-
-    def _approximate_heads(self, num_ids: int) -> ApproximateHeads | None:
-        shortlist, is_int8 = self.shortlist(num_ids), self.config.quantize == "exits"
-        ids = () if shortlist is None else tuple(shortlist.ids.tolist())
-        return ApproximateHeads(ids, is_int8) if ids or is_int8 else None
 
     def load_decoder(self, num_ids: int, placement: Placement = _ALONE) -> Decoder:
         """Read this rank's weights and take the memory for keys and values. All ranks call it together.
@@ -269,6 +263,7 @@ class InferenceCheckpoint:
         alone.
         Raises OSError if the checkpoint is damaged, ValueError if it is not the same on all ranks."""
         _, tensors = read_model(self.folder)
+        shortlist = self.shortlist(num_ids)
         tp = placement.join()
         self._check_same_checkpoint(placement)
         with reading(self.folder):
@@ -281,7 +276,7 @@ class InferenceCheckpoint:
                 dtype=self.dtype,
                 make_linear=Int8Linear if self.config.quantize == "all" else fastest_linear,
                 certified_heads=self.config.certified_head,
-                approximate_heads=self._approximate_heads(num_ids),
+                shortlist=() if shortlist is None else tuple(shortlist.ids.tolist()),
                 probes=self.probes,
             )
         speaks = tp.rank == 0 and self._stage == self._largest_stage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron.early_exit.inference import checked
 from megatron.early_exit.platform.world import check_num_ranks
 
 
@@ -38,9 +39,7 @@ def add_model_flags(
         help="without progress for so long, worker processes count as dead; default 60",
     )  # fmt: skip
     model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: that of the training")
-    model.add_argument(
-        "--quantize", choices=("exits", "all"), help="int8 weights: to evaluate exits first, or for everything"
-    )
+    model.add_argument("--quantize", type=_quantize, metavar="all", help="all linear layers in int8 (on a CPU)")
     model.add_argument(
         "--shortlist", action=argparse.BooleanOptionalAction,
         help="evaluate exits with frequent tokens first; default: if the checkpoint is calibrated",
@@ -63,6 +62,13 @@ def add_model_flags(
         "CPU 4, or half of what is free",
     )  # fmt: skip
     model.add_argument("--no-cuda-graphs", action="store_true", help="start every kernel by itself (on one GPU)")
+
+
+def _quantize(text: str) -> str:
+    try:
+        return checked.quantize(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def engine_settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class HeadPrediction:
     """What the exit's threshold was compared with: that token's probability, or with `exit_score` "probe" the output of
     the exit's probe. None where it was not computed (`GenerationParams.log_probs`)."""
     is_approximate: bool = False
-    """Whether an approximate head (a shortlist, low precision) predicted it; the exit's own was not evaluated."""
+    """Whether an approximate head (over a shortlist) predicted it; the exit's own was not evaluated."""
 
 
 @dataclass(frozen=True)

@@ -152,14 +152,14 @@ class Decoder:
     def approximate_output(self, exit_index: int, hidden: Tensor, *, tokens_only: bool = False) -> AnyOutput:
         """What decides whether an exit may be taken, or is drafted from: its approximate head, or its own.
 
-        Over a shortlist without the best token it tells less than the exit's own head; with it, the confidence
+        Over a shortlist without the best token the first tells less than the exit's own head; with it, the confidence
         is at least as large: only some of the ids share the probability. Arguments as of `exit_output`."""
         approximate = self.exit(exit_index).approximate
         if approximate is None:
             return self.exit_output(exit_index, hidden, tokens_only=tokens_only)
         logits = approximate.linear(self._exit_hidden(exit_index, hidden))
-        columns = {"ids": approximate.ids, "num_ids": approximate.num_ids}
-        return self._output(logits, self.exit(exit_index).temperature, **columns)
+        temperature = self.exit(exit_index).temperature
+        return self._output(logits, temperature, ids=approximate.ids, num_ids=approximate.num_ids)
 
     @property
     def has_probes(self) -> bool:

@@ -23,7 +23,7 @@ from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.inference.exit_probes import ExitProbes
 from megatron.early_exit.inference.worker.certified_head import CertifiedHead, CertifiedHeadSetting, certified_head
-from megatron.early_exit.inference.worker.linear import Int8Linear, Linear, MakeLinear, fastest_linear
+from megatron.early_exit.inference.worker.linear import Linear, MakeLinear, fastest_linear
 from megatron.early_exit.inference.worker.probe import ExitProbe
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 
@@ -82,23 +82,13 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
-class ApproximateHeads:
-    """How exits are evaluated at less cost than with their own heads."""
-
-    shortlist: tuple[int, ...] = ()
-    """Compute the logits of these ids only; none: of all."""
-    int8: bool = False
-    """With weights in int8."""
-
-
-@dataclass(frozen=True)
 class ApproximateHead:
-    """An exit's output projection over some ids, or in low precision."""
+    """An exit's output projection over the ids of a shortlist, at less cost than over the whole vocabulary."""
 
     linear: Linear
-    ids: Tensor | None
-    """[columns]: the id of each; None: the whole vocabulary"""
-    num_ids: int | None
+    ids: Tensor
+    """[columns]: the id of each"""
+    num_ids: int
     """Columns from here on are padding, so that all ranks have equally many."""
 
 
@@ -248,7 +238,7 @@ def decoder_weights(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     make_linear: MakeLinear = fastest_linear,
-    approximate_heads: ApproximateHeads | None = None,
+    shortlist: tuple[int, ...] = (),
     probes: ExitProbes | None = None,
     certified_heads: CertifiedHeadSetting = "off",
 ) -> DecoderWeights:
@@ -257,7 +247,8 @@ def decoder_weights(
     tensors: all parameters of the model that `description` describes (`checkpoint.parameters.expected_shapes`); what
     needs no change is shared with them. layers: indices from 0, default all. device: default the CPU. dtype: of weights
     and computation, default that of the parameters. make_linear: (weight, bias) -> the linear layer to use.
-    approximate_heads, probes: of the exits, if they have any. certified_heads: of exits and the final head.
+    shortlist: ids over which exits are evaluated first; none: they have no approximate heads. probes: of the exits, if
+    they have any. certified_heads: of exits and the final head.
     Raises ValueError if the ranks cannot share the weights, and whatever reading a tensor raises."""
     tp = tp or TensorParallel()
     check_can_decode(description.model, tp.size)
@@ -267,7 +258,7 @@ def decoder_weights(
     device = device or torch.device("cpu")
     dtype = dtype or tensors[WORD_EMBEDDING].dtype
     return _Reader(
-        tensors, description, layers, tp, device, dtype, make_linear, approximate_heads, probes, certified_heads
+        tensors, description, layers, tp, device, dtype, make_linear, shortlist, probes, certified_heads
     ).read()
 
 
@@ -291,12 +282,12 @@ class _Reader:
         device: torch.device,
         dtype: torch.dtype,
         make_linear: MakeLinear,
-        approximate_heads: ApproximateHeads | None,
+        shortlist: tuple[int, ...],
         probes: ExitProbes | None,
         certified_heads: CertifiedHeadSetting,
     ) -> None:
         self._tensors, self._layers, self._tp, self._device, self._dtype = tensors, layers, tp, device, dtype
-        self._make_linear, self._approximate_heads, self._probes = make_linear, approximate_heads, probes
+        self._make_linear, self._shortlist, self._probes = make_linear, shortlist, probes
         self._certified_heads = certified_heads
         self._description, self._model, self._exits = description, description.model, description.exits
         self._vocab_rows = -(-description.padded_vocab_size // tp.size)
@@ -329,7 +320,7 @@ class _Reader:
             certified_output=self._heads[self._output_name].certified if is_last else None,
             num_output_rows=self._num_output_rows,
             vocab_rows=self._vocab_rows,
-            has_approximate_heads=self._approximate_heads is not None and self._exits.num_exits > 0,
+            has_approximate_heads=bool(self._shortlist) and self._exits.num_exits > 0,
             has_probes=self._probes is not None,
             tp=self._tp,
             dtype=self._dtype,
@@ -443,8 +434,7 @@ class _Reader:
     def _read_head(self, name: str, is_approximated: bool, embedding: Tensor | None = None) -> None:
         """embedding: what is read already, if it may be the weight `name`."""
         weight = embedding if embedding is not None and name == WORD_EMBEDDING else self._vocabulary_rows(name)
-        kind = self._approximate_heads if is_approximated else None
-        approximate = None if kind is None else self._approximate_head(weight, kind)
+        approximate = self._approximate_head(weight) if is_approximated and self._shortlist else None
         linear = self._make_linear(weight, None)
         certified = certified_head(weight, linear, self._tp, self._certified_heads)
         self._heads[name] = _Output(linear, certified, approximate)
@@ -459,17 +449,14 @@ class _Reader:
             mine = torch.cat([mine, mine.new_zeros(self._vocab_rows - len(mine), mine.size(1))])
         return self._converted(mine)
 
-    def _approximate_head(self, weight: Tensor, kind: ApproximateHeads) -> ApproximateHead:
+    def _approximate_head(self, weight: Tensor) -> ApproximateHead:
         """weight: this rank's rows"""
-        make_linear = Int8Linear if kind.int8 else self._make_linear
-        if not kind.shortlist:
-            return ApproximateHead(make_linear(weight, None), None, None)
         rows, rank = self._vocab_rows, self._tp.rank
-        ids = torch.tensor(sorted(set(kind.shortlist)))
+        ids = torch.tensor(sorted(set(self._shortlist)))
         num_columns = int(torch.bincount(ids // rows).max())  # of the rank that holds most of them
         mine = ids[ids // rows == rank] - rank * rows
         local = torch.cat([mine, mine.new_zeros(num_columns - len(mine))]).to(weight.device)
-        return ApproximateHead(make_linear(weight[local], None), local + rank * rows, len(mine))
+        return ApproximateHead(self._make_linear(weight[local], None), local + rank * rows, len(mine))
 
 
 def _rows_before_zeros(weight: Tensor) -> int:
