@@ -187,8 +187,8 @@ def _refused(model: Model, action: Callable[[], object]) -> bool:
 def speeds(costs: Mapping[str, float], depth: int, num_layers: int) -> list[dict[str, Any]]:
     """Expected speed of one row against the full model, by the way to decide and the share that leaves at the exit.
 
-    costs: in layers, by the names of what was timed; ways with others are left out. depth: of the exit. A certified head
-    that is slower than the exact one is not used, as where a model is loaded."""
+    costs: in layers, by the names of what was timed; ways with others are left out. depth: of the exit. A certified
+    head that is slower than the exact one is not used, as where a model is loaded."""
     found = []
     for exact, certified in (("own head", "certified head"), ("final head", "certified final head")):
         if certified in costs:
