@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 FOLDER=${1:?give the folder to work in}
-SIZE=${SIZE:-cpu} SEEDS=${SEEDS:-1 2 3} PROMPTS=${PROMPTS:-1500}
+SIZE=${SIZE:-cpu} SEEDS=${SEEDS:-1 2 3} PROMPTS=${PROMPTS:-1400}
 # Documents whose beginnings probes are trained on (many begin alike), and those of everything that is reported.
 PROBE_DOCUMENTS=500 PROBE_PROMPTS=400 HELD_OUT_DOCUMENTS=1800
 PACKAGES=${PACKAGES:-$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')}
