@@ -45,7 +45,7 @@ train() {
         ${ITERATIONS:+--train-iters "$ITERATIONS"} \
         --tokenizer-model "$FOLDER/tokenizer" --data-path "$FOLDER/data/train_text_document" \
         --data-cache-path "$FOLDER/data/cache" --save "$FOLDER/seed_$seed/$name" --load "$FOLDER/seed_$seed/$name" \
-        --save-interval 100 --keep-last 1 --exit-signal-handler > "$FOLDER/seed_$seed/$name.log" 2>&1 ||
+        --save-interval 100 --keep-last 1 --exit-signal-handler >> "$FOLDER/seed_$seed/$name.log" 2>&1 ||
         { tail -n 20 "$FOLDER/seed_$seed/$name.log" >&2 && return 1; }
 }
 
@@ -60,7 +60,7 @@ for seed in $SEEDS; do
     [ $AT_ONCE = 2 ] || wait $!
     train twin "$seed"
     wait $!
-    grep -h "validation loss" "$FOLDER/seed_$seed"/{exits,twin}.log | tail -n 4 || true
+    grep -h "validation at iteration" "$FOLDER/seed_$seed"/{exits,twin}.log || true
 
     step "Seed $seed: probes, the certificate, losses, speeds"
     # evaluated TEXT COMMAND FLAGS: the result document FOLDER/seed_SEED/COMMAND.json
