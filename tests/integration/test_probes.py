@@ -132,7 +132,8 @@ def test_certificates_of_probes_are_made_of_other_prompts_and_used(trained: Path
 
 
 def test_certified_exits_are_planned(trained: Path) -> None:
-    """Records of the certificate's own score, and exits that cost more than the full model: none is evaluated."""
+    """Records of the certificate's own score, and exits that cost more than the full model: none is evaluated. Where
+    nothing but tokens is wanted, the head of a row that leaves costs what its certified form does."""
     from dataclasses import replace
 
     llm = LLM.load(str(trained))
@@ -140,12 +141,17 @@ def test_certified_exits_are_planned(trained: Path) -> None:
     planned = replace(CERTAIN, plan_exits=None)
     costs = llm.engine.measure_costs()
     none, dear = (0.0,) * 5, (1.0,) * 5
-    for probe, expected in ((dear, set()), (none, {2})):
+    for probe, head, saved, log_probs, expected in (
+        (dear, none, none, True, set()),
+        (none, none, none, True, {2}),
+        (none, dear, dear, True, set()),
+        (none, dear, dear, False, {2}),
+    ):
         llm.engine._measured_costs = replace(
-            costs, layer_seconds=(1e-3,) * 5, exit_head_seconds=none, final_head_seconds=none, probe_seconds=probe,
-            batch_seconds=0.0,
+            costs, layer_seconds=(1e-3,) * 5, exit_head_seconds=head, final_head_seconds=none, probe_seconds=probe,
+            batch_seconds=0.0, exit_saved_seconds=saved,
         )  # fmt: skip
-        (output,) = llm.generate([[1, 2, 3]], planned)
+        (output,) = llm.generate([[1, 2, 3]], replace(planned, log_probs=log_probs))
         assert set(output.result.exit_layers) == expected
 
 

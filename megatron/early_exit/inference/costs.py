@@ -40,16 +40,18 @@ class StepCosts:
         of_row = (last - first) / (ROW_COUNTS[-1] - ROW_COUNTS[0])
         return max(first - of_row, 0.0) / of_row if of_row > 0 else math.inf
 
-    def for_tokens(self, *, of_exits: bool, of_final: bool) -> StepCosts:
-        """The same where exits (which draft), or the final head, need to give nothing but greedy tokens."""
+    def for_tokens(self, *, of_drafts: bool, of_probed: bool, of_final: bool) -> StepCosts:
+        """The same where exits that draft, exits behind probes, or the final head need to give nothing but greedy
+        tokens."""
         less = lambda seconds, saved, applies: tuple(
             max(one - one_saved, 0.0) if applies else one for one, one_saved in zip(seconds, saved, strict=True)
         )
         return replace(
             self,
             approximate_seconds=less(
-                self.approximate_seconds, self.exit_saved_seconds, of_exits and not self.has_approximate_heads
+                self.approximate_seconds, self.exit_saved_seconds, of_drafts and not self.has_approximate_heads
             ),
+            exit_head_seconds=less(self.exit_head_seconds, self.exit_saved_seconds, of_probed),
             final_head_seconds=less(self.final_head_seconds, self.final_saved_seconds, of_final),
         )
 

@@ -33,6 +33,7 @@ from megatron.early_exit.inference.params import ExitScore, GenerationParams, Sa
 from megatron.early_exit.inference.protocol import (
     FINAL_HEAD,
     CopyPrefix,
+    ExitThreshold,
     Free,
     Rows,
     RowsOutput,
@@ -132,7 +133,7 @@ class Engine:
         if planning != "off":
             num_requests = min(len(self._running) + len(self._queue) + 1, model.num_slots)
             thresholds = self._selector.select(
-                thresholds, num_requests, self._costs_of(params), planning == "all or none"
+                thresholds, num_requests, self._costs_of(params, thresholds), planning == "all or none"
             )
         across_stages = self.checks.speculates_across_stages(params, draft_exits)
         sampling = params.sampling.of_sample(seed_offset)
@@ -255,11 +256,15 @@ class Engine:
     def _costs(self) -> StepCosts:
         return self._measured_costs or guessed_costs(self.description)
 
-    def _costs_of(self, params: GenerationParams) -> StepCosts:
-        """Of a request: greedy tokens alone may cost less. Of drafts nothing else is needed."""
+    def _costs_of(self, params: GenerationParams, thresholds: Sequence[ExitThreshold] = ()) -> StepCosts:
+        """Of a request that may leave at `thresholds`: greedy tokens alone may cost less. Of drafts nothing else is
+        needed."""
         is_argmax = params.sampling.is_plain_argmax
+        tokens_only = is_argmax and not params.log_probs
         return self._costs.for_tokens(
-            of_exits=is_argmax and params.mode == "self_speculative", of_final=is_argmax and not params.log_probs
+            of_drafts=is_argmax and params.mode == "self_speculative",
+            of_probed=tokens_only and any(one.score == "probe" for one in thresholds),
+            of_final=tokens_only,
         )
 
     def _candidates(self, exits: tuple[int, ...], params: GenerationParams, across_stages: bool) -> tuple[int, ...]:
@@ -419,7 +424,8 @@ class Engine:
         for request in self._running.values():
             if isinstance(request, RunningGeneration) and self.checks.planning(request.params) == "subsets":
                 candidates = self.checks.thresholds(request.params)
-                request.thresholds = self._selector.select(candidates, num_running, self._costs_of(request.params))
+                costs = self._costs_of(request.params, candidates)
+                request.thresholds = self._selector.select(candidates, num_running, costs)
 
     @property
     def _all_running(self) -> list[RunningRequest]:
