@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
 from megatron.early_exit.inference.engine.draft_acceptance import Acceptance, Source
@@ -53,6 +55,30 @@ def test_known_drafts_cost_what_their_rows_add() -> None:
     rates = DraftRates(replace(COSTS, layer_seconds=rising), 12)
     load = StepLoad(num_requests=3, extra_rows=1, extra_tokens=0.5)
     assert rates.of_rows([1.0, 1.6], load) == pytest.approx([3.5 / (12 * 4 + 1), 4.1 / (12 * 5 + 1)])
+
+
+COST = st.floats(0.1, 9.0)
+
+
+@given(
+    st.lists(st.tuples(COST, COST, COST), min_size=len(ROW_COUNTS), max_size=len(ROW_COUNTS)),
+    st.integers(1, 40), st.integers(1, 40), st.integers(0, 20), st.integers(1, 10), st.booleans(),
+)  # fmt: skip
+def test_drafts_accepted_less_often_than_the_bound_pay_at_no_length(
+    seconds: list[tuple[float, float, float]], drafting: int, plain: int, extra: int, longest: int, has_block: bool
+) -> None:
+    """Against all lengths, where all tokens behind the first are accepted; and somewhat above it some length does."""
+    layers, exits, final = (tuple(values) for values in zip(*seconds, strict=True))
+    rates = DraftRates(StepCosts(layers, exits, exits, final), 12)
+    load = StepLoad(drafting + plain, drafting, extra_rows=extra, extra_tokens=0.6 * extra)
+    tokens = lambda chance: [1.0 + chance * length for length in range(longest + 1)]
+    least = rates.least_of_rows(longest, load)
+    below, above = (rates.of_rows(tokens(least + by), load) for by in (-1e-6, 1e-6))
+    assert max(below) == below[0] and max(above) > above[0]
+    load, one = StepLoad(drafting + plain, drafting), ExitDescription(2, 2, has_block)
+    least, nothing = rates.least_of_exit(one, longest, load), rates.of_rows([1.0], load)[0]
+    assert max(rates.of_exit(one, tokens(least - 1e-6), load)[1:]) <= nothing
+    assert max(rates.of_exit(one, tokens(least + 1e-6), load)[1:]) > nothing
 
 
 def test_matches_are_learned_by_place() -> None:

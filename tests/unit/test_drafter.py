@@ -63,7 +63,7 @@ class World:
                 nothing = rates.round_seconds(EXITS[choice.exit], 0, load)
                 self.learning_seconds += rates.round_seconds(EXITS[choice.exit], 1, load) - nothing
         else:
-            self.seconds += rates.step_seconds(load.num_requests + len(drafts))
+            self.seconds += rates.step_seconds(load.num_requests, len(drafts))
         asked = self.one.exits_to_ask(load)
         asking = len(asked) * rates.observed_exit_seconds
         self.seconds, self.learning_seconds = self.seconds + asking, self.learning_seconds + asking

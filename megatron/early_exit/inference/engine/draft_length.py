@@ -39,22 +39,39 @@ class DraftRates:
 
     def __init__(self, costs: StepCosts, num_layers: int) -> None:
         self.costs, self._num_layers = costs, num_layers
-        self._steps: dict[int, float] = {}
+        self._steps: dict[tuple[int, int], float] = {}
         self._rounds: dict[tuple[int, int, int, int, bool], float] = {}
+        self._least_of_rows: dict[tuple[int, int, int], float] = {}
+        self._least_of_exits: dict[tuple[int, int, int, int, bool], float] = {}
 
-    def step_seconds(self, rows: int) -> float:
-        """A step in which so many rows run all layers."""
-        if rows not in self._steps:
-            costs = self.costs
+    def step_seconds(self, num_requests: int, extra_rows: int = 0) -> float:
+        """A step in which each request runs a row through all layers, and some run more."""
+        key = num_requests, extra_rows
+        if key not in self._steps:
+            costs, rows = self.costs, num_requests + extra_rows
             layers = self._num_layers * costs.layer(rows)
-            self._steps[rows] = layers + costs.final_head(rows) + costs.batch_seconds
-        return self._steps[rows]
+            self._steps[key] = layers + costs.final_head(rows) + costs.batch_seconds
+        return self._steps[key]
 
     def of_rows(self, expected: Sequence[float], load: StepLoad) -> list[float]:
         """Where 0, 1, ... known drafts are verified in the next step. expected: tokens that each gives."""
         others = load.num_requests - 1 + load.extra_tokens
-        rows = load.num_requests + load.extra_rows
-        return [(others + tokens) / self.step_seconds(rows + length) for length, tokens in enumerate(expected)]
+        return [
+            (others + tokens) / self.step_seconds(load.num_requests, load.extra_rows + length)
+            for length, tokens in enumerate(expected)
+        ]
+
+    def least_of_rows(self, longest: int, load: StepLoad) -> float:
+        """Known drafts of which the first is accepted less often pay at no length up to `longest`, however often the
+        others are. Where steps are slow with many rows it is above 1."""
+        key = longest, load.num_requests, load.extra_rows
+        if key not in self._least_of_rows:
+            plain = self.step_seconds(load.num_requests, load.extra_rows)
+            self._least_of_rows[key] = min(
+                (self.step_seconds(load.num_requests, load.extra_rows + length) / plain - 1.0) / length
+                for length in range(1, longest + 1)
+            )
+        return self._least_of_rows[key] * (load.num_requests + load.extra_tokens)
 
     def of_exit(self, one: ExitDescription, expected: Sequence[float], load: StepLoad) -> list[float]:
         """Where an exit makes 0, 1, ... drafts, and as many for all requests that draft with exits."""
@@ -63,6 +80,18 @@ class DraftRates:
             (load.num_drafting * tokens + (length + 1) * plain) / self.round_seconds(one, length, load)
             for length, tokens in enumerate(expected)
         ]
+
+    def least_of_exit(self, one: ExitDescription, longest: int, load: StepLoad) -> float:
+        """As `least_of_rows`, of an exit's drafts. What else the step has only makes drafting wait for more."""
+        drafting, plain = load.num_drafting, load.num_requests - load.num_drafting
+        key = longest, one.depth, drafting, plain, one.has_block
+        if key not in self._least_of_exits:
+            rate = load.num_requests / self.step_seconds(load.num_requests)
+            self._least_of_exits[key] = min(
+                ((rate * self.round_seconds(one, length, load) - (length + 1) * plain) / drafting - 1.0) / length
+                for length in range(1, longest + 1)
+            )
+        return self._least_of_exits[key]
 
     def round_seconds(self, one: ExitDescription, length: int, load: StepLoad) -> float:
         """So many steps that draft, and one that verifies."""

@@ -85,6 +85,9 @@ class Drafter:
         self._draft: _ExitDraft | None = None
         self._guessed: deque[Rate] = deque()
         """Across stages: what is learned from each token from earlier text that is on its way."""
+        has_choice = settings.fixed_length is None or len(settings.exits) + settings.uses_ngrams > 1
+        self._may_ask = settings.is_greedy and has_choice
+        """Whether what exits would have drafted is of any use, and can be known without drawing."""
         self._is_asked = False
         """Whether other exits are asked about the row that is being verified."""
         self._savings = 0.0
@@ -102,34 +105,57 @@ class Drafter:
         """What promises most tokens in a second. room: tokens that may be drafted at most."""
         settings = self.settings
         self._draft = None
-        self._match = self._index.find(settings.longest) if settings.uses_ngrams else None
+        self._match = self._index.find() if settings.uses_ngrams else None
         longest = min(settings.longest, room)
         if longest < 1:
             return NO_DRAFT
+        sources = self._that_may_pay(longest, load)
+        if not sources:
+            return self._trial(load)
         best_rate, best = self._rate_of_nothing(load), NO_DRAFT
-        if self._match is not None:
-            expected = self.acceptance(Source("ngram", self._match.size)).expected_tokens(longest)
-            rate, length = self._best(self._rates.of_rows(expected, load))
-            if rate > best_rate:
-                best_rate, best = rate, DraftChoice(tuple(self._match.tokens[:length]))
+        for one in sources:
+            kind, number = one.source
+            expected, rates = one.expected_tokens(longest), self._rates
+            of_exit = kind == "exit"
+            rate, length = self._best(
+                rates.of_exit(self._exits[number], expected, load) if of_exit else rates.of_rows(expected, load)
+            )
+            if length and rate > best_rate:
+                best_rate, best = rate, DraftChoice(exit=number if of_exit else None, length=length)
+        if best is NO_DRAFT:
+            return self._trial(load)
+        if best.exit is None:
+            load.extra_rows += best.length
+            load.extra_tokens += self._expected_of_match(best.length)
+            return DraftChoice(tuple(self._index.following(self._match, best.length)))
+        self._draft = _ExitDraft(best.exit, best_rate, load)
+        if settings.fixed_length is None and settings.min_confidence is None:
+            return DraftChoice(exit=best.exit, length=longest)  # it ends where it does not pay, see `goes_on`
+        return best
+
+    def _that_may_pay(self, longest: int, load: StepLoad) -> list[Acceptance]:
+        """Of the sources whose drafts are accepted often enough to pay at some length: in a large batch none, mostly.
+        Every request asks in every step, so this takes next to no time."""
+        settings, rates, may_pay = self.settings, self._rates, []
+        adapts, match = settings.fixed_length is None, self._match
+        if match is not None:
+            one = self.acceptance(Source("ngram", match.size))
+            if not adapts or one.first.value > rates.least_of_rows(longest, load):
+                may_pay.append(one)
         if not load.is_verifying:
             for index in settings.exits:
-                expected = self.acceptance(Source("exit", index)).expected_tokens(longest)
-                rate, length = self._best(self._rates.of_exit(self._exits[index], expected, load))
-                if length and rate > best_rate:
-                    best_rate, best = rate, DraftChoice(exit=index, length=length)
-        if best.tokens:
-            load.extra_rows += len(best.tokens)
-            load.extra_tokens += self._expected_of_match(len(best.tokens))
-        elif best.exit is not None:
-            self._draft = _ExitDraft(best.exit, best_rate, load)
-            if settings.fixed_length is None and settings.min_confidence is None:
-                return DraftChoice(exit=best.exit, length=longest)  # it ends where it does not pay, see `goes_on`
-        elif self._tries_again(load):
-            index = max(settings.exits, key=lambda one: self.acceptance(Source("exit", one)).first.value)
-            self._draft = _ExitDraft(index, math.inf, load)
-            return DraftChoice(exit=index, length=1)
-        return best
+                one = self.acceptance(Source("exit", index))
+                if not adapts or one.first.value > rates.least_of_exit(self._exits[index], longest, load):
+                    may_pay.append(one)
+        return may_pay
+
+    def _trial(self, load: StepLoad) -> DraftChoice:
+        """Nothing, or one token of the best exit, where it is time to see whether drafts pay again."""
+        if not self._tries_again(load):
+            return NO_DRAFT
+        index = max(self.settings.exits, key=lambda one: self.acceptance(Source("exit", one)).first.value)
+        self._draft = _ExitDraft(index, math.inf, load)
+        return DraftChoice(exit=index, length=1)
 
     def _rate_of_nothing(self, load: StepLoad) -> float:
         """Tokens a second without a draft; below all others if the length is fixed."""
@@ -158,14 +184,14 @@ class Drafter:
 
     def guesses(self, drafts: Sequence[int], count: int) -> list[int]:
         """Across stages: `count` tokens that earlier text says follow the drafts that are on their way, or none."""
-        match = self._index.find(count, drafts) if self.settings.uses_ngrams else None
+        match = self._index.find(drafts) if self.settings.uses_ngrams else None
         if match is None:
             return []
         acceptance = self.acceptance(Source("ngram", match.size))
         if self.settings.exits and acceptance.first.value < _LEAST_OF_GUESSES:
             return []
         self._guessed += [acceptance.later if number else acceptance.first for number in range(count)]
-        return match.tokens
+        return self._index.following(match, count, drafts)
 
     def compare(self, source: DraftSource | None, token: int, is_accepted: bool) -> None:
         """Across stages: learn from one token that all layers drew. source: of what was drafted there, if anything."""
@@ -203,14 +229,14 @@ class Drafter:
     def exits_to_ask(self, load: StepLoad) -> tuple[int, ...]:
         """Exits to evaluate on the newest row that is verified now, beside the one that drafts, in the order of
         layers."""
-        settings = self.settings
-        drafting = None if self._draft is None else self._draft.exit
-        others = tuple(index for index in settings.exits if index != drafting)
-        has_choice = settings.fixed_length is None or len(settings.exits) + settings.uses_ngrams > 1
-        may_ask = settings.is_greedy and has_choice and len(others) > 0
         step = self._rates.step_seconds(load.num_requests)
         self._savings = min(self._savings + _SHARE_OF_LEARNING * step / load.num_requests, step)
-        self._is_asked = may_ask and self._spend(len(others) * self._rates.observed_exit_seconds)
+        self._is_asked = False
+        if not self._may_ask or self._savings < self._rates.observed_exit_seconds:
+            return ()
+        drafting = None if self._draft is None else self._draft.exit
+        others = tuple(index for index in self.settings.exits if index != drafting)
+        self._is_asked = len(others) > 0 and self._spend(len(others) * self._rates.observed_exit_seconds)
         return others if self._is_asked else ()
 
     def _spend(self, seconds: float) -> bool:
@@ -239,9 +265,10 @@ class Drafter:
 
     def _learn_match(self, tokens: Sequence[int]) -> None:
         """Compare what earlier text said with what came."""
-        if self._match is None:
+        match = self._match
+        if match is None:
             return
-        said, match = self._match.tokens[: len(tokens)], self._match
+        said = self._index.following(match, min(len(tokens), self.settings.longest))
         num_accepted = next((n for n, (a, b) in enumerate(zip(said, tokens)) if a != b), len(said))
         self.acceptance(Source("ngram", match.size)).observe(min(num_accepted + 1, len(said)), num_accepted)
         self._match = None

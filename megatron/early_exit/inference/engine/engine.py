@@ -433,15 +433,23 @@ class Engine:
 
     def _load(self) -> StepLoad:
         """What the step will be of, once all requests have chosen what to draft."""
-        running = [one for one in self._running.values() if isinstance(one, RunningGeneration)]
-        drafting = sum(len(one.request.draft_exits) > 0 for one in running)
+        speculating = [
+            one
+            for one in self._running.values()
+            if isinstance(one, RunningGeneration) and one.request.drafter is not None
+        ]
+        drafting = sum(len(one.request.draft_exits) > 0 for one in speculating)
         load = StepLoad(max(len(self._running), 1), max(drafting, 1))
-        waits = self.description.num_stages == 1  # requests that wait would leave other stages idle
-        load.is_verifying = waits and any(one.has_finished_draft for one in running)
-        if not (waits and any(one.is_drafting for one in running)):  # else those who would begin wait as well
-            for one in running:
+        if self.description.num_stages > 1:  # requests that wait would leave other stages idle
+            for one in speculating:
                 one.choose_draft(load)
-        load.is_drafting = waits and any(one.is_drafting for one in running)
+            return load
+        load.is_verifying = any(one.has_finished_draft for one in speculating)
+        load.is_drafting = any(one.is_drafting for one in speculating)
+        if not load.is_drafting:  # else those who would begin wait as well
+            for one in speculating:
+                one.choose_draft(load)
+            load.is_drafting = any(one.is_drafting for one in speculating)
         return load
 
     def _submit(self) -> bool:

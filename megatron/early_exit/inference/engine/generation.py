@@ -164,16 +164,18 @@ class RunningGeneration(RunningRequest):
     # Which rows come next.
 
     def choose_draft(self, load: StepLoad) -> None:
-        """Begin the next draft, if it is time to; all requests do so before any of them says which rows it needs."""
+        """Begin the next draft of a request that has a drafter, if it is time to; all do so before any of them says
+        which rows it needs."""
         request = self.request
         is_time = self.num_to_draft is None and self.num_rows < self._num_known and not self.is_prefilling
-        if request.drafter is None or request.draft_window is not None or not is_time:
+        if request.draft_window is not None or not is_time:
             return
         # Verification yields one token more than it accepts; the rows of all drafts need positions.
         room = min(request.max_tokens - len(self.generated) - 1, request.model.num_positions - len(self.tokens))
         choice = request.drafter.choose(load, room)
         self._exit_that_drafts, self.num_to_draft = choice.exit, choice.length or len(choice.tokens)
-        self._add_drafts("ngram", choice.tokens)
+        if choice.tokens:
+            self._add_drafts("ngram", choice.tokens)
 
     def next_rows(self, prefill_budget: int, load: StepLoad) -> Rows | None:
         if self.is_prefilling:
@@ -211,7 +213,7 @@ class RunningGeneration(RunningRequest):
         if self.is_drafting:
             token = self.drafts[-1] if self.drafts else self.tokens[-1]
             return self._rows("draft", [token], exits=(ExitThreshold(self._exit_that_drafts, 0.0),))
-        asked = tuple(ExitThreshold(index, NEVER_TAKEN) for index in self.request.drafter.exits_to_ask(load))
+        asked = tuple([ExitThreshold(index, NEVER_TAKEN) for index in self.request.drafter.exits_to_ask(load)])
         return self._rows("verify", self._unsubmitted(), exits=asked, sample_from=len(self.tokens) - 1)
 
     def _add_drafts(self, source: DraftSource, tokens: Sequence[int]) -> None:
@@ -282,7 +284,12 @@ class RunningGeneration(RunningRequest):
         Drafts and all layers draw with the same noise, so the answer is what they draw without drafts (Gumbel coupling,
         arXiv:2408.07978); greedily both take the most probable token."""
         drafts, tokens = self.drafts, []
-        self.drafts, self.num_to_draft = [], None
+        self.num_to_draft = None
+        if not drafts:  # as in most steps of a large batch
+            token = self._generated(drawn[-1])
+            self.request.drafter.observe(0, 0, (token.token,), drawn[-1])
+            return Progress((token,), self._emit(token))
+        self.drafts = []
         reason, num_accepted = None, 0
         for one, draft in zip(drawn, [*drafts, None], strict=True):
             is_accepted = one.token == draft

@@ -19,8 +19,8 @@ class NgramMatch(NamedTuple):
 
     size: int
     """How many of the last tokens agree, at most `MAX_NGRAM`."""
-    tokens: list[int]
-    """What follows them."""
+    position: int
+    """Behind them, where what follows them begins."""
 
 
 class NgramIndex:
@@ -39,24 +39,22 @@ class NgramIndex:
                 followed_at[tuple(known[position - size :])] = position
             known.append(token)
 
-    def find(self, length: int, more: Sequence[int] = ()) -> NgramMatch | None:
-        """The next `length` tokens by the longest n-gram that ends the text and stood in it before, where it did last;
-        None if not even the last token did. more: tokens that are taken to follow the text; they are not searched.
-
-        What follows may reach the end of the text: it then goes on with itself, as a loop does."""
+    def find(self, more: Sequence[int] = ()) -> NgramMatch | None:
+        """The longest n-gram that ends the text and stood in it before, where it did last; None if not even the last
+        token did. more: tokens that are taken to follow the text; they are not searched."""
         last = [*self.tokens[-len(self._followed_at) :], *more] if more else self.tokens
         for size in range(min(len(self._followed_at), len(last)), 0, -1):
             position = self._followed_at[size - 1].get(tuple(last[len(last) - size :]))
             if position is not None:
-                return NgramMatch(size, self._copied(position, length, more))
+                return NgramMatch(size, position)
         return None
 
-    def _copied(self, position: int, length: int, more: Sequence[int]) -> list[int]:
-        copied = self.tokens[position : position + length]
+    def following(self, match: NgramMatch, length: int, more: Sequence[int] = ()) -> list[int]:
+        """The next `length` tokens by a match of the text as it is now. more: as of `find`.
+
+        What follows may reach the end of the text: it then goes on with itself, as a loop does."""
+        copied = self.tokens[match.position : match.position + length]
         if len(copied) < length:
-            text = [*self.tokens[position:], *more]
-            period = len(text)
-            while len(text) < length:
-                text.append(text[len(text) - period])
-            copied = text[:length]
+            loop = [*self.tokens[match.position :], *more]
+            copied = (loop * -(-length // len(loop)))[:length]
         return copied
