@@ -179,6 +179,14 @@ def test_iterations_follow_from_passes_and_hidden_states_are_kept_where_that_pay
     assert blend[blend.index("--train-data-path") + 1 :][:4] == ["1", "samples/train", "0.5", "text"]
 
 
+def test_validations_take_at_most_a_tenth_of_the_batches() -> None:
+    for iterations in (5, 480, 3000):
+        every, batches = plan("--train-iters", str(iterations)).evaluation(num_samples=1000, num_held_out=400)
+        assert iterations // every <= 10 or every == 1
+        assert batches == 1 or iterations // every * batches <= iterations / 10
+    assert plan("--train-iters", "3000").evaluation(1000, 400) == (300, 20)
+
+
 def recipe(checkpoint: Path, *words: str) -> Recipe:
     (checkpoint / "p.jsonl").write_text('{"prompt": "a"}\n')
     prompts = ["--prompts-file", str(checkpoint / "p.jsonl")]

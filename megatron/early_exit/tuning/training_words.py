@@ -18,8 +18,9 @@ OWN_FLAGS = frozenset(
 )
 """Of the training program: what they say is said by flags of the recipe, or is its own affair."""
 
-MOST_EVALUATIONS = 20
-"""Global batches of one validation."""
+MOST_EVALUATIONS, LEAST_ITERATIONS_FOR_ONE = 20, 100
+"""Global batches of one validation, and iterations of the training for each of them: all ten validations together have
+at most a tenth of the training's batches, which run the layers again and the heads on all answers."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ class TrainingPlan:
 
     def evaluation(self, num_samples: int, num_held_out: int) -> tuple[int, int]:
         """(iterations from one validation to the next, global batches of one)."""
-        batches = max(num_held_out // self.global_batch_size, 1)
-        return max(self.iterations(num_samples) // 10, 1), min(batches, MOST_EVALUATIONS)
+        iterations, batches = self.iterations(num_samples), num_held_out // self.global_batch_size
+        most = min(batches, MOST_EVALUATIONS, iterations // LEAST_ITERATIONS_FOR_ONE)
+        return max(iterations // 10, 1), max(most, 1)
 
     def words(
         self,
