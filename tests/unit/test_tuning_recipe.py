@@ -297,7 +297,7 @@ def test_estimates_count_what_runs(tmp_path: Path) -> None:
 
     # h = 32, four heads of 8, two groups, SwiGLU of 48, 96 ids; multiplications and additions of a forward pass.
     head, layer = 2 * 32 * 96, 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 48) + 2 * 32 * 16
-    validated, drawn = 10 * 2 * 4, 20 * 4  # every second iteration, two global batches
+    validated, drawn = 10 * 1 * 4, 20 * 4  # every second iteration, one global batch
     of_exits, of_final = (
         3 + 2 + 2,
         3,
