@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.data import preprocess as preprocess_module
 from megatron.early_exit.data.corpus import docstrings_and_comments, write_stdlib_corpus
 from megatron.early_exit.data.corpus import main as corpus_main
+from megatron.early_exit.data.loss_masks import has_mask, mask_prefix
 from megatron.early_exit.data.preprocess import PreprocessConfig, Progress, preprocess
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.data.train_tokenizer import train_tokenizer
@@ -211,6 +213,23 @@ def test_existing_output_is_kept_unless_told_and_replaced_only_by_a_whole_one(tm
     assert documents_of(result.prefix) == ["good"]
     run(tmp_path, write_jsonl(tmp_path / "b.jsonl", ["other"]), overwrite=True)
     assert documents_of(result.prefix) == ["other"]
+
+
+def test_the_loss_mask_of_earlier_tokens_goes_with_them(tmp_path: Path) -> None:
+    good, broken = write_jsonl(tmp_path / "a.jsonl", ["good"]), tmp_path / "b.jsonl"
+    [result] = run(tmp_path, good)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{result.prefix}{suffix}", f"{mask_prefix(result.prefix)}{suffix}")
+    broken.write_text('{"text": "other"}\nbroken\n')
+    with pytest.raises(ValueError, match="bad JSON"):
+        run(tmp_path, str(broken), overwrite=True)
+    assert has_mask(result.prefix)
+    for suffix in (".bin", ".idx"):
+        Path(f"{result.prefix}{suffix}").unlink()
+    with pytest.raises(FileExistsError, match=r"mask\.bin.*--overwrite"):
+        run(tmp_path, good)
+    run(tmp_path, good, overwrite=True)
+    assert documents_of(result.prefix) == ["good"] and not has_mask(result.prefix)
 
 
 def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

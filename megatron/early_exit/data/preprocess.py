@@ -414,9 +414,13 @@ class PairWriter:
             self.builder.finalize(f"{self.partial}.idx")
         return PreprocessResult(self.prefix, self.num_documents, self.num_tokens, self.num_skipped)
 
-    def publish(self) -> None:
-        # The index goes first and comes last: at no moment does an old one stand beside new tokens.
+    def publish(self, has_mask: bool) -> None:
+        """has_mask: whether a loss mask has been written too; one of earlier tokens goes otherwise."""
+        # The index goes first and comes last: at no moment does an old one, or an old mask, stand beside new tokens.
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+        if not has_mask:
+            for suffix in (".idx", ".bin"):
+                Path(f"{mask_prefix(self.prefix)}{suffix}").unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
             os.replace(f"{self.partial}{suffix}", f"{self.prefix}{suffix}")
 
@@ -437,7 +441,7 @@ def _partial_outputs(prefixes: dict[str, str], vocab_size: int) -> Iterator[dict
             writers[key] = PairWriter(key, prefix, vocab_size)
         yield writers
         for writer in writers.values():
-            writer.publish()
+            writer.publish(has_mask=MARKS in writers)
     finally:
         for writer in writers.values():
             writer.discard()
@@ -492,7 +496,8 @@ def _clock(seconds: float) -> str:
 
 
 def _refuse_existing(prefixes: Iterable[str], overwrite: bool) -> None:
-    paths = [f"{prefix}{suffix}" for prefix in prefixes for suffix in (".bin", ".idx")]
+    everywhere = dict.fromkeys(one for prefix in prefixes for one in (prefix, mask_prefix(prefix)))
+    paths = [f"{prefix}{suffix}" for prefix in everywhere for suffix in (".bin", ".idx")]
     existing = ", ".join(path for path in paths if os.path.exists(path))
     if existing and not overwrite:
         raise FileExistsError(f"output exists: {existing}; give another --output-prefix, or --overwrite to replace it")
