@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +17,14 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.evaluation.calibration import CalibrationSettings, calibrate
 from megatron.early_exit.evaluation.probes import (
     ExitSamples,
     ProbeSettings,
     held_out_prompts,
     probe_scores,
     train_probe,
+    train_probes,
 )
 from megatron.early_exit.evaluation.statistics.exit_metrics import leaving_share
 from megatron.early_exit.inference.certificates import (
@@ -255,6 +259,20 @@ def test_impossible_settings(changes: dict, message: str) -> None:
 
 
 # Where a request says it.
+
+
+@pytest.mark.parametrize(("work", "settings"), [(train_probes, ProbeSettings()), (calibrate, CalibrationSettings())])
+@pytest.mark.parametrize(("exits", "said"), [
+    (ExitConfig(), "has no exits to .*; add some .*add-exits"),
+    (ExitConfig(exit_layer_nums=(2, 6), exit_uses=("draft",)), r"its exits \(2, 6\) only draft .*--exit-uses leave"),
+])  # fmt: skip
+def test_a_model_without_exits_to_leave_at_is_told_what_to_do(
+    work: Callable, settings: object, exits: ExitConfig, said: str
+) -> None:
+    checkpoint = SimpleNamespace(config=SimpleNamespace(path="model"))
+    loaded = SimpleNamespace(engine=SimpleNamespace(exits=exits), checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=f"the model in model .*{said}"):
+        work(None, loaded, None, settings, None)
 
 
 def test_requests_and_programs_name_the_score(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from megatron.early_exit.evaluation.certification import (
 )
 from megatron.early_exit.evaluation.free_running import FreeAnswer, free_running
 from megatron.early_exit.evaluation.prompts import PromptSet, check_unseen
-from megatron.early_exit.evaluation.recording import Progress, rounding_floor, take_records
+from megatron.early_exit.evaluation.recording import Progress, leaving_layers, rounding_floor, take_records
 from megatron.early_exit.evaluation.statistics.exit_metrics import coverage_risk
 from megatron.early_exit.evaluation.statistics.intervals import loss_interval
 from megatron.early_exit.evaluation.statistics.learn_then_test import least_prompts, prompts_needed
@@ -143,9 +143,7 @@ def calibrate(
     show: makes a progress function for a kind of work. Raises ValueError for a model without exits, for one whose
     weights cannot be told from others, for too few prompts, for records that are damaged, and with `exit_score` "probe"
     for a model without probes and for prompts that they were trained on."""
-    if not loaded.engine.exits.leaving_layers:
-        reason = ": their use is to draft alone" if loaded.engine.exits.num_exits else ""
-        raise ValueError(f"the model in {loaded.checkpoint.config.path} has no exits to calibrate{reason}")
+    leaving_layers(loaded, "calibrate")
     if not (loaded.checkpoint.folder / CHECKSUMS_FILE).is_file():
         raise ValueError(
             f"{loaded.checkpoint.folder} has no {CHECKSUMS_FILE}, by which certificates know weights; let "

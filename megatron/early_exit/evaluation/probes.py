@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from megatron.early_exit.checkpoint.checksums import CHECKSUMS_FILE
 from megatron.early_exit.evaluation.calibration import ShowProgress
 from megatron.early_exit.evaluation.prompts import EvalPrompt, PromptSet, prompt_digest
-from megatron.early_exit.evaluation.recording import Progress, full_params, outputs_as_they_end
+from megatron.early_exit.evaluation.recording import Progress, full_params, leaving_layers, outputs_as_they_end
 from megatron.early_exit.evaluation.statistics.exit_metrics import auroc, expected_calibration_error, leaving_share
 from megatron.early_exit.inference.certificates import AnswerSettings
 from megatron.early_exit.inference.engine_loading import LoadedEngine
@@ -90,9 +90,7 @@ def train_probes(
 
     show: makes a progress function for a kind of work. Raises ValueError for a model without exits, for one whose
     weights cannot be told from others, and for less than two prompts."""
-    checkpoint, layers = loaded.checkpoint, loaded.engine.exits.leaving_layers
-    if not layers:
-        raise ValueError(f"the model in {checkpoint.config.path} has no exits to train probes for")
+    checkpoint, layers = loaded.checkpoint, leaving_layers(loaded, "train probes for")
     if not (checkpoint.folder / CHECKSUMS_FILE).is_file():
         raise ValueError(
             f"{checkpoint.folder} has no {CHECKSUMS_FILE}, by which probes know weights; let "

@@ -11,6 +11,7 @@ import numpy as np
 from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.evaluation.statistics.text_metrics import text_loss
 from megatron.early_exit.inference.certificates import AnswerSettings, Risk
+from megatron.early_exit.inference.engine_loading import LoadedEngine
 from megatron.early_exit.inference.exit_records import PromptRecord, RecordsFolder
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams
@@ -19,6 +20,23 @@ from megatron.early_exit.inference.text_engine import RequestOutput
 _PROMPTS_PER_PART, _SECONDS_PER_PART = 64, 120.0
 
 Progress = Callable[[int, int], None]
+
+
+def leaving_layers(loaded: LoadedEngine, purpose: str) -> tuple[int, ...]:
+    """The exits that tokens may leave at. purpose: what they are wanted for, in words. Raises ValueError if there are
+    none."""
+    exits, path = loaded.engine.exits, loaded.checkpoint.config.path
+    if exits.leaving_layers:
+        return exits.leaving_layers
+    add = "tools/convert_checkpoint.py add-exits"
+    if not exits.num_exits:
+        raise ValueError(f"the model in {path} has no exits to {purpose}; add some ({add}), and tune them")
+    only = ", ".join(map(str, exits.exit_layer_nums))
+    raise ValueError(
+        f"the model in {path} has no exits to {purpose}: its exits ({only}) only draft (--exit-uses). Self-speculative "
+        f"decoding needs nothing of the kind; for early exit add exits that tokens may leave at ({add} --exit-uses "
+        "leave), and tune them"
+    )
 
 
 def full_params(answers: AnswerSettings, **more: object) -> GenerationParams:
