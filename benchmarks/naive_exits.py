@@ -78,5 +78,5 @@ def _masked_loss_sum(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> Tenso
 
 
 def _count(exit_losses: Any, exit_index: int, loss_sum: Tensor, loss_mask: Tensor) -> None:
-    zero = loss_sum.new_zeros(())  # correct predictions are not counted here
-    exit_losses.add_statistics(exit_index, torch.stack([loss_sum.detach(), loss_mask.sum(), zero]).double())
+    zero = loss_sum.new_zeros(())  # correct predictions are not counted here, and no exit follows the final head
+    exit_losses.add_statistics(exit_index, torch.stack([loss_sum.detach(), loss_mask.sum(), zero, zero]).double())

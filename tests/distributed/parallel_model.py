@@ -114,7 +114,7 @@ def my_batches(batches: list[ReferenceBatch]) -> list[ReferenceBatch]:
 
 
 def reduced_statistics(model: Model) -> Tensor:
-    """[exits + 1, 3] over all stages and replicas."""
+    """[exits + 1, NUM_STATISTICS] over all stages and replicas."""
     statistics = model.exit_losses.statistics.clone()
     torch.distributed.all_reduce(statistics, group=parallel_state.get_data_parallel_group())
     torch.distributed.all_reduce(statistics, group=parallel_state.get_pipeline_model_parallel_group())

@@ -6,83 +6,20 @@ import os
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
 from megatron.early_exit.config.run import RunConfig
 from tests.configs import VOCAB_SIZE
-from tests.distributed.test_tuning import HEADS, TP2, UNTIED, base_model, tune, tuning_config, weights_of
+from tests.distributed.test_tuning import HEADS, TP2, UNTIED, base_model, tune, weights_of
+from tests.distributed.tuned_exits import compare_with_reference, tuning_config
 from tests.distributed.workers import run_distributed
 
 PP2, PP4 = ({"pipeline_model_parallel_size": size} for size in (2, 4))
 SP = {**TP2, "sequence_parallel": True}
 MLP, BLOCK, OUTPUT = HEADS["mlp"], HEADS["block"], {"untie_exit_output_weights": True}
-
-
-def compare_with_reference(cfg: RunConfig, num_microbatches: int) -> None:
-    """Gradients and losses of the exits are those of their divergence from the final head, by plain autograd."""
-    from megatron.early_exit.training.plans import PlannedPipeline
-    from megatron.early_exit.training.step import accumulate_gradients
-    from tests.distributed.parallel_model import (
-        build_with_reference_parameters,
-        global_name,
-        iterators,
-        layout,
-        my_batches,
-        reduced_statistics,
-        relative_error,
-        shard,
-    )
-    from tests.reference import ReferenceModel, make_batches
-
-    weights = cfg.exits.weights_at(10**9)
-    with layout(cfg):
-        model = build_with_reference_parameters(cfg)
-        for chunk in model.wrapped:
-            chunk.zero_grad_buffer()
-        batches = make_batches(cfg, VOCAB_SIZE, num_microbatches)
-        mine = my_batches(batches)
-        accumulate_gradients(
-            model, iterators(model, mine), exit_weights=weights, num_microbatches=len(mine),
-            micro_batch_size=cfg.training.micro_batch_size, seq_length=cfg.training.seq_length,
-            planned=PlannedPipeline(cfg, model, print),
-        )  # fmt: skip
-        reference = ReferenceModel(cfg, VOCAB_SIZE)
-        losses = [reference_objective(cfg, reference, batch) for batch in batches]
-        sum(objective for objective, _ in losses).div(len(batches)).backward()
-        statistics = reduced_statistics(model)
-        of_labels = sum(sums for _, sums in losses)
-        assert torch.allclose(statistics[:-1, 0], of_labels.double(), rtol=1e-5) and not statistics[-1].any()
-        (chunk,) = model.chunks
-        for local_name, parameter in chunk.named_parameters():
-            name = global_name(cfg, chunk, local_name)
-            if EXIT_HEAD not in name:
-                assert not parameter.requires_grad and not hasattr(parameter, "main_grad")
-                continue
-            expected = shard(cfg, name, reference.params[name].grad, parameter)
-            assert expected.any() and relative_error(parameter.main_grad, expected) < 2e-5, name
-
-
-def reference_objective(cfg: RunConfig, reference: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what is differentiated of one microbatch, [exits] sums of the labels' cross-entropy over tokens that count)"""
-    share, mask = cfg.training.tune_exit_distillation, batch.loss_mask
-    *exits, final = reference.logits(batch)
-    teacher = final.detach().log_softmax(-1)
-    objective, sums = torch.zeros(()), []
-    for index, (logits, weight) in enumerate(zip(exits, cfg.exits.weights_at(10**9), strict=True)):
-        labels = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none").view(mask.shape)
-        divergence = F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="none").sum(-1)
-        token_weight = reference.token_weights(batch, index, iteration=0)
-        sums.append((labels * mask * (token_weight > 0)).sum().detach())
-        if cfg.exits.use_dynamic_exit_layer_weight:
-            token_weight = token_weight * logits.softmax(-1).amax(-1).detach()
-        both = (1 - share) * labels + share * divergence
-        objective = objective + weight * (both * mask * token_weight).sum() / mask.sum()
-    return objective, torch.stack(sums)
 
 
 @pytest.mark.parametrize(("world_size", "share", "changes"), [
@@ -108,7 +45,7 @@ def test_gradients_are_those_of_plain_autograd(world_size: int, share: float, ch
     run_distributed(world_size, compare_with_reference, cfg=cfg, num_microbatches=num_microbatches)
 
 
-LOSSES = ("exit_loss/", "grad_norm", "loss_scale")
+LOSSES = ("exit_loss/", "exit_divergence/", "grad_norm", "loss_scale")
 
 
 def losses(log: list[dict]) -> list[dict]:
@@ -130,6 +67,8 @@ def test_a_whole_run(data: str, tmp_path: Path, world_size: int, of_model: dict,
     live = tune(data, tmp_path / "live", base, world_size, **settings)
     assert [line["iteration"] for line in live if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert losses(live) == losses(kept) and losses(live)[0]
+    divergences = {line["kind"]: [key for key in line if key.startswith("exit_divergence/")] for line in live}
+    assert len(divergences.pop("train")) == 2 and not any(divergences.values()), "validation has the text's losses"
     before, one, two = (weights_of(folder) for folder in (base, tmp_path / "live/ck", tmp_path / "kept/ck"))
     assert set(before) == set(one) == set(two)
     for name in one:

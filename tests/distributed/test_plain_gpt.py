@@ -40,7 +40,7 @@ def names_and_losses(cfg: RunConfig) -> tuple[dict, dict, float, float]:
                 (core(b.tokens, b.position_ids, None, labels=b.labels) * b.loss_mask).sum() for b in batches
             ]
         run_batches(cfg, ours, batches, cfg.exits.weights_at(10**9))
-        loss_sum, tokens, _ = ours.exit_losses.statistics[-1]
+        loss_sum, tokens, *_ = ours.exit_losses.statistics[-1]
         expected = sum(token_losses) / sum(b.loss_mask.sum() for b in batches)
         shapes = lambda model: {name: tuple(p.shape) for name, p in model.named_parameters()}
         return shapes(core), shapes(ours.chunks[0]), float(expected), float(loss_sum / tokens)

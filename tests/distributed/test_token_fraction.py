@@ -13,10 +13,10 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.schedules.builders import interleaved, one_f_one_b, with_exits_in_bubbles
 from megatron.early_exit.schedules.fill import with_filled_bubbles
 from tests.configs import VOCAB_SIZE, make_config
-from tests.distributed import test_distillation as distillation
 from tests.distributed import test_plan_runtime as plans
 from tests.distributed import test_tuning as tuning
 from tests.distributed.test_gradients import HEADS, LAYOUTS, check
+from tests.distributed.tuned_exits import compare_with_reference, tuning_config
 from tests.distributed.workers import run_distributed
 from tests.reference import ReferenceModel, make_batches
 
@@ -77,15 +77,15 @@ def test_a_plan_under_tensor_and_sequence_parallelism() -> None:
 ])  # fmt: skip
 def test_tuning(layout: str, head: str) -> None:
     world_size, changes = tuning.LAYOUTS[layout]
-    cfg = tuning.tuning_config(**{**tuning.HEADS[head], "untie_exit_output_weights": True}, **changes, **EACH)
-    run_distributed(world_size, tuning.compare_with_reference, cfg=cfg)
+    cfg = tuning_config(**{**tuning.HEADS[head], "untie_exit_output_weights": True}, **changes, **EACH)
+    run_distributed(world_size, compare_with_reference, cfg=cfg)
 
 
 @pytest.mark.parametrize("layout", ["single", "tp2", "sp2"])
 def test_tuning_with_distillation(layout: str) -> None:
     world_size, changes = LAYOUTS[layout]
-    cfg = tuning.tuning_config(**tuning.HEADS["mlp"], tune_exit_distillation=0.4, **changes, **EACH)
-    run_distributed(world_size, distillation.compare_with_reference, cfg=cfg, num_microbatches=3)
+    cfg = tuning_config(**tuning.HEADS["mlp"], tune_exit_distillation=0.4, **changes, **EACH)
+    run_distributed(world_size, compare_with_reference, cfg=cfg, num_microbatches=3)
 
 
 def _gradients_of(cfg: RunConfig, model: Any, batches: list, iteration: int) -> dict[str, Tensor]:

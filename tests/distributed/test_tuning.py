@@ -12,12 +12,12 @@ import torch
 
 from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
-from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.config.validate import problems, warnings
-from tests.configs import VOCAB_SIZE, make_config, make_training_config
+from tests.configs import make_config, make_training_config
 from tests.distributed.engines import head_logits
 from tests.distributed.training_runs import training_run
+from tests.distributed.tuned_exits import compare_with_reference, tuning_config
 from tests.distributed.workers import run_distributed
 
 HEADS = {
@@ -45,67 +45,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp 2, two stages": (4, {**TP2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}),
     "two stages, dp 2": (4, {"pipeline_model_parallel_size": 2}),
 }
-
-
-def tuning_config(**changes: Any) -> RunConfig:
-    if "exit_layer_nums" in changes:
-        weights = tuple(0.5 + 0.25 * i for i in range(len(changes["exit_layer_nums"])))
-        changes = {"exit_layer_weight": weights, **changes}
-    return with_tuned_stages(make_config(tune_exit=True, **changes))
-
-
-def compare_with_reference(cfg: RunConfig, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Gradients and losses of the exits equal plain autograd's; returns what this rank has built.
-
-    checkpoint: folder to load the reference's parameters from; otherwise they are set."""
-    from megatron.early_exit.model.build import build_model
-    from megatron.early_exit.training.checkpointing import load_checkpoint
-    from megatron.early_exit.training.step import accumulate_gradients
-    from tests.distributed.parallel_model import (
-        build_with_reference_parameters,
-        global_name,
-        iterators,
-        layout,
-        my_batches,
-        reduced_statistics,
-        relative_error,
-        shard,
-    )
-    from tests.reference import ReferenceModel, make_batches
-
-    weights = cfg.exits.weights_at(10**9)
-    with layout(cfg):
-        if checkpoint is None:
-            model = build_with_reference_parameters(cfg)
-        else:
-            model = build_model(cfg, VOCAB_SIZE)
-            load_checkpoint(checkpoint, cfg, model)
-        for chunk in model.wrapped:
-            chunk.zero_grad_buffer()
-        batches = make_batches(cfg, VOCAB_SIZE, 4)
-        mine = my_batches(batches)
-        accumulate_gradients(
-            model, iterators(model, mine), exit_weights=weights, num_microbatches=len(mine), iteration=7,
-            micro_batch_size=cfg.training.micro_batch_size, seq_length=cfg.training.seq_length,
-        )  # fmt: skip
-        gradients, losses = ReferenceModel(cfg, VOCAB_SIZE).gradients(batches, weights, iteration=7)
-        statistics = reduced_statistics(model)
-        means = statistics[:-1, 0] / statistics[:-1, 1]
-        assert torch.allclose(means, losses[:-1].double(), rtol=1e-5), (means, losses)
-        assert not statistics[-1].any()
-        (chunk,) = model.chunks
-        for local_name, parameter in chunk.named_parameters():
-            name = global_name(cfg, chunk, local_name)
-            if EXIT_HEAD not in name:
-                assert not parameter.requires_grad and parameter.grad is None and not hasattr(parameter, "main_grad")
-                continue
-            expected = shard(cfg, name, gradients[name], parameter)
-            assert relative_error(parameter.main_grad, expected) < 2e-5, name
-        return {
-            "layers": [layer.layer_number for layer in chunk.decoder.layers],
-            "exits": sum(EXIT_HEAD in name for name, _ in chunk.named_parameters()),
-            "has_final_head": chunk.decoder.final_layernorm is not None or hasattr(chunk, "output_layer"),
-        }
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -10,6 +10,7 @@ import pytest
 
 from megatron.early_exit.data.metrics_file import MetricsFile, read_metrics
 from megatron.early_exit.evaluation.loss_curves import read_losses
+from megatron.early_exit.training.reporting import training_line
 
 ROOT = Path(__file__).parents[2]
 RECORDS = [{"kind": "train", "iteration": i, "lm_loss": 2.5 / i, "exit_loss/layer_2": 3.0} for i in (1, 2)]
@@ -87,3 +88,13 @@ def test_plot_losses_says_what_is_wrong_without_a_traceback(path: Path, tmp_path
     path.write_bytes(path.read_bytes() + b'{"kind": "tr')
     assert subprocess.run(command, cwd=ROOT).returncode == 0
     assert (tmp_path / "losses.png").stat().st_size > 10_000
+
+
+def test_a_line_has_losses_with_divergences_beside_them() -> None:
+    values = {
+        "consumed_samples": 8, "iteration_ms": 1.0, "learning_rate": 0.1, "global_batch_size": 8, "lm_loss": 2.0,
+        "lm_accuracy": 0.5, "exit_loss/layer_2": 3.0, "exit_accuracy/layer_2": 0.25, "exit_divergence/layer_2": 0.5,
+        "skipped_iterations": 0,
+    }  # fmt: skip
+    expected = " | lm loss: 2.000000 | early loss [2]: 3.000000 | early divergence [2]: 0.500000 | skipped"
+    assert expected in training_line(1, 9, values)

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from megatron.early_exit.model.sizes import chunk_size
 
+NUM_STATISTICS = 4
+"""Sums that are reported of every head."""
+
 
 class LossSums(NamedTuple):
     """Sums over the unmasked tokens of one microbatch."""
@@ -25,7 +28,8 @@ class LossSums(NamedTuple):
     """What to differentiate: sum of mask * token weight * loss (nats), a scalar."""
 
     statistics: Tensor
-    """[3], fp64, without gradient: sum of loss (unweighted), number of tokens, number of correct top-1 predictions."""
+    """[NUM_STATISTICS], fp64, without gradient: sum of loss (unweighted), number of tokens, number of correct top-1
+    predictions, sum of the divergence from the teacher (unweighted; 0 without one)."""
 
 
 class Teacher(NamedTuple):
@@ -58,7 +62,7 @@ def cross_entropy_sums(
     hidden_states: [s, b, h] ([s / tp, b, h] with sequence_parallel); weight: [vocabulary / tp, h]; labels, loss_mask:
     [b, s]. With `weigh_by_confidence` each token's loss is multiplied by its largest probability over the full
     vocabulary, without gradient (EE-Tuning's dynamic token weights, arXiv:2402.00518).
-    `teacher`: what the objective follows as well; the statistics stay those of the labels.
+    `teacher`: what the objective follows as well.
     `gradient_scale`: about the factor that the objective will be multiplied with before backward. It changes no result
     but where rounding happens: gradients are stored in the dtype of the hidden states, and fp16 needs them scaled.
     """
@@ -148,7 +152,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_hidden_grad, needs_weight_grad = (needed and is_grad_enabled for needed in ctx.needs_input_grad[:2])
         hidden_grad = torch.empty_like(hidden_states) if needs_hidden_grad else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight_grad else None
-        losses, token_weights, correct, divergences = [], [], [], []
+        losses, token_weights, correct, divergences = [], [], [], []  # per token, a tensor for each chunk
         label_share = 1.0 if teacher is None else 1.0 - teacher.share
 
         for start in range(0, num_tokens, chunk_tokens):
@@ -174,8 +178,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             sum_exp, label_logit = sums
 
             losses.append(sum_exp.log() - label_logit)
-            if teacher is not None:
-                divergences.append(divergence + sum_exp.log())
+            divergences.append(torch.zeros_like(sum_exp) if teacher is None else divergence + sum_exp.log())
             # The largest logit is 0 now: the label is the prediction where its logit is 0, and the largest
             # probability is exp(0) / sum_exp.
             correct.append(label_logit >= 0)
@@ -202,11 +205,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 del grad
             logits = exp = probabilities = None  # before the next chunk's are made
 
-        loss = torch.cat(losses)
-        both = loss if teacher is None else label_share * loss + teacher.share * torch.cat(divergences)
+        loss, divergence = torch.cat(losses), torch.cat(divergences)
+        both = loss if teacher is None else label_share * loss + teacher.share * divergence
         objective = (loss_mask * torch.cat(token_weights) * both).sum()
-        statistics = torch.stack([(loss_mask * loss).sum(), loss_mask.sum(), (loss_mask * torch.cat(correct)).sum()])
-        statistics = statistics.double()
+        counted = (loss, torch.ones_like(loss), torch.cat(correct), divergence)
+        statistics = torch.stack([(loss_mask * one).sum() for one in counted]).double()
         ctx.mark_non_differentiable(statistics)
         ctx.gradient_scale = gradient_scale
         ctx.weight_dtype = weight.dtype

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import random as tensor_parallel_random
 from torch import Tensor
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.model.cross_entropy import LossSums, Teacher
+from megatron.early_exit.model.cross_entropy import NUM_STATISTICS, LossSums, Teacher
 from megatron.early_exit.model.token_sampling import SampledTokens, draw_tokens
 
 FINAL = "final"
@@ -27,9 +27,9 @@ class ExitLosses:
     One object per rank, shared by its model chunks. Nothing of a single microbatch is kept here: under recomputation a
     layer runs again when another microbatch is current.
 
-    statistics: [exits + 1, 3], fp64: for every exit in order, and last for the final head, the sum of losses, the
-    number of tokens and the number of correct predictions since `reset_statistics`. Where an exit learns from some of
-    the tokens, these are what is counted, unscaled.
+    statistics: [exits + 1, NUM_STATISTICS], fp64: for every exit in order, and last for the final head, sums as of
+    `LossSums.statistics` since `reset_statistics`. Where an exit learns from some of the tokens, these are what is
+    counted, unscaled.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ExitLosses:
         """Called with what exits read and its name (`layer.exit_input`) if it is set; exits then compute nothing."""
         self.deferred_exits: list[EarlyExit] | None = None
         """If a list, exits of the forward pass that runs now are put there, and may run before their backward."""
-        self.statistics = torch.zeros(exits.num_exits + 1, 3, dtype=torch.float64, device=device)
+        self.statistics = torch.zeros(exits.num_exits + 1, NUM_STATISTICS, dtype=torch.float64, device=device)
 
     @property
     def distils(self) -> bool:

@@ -197,14 +197,12 @@ def tuned_exit_flops_per_token(config: RunConfig, exit_index: int, vocab_size: i
     """FLOPs of one exit that is tuned while the rest of the model is frozen, for one token of the microbatch.
 
     Its output projection's logits, the gradients of what is its own, and the final head's logits if it distils, are of
-    the tokens that it learns from. No gradient is taken of an output weight that is the model's, nor of what the exit
-    reads."""
+    the tokens that it learns from. No gradient is taken of an output weight that is the model's."""
     head, fraction = config.exits.head_of(exit_index), config.exits.token_fraction_of(exit_index)
     has_more = head.norm or head.mlp or head.block
     products = 1 + has_more + head.untied_output + (distillation_share > 0)
     output = fraction * products * output_flops_per_token(config, vocab_size) / 3
-    of_input = head.mlp * 2 * (_mlp_weights(config) - config.model.hidden_size * config.model.ffn_size)
-    return output + branch_flops_per_token(config, head) - of_input
+    return output + branch_flops_per_token(config, head)
 
 
 def branch_flops_per_token(config: RunConfig, head: ExitHeadKind) -> int:

@@ -345,8 +345,8 @@ def _run_evaluation(run: Run, dataset: TokenDataset) -> str | None:
 
 def _log(run: Run, result: StepResult, window: LogWindow) -> None:
     """One line per log interval."""
-    config, state = run.config, run.state
-    losses = collect_losses(run.model.exit_losses, config.exits)
+    config, state, exit_losses = run.config, run.state, run.model.exit_losses
+    losses = collect_losses(exit_losses, config.exits, follows_final_head=exit_losses.distils)
     check_losses(losses, state.iteration)
     seconds_per_iteration = window.seconds_per_iteration
     values: dict[str, float | int | None] = {

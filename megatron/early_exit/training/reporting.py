@@ -128,11 +128,9 @@ def evaluation_line(name: str, iteration: int, values: dict[str, float]) -> str:
 
 
 def _loss_parts(values: dict[str, Any]) -> list[str]:
-    return [f"{_head_name(key, 'loss')}: {value:.6f}" for key, value in values.items() if _is_loss(key)]
-
-
-def _is_loss(key: str) -> bool:
-    return key == "lm_loss" or key.startswith("exit_loss/")
+    words = {"lm_loss": "loss", "exit_loss": "loss", "exit_divergence": "divergence"}
+    kinds = {key: key.partition("/")[0] for key in values}
+    return [f"{_head_name(key, words[kind])}: {values[key]:.6f}" for key, kind in kinds.items() if kind in words]
 
 
 def _head_name(key: str, what: str) -> str:
