@@ -31,8 +31,8 @@ class Command:
 
 
 def commands_of(page: str) -> Iterator[Command]:
-    """The commands of all `sh` blocks, of lines that begin with Python, bash or make in blocks without a language, and of
-    quoted words in the text (fragments). page: Markdown."""
+    """The commands of all `sh` blocks, of lines of blocks without a language that begin with Python, bash or make, and
+    of quoted words in the text (fragments). page: Markdown."""
     for language, block in _BLOCK.findall(page):
         if language == "sh":
             yield from _of_shell(block)

@@ -1,5 +1,5 @@
-"""The commands on the pages of the documentation are ones that our programs take: scripts, make targets, flags and their
-values exist. The programs themselves parse them, and are stopped before they do anything."""
+"""The commands on the pages of the documentation are ones that our programs take: scripts, make targets, flags and
+their values exist. The programs themselves parse them, and are stopped before they do anything."""
 
 from __future__ import annotations
 
