@@ -173,7 +173,9 @@ def test_exits_that_are_for_leaving_do_not_draft() -> None:
 def test_models_without_exits_draft_from_text_alone() -> None:
     engine = engine_of("none")
     for source in ("exit", "both"):
-        with pytest.raises(ValueError, match=f"draft_source '{source}' needs an exit.*'ngram' needs none"):
+        with pytest.raises(
+            ValueError, match=f"draft_source '{source}' needs an exit.*--draft-source ngram.*needs none"
+        ):
             engine.add([1], GenerationParams(mode="self_speculative", draft_source=source))
     with pytest.raises(ValueError, match="speculation 'across_stages' needs a pipeline stage behind it"):
         engine.add([1], GenerationParams(mode="self_speculative", draft_source="ngram", speculation="across_stages"))

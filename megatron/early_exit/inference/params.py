@@ -395,13 +395,13 @@ class GenerationParams:
         if not exits.exit_layer_nums:
             raise ValueError(
                 f"mode 'self_speculative' with draft_source {self.draft_source!r} needs an exit to draft with, and the "
-                "model has none; draft_source 'ngram' needs none"
+                "model has none; use draft_source 'ngram' (--draft-source ngram), which needs none"
             )
         may_draft = exits.drafting_layers
         if self.draft_exit is None and not may_draft:
             raise ValueError(
                 f"draft_source {self.draft_source!r} needs an exit to draft with, and the model's exits are for "
-                "leaving alone (--exit-uses); draft_source 'ngram' needs none"
+                "leaving alone (--exit-uses); use draft_source 'ngram' (--draft-source ngram), which needs none"
             )
         if self.draft_exit is None:
             return may_draft
