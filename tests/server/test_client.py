@@ -53,10 +53,11 @@ def test_colours_by_exit(server: RunningServer, offline: LLM, capsys: pytest.Cap
 
 @pytest.mark.parametrize(("words", "params"), [
     (EARLY_FLAGS, EARLY),
+    ([*EARLY_FLAGS, "--exit-score", "head"], EARLY),
     (["--mode", "full"], GenerationParams(max_tokens=64)),
     (["--draft-exit", "2", "--draft-length", "3", "--tokens-to-generate", "12"],
      GenerationParams(mode="self_speculative", draft_exit=2, draft_length=3, max_tokens=12)),
-], ids=["early exit", "full", "speculation"])  # fmt: skip
+], ids=["early exit", "exit score", "full", "speculation"])  # fmt: skip
 def test_json(
     server: RunningServer, offline: LLM, capsys: pytest.CaptureFixture, words: list[str], params: GenerationParams
 ) -> None:
@@ -103,10 +104,16 @@ def test_a_refused_prompt_does_not_end_the_others(server: RunningServer, capsys:
     assert len(shown.out.splitlines()) == 1 and "601 tokens" in shown.err and "Traceback" not in shown.err
 
 
+def test_a_score_that_the_model_has_not(server: RunningServer, capsys: pytest.CaptureFixture) -> None:
+    assert run(server, PROMPT, "--exit-score", "probe") == 1
+    assert "exit_score 'probe' needs probes of this model's exits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--url", "localhost:5000"], "it looks like http://"),
     (["--url", "http://127.0.0.1:1"], "no server answers at http://127.0.0.1:1"),
     (["--api", "megatron", "--chat"], "--chat: /api has no such thing"),
+    (["--api", "megatron", "--exit-score", "probe"], "--exit-score: /api has no such thing"),
     (["--print-max-prob"], "needs --api megatron"),
     (["--prompt-file", "/nowhere/prompts"], "/nowhere/prompts cannot be read: No such file"),
 ])  # fmt: skip

@@ -238,8 +238,9 @@ def test_requests_say_what_was_chosen(page: Page) -> None:
     page.get_by_label("Seed").fill("7")
     generate(page, "the")
     page.get_by_label("Mode", exact=True).select_option("self_speculative")
-    page.get_by_label("Exit that drafts").select_option("4")
-    generate(page, "the")
+    for draft in ("4", "ngram", "both"):
+        page.get_by_label("What drafts").select_option(draft)
+        generate(page, "the")
     page.get_by_label("Mode", exact=True).select_option("full")
     generate(page, "the")
     plain = {
@@ -251,6 +252,8 @@ def test_requests_say_what_was_chosen(page: Page) -> None:
         plain | {"mode": "early_exit", "exit_thresholds": [THRESHOLD], "exit_layers": [2, 4]},
         drawn | {"mode": "early_exit", "exit_thresholds": [0.81], "exit_layers": [4]},
         drawn | {"mode": "self_speculative", "draft_source": "exit", "draft_exit": 4},
+        drawn | {"mode": "self_speculative", "draft_source": "ngram"},
+        drawn | {"mode": "self_speculative", "draft_source": "both"},
         drawn | {"mode": "full"},
     ]
 
@@ -282,7 +285,7 @@ def test_what_an_exit_drafts_is_shown(page: Page, server: RunningServer) -> None
     lines = shown.evaluate_all("all => all.map((one) => getComputedStyle(one).borderBottomStyle)")
     assert lines == ["dashed", "none"]
     shown.first.hover()
-    expect(answer(page, "Self-speculative").locator(".detail")).to_contain_text("drafted by an exit")
+    expect(answer(page, "Self-speculative").locator(".detail")).to_contain_text("drafted, accepted by all 6 layers")
 
 
 def metric(server: RunningServer, name: str) -> float:
@@ -414,20 +417,40 @@ def test_the_page_offers_what_the_model_has(browser: Browser, server: RunningSer
     assert described == {
         "name": "model", "num_layers": models.NUM_LAYERS, "exit_layers": list(models.EXITS),
         "leaving_layers": list(models.EXITS), "drafting_layers": list(models.EXITS),
-        "num_positions": models.MAX_POSITIONS, "has_chat_template": True, "certified": [],
+        "has_probes": False, "num_positions": models.MAX_POSITIONS, "has_chat_template": True, "certified": [],
         "defaults": {
-            "mode": "full", "exit_thresholds": [0.8], "certified": None, "exit_layers": [2, 4], "draft_exit": 2,
+            "mode": "full", "exit_thresholds": [0.8], "certified": None, "exit_layers": [2, 4], "exit_score": "head",
+            "draft_source": "exit", "draft_exit": 2,
         },
     }  # fmt: skip
-    described |= {"exit_layers": [], "leaving_layers": [], "drafting_layers": [], "has_chat_template": False}
-    described["defaults"] |= {"exit_layers": [], "draft_exit": None}
     page.route("**/page/model", lambda route: route.fulfill(json=described))
+    described["has_probes"] = True
+    page.goto(server.url)
+    page.get_by_label("Its confidence is").select_option("probe")
+    with page.expect_request(COMPLETIONS) as sent:
+        page.get_by_role("button", name="Generate").click()
+    assert sent.value.post_data_json["exit_score"] == "probe"
+    described["leaving_layers"] = []  # its exits draft
+    page.goto(server.url)
+    expect(page.get_by_label("Mode", exact=True)).to_have_value("self_speculative")
+    expect(page.get_by_label("What drafts")).to_have_value("2")
+    described |= {"exit_layers": [], "drafting_layers": [], "has_probes": False, "has_chat_template": False}
+    described["defaults"] |= {"exit_layers": [], "draft_source": "ngram", "draft_exit": None}
     page.goto(server.url)
     expect(page.get_by_text("This model has no exits.")).to_be_visible()
     expect(page.get_by_text("This model has no chat template")).to_be_visible()
     expect(page.get_by_label("Chat")).to_be_disabled()
     expect(page.get_by_label("Mode", exact=True)).to_have_value("full")
-    assert page.locator("#mode option:disabled").count() == 2
+    assert page.locator("#mode option:disabled").evaluate_all("all => all.map((one) => one.value)") == ["early_exit"]
+    page.get_by_label("Mode", exact=True).select_option("self_speculative")
+    expect(page.get_by_label("What drafts")).to_have_text("earlier text (n-grams)")
+    expect(page.get_by_label("What drafts")).to_have_value("ngram")
+    page.get_by_label("Show the full model's").uncheck()
+    with page.expect_request(COMPLETIONS) as sent:
+        page.get_by_role("button", name="Generate").click()
+    said = sent.value.post_data_json
+    assert (said["mode"], said["draft_source"]) == ("self_speculative", "ngram") and "draft_exit" not in said
+    expect(page.locator("#status")).to_contain_text("Done", timeout=15_000)
     context.close()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.early_exit.inference import report
+from megatron.early_exit.inference.params import EXIT_SCORES
 from megatron.early_exit.inference.prompt_file import prompts_of_file
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.platform.command_line import add_verbose_flag
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--certified", type=float, metavar="LEVEL", help="thresholds that are certified for this level, as in 0.99"
     )
     exits.add_argument("--exit-layers", type=int, nargs="+", metavar="N", help="exits to evaluate; default: all")
+    exits.add_argument("--exit-score", choices=EXIT_SCORES, help="early_exit: what thresholds are compared with")
     exits.add_argument("--draft-source", choices=("exit", "ngram", "both"), help="self_speculative: what drafts")
     exits.add_argument("--draft-exit", type=int, metavar="N", help="self_speculative: exit that drafts")
     exits.add_argument("--draft-length", type=int, metavar="N", help="self_speculative: tokens to draft at once")
@@ -94,8 +96,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--certified and --early-exit-thres both say from when on exits are taken; give one")
     if args.certified is not None and args.mode not in (None, "early_exit"):
         raise ValueError(f"--certified has no effect with --mode {args.mode}; leave one out")
-    of_openai = {"--chat": args.chat or None, "--draft-source": args.draft_source}
-    of_openai |= {"--draft-exit": args.draft_exit, "--draft-length": args.draft_length}
+    of_openai = {
+        "--chat": args.chat or None, "--exit-score": args.exit_score, "--draft-source": args.draft_source,
+        "--draft-exit": args.draft_exit, "--draft-length": args.draft_length,
+    }  # fmt: skip
     if args.api == "megatron":
         useless = [flag for flag, value in of_openai.items() if value is not None]
         if args.mode == "self_speculative":
@@ -153,8 +157,8 @@ class _OpenAISession:
         args = self._args
         exits = {
             "mode": args.mode or _implied_mode(args), "exit_thresholds": _thresholds(args),
-            "exit_layers": args.exit_layers, "draft_source": args.draft_source, "draft_exit": args.draft_exit,
-            "draft_length": args.draft_length,
+            "exit_layers": args.exit_layers, "exit_score": args.exit_score, "draft_source": args.draft_source,
+            "draft_exit": args.draft_exit, "draft_length": args.draft_length,
         }  # fmt: skip
         return {
             **_length(args, "max_tokens"), "temperature": args.temperature, "top_k": args.top_k,
@@ -242,7 +246,8 @@ def _length(args: argparse.Namespace, field: str) -> dict[str, int]:
 
 
 def _implied_mode(args: argparse.Namespace) -> str | None:
-    if any(one is not None for one in (args.early_exit_thres, args.certified, args.exit_layers)):
+    leaving = (args.early_exit_thres, args.certified, args.exit_layers, args.exit_score)
+    if any(one is not None for one in leaving):
         return "early_exit"
     drafts = (args.draft_source, args.draft_exit, args.draft_length)
     return "self_speculative" if any(one is not None for one in drafts) else None

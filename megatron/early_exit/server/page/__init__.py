@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 
-from megatron.early_exit.inference.params import CertifiedThresholds
+from megatron.early_exit.inference.params import CertifiedThresholds, DraftSourceChoice, ExitScore
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.openai_api.errors import ERROR_RESPONSES
 from megatron.early_exit.server.openai_api.models import CertifiedLevel, certified_levels
@@ -35,6 +35,10 @@ class PageDefaults(BaseModel):
     """The level in place of thresholds."""
     exit_layers: list[int]
     """Those that are evaluated."""
+    exit_score: ExitScore
+    """What thresholds are compared with."""
+    draft_source: DraftSourceChoice
+    """`ngram` for a model without exits that may draft."""
     draft_exit: int | None
     """None for a model without exits that may draft."""
 
@@ -51,6 +55,8 @@ class PageModel(BaseModel):
     """Of those that tokens may leave at."""
     drafting_layers: list[int]
     """Of those that may draft."""
+    has_probes: bool
+    """Whether thresholds may be compared with what probes say."""
     num_positions: int
     """Longest prompt and answer together, in tokens."""
     has_chat_template: bool
@@ -94,6 +100,7 @@ def _describe(context: ServerContext) -> PageModel:
         exit_layers=list(exits.exit_layer_nums),
         leaving_layers=leaving,
         drafting_layers=drafting,
+        has_probes=model.ready.description.has_probes,
         num_positions=model.ready.description.num_positions,
         has_chat_template=bool(context.config.chat_template or model.tokenizer.chat_template),
         certified=certified_levels(model.ready),
@@ -102,6 +109,8 @@ def _describe(context: ServerContext) -> PageModel:
             exit_thresholds=[0.8] if is_certified else list(defaults.exit_thresholds),
             certified=defaults.certified_level,
             exit_layers=list(defaults.exit_layers) or leaving,
+            exit_score=defaults.exit_score or "head",
+            draft_source=defaults.draft_source if drafting else "ngram",
             draft_exit=drafting[0] if drafting and defaults.draft_exit is None else defaults.draft_exit,
         ),
     )

@@ -10,8 +10,8 @@ function element(name, properties = {}, children = []) {
 const percent = (share) => `${(100 * share).toFixed(0)} %`;
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
-/** Kinds of tokens by the exit that they left through, in the order of depth; `draft` are those that an exit drafted
- * and all layers accepted. */
+/** Kinds of tokens by the exit that they left through, in the order of depth; `draft` are those that were drafted and
+ * that all layers accepted. */
 class Exits {
   constructor(numLayers, layers) {
     this.numLayers = numLayers;
@@ -19,7 +19,7 @@ class Exits {
       ...layers.map((layer, index) => ({
         name: String(layer), words: `after layer ${layer}`, depth: layers.length > 1 ? index / (layers.length - 1) : 0,
       })),
-      ...(layers.length ? [{ name: "draft", words: `drafted by an exit, accepted by all ${numLayers} layers` }] : []),
+      { name: "draft", words: `drafted, accepted by all ${numLayers} layers` },
       { name: "final", words: `after all ${numLayers} layers` },
     ];
   }

@@ -60,23 +60,26 @@ function fill() {
     const box = element("input", { type: "checkbox", value: layer, checked: defaults.exit_layers.includes(layer) });
     at("exits").append(element("label", {}, [box, ` after layer ${layer}`]));
   }
+  at("score").value = defaults.exit_score;
   for (const layer of model.drafting_layers) {
-    at("draft").append(element("option", { value: layer, textContent: `after layer ${layer}` }));
+    at("draft").append(element("option", { value: layer, textContent: `the exit after layer ${layer}` }));
   }
-  at("draft").value = defaults.draft_exit ?? "";
+  at("draft").append(element("option", { value: "ngram", textContent: "earlier text (n-grams)" }));
+  if (model.drafting_layers.length) {
+    at("draft").append(element("option", { value: "both", textContent: "an exit or earlier text, whichever promises more" }));
+  }
+  at("draft").value = defaults.draft_source === "exit" ? defaults.draft_exit : defaults.draft_source;
   for (const { level, of } of model.certified) {
     const words = `Certified: ${Number((100 * level).toFixed(4))}% of the ${NAMES_OF_PARTS[of]} are the full model's`;
     at("promise").append(element("option", { value: level, textContent: words }));
   }
   at("promise").value = defaults.certified ?? "";
   const hasExits = model.exit_layers.length > 0;
+  const canLeave = model.leaving_layers.length > 0, canDraft = model.drafting_layers.length > 0;
   // Who opens the page wants to see exits at work, also where the server's own default is the full model.
-  const isUsable = {
-    full: true, early_exit: model.leaving_layers.length > 0, self_speculative: model.drafting_layers.length > 0,
-  };
-  const wanted = [defaults.mode, "early_exit", "self_speculative", "full"].slice(defaults.mode === "full" ? 1 : 0);
-  at("mode").value = wanted.find((mode) => isUsable[mode]);
-  for (const option of at("mode").options) option.disabled = !isUsable[option.value];
+  const shown = canLeave ? "early_exit" : canDraft ? "self_speculative" : "full";
+  at("mode").value = defaults.mode === "full" ? shown : defaults.mode;
+  at("mode").querySelector("[value=early_exit]").disabled = !canLeave; // drafts need no exit
   at("no-exits").hidden = hasExits;
   at("exits").hidden = !hasExits;
   at("form").elements.kind[1].disabled = !model.has_chat_template;
@@ -97,6 +100,7 @@ function showChoices() {
   at("exits").hidden = mode !== "early_exit";
   at("promise-field").hidden = mode !== "early_exit" || model.certified.length === 0;
   at("threshold-field").hidden = mode !== "early_exit" || certified !== undefined;
+  at("score-field").hidden = at("threshold-field").hidden || !model.has_probes;
   at("max-tokens").disabled = at("temperature").disabled = certified !== undefined;
   at("promise-hint").hidden = certified === undefined;
   const boxes = [...at("exits").querySelectorAll("input")], hasExit = boxes.some((box) => box.checked);
@@ -128,8 +132,12 @@ function openAiRequest(mode, content) {
     const boxes = [...at("exits").querySelectorAll("input:checked")];
     body.exit_thresholds = certified ? `certified:${certified.level}` : thresholds;
     body.exit_layers = boxes.map((box) => Number(box.value));
+    if (!certified && model.has_probes) body.exit_score = at("score").value;
   }
-  if (mode === "self_speculative") Object.assign(body, { draft_source: "exit", draft_exit: Number(at("draft").value) });
+  if (mode === "self_speculative") {
+    const draft = at("draft").value, exit = Number(draft);
+    Object.assign(body, exit ? { draft_source: "exit", draft_exit: exit } : { draft_source: draft });
+  }
   return { path: content.messages ? "v1/chat/completions" : "v1/completions", body };
 }
 
