@@ -27,7 +27,7 @@ TRAINING = "pretrain_early_exit_gpt.py"
 OTHERS = {"pip", "curl", "echo", "git", "serve", "lm-eval", "vllm", "vllm-router", "llama-server"}
 """Programs that are not ours; so are Python's modules and scripts that are not here."""
 
-NOT_HERE = re.compile(r"cannot read|no such f|is missing|does not exist|holds no")
+NOT_HERE = re.compile(r"^--config: cannot read|: no such f")
 """What training says of files and folders that stand for a reader's own."""
 LEFT_OUT_OF_TRAINING = (
     "--num-layers 32 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --lr 1e-3 --train-iters 10"

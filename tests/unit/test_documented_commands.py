@@ -36,6 +36,7 @@ def test_commands_of_pages_are_taken(page: Path, monkeypatch: pytest.MonkeyPatch
     ("torchrun --nproc_per_node 2 pretrain_early_exit_gpt.py ... --exit-layers 2", "unknown flag --exit-layers"),
     ("torchrun --nproc_per_node 2 pretrain_early_exit_gpt.py ... --fp8-format e4m3", "is refused"),
     ("torchrun --nproc_per_node 2 pretrain_early_exit_gpt.py ... --seed x", "--seed: expected an integer"),
+    ("python pretrain_early_exit_gpt.py --config run.yaml --save", "--save: a value is missing"),
     ("torchrun --nproc_per_node 3 pretrain_early_exit_gpt.py ... --tensor-model-parallel-size 2", "3"),
     ("python tools/tune_exits.py --load M --output O -- --tensor-model-parallel 2", "unknown flag"),
     ("python tools/plan_pipeline.py --case 7B --chose", "unknown flag --chose"),
