@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron.early_exit.tuning import command_line, own_answers, training_process
+from megatron.early_exit.evaluation import own_answers
+from megatron.early_exit.tuning import command_line, training_process
 
 RENAMES_BETWEEN_KILLS = 6
 SECONDS_FOR_ORPHANS = 5

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from megatron.early_exit.evaluation import probes as training
+from megatron.early_exit.evaluation import own_answers
 from megatron.early_exit.evaluation.command_line import main
+from megatron.early_exit.evaluation.own_answers import AnswersFolder
 from megatron.early_exit.evaluation.prompts import ids_digest, prompt_digest
 from megatron.early_exit.inference.certificates import read_certificates
 from megatron.early_exit.inference.exit_probes import ExitProbes
@@ -61,8 +62,8 @@ def test_figures_are_those_of_the_probes_on_held_out_prompts(trained: Path) -> N
     found, probes = document(trained, "probes")["results"], ExitProbes.load(iteration(trained))
     answers = {}
     for name, first in (("full", 0), (f"early_exit_{NUM_FULL}", NUM_FULL)):
-        (file,) = iteration(trained).glob(f"exit_probe_answers/*/{name}.jsonl")
-        answers |= {one["prompt"] + first: one["tokens"] for one in map(json.loads, file.read_text().splitlines())}
+        (kept,) = iteration(trained).glob(f"exit_probe_answers/*/{name}")
+        answers |= {one.number + first: list(one.ids) for one in AnswersFolder(kept).answers()}
     assert sorted(answers) == list(range(TRAINED)) and found["digest"] == probes.digest
     assert sum(found["decisions"].values()) == sum(map(len, answers.values()))
     prompts = drawn_ids(trained)
@@ -158,9 +159,9 @@ def test_certified_exits_are_planned(trained: Path) -> None:
 def test_an_interrupted_run_goes_on(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     shutil.copytree(made / "exits", folder)
-    original, answered = training.outputs_as_they_end, []
+    original, answered = own_answers.outputs_as_they_end, []
 
-    def some(llm: LLM, prompts: list, params: GenerationParams) -> Any:
+    def some(llm: LLM, prompts: list, params: list[GenerationParams]) -> Any:
         for output in original(llm, prompts, params):
             if len(answered) == 7:
                 raise KeyboardInterrupt
@@ -169,22 +170,21 @@ def test_an_interrupted_run_goes_on(made: Path, tmp_path: Path, monkeypatch: pyt
 
     words = ["--width", 4, "--max-epochs", 2]
     with monkeypatch.context() as patch:
-        patch.setattr(training, "outputs_as_they_end", some)
+        patch.setattr(own_answers, "outputs_as_they_end", some)
         with pytest.raises(KeyboardInterrupt):
             evaluate("probes", made, folder, 20, *words)
     assert not (iteration(folder) / "exit_probes.safetensors").exists()
-    (kept,) = iteration(folder).glob("exit_probe_answers/*/full.jsonl")
-    assert len(kept.read_text().splitlines()) == 7
-    with kept.open("a") as file:
-        file.write('{"prompt": 1')  # cut off
+    (kept,) = iteration(folder).glob("exit_probe_answers/*/full")
+    assert len(AnswersFolder(kept).answers()) == 7
+    (kept / "part_000001_1.npz.partial-1").write_bytes(b"half")
     again = []
     monkeypatch.setattr(
-        training,
+        own_answers,
         "outputs_as_they_end",
         lambda llm, prompts, params: again.extend(prompts) or original(llm, prompts, params),
     )
     assert evaluate("probes", made, folder, 20, *words) == 0
-    assert len(again) == 7 + 6 and len(kept.read_text().splitlines()) == 14
+    assert len(again) == 7 + 6 and len(AnswersFolder(kept).answers()) == 14
     # With another share early exit answers other prompts, from other thresholds on.
     again.clear()
     assert evaluate("probes", made, folder, 20, *words, "--early-exit-share", 0.5) == 0

@@ -17,10 +17,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.early_exit.checkpoint.store import read_checkpoint
 from megatron.early_exit.config.serialize import checkpoint_folder
 from megatron.early_exit.data.conversations import prompt_and_answer
+from megatron.early_exit.evaluation.own_answers import AnswersFolder
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.tuning.command_line import main
-from megatron.early_exit.tuning.own_answers import AnswersFolder
 from tests.data_files import write_documents
 from tests.integration.test_training_program import ROOT, environment, torchrun
 from tests.server.models import chat_model

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.early_exit.platform.part_files import read_parts, write_part
+from megatron.early_exit.platform.part_files import Parts, read_parts, write_part
 
 
 def test_items_come_back_with_their_own_values(tmp_path: Path) -> None:
@@ -21,6 +21,18 @@ def test_items_come_back_with_their_own_values(tmp_path: Path) -> None:
     assert [one[:2] for one in found] == [(7, "eod"), (4, ""), (9, "stop")]
     for (_, _, *read), *written in zip(found, ids, scores, strict=True):
         assert all((one == other).all() and one.shape == other.shape for one, other in zip(read, written, strict=True))
+
+
+def test_parts_are_kept_when_they_are_full_or_old_and_when_they_end() -> None:
+    kept: list[list[int]] = []
+    with pytest.raises(KeyboardInterrupt), Parts(lambda items: kept.append(list(items)), 3, 60.0) as parts:
+        for item in range(4):
+            parts.add(item)
+        raise KeyboardInterrupt
+    assert kept == [[0, 1, 2], [3]]
+    with Parts(lambda items: kept.append(list(items)), 3, -1.0) as parts:
+        parts.add(4)
+        assert kept[2:] == [[4]]
 
 
 def test_a_damaged_part_is_named(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ import pytest
 from megatron.early_exit.checkpoint.store import write_checkpoint
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.data.conversations import MarkedTokens, prompt_and_answer
+from megatron.early_exit.evaluation.own_answers import Answer, AnswersFolder
 from megatron.early_exit.evaluation.prompts import EvalPrompt
+from megatron.early_exit.inference.params import SamplingSettings
+from megatron.early_exit.tuning.answer_progress import AnswerProgress
 from megatron.early_exit.tuning.command_line import build_parser, check, main
 from megatron.early_exit.tuning.estimates import resolved, training_flops
 from megatron.early_exit.tuning.manifest import Manifest, Step
-from megatron.early_exit.tuning.own_answers import Answer, AnswersFolder
 from megatron.early_exit.tuning.recipe import Recipe
 from megatron.early_exit.tuning.samples import marked_answers, num_held_out, pack, write_samples
 from megatron.early_exit.tuning.training_words import TrainingPlan
@@ -281,8 +283,12 @@ def test_answers_are_asked_for_without_log_probs(tmp_path: Path) -> None:
     """So that the certified head may choose their tokens."""
     cfg = decoding_config(use_exit_norm=True)
     write_checkpoint(tmp_path, reference_description(cfg), reference_tensors(cfg))
-    params = recipe(tmp_path, "--answer-tokens", "7", "--temperature", "0.5").answer_params
-    assert (params.max_tokens, params.sampling.temperature, params.log_probs) == (7, 0.5, False)
+    params = recipe(tmp_path, "--answer-tokens", "7", "--temperature", "0.5", "--seed", "3").answer_params(2)
+    assert (params.max_tokens, params.sampling, params.log_probs) == (
+        7,
+        SamplingSettings(temperature=0.5, seed=5),
+        False,
+    )
 
 
 def test_estimates_count_what_runs(tmp_path: Path) -> None:
@@ -325,3 +331,11 @@ def test_a_model_that_is_none_is_refused_before_anything_is_written(
     assert main([*words, str(tmp_path), "--blend", "text"]) == 2
     assert main([*words, str(tmp_path), "--", "--lr=3", "--min-lr", "1"]) == 2
     assert "--lr behind -- is for this program to set" in capsys.readouterr().err
+
+
+def test_the_progress_of_answers_counts_what_has_come_since(capsys: pytest.CaptureFixture) -> None:
+    progress = AnswerProgress()
+    for done, num_tokens in ((3, 0), (4, 7), (5, 0)):
+        progress.show(done, 5, num_tokens)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("answers: 5/5, 7 tokens, ")

@@ -6,7 +6,6 @@ full model would not have taken, states are others, and a probe that never saw t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,8 +18,9 @@ from torch.nn import functional as F
 
 from megatron.early_exit.checkpoint.checksums import CHECKSUMS_FILE
 from megatron.early_exit.evaluation.calibration import ShowProgress
+from megatron.early_exit.evaluation.own_answers import AnswersFolder, take_answers
 from megatron.early_exit.evaluation.prompts import EvalPrompt, PromptSet, prompt_digest
-from megatron.early_exit.evaluation.recording import Progress, full_params, leaving_layers, outputs_as_they_end
+from megatron.early_exit.evaluation.recording import Progress, full_params, leaving_layers
 from megatron.early_exit.evaluation.statistics.exit_metrics import auroc, expected_calibration_error, leaving_share
 from megatron.early_exit.inference.certificates import AnswerSettings
 from megatron.early_exit.inference.engine_loading import LoadedEngine
@@ -131,7 +131,7 @@ def _take_all_samples(
     num_full = max(len(prompts) - round(settings.early_exit_share * len(prompts)), 1)
     full, others = prompts[:num_full], prompts[num_full:]
     params = full_params(AnswerSettings(settings.answer_tokens, settings.ignore_eod))
-    answers = take_answers(llm, full, params, folder / "full.jsonl", show("answers"))
+    answers = _answers(llm, full, params, folder / "full", show("answers"))
     samples = take_samples(llm, full, answers, show("hidden states"))
     if not others:
         return samples
@@ -139,7 +139,7 @@ def _take_all_samples(
     thresholds = tuple(float(np.median(samples.exits[layer].confidences)) for layer in layers)  # half of them leave
     early = replace(params, mode="early_exit", exit_layers=layers, exit_thresholds=thresholds)
     # Which prompts these are, and their thresholds, depends on how many the full model answers.
-    answers = take_answers(llm, others, early, folder / f"early_exit_{num_full}.jsonl", show("answers of early exit"))
+    answers = _answers(llm, others, early, folder / f"early_exit_{num_full}", show("answers of early exit"))
     more = take_samples(llm, others, answers, show("hidden states behind them"))
     return ProbeSamples(
         {layer: ExitSamples(*map(np.concatenate, zip(one, more.exits[layer]))) for layer, one in samples.exits.items()},
@@ -153,37 +153,13 @@ def held_out_prompts(num_prompts: int, settings: ProbeSettings) -> np.ndarray:
     return np.sort(np.random.default_rng(settings.seed).permutation(num_prompts)[:count])
 
 
-def take_answers(
-    llm: LLM, prompts: Sequence[EvalPrompt], params: GenerationParams, path: Path, progress: Progress
-) -> list[list[int]]:
-    """Answers in the order of prompts. They are kept in `path`, a line each, as they come."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = {number: answer for number, answer in _read_answers(path).items() if number < len(prompts)}
-    missing = [number for number in range(len(prompts)) if number not in found]
-    progress(len(found), len(prompts))
-    with path.open("a") as file:
-        for output in outputs_as_they_end(llm, [prompts[number].ids for number in missing], params):
-            number = missing[output.prompt_index]
-            found[number] = output.result.token_ids
-            file.write(json.dumps({"prompt": number, "tokens": found[number]}) + "\n")
-            file.flush()
-            progress(len(found), len(prompts))
-    return [found[number] for number in range(len(prompts))]
-
-
-def _read_answers(path: Path) -> dict[int, list[int]]:
-    """By number of the prompt. A last line that an interruption has cut off is dropped."""
-    if not path.exists():
-        return {}
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if len(whole) < len(text):
-        path.write_text(whole)
-    try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-        return {line["prompt"]: line["tokens"] for line in lines}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); remove it") from error
+def _answers(
+    llm: LLM, prompts: Sequence[EvalPrompt], params: GenerationParams, folder: Path, progress: Progress
+) -> list[tuple[int, ...]]:
+    """Ids of the answers in the order of prompts; they are kept in the folder."""
+    show = lambda done, total, _: progress(done, total)
+    ids = [prompt.ids for prompt in prompts]
+    return [one.ids for one in take_answers(llm, AnswersFolder(folder), ids, [params] * len(ids), show)]
 
 
 def take_samples(

@@ -16,6 +16,7 @@ from megatron.early_exit.inference.exit_records import PromptRecord, RecordsFold
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.text_engine import RequestOutput
+from megatron.early_exit.platform.part_files import Parts
 
 _PROMPTS_PER_PART, _SECONDS_PER_PART = 64, 120.0
 
@@ -45,10 +46,10 @@ def full_params(answers: AnswerSettings, **more: object) -> GenerationParams:
 
 
 def outputs_as_they_end(
-    llm: LLM, prompts: Sequence[Sequence[int]], params: GenerationParams
+    llm: LLM, prompts: Sequence[Sequence[int]], params: GenerationParams | Sequence[GenerationParams]
 ) -> Iterator[RequestOutput]:
-    """Answers of a model that has many at once, in the order in which they end. Raises ValueError if one
-    fails."""
+    """Answers of a model that has many at once, in the order in which they end. params: of all, or of each. Raises
+    ValueError if one fails."""
     for delta in llm.stream([list(ids) for ids in prompts], params):
         if delta.is_finished:
             if delta.output.error is not None:
@@ -64,19 +65,14 @@ def take_records(
     records = {record.prompt: record for record in folder.open()}
     missing = [number for number in range(len(prompts)) if number not in records]
     params = full_params(folder.about.answers, observe_exits=True, exit_score=folder.about.fingerprint.score)
-    part: list[PromptRecord] = []
-    start = last = time.perf_counter()
+    start = time.perf_counter()
     progress(len(records), len(prompts))
-    try:
+    with Parts(folder.add, _PROMPTS_PER_PART, _SECONDS_PER_PART) as parts:
         for output in outputs_as_they_end(llm, [prompts[number].ids for number in missing], params):
-            part.append(_record(missing[output.prompt_index], output))
-            records[part[-1].prompt] = part[-1]
-            if len(part) >= _PROMPTS_PER_PART or time.perf_counter() - last > _SECONDS_PER_PART:
-                folder.add(part)
-                part, last = [], time.perf_counter()
+            record = _record(missing[output.prompt_index], output)
+            records[record.prompt] = record
+            parts.add(record)
             progress(len(records), len(prompts))
-    finally:
-        folder.add(part)
     return [records[number] for number in range(len(prompts))], time.perf_counter() - start
 
 

@@ -4,7 +4,8 @@ A part is a .npz with one row for each item in some columns, and as many values 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,31 @@ import numpy as np
 from megatron.early_exit.platform.files import replaced
 
 _LENGTHS = "lengths"
+
+
+class Parts:
+    """Keeps items in parts of `count`, or of what has come in so many seconds; an interruption keeps what is left."""
+
+    def __init__(self, keep: Callable[[Sequence[Any]], None], count: int, seconds: float) -> None:
+        """keep: writes a part, and nothing if there are no items."""
+        self._keep, self._count, self._seconds = keep, count, seconds
+        self._items: list[Any] = []
+        self._last = time.monotonic()
+
+    def add(self, item: Any) -> None:
+        self._items.append(item)
+        if len(self._items) >= self._count or time.monotonic() - self._last > self._seconds:
+            self._keep_rest()
+
+    def _keep_rest(self) -> None:
+        self._keep(self._items)
+        self._items, self._last = [], time.monotonic()
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._keep_rest()
 
 
 def write_part(

@@ -139,20 +139,20 @@ class Recipe:
     def prompts(self) -> list[EvalPrompt]:
         """In random order: those that the answers are of, or, before there are any, as they are drawn now. Raises
         ValueError or OSError for prompts that cannot be answered."""
-        from megatron.early_exit.tuning.own_answers import AnswersFolder
+        from megatron.early_exit.evaluation.own_answers import AnswersFolder
 
         folder = AnswersFolder(self.answers_folder)
         is_written = self.manifest.state("answers") in ("begun", "done") and folder.prompts_path.exists()
         return folder.prompts() if is_written else self._drawn_prompts()
 
-    @property
-    def answer_params(self) -> GenerationParams:
-        """How the model answers. Nobody reads log-probs, so a head may be one that gives none."""
+    def answer_params(self, number: int) -> GenerationParams:
+        """How the model gives answer `number`: the prompt's number x answers to each + which one it is. Nobody reads
+        log-probs, so its head may be one that gives none."""
         from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 
         args = self.args
         sampling = SamplingSettings(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-        return GenerationParams(max_tokens=args.answer_tokens, sampling=sampling, log_probs=False)
+        return GenerationParams(max_tokens=args.answer_tokens, sampling=sampling.of_sample(number), log_probs=False)
 
     # What the steps do
 
@@ -175,21 +175,24 @@ class Recipe:
         return {}
 
     def answer(self) -> Facts:
-        from megatron.early_exit.tuning.own_answers import AnswersFolder, write_answers
+        from megatron.early_exit.evaluation.own_answers import AnswersFolder, take_answers
+        from megatron.early_exit.tuning.answer_progress import AnswerProgress
 
         args, folder = self.args, AnswersFolder(self.answers_folder)
         if not folder.prompts_path.exists():
             folder.write_prompts(self.prompts)
         longest = max(len(one.ids) for one in self.prompts) + args.answer_tokens - 1
+        numbers = range(len(self.prompts) * args.answers_to_each)
+        ids = [self.prompts[number // args.answers_to_each].ids for number in numbers]
         with self._loaded(self.base, longest) as llm:
-            answers = write_answers(llm, folder, self.answer_params, args.answers_to_each)
+            answers = take_answers(llm, folder, ids, list(map(self.answer_params, numbers)), AnswerProgress().show)
         ended = sum(one.finish_reason == "eod" for one in answers)
         num_tokens = sum(len(one.ids) for one in answers)
         print(f"{len(answers):,} answers, {num_tokens:,} tokens; {ended:,} ended by themselves")
         return {"answers": len(answers), "tokens": num_tokens, "ended": ended}
 
     def make_samples(self) -> Facts:
-        from megatron.early_exit.tuning.own_answers import AnswersFolder
+        from megatron.early_exit.evaluation.own_answers import AnswersFolder
         from megatron.early_exit.tuning.samples import marked_answers, num_held_out, write_samples
 
         args, prompts, (_, tokenizer) = self.args, self.prompts, self.model
@@ -262,10 +265,10 @@ class Recipe:
     def report(self) -> Facts:
         from megatron.early_exit.evaluation.commands.exits import evaluated_heads
         from megatron.early_exit.evaluation.documents import content_digest, result_document, write_document
+        from megatron.early_exit.evaluation.own_answers import AnswersFolder
         from megatron.early_exit.evaluation.prompts import EvalPrompt
         from megatron.early_exit.inference.engine_loading import load_engine
         from megatron.early_exit.inference.llm import LLM
-        from megatron.early_exit.tuning.own_answers import AnswersFolder
         from megatron.early_exit.tuning.samples import marked_answers
 
         args, prompts, answers = self.args, self.prompts, AnswersFolder(self.answers_folder).answers()

@@ -10,8 +10,8 @@ import numpy as np
 
 from megatron.early_exit.data.conversations import MarkedTokens, prompt_and_answer
 from megatron.early_exit.data.loss_masks import BEGINS, HAS_LOSS, mask_prefix
+from megatron.early_exit.evaluation.own_answers import Answer
 from megatron.early_exit.evaluation.prompts import EvalPrompt
-from megatron.early_exit.tuning.own_answers import Answer
 
 _OPEN_ROWS = 64
 """Rows that are not full and may get another text: few, so that packing stays fast."""
