@@ -31,7 +31,7 @@ from tests.distributed.parallel_model import layout
 from tests.reference import ReferenceBatch, ReferenceModel
 from tests.reference_checkpoint import reference_description, reference_tensors
 
-COSTS = StepCosts((1.0,) * 5, (1.0,) * 5, (1.0,) * 5, (1.0,) * 5)
+COSTS = StepCosts((1.0,) * 6, (1.0,) * 6, (1.0,) * 6, (1.0,) * 6)
 
 Request = tuple[list[int], GenerationParams]
 

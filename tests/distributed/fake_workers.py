@@ -32,7 +32,7 @@ from megatron.early_exit.inference.worker.placement import Placement
 DESCRIPTION = WorkerDescription(
     num_layers=4, hidden_size=8, vocab_size=1000, exits=(ExitDescription(2, 2, False),), num_slots=4, num_positions=64
 )
-COSTS = StepCosts((1.0,) * 5, (2.0,) * 5, (3.0,) * 5, (4.0,) * 5)
+COSTS = StepCosts((1.0,) * 6, (2.0,) * 6, (3.0,) * 6, (4.0,) * 6)
 
 
 class StageOutput(NamedTuple):
@@ -190,10 +190,10 @@ class FakeStage:
 
     def measure_costs(self) -> StepCosts:
         self._sum_over_ranks(1)
-        zeros = (0.0,) * 5
-        exits = ((2.0,) * 5, (3.0,) * 5) if self.stage == 0 else (zeros, zeros)
-        final = (4.0,) * 5 if self.is_last else zeros
-        return StepCosts((1.0 + self.stage,) * 5, *exits, final, batch_seconds=0.1 * (1 + self.stage))
+        zeros = (0.0,) * 6
+        exits = ((2.0,) * 6, (3.0,) * 6) if self.stage == 0 else (zeros, zeros)
+        final = (4.0,) * 6 if self.is_last else zeros
+        return StepCosts((1.0 + self.stage,) * 6, *exits, final, batch_seconds=0.1 * (1 + self.stage))
 
 
 def _output(one: StageRows, token: int, head: int, credit: int) -> RowsOutput:

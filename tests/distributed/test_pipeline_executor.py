@@ -139,20 +139,15 @@ def test_impossible_layouts() -> None:
 def test_costs_of_stages_together() -> None:
     zeros, n = (0.0,) * len(ROW_COUNTS), len(ROW_COUNTS)
     one = StepCosts((1.0,) * n, zeros, zeros, zeros, 0.1)
-    two = StepCosts((4.0,) * n, (2.0,) * n, (3.0,) * n, zeros, 0.3, has_approximate_heads=True)
+    two = StepCosts((4.0,) * n, (2.0,) * n, (3.0,) * n, zeros, 0.3, 0.01, 0.4, 0.8, has_approximate_heads=True)
     three = StepCosts(
-        (2.0,) * n,
-        (7.0,) * n,
-        (8.0,) * n,
-        (5.0,) * n,
-        0.2,
-        exit_saved_seconds=(1.0,) * n,
-        final_saved_seconds=(4.0,) * n,
-    )
+        (2.0,) * n, (7.0,) * n, (8.0,) * n, (5.0,) * n, 0.2, 0.02, call_seconds=0.4,
+        exit_saved_seconds=(1.0,) * n, final_saved_seconds=(4.0,) * n,
+    )  # fmt: skip
     merged = merged_costs([one, two, three], (1, 2, 1))
     assert merged == StepCosts(
-        (11 / 4,) * n, (2.0,) * n, (3.0,) * n, (5.0,) * n, 0.3, has_approximate_heads=True,
-        exit_saved_seconds=(1.0,) * n, final_saved_seconds=(4.0,) * n,
+        (11 / 4,) * n, (2.0,) * n, (3.0,) * n, (5.0,) * n, 0.3, 0.02, 0.2, 0.5,
+        has_approximate_heads=True, exit_saved_seconds=(1.0,) * n, final_saved_seconds=(4.0,) * n,
     )  # fmt: skip
     without_exits = merged_costs([one, one], (1, 1))
     assert without_exits == one
@@ -361,7 +356,7 @@ def test_what_stages_say_of_themselves_together() -> None:
         for number in range(50):
             executor.submit(step(number))
         costs = executor.measure_costs()  # each rank in its turn: passes and measurements are collectives
-        assert costs == StepCosts((1.5,) * 5, (2.0,) * 5, (3.0,) * 5, (4.0,) * 5, 0.2)
+        assert costs == StepCosts((1.5,) * 6, (2.0,) * 6, (3.0,) * 6, (4.0,) * 6, 0.2)
         assert len(poll(executor, 50)) == 50
 
 

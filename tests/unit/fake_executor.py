@@ -33,7 +33,7 @@ from megatron.early_exit.inference.protocol import (
 
 NUM_LAYERS = 6
 EXITS = ExitConfig(exit_layer_nums=(2, 4))
-COSTS = StepCosts((1.0,) * 5, (1.0,) * 5, (1.0,) * 5, (1.0,) * 5)
+COSTS = StepCosts((1.0,) * 6, (1.0,) * 6, (1.0,) * 6, (1.0,) * 6)
 
 
 def predict(ids: Sequence[int], exit_index: int, vocab_size: int) -> tuple[int, float]:

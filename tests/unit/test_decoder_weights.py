@@ -113,9 +113,10 @@ def test_the_parameters_of_some_layers_are_those_that_are_read(head: str, style:
 @pytest.mark.parametrize("stage", range(4))
 def test_costs_of_a_stage_are_those_of_what_it_has(stage: int) -> None:
     cfg = decoding_config(exit_layer_nums=(1, 4), use_exit_norm=True)
-    decoder = Decoder(read(cfg, layers=range(stage, stage + 1)), num_slots=1)
+    decoder = Decoder(read(cfg, layers=range(stage, stage + 1)), num_slots=3)
     costs = measure_costs(decoder, repetitions=1)
     assert min(costs.layer_seconds) > 0 and costs.batch_seconds > 0
+    assert min(costs.row_seconds, costs.slot_seconds, costs.call_seconds) >= 0
     for seconds, is_here in (
         (costs.approximate_seconds, stage in (0, 3)),
         (costs.exit_head_seconds, stage in (0, 3)),

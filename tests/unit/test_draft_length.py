@@ -19,11 +19,11 @@ EXIT = ExitDescription(2, 2, False)
 
 
 def test_costs_where_only_tokens_are_needed() -> None:
-    saved = (0.5, 0.25, 0.0, 0.0, 0.0)
+    saved = (0.5, 0.25, 0.0, 0.0, 0.0, 0.0)
     costs = replace(COSTS, exit_saved_seconds=saved, final_saved_seconds=(2.0, *saved[1:]))
     both = costs.for_tokens(of_drafts=True, of_probed=False, of_final=True)
-    assert both.approximate_seconds == (0.5, 0.75, 1.0, 1.0, 1.0)
-    assert both.final_head_seconds == (0.0, 0.75, 1.0, 1.0, 1.0)  # never less than nothing
+    assert both.approximate_seconds == (0.5, 0.75, 1.0, 1.0, 1.0, 1.0)
+    assert both.final_head_seconds == (0.0, 0.75, 1.0, 1.0, 1.0, 1.0)  # never less than nothing
     assert (both.layer_seconds, both.exit_head_seconds) == (SAME, SAME)
     assert costs.for_tokens(of_drafts=False, of_probed=False, of_final=False) == costs
     probed = costs.for_tokens(of_drafts=False, of_probed=True, of_final=False)

@@ -106,11 +106,13 @@ def test_interval_of_a_share_of_tokens() -> None:
 
 
 def test_where_a_step_goes() -> None:
-    costs = StepCosts((1.0, 2.0, 3.0, 4.0, 5.0), (0.0,) * 5, (0.0,) * 5, (2.0, 2.5, 3.0, 3.5, 4.0))
-    full = {"batch": 4, "fastest_step_seconds": [[40.0, 30.0], [18.0, None]]}
+    costs = StepCosts(
+        (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), (0.0,) * 6, (0.0,) * 6, (2.0, 2.5, 3.0, 3.5, 4.0, 4.5), slot_seconds=0.5
+    )
+    full = {"batch": 4, "fastest_step_seconds": [[40.0, 30.0], [20.0, None]]}
     parts = step_parts([full], costs, num_layers=3)
-    assert [(one["part"], one["seconds"]) for one in parts] == [("layers", 9.0), ("final head", 3.0), ("rest", 6.0)]
-    assert [one["share"] for one in parts] == pytest.approx([9 / 18, 3 / 18, 6 / 18])
+    assert [(one["part"], one["seconds"]) for one in parts] == [("layers", 13.5), ("final head", 3.0), ("rest", 3.5)]
+    assert [one["share"] for one in parts] == pytest.approx([13.5 / 20, 3 / 20, 3.5 / 20])
     assert step_parts([{"batch": 1, "fastest_step_seconds": [[None]]}], costs, 3) == []
 
 

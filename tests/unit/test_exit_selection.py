@@ -96,5 +96,10 @@ def test_too_many_exits_are_refused() -> None:
 
 
 def test_interpolated_costs() -> None:
-    some = StepCosts((1.0, 2.0, 4.0, 8.0, 16.0), (0.0,) * 5, (0.0,) * 5, (0.0,) * 5)
-    assert [some.layer(rows) for rows in (0.5, 1, 1.5, 3, 16, 32)] == [1.0, 1.0, 1.5, 3.0, 16.0, 32.0]
+    some = StepCosts((1.0, 2.0, 4.0, 8.0, 16.0, 24.0), (0.0,) * 6, (0.0,) * 6, (0.0,) * 6)
+    assert [some.layer(rows) for rows in (0.5, 1, 1.5, 3, 16, 32, 48)] == [1.0, 1.0, 1.5, 3.0, 16.0, 24.0, 32.0]
+    # What is measured is not above 0 for sure, and rows never give time back.
+    assert replace(some, layer_seconds=(1.0,) * 5 + (0.5,)).layer(99) == 0.5
+    some = replace(some, slot_seconds=0.5, call_seconds=0.25, batch_seconds=2.0, row_seconds=0.1)
+    assert some.layer(8, slots=4, calls=3) == 8.0 + 3 * 0.5 + 2 * 0.25 and some.layer(8, 0.5, 0.2) == 8.0
+    assert (some.batch(1), some.batch(5)) == (2.0, 2.4)

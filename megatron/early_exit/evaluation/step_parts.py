@@ -15,15 +15,15 @@ def step_parts(full: Sequence[Row], costs: StepCosts, num_layers: int) -> list[R
     """Of each batch size, seconds and share of the fastest step that was seen, as `costs` are the fastest as well;
     nothing over pipeline stages, where steps overlap. full: `per_prompt` of the full model at each batch size.
 
-    The rest is the scheduler, the sampling, what attention needs beyond a first row, and on a GPU the launches; it is
-    what is left, and so below 0 where layers were measured too slow."""
+    The rest is the scheduler, the sampling, what attention needs for sequences longer than those that were measured,
+    and on a GPU the launches; it is what is left, and so below 0 where layers were measured too slow."""
     found = []
     for one in full:
         steps = [seconds for of_round in one["fastest_step_seconds"] for seconds in of_round if seconds is not None]
         if not steps:
             continue
         step, batch = min(steps), one["batch"]
-        layers, head = num_layers * costs.layer(batch), costs.final_head(batch)
+        layers, head = num_layers * costs.layer(batch, slots=batch), costs.final_head(batch)
         for part, seconds in zip(PARTS, (layers, head, step - layers - head), strict=True):
             found.append({"batch": batch, "part": part, "seconds": seconds, "share": seconds / step})
     return found

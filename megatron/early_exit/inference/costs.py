@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 
 from megatron.early_exit.inference.protocol import WorkerDescription
 
-ROW_COUNTS = (1, 2, 4, 8, 16)
+ROW_COUNTS = (1, 2, 4, 8, 16, 32)
+
+MEASURED_SLOTS = ROW_COUNTS[-1]
+"""A measurement writes to so many slots, or to all if there are fewer."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,14 @@ class StepCosts:
     exit_head_seconds: tuple[float, ...]
     final_head_seconds: tuple[float, ...]
     batch_seconds: float = 0.0
-    """To set up a batch of rows: once a step, and again where rows leave."""
+    """What a step with one row takes beside layers and heads: to set up the batch, to report the token. Once a step,
+    and again where rows leave."""
+    row_seconds: float = 0.0
+    """More of it with each further row."""
+    slot_seconds: float = 0.0
+    """More of a layer with each further slot that its rows are of: attention reads the keys of each."""
+    call_seconds: float = 0.0
+    """More of a layer with each further call of attention, where slots have unequal numbers of rows."""
     has_approximate_heads: bool = False
     """Whether the exit's own head is needed as well when a token leaves."""
     probe_seconds: tuple[float, ...] = (0.0,) * len(ROW_COUNTS)
@@ -55,8 +65,13 @@ class StepCosts:
             final_head_seconds=less(self.final_head_seconds, self.final_saved_seconds, of_final),
         )
 
-    def layer(self, rows: float) -> float:
-        return _interpolate(self.layer_seconds, rows)
+    def layer(self, rows: float, slots: float = 1, calls: float = 1) -> float:
+        """Of rows in so many slots, which attend in so many calls."""
+        further = max(slots - 1, 0) * self.slot_seconds + max(calls - 1, 0) * self.call_seconds
+        return _interpolate(self.layer_seconds, rows) + further
+
+    def batch(self, rows: float) -> float:
+        return self.batch_seconds + max(rows - 1, 0) * self.row_seconds
 
     def approximate_head(self, rows: float) -> float:
         return _interpolate(self.approximate_seconds, rows)
@@ -72,11 +87,12 @@ class StepCosts:
 
 
 def _interpolate(seconds: tuple[float, ...], rows: float) -> float:
-    """Between the measured row counts, and proportional beyond the last."""
+    """Between the measured row counts; beyond the last, each further row takes as long as those before it."""
     if rows <= ROW_COUNTS[0]:
         return seconds[0]
     if rows >= ROW_COUNTS[-1]:
-        return seconds[-1] * rows / ROW_COUNTS[-1]
+        of_row = (seconds[-1] - seconds[-2]) / (ROW_COUNTS[-1] - ROW_COUNTS[-2])
+        return seconds[-1] + max(of_row, 0.0) * (rows - ROW_COUNTS[-1])
     above = bisect_left(ROW_COUNTS, rows)
     if ROW_COUNTS[above] == rows:
         return seconds[above]
@@ -88,21 +104,25 @@ def _interpolate(seconds: tuple[float, ...], rows: float) -> float:
 def merged_costs(stages: Sequence[StepCosts], layers_per_stage: Sequence[int]) -> StepCosts:
     """Costs of a model from those of its stages, which have zeros for what they do not have."""
     num_layers = sum(layers_per_stage)
-    layers = [
-        sum(count * seconds for count, seconds in zip(layers_per_stage, of_stages, strict=True)) / num_layers
-        for of_stages in zip(*(one.layer_seconds for one in stages), strict=True)
-    ]
+    mean = lambda of_stages: sum(
+        count * value for count, value in zip(layers_per_stage, of_stages, strict=True)
+    ) / num_layers  # fmt: skip
+    mean_of = lambda name: mean([getattr(one, name) for one in stages])
+    most = lambda name: max(getattr(one, name) for one in stages)
     first = lambda name: next(filter(any, (getattr(one, name) for one in stages)), (0.0,) * len(ROW_COUNTS))
     return StepCosts(
-        tuple(layers),
-        first("approximate_seconds"),
-        first("exit_head_seconds"),
-        first("final_head_seconds"),
-        max(one.batch_seconds for one in stages),
-        any(one.has_approximate_heads for one in stages),
-        first("probe_seconds"),
-        first("exit_saved_seconds"),
-        first("final_saved_seconds"),
+        layer_seconds=tuple(map(mean, zip(*(one.layer_seconds for one in stages), strict=True))),
+        approximate_seconds=first("approximate_seconds"),
+        exit_head_seconds=first("exit_head_seconds"),
+        final_head_seconds=first("final_head_seconds"),
+        batch_seconds=most("batch_seconds"),
+        row_seconds=most("row_seconds"),
+        slot_seconds=mean_of("slot_seconds"),
+        call_seconds=mean_of("call_seconds"),
+        has_approximate_heads=any(one.has_approximate_heads for one in stages),
+        probe_seconds=first("probe_seconds"),
+        exit_saved_seconds=first("exit_saved_seconds"),
+        final_saved_seconds=first("final_saved_seconds"),
     )
 
 

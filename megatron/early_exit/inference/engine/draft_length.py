@@ -27,6 +27,8 @@ class StepLoad:
     """Rows of the step beyond one for each request."""
     extra_tokens: float = 0.0
     """What these promise."""
+    num_longer: int = 0
+    """Requests that have them: each may split the calls of attention."""
     is_drafting: bool = False
     """Whether an exit is drafting for some request. The others that speculate wait, and all verify together: one that
     runs all layers meanwhile would make every row of the drafts as slow as that."""
@@ -39,37 +41,39 @@ class DraftRates:
 
     def __init__(self, costs: StepCosts, num_layers: int) -> None:
         self.costs, self._num_layers = costs, num_layers
-        self._steps: dict[tuple[int, int], float] = {}
+        self._steps: dict[tuple[int, int, int], float] = {}
         self._rounds: dict[tuple[int, int, int, int, bool], float] = {}
-        self._least_of_rows: dict[tuple[int, int, int], float] = {}
+        self._least_of_rows: dict[tuple[int, int, int, int], float] = {}
         self._least_of_exits: dict[tuple[int, int, int, int, bool], float] = {}
 
-    def step_seconds(self, num_requests: int, extra_rows: int = 0) -> float:
-        """A step in which each request runs a row through all layers, and some run more."""
-        key = num_requests, extra_rows
+    def step_seconds(self, num_requests: int, extra_rows: int = 0, num_longer: int = 0) -> float:
+        """A step in which each request runs a row through all layers, and `num_longer` of them `extra_rows` more."""
+        key = num_requests, extra_rows, num_longer
         if key not in self._steps:
             costs, rows = self.costs, num_requests + extra_rows
-            layers = self._num_layers * costs.layer(rows)
-            self._steps[key] = layers + costs.final_head(rows) + costs.batch_seconds
+            calls = min(1 + 2 * num_longer, num_requests)  # itself, and what lies behind it
+            layers = self._num_layers * costs.layer(rows, num_requests, calls)
+            self._steps[key] = layers + costs.final_head(rows) + costs.batch(rows)
         return self._steps[key]
+
+    def _with_rows(self, load: StepLoad, length: int) -> float:
+        """Seconds of the next step where a request adds a draft of this length to it."""
+        num_longer = load.num_longer + (length > 0)
+        return self.step_seconds(load.num_requests, load.extra_rows + length, num_longer)
 
     def of_rows(self, expected: Sequence[float], load: StepLoad) -> list[float]:
         """Where 0, 1, ... known drafts are verified in the next step. expected: tokens that each gives."""
         others = load.num_requests - 1 + load.extra_tokens
-        return [
-            (others + tokens) / self.step_seconds(load.num_requests, load.extra_rows + length)
-            for length, tokens in enumerate(expected)
-        ]
+        return [(others + tokens) / self._with_rows(load, length) for length, tokens in enumerate(expected)]
 
     def least_of_rows(self, longest: int, load: StepLoad) -> float:
         """Known drafts of which the first is accepted less often pay at no length up to `longest`, however often the
         others are. Where steps are slow with many rows it is above 1."""
-        key = longest, load.num_requests, load.extra_rows
+        key = longest, load.num_requests, load.extra_rows, load.num_longer
         if key not in self._least_of_rows:
-            plain = self.step_seconds(load.num_requests, load.extra_rows)
+            plain = self._with_rows(load, 0)
             self._least_of_rows[key] = min(
-                (self.step_seconds(load.num_requests, load.extra_rows + length) / plain - 1.0) / length
-                for length in range(1, longest + 1)
+                (self._with_rows(load, length) / plain - 1.0) / length for length in range(1, longest + 1)
             )
         return self._least_of_rows[key] * (load.num_requests + load.extra_tokens)
 
@@ -100,12 +104,16 @@ class DraftRates:
         if key not in self._rounds:
             costs, both = self.costs, drafting + plain
             shallow, deep = one.depth + one.has_block, self._num_layers - one.depth
-            draft = shallow * costs.layer(both) + costs.approximate_head(drafting) + costs.batch_seconds
-            if plain:
-                draft += deep * costs.layer(plain) + costs.final_head(plain) + costs.batch_seconds
-            verified = drafting * (length + 1) + plain
-            verify = shallow * costs.layer(both) + deep * costs.layer(verified)
-            verify += costs.final_head(verified) + costs.batch_seconds
+            # Drafts leave their batch, and join that in which they are verified.
+            draft = shallow * costs.layer(both, both) + costs.approximate_head(drafting)
+            draft += costs.batch(both) + costs.batch(drafting)
+            if plain:  # they run on past the exit, with gaps between them
+                draft += deep * costs.layer(plain, plain, min(plain, drafting + 1)) + costs.final_head(plain)
+            verified, calls = drafting * (length + 1) + plain, both if length else 1
+            verify = shallow * costs.layer(both, both) + deep * costs.layer(verified, both, calls)
+            verify += costs.final_head(verified) + costs.batch(verified)
+            if length:
+                verify += costs.batch(drafting)
             self._rounds[key] = length * draft + verify
         return self._rounds[key]
 
@@ -114,7 +122,7 @@ class DraftRates:
         """To ask another exit about a row that is being verified."""
         costs = self.costs
         own_head = costs.exit_head(1) if costs.has_approximate_heads else 0.0
-        return costs.approximate_head(1) + own_head + costs.batch_seconds
+        return costs.approximate_head(1) + own_head + costs.batch(1)
 
 
 class DraftWindow:

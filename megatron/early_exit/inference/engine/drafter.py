@@ -126,6 +126,7 @@ class Drafter:
             return self._trial(load)
         if best.exit is None:
             load.extra_rows += best.length
+            load.num_longer += 1
             load.extra_tokens += self._expected_of_match(best.length)
             return DraftChoice(tuple(self._index.following(self._match, best.length)))
         self._draft = _ExitDraft(best.exit, best_rate, load)

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificates
-from megatron.early_exit.inference.costs import StepCosts, guessed_costs
+from megatron.early_exit.inference.costs import MEASURED_SLOTS, StepCosts, guessed_costs
 from megatron.early_exit.inference.engine.audit import ExitAudit
 from megatron.early_exit.inference.engine.draft_acceptance import Experience, Source
 from megatron.early_exit.inference.engine.draft_length import DraftRates, DraftWindow, StepLoad
@@ -203,13 +203,15 @@ class Engine:
     def measure_costs(self) -> StepCosts:
         """What layers and heads cost, measured once; the engine must be idle. A guess if the workers have ended."""
         if self._measured_costs is None:
-            self.borrow(1)  # which is overwritten
+            num_slots = min(self.description.num_slots, MEASURED_SLOTS)
+            self.borrow(num_slots)  # which are overwritten
             try:
                 self._measured_costs = self.executor.measure_costs()
             except ExecutorError as error:
                 self.failure = str(error)
             finally:
-                self.slots.free(0, is_clean=False)
+                for slot in range(num_slots):
+                    self.slots.free(slot, is_clean=False)
         return self._costs
 
     def forget_prefixes(self) -> None:

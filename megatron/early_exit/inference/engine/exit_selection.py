@@ -59,15 +59,16 @@ def step_seconds(
     Rows that left run later, together with the next row of their request that goes on: over time every layer sees as
     many rows as without exits, but in fewer runs. With a share q of tokens going past an exit, a step runs the layers
     behind it with probability 1 - (1 - q)^n, and then with n / that many rows."""
-    seconds, depth, goes_on = costs.batch_seconds, 0, 1.0
+    seconds, depth, goes_on = costs.batch(num_requests), 0, 1.0
     staying = np.ones(len(would_leave), dtype=bool)
     for index in (*enabled, None):
         runs = 1.0 - (1.0 - goes_on) ** num_requests
         if runs <= 0.0:
             return seconds
         until = num_layers if index is None else depths[index]
-        seconds += (until - depth) * runs * costs.layer(num_requests / runs)
         evaluated = num_requests * goes_on / runs  # rows that have not left, in a step in which there are some
+        calls = evaluated * (1.0 - _share_beside_equals(goes_on))
+        seconds += (until - depth) * runs * costs.layer(num_requests / runs, evaluated, calls)
         if index is None:
             return seconds + runs * costs.final_head(evaluated)
         seconds += runs * (costs.probe(evaluated) if score == "probe" else costs.approximate_head(evaluated))
@@ -80,8 +81,14 @@ def step_seconds(
         depth, goes_on = until, staying.mean()
         # Where some go on, the batch changes if others leave, or if rows join that left in an earlier step.
         changes = 1.0 - (1.0 - leaves.mean()) ** num_requests
-        seconds += (1.0 - (1.0 - goes_on) ** num_requests) * changes * costs.batch_seconds
+        seconds += (1.0 - (1.0 - goes_on) ** num_requests) * changes * costs.batch(num_requests * goes_on)
     return seconds
+
+
+def _share_beside_equals(goes_on: float) -> float:
+    """How often the slot behind one that goes on does so too, with as many rows: these attend in one call. With k rows
+    there is one that goes on and k - 1 that left before it, of which a share `goes_on` (1 - `goes_on`)^(k - 1) has."""
+    return goes_on * goes_on / (2.0 - goes_on)
 
 
 class ExitSelector:

@@ -6,7 +6,7 @@ the order of slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -84,7 +84,7 @@ class Attention:
 
     def __init__(self, cache: KVCache, num_heads: int, frequencies: Tensor | None) -> None:
         """num_heads: of queries, on this rank; frequencies: as of `RotaryTable`, None: no rotary embeddings."""
-        self.cache = cache
+        self.cache, self.num_heads = cache, num_heads
         self.queries_per_kv_head = num_heads // cache.num_kv_heads
         self.masks = MaskTable(cache.num_positions, cache.dtype, cache.device)
         self.rotary = None
@@ -106,13 +106,39 @@ def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
     return pairs.view(heads.shape).to(heads.dtype)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Segments that attend in one call: consecutive slots, equally many rows each."""
+class _Span(NamedTuple):
+    """Segments that attend in one call: all slots from the first on, each with as many rows as the longest segment.
+    Rows that are not there are copies of others."""
 
-    first_row: int
+    segments: tuple[Segment, ...]
     num_slots: int
     rows_per_slot: int
+
+    @classmethod
+    def of(cls, segments: tuple[Segment, ...]) -> _Span:
+        num_slots = segments[-1].slot + 1 - segments[0].slot
+        return cls(segments, num_slots, max(one.count for one in segments))
+
+    @property
+    def num_computed(self) -> int:
+        """Rows, copies included."""
+        return self.num_slots * self.rows_per_slot
+
+    @property
+    def num_rows(self) -> int:
+        return sum(one.count for one in self.segments)
+
+    @property
+    def num_keys(self) -> int:
+        return max(one.stop for one in self.segments)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A call of attention."""
+
+    first_row: int
+    num_rows: int
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     """Of each layer [slots, kv heads, keys, d]"""
@@ -120,14 +146,19 @@ class _Group:
     """As of `attend`; None: every row sees all keys."""
     is_causal: bool
     """The rows are the first of their slot: plain causal attention."""
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_slots * self.rows_per_slot
+    computed: Tensor | None = None
+    """[slots * rows per slot]: of each row that is computed the row, of those from `first_row` on, that it is or is a
+    copy of; None: there are no copies."""
+    wanted: Tensor | None = None
+    """[rows]: which of those are no copies."""
 
 
 # Rows of a segment from which on plain causal attention pays.
 _MANY_ROWS = 16
+
+# Products of attention that a call takes as long as, measured on two cores of an EPYC; so much may be computed in vain
+# to save one.
+_PRODUCTS_OF_A_CALL = 2**15
 
 
 class AttentionMetadata:
@@ -141,6 +172,10 @@ class AttentionMetadata:
         self.num_rows = sum(segment.count for segment in self.segments)
         self._attention = attention
         self._is_one_segment = len(self.segments) == 1
+
+    def prepare(self) -> None:
+        """Make what the layers share now."""
+        _ = self.rotation, self._groups
 
     @cached_property
     def positions(self) -> Tensor:
@@ -175,28 +210,48 @@ class AttentionMetadata:
 
     @cached_property
     def _groups(self) -> list[_Group]:
-        groups, first_row, start = [], 0, 0
-        for index, segment in enumerate(self.segments):
-            following = self.segments[index + 1] if index + 1 < len(self.segments) else None
-            if following is not None and following.slot == segment.slot + 1 and following.count == segment.count:
-                continue
-            members = self.segments[start : index + 1]
-            groups.append(self._group(members, first_row))
-            first_row += groups[-1].num_rows
-            start = index + 1
+        groups, first_row = [], 0
+        for span in self._spans():
+            groups.append(self._group(span, first_row))
+            first_row += span.num_rows
         return groups
 
-    def _group(self, members: Sequence[Segment], first_row: int) -> _Group:
-        count, stops = members[0].count, [member.stop for member in members]
-        num_keys = max(stops)
+    def _spans(self) -> list[_Span]:
+        """Spans without copies, joined where what is computed in vain then takes no longer than another call."""
+        products = self._attention.num_heads * self._attention.cache.head_size
+        spans: list[_Span] = []
+        for one in self._even_spans():
+            if spans:
+                joined = _Span.of(spans[-1].segments + one.segments)
+                in_vain = joined.num_computed - spans[-1].num_computed - one.num_computed
+                if in_vain * joined.num_keys * products <= _PRODUCTS_OF_A_CALL:
+                    spans[-1] = joined
+                    continue
+            spans.append(one)
+        return spans
+
+    def _even_spans(self) -> Iterator[_Span]:
+        """Of consecutive slots with equally many rows each."""
+        start = 0
+        for index, segment in enumerate(self.segments):
+            following = self.segments[index + 1] if index + 1 < len(self.segments) else None
+            if following is None or following.slot != segment.slot + 1 or following.count != segment.count:
+                yield _Span.of(self.segments[start : index + 1])
+                start = index + 1
+
+    def _group(self, span: _Span, first_row: int) -> _Group:
+        members, count, num_keys = span.segments, span.rows_per_slot, span.num_keys
         is_causal = len(members) == 1 and members[0].first == 0 and count >= _MANY_ROWS
-        sees_all = count == 1 and min(stops) == num_keys
+        sees_all = count == 1 and min(one.stop for one in members) == num_keys
+        positions, computed, wanted = self.positions[first_row : first_row + span.num_rows], None, None
+        if span.num_computed > span.num_rows:
+            computed, wanted = _padded(span, self._attention.cache.device)
+            positions = positions[computed]
         mask = None
         if not (is_causal or sees_all):
-            positions = self.positions[first_row : first_row + len(members) * count].view(len(members), count)
-            mask = attention_mask(self._attention, positions, num_keys)
-        keys, values = self._attention.cache.keys_and_values(members[0].slot, len(members), num_keys)
-        return _Group(first_row, len(members), count, keys, values, mask, is_causal)
+            mask = attention_mask(self._attention, positions.view(span.num_slots, count), num_keys)
+        keys, values = self._attention.cache.keys_and_values(members[0].slot, span.num_slots, num_keys)
+        return _Group(first_row, span.num_rows, keys, values, mask, is_causal, computed, wanted)
 
     def write(self, layer: int, rows: Tensor) -> None:
         """Put keys and values of the rows into a layer's cache. rows: [rows, 2 * kv heads, d], keys first"""
@@ -223,7 +278,21 @@ class AttentionMetadata:
             heads = queries.transpose(0, 1)[None]  # [1, heads, rows, d]
             out = F.scaled_dot_product_attention(heads, keys, values, is_causal=True, enable_gqa=True)
             return out[0].transpose(0, 1).reshape(group.num_rows, -1)
-        return attend(queries, keys, values, group.mask)
+        if group.computed is None:
+            return attend(queries, keys, values, group.mask)
+        return attend(queries[group.computed], keys, values, group.mask)[group.wanted]
+
+
+def _padded(span: _Span, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`_Group.computed` and `_Group.wanted` of segments that leave places of their span empty."""
+    computed, wanted, row = [0] * span.num_computed, [], 0
+    for segment in span.segments:
+        place = (segment.slot - span.segments[0].slot) * span.rows_per_slot
+        computed[place : place + segment.count] = range(row, row + segment.count)
+        wanted += range(place, place + segment.count)
+        row += segment.count
+    both = to_device([*computed, *wanted], device)
+    return both[: len(computed)], both[len(computed) :]
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
