@@ -2,17 +2,23 @@
 # make demo-tune  add exits to a real model (SmolLM2-135M), tune them, compare before and after (some minutes, no GPU)
 # make test-fast  set up, then run what takes no more than minutes: unit tests, and every program once
 # make test       set up, then run all tests, two files at a time (TEST_PROCESSES=2)
+# make coverage   set up, then say which lines the fast tests run (COVERAGE_TESTS=tests for all); see below
 # make lint       formatting, imports, spelling
+# make hooks      set up, then have git run the checks of `make lint` before every commit (.pre-commit-config.yaml)
 # make bench      benchmarks (quick form); full ones: benchmarks/README.md
+#
+# Another Python, in an environment of its own: make test PYTHON=python3.12 VENV=.venv-3.12
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 TEST_PROCESSES ?= 2
+COVERAGE_TESTS ?= tests/smoke tests/unit
+COVERAGE_FOLDER ?= runs/coverage
 DEMO_FOLDER ?= runs/demo
 DEMO_TUNE_FOLDER ?= runs/demo-tune
 BIN = $(VENV)/bin
 
-.PHONY: setup demo demo-tune test test-fast lint bench clean
+.PHONY: setup demo demo-tune test test-fast coverage lint hooks bench clean
 
 setup: $(VENV)/.installed
 
@@ -34,10 +40,23 @@ test-fast: setup
 test: setup
 	$(BIN)/python -m pytest tests --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
+# Of the processes of pytest alone: what programs, ranks, engines and servers run that a test starts is not counted, so
+# the truth is higher, above all in training/, inference/worker/ and server/. The report ends with the files least run.
+coverage: export COVERAGE_FILE = $(abspath $(COVERAGE_FOLDER))/data
+coverage: setup
+	mkdir -p $(COVERAGE_FOLDER)
+	$(BIN)/python -m pytest $(COVERAGE_TESTS) -m "not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile --cov --cov-report=
+	$(BIN)/python -m coverage html --quiet --directory $(COVERAGE_FOLDER)/html
+	$(BIN)/python -m coverage report --skip-covered --sort=-cover | tail -n 25
+	@echo "all files, line by line: $(COVERAGE_FOLDER)/html/index.html"
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+
+hooks: setup
+	$(BIN)/python -m pre_commit install
 
 bench: setup
 	$(BIN)/python benchmarks/training_overhead.py --quick
