@@ -7,7 +7,7 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.config.data import DataConfig
@@ -77,6 +77,7 @@ def test_values_that_are_none(flags: str, problem: str) -> None:
 
 
 @given(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4), st.data())
+@settings(deadline=None)  # the first example pays for what is imported
 def test_heads_are_kept_whatever_their_kinds(kinds: list[ExitHeadKind], data: st.DataObject) -> None:
     """From heads to settings, to plain data of a YAML file, and back."""
     uses = tuple(data.draw(st.sampled_from(("leave", "draft", "both"))) for _ in kinds)
