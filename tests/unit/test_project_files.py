@@ -39,7 +39,7 @@ def test_yaml_is_read(path: Path) -> None:
 # What GitHub reads
 
 
-@pytest.mark.parametrize("path", [path for path in FORMS if path.name != "config.yml"], ids=name_of)
+@pytest.mark.parametrize("path", FORMS, ids=name_of)
 def test_forms_ask_for_something(path: Path) -> None:
     """By GitHub's rules for forms: https://docs.github.com/communities/using-templates-to-encourage-useful-issues."""
     form = read(path)
