@@ -249,6 +249,7 @@ def test_impossible_settings_are_refused(words: list[str], said: str) -> None:
     ([IDS, '{"ids": [4]}'], ["--answer-tokens", "41"], "answers of 41 tokens leave no room for a prompt"),
     ([IDS, '{"ids": [4]}'], ["--prompts", "3"], "3 prompts are needed, but .*p.jsonl has 2 different prompts"),
     ([IDS, '{"ids": [4]}'], ["--seq-length", "41"], "--seq-length 41 is more than the model takes: 40"),
+    ([IDS, '{"ids": [4, 5, 6]}'], ["--seq-length", "3"], "no answer begins within 3 tokens"),
     ([IDS], [], "one prompt is too few"),
     ([CHAT, CHAT], [], "has no chat template; give --chat-template FILE"),
     ([CHAT, IDS], [], "chats and other prompts are evaluated apart"),

@@ -107,14 +107,17 @@ class Recipe:
 
     def check(self) -> None:
         """Raise ValueError or OSError, before anything is made, for prompts and lengths that the model cannot take."""
+        from megatron.early_exit.tuning.samples import check_room
+
         description, _ = self.model
         if self.args.seq_length > description.max_position_embeddings:
             raise ValueError(
                 f"--seq-length {self.args.seq_length} is more than the model takes: "
                 f"{description.max_position_embeddings}"
             )
-        if self.manifest.state("answers") != "done":
-            _ = self.prompts
+        if self.manifest.state("samples") != "done":
+            for part in (self.prompts[: self._first_held_out], self.prompts[self._first_held_out :]):
+                check_room(part, self.args.seq_length)
 
     @cached_property
     def model(self) -> tuple[ModelDescription, Tokenizer]:
@@ -144,6 +147,13 @@ class Recipe:
         folder = AnswersFolder(self.answers_folder)
         is_written = self.manifest.state("answers") in ("begun", "done") and folder.prompts_path.exists()
         return folder.prompts() if is_written else self._drawn_prompts()
+
+    @property
+    def _first_held_out(self) -> int:
+        """Number of the first prompt whose answers are not trained on, nor are those behind it."""
+        from megatron.early_exit.tuning.samples import num_held_out
+
+        return len(self.prompts) - num_held_out(len(self.prompts), self.args.held_out)
 
     def answer_params(self, number: int) -> GenerationParams:
         """How the model gives answer `number`: the prompt's number x answers to each + which one it is. Nobody reads
@@ -193,11 +203,11 @@ class Recipe:
 
     def make_samples(self) -> Facts:
         from megatron.early_exit.evaluation.own_answers import AnswersFolder
-        from megatron.early_exit.tuning.samples import marked_answers, num_held_out, write_samples
+        from megatron.early_exit.tuning.samples import marked_answers, write_samples
 
         args, prompts, (_, tokenizer) = self.args, self.prompts, self.model
         texts = marked_answers(prompts, AnswersFolder(self.answers_folder).answers(), args.answers_to_each)
-        first_held_out = len(prompts) - num_held_out(len(prompts), args.held_out)
+        first_held_out = self._first_held_out
         parts = {
             "train": [text for number, text in texts if number < first_held_out],
             "held_out": [text for number, text in texts if number >= first_held_out],

@@ -16,6 +16,8 @@ from megatron.early_exit.evaluation.prompts import EvalPrompt
 _OPEN_ROWS = 64
 """Rows that are not full and may get another text: few, so that packing stays fast."""
 
+_NO_ROOM = "no answer begins within {} tokens (--seq-length): give longer samples, or shorter prompts"
+
 
 class Samples(NamedTuple):
     """What was written."""
@@ -29,6 +31,12 @@ class Samples(NamedTuple):
 def num_held_out(num_prompts: int, share: float) -> int:
     """Prompts whose answers are not trained on: at least one."""
     return min(max(round(share * num_prompts), 1), num_prompts - 1)
+
+
+def check_room(prompts: Sequence[EvalPrompt], length: int) -> None:
+    """Raise ValueError if no answer to these prompts could begin in a row of `length` tokens."""
+    if all(len(prompt.ids) >= length for prompt in prompts):
+        raise ValueError(_NO_ROOM.format(length))
 
 
 def marked_answers(
@@ -73,9 +81,7 @@ def write_samples(prefix: Path, texts: Iterable[MarkedTokens], length: int, fill
     rows, num_cut = pack(texts, length, filler)
     num_answer_tokens = sum(mark & HAS_LOSS for row in rows for mark in row.marks)
     if not num_answer_tokens:
-        raise ValueError(
-            f"no answer begins within {length} tokens (--seq-length): give longer samples, or shorter prompts"
-        )
+        raise ValueError(_NO_ROOM.format(length))
     while len(rows) < 2:  # the last label of a sample is in the next row
         rows.append(_filled(MarkedTokens([], []), length, filler))
     prefix.parent.mkdir(parents=True, exist_ok=True)
