@@ -57,6 +57,24 @@ def test_known_drafts_cost_what_their_rows_add() -> None:
     assert rates.of_rows([1.0, 1.6], load) == pytest.approx([3.5 / (12 * 4 + 1), 4.1 / (12 * 5 + 1)])
 
 
+def test_slots_and_split_calls_of_attention_are_paid_for() -> None:
+    costs = replace(COSTS, slot_seconds=0.5, call_seconds=0.25, batch_seconds=3.0, row_seconds=0.125)
+    rates = DraftRates(costs, 12)
+    assert rates.step_seconds(1) == rates.step_seconds(1, 0, 1) == 12 + 1 + 3
+    # Eight slots; one with more rows than its neighbours makes three calls, many make eight.
+    assert rates.step_seconds(8) == 12 * (1 + 7 * 0.5) + 1 + (3 + 7 * 0.125)
+    assert rates.step_seconds(8, 3, 1) == 12 * (1 + 7 * 0.5 + 2 * 0.25) + 1 + (3 + 10 * 0.125)
+    assert rates.step_seconds(8, 9, 5) == 12 * (1 + 7 * 0.5 + 7 * 0.25) + 1 + (3 + 16 * 0.125)
+    load = StepLoad(num_requests=8, extra_rows=3, extra_tokens=2.0, num_longer=1)
+    assert rates.of_rows([1.0, 1.5], load) == [10 / rates.step_seconds(8, 3, 1), 10.5 / rates.step_seconds(8, 4, 2)]
+    # An exit's two drafts leave their batches, and join that of the verification, in which lengths may differ.
+    both = StepLoad(num_requests=8, num_drafting=8)
+    draft, set_up = 2 * (1 + 7 * 0.5) + 1, 3 + 7 * 0.125
+    verify = 2 * (1 + 7 * 0.5) + 10 * (1 + 7 * 0.5 + 7 * 0.25) + 1 + (3 + 23 * 0.125)
+    assert rates.round_seconds(EXIT, 2, both) == pytest.approx(2 * (draft + 2 * set_up) + verify + set_up)
+    assert rates.round_seconds(EXIT, 0, both) == pytest.approx(rates.step_seconds(8))
+
+
 COST = st.floats(0.1, 9.0)
 
 

@@ -81,6 +81,22 @@ def test_choice(settings: dict, num_requests: int, expected: tuple[int, ...]) ->
     assert select_exits(CONFIDENCES, (0.5, 0.5), (2, 6), 10, costs(**settings), num_requests) == expected
 
 
+def test_exits_that_pay_for_one_request_do_not_where_rows_are_not_free() -> None:
+    """Rows that left are computed later, in slots and calls of attention of their own: reads of weights are saved, and
+    these cost little beside many rows."""
+    growing = costs(approximate=1.0, head=1.0, per_row=0.5)
+    attending = replace(costs(approximate=1.0, head=1.0), slot_seconds=0.2, call_seconds=1.5)
+    for some in (growing, attending):
+        chosen = [select_exits(CONFIDENCES, (0.5, 0.5), (2, 6), 10, some, n) for n in (1, 16, 32)]
+        assert chosen == [(0, 1), (), ()]
+    # Half of eight slots go on, with one row or more; behind one in six of them the next one has as many.
+    free = replace(costs(), call_seconds=1.0)
+    runs = 1 - 0.5**8
+    evaluated = 8 * 0.5 / runs
+    expected = 2 + 8 * runs * (1 + evaluated * (1 - 0.25 / 1.5) - 1)
+    assert step_seconds((0,), LEAVES, (2, 6), 10, free, 8) == pytest.approx(expected)
+
+
 def test_thresholds_belong_to_their_exits() -> None:
     assert select_exits(CONFIDENCES, (0.95, 0.5), (2, 6), 10, costs()) == (1,)
     assert select_exits(CONFIDENCES, (1.0, 1.0), (2, 6), 10, costs(approximate=0.1)) == ()

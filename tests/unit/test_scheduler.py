@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from megatron.early_exit.inference.costs import StepCosts
+from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
 from megatron.early_exit.inference.engine.engine import Engine, QueueFull
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
@@ -443,6 +443,31 @@ def test_costs_are_measured_when_an_idle_engine_is_told_to_and_never_by_add(para
     engine.add(PROMPT, params)
     run_all(engine)
     assert executor.num_measured == 1
+
+
+@pytest.mark.parametrize("source", ["ngram", "exit", "both"])
+@pytest.mark.parametrize("num_requests", [1, 32])
+def test_steps_of_many_requests_are_those_without_drafts_where_rows_are_not_free(
+    source: str, num_requests: int
+) -> None:
+    """Eight rows take as long as one, and then time grows with their number."""
+    growing = tuple(max(1.0, rows / 8) for rows in ROW_COUNTS)
+    steps, tokens = {}, {}
+    for params in (
+        GenerationParams(max_tokens=30, ignore_eod=True),
+        GenerationParams(max_tokens=30, ignore_eod=True, mode="self_speculative", draft_source=source),
+    ):
+        executor = FakeExecutor(num_slots=num_requests, vocab_size=3)  # so that text repeats
+        engine = make_engine(executor, costs=StepCosts(growing, growing, growing, growing))
+        ids = [engine.add([number % 3, 1], params) for number in range(num_requests)]
+        results = run_all(engine)
+        tokens[params.mode] = [results[one].token_ids for one in ids]
+        # Of the prompt's last row the first token is due, which without drafts belongs to the prompt.
+        steps[params.mode] = [
+            [(rows.slot, rows.tokens, rows.exits) for rows in step.rows] for step in executor.steps[-29:]
+        ]
+    assert tokens["self_speculative"] == tokens["full"]
+    assert (steps["self_speculative"] == steps["full"]) == (num_requests == 32)
 
 
 def test_a_prompt_without_an_answer() -> None:
