@@ -95,8 +95,11 @@ def test_drafts_accepted_less_often_than_the_bound_pay_at_no_length(
     assert max(below) == below[0] and max(above) > above[0]
     load, one = StepLoad(drafting + plain, drafting), ExitDescription(2, 2, has_block)
     least, nothing = rates.least_of_exit(one, longest, load), rates.of_rows([1.0], load)[0]
-    assert max(rates.of_exit(one, tokens(least - 1e-6), load)[1:]) <= nothing
-    assert max(rates.of_exit(one, tokens(least + 1e-6), load)[1:]) > nothing
+    pays = lambda chance: (
+        max(rates.of_exit(one, [sum(chance**i for i in range(n + 1)) for n in range(longest + 1)], load)[1:]) > nothing
+    )
+    assert least == 0.0 or not pays(least - 2e-3)
+    assert least == 1.0 or pays(least + 2e-3)
 
 
 def test_matches_are_learned_by_place() -> None:

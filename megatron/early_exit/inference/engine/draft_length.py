@@ -6,6 +6,7 @@ arXiv:2404.16710.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from functools import cached_property
 
 from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.protocol import ExitDescription
+
+_BISECTIONS = 10
 
 
 @dataclass
@@ -86,15 +89,18 @@ class DraftRates:
         ]
 
     def least_of_exit(self, one: ExitDescription, longest: int, load: StepLoad) -> float:
-        """As `least_of_rows`, of an exit's drafts. What else the step has only makes drafting wait for more."""
-        drafting, plain = load.num_drafting, load.num_requests - load.num_drafting
-        key = longest, one.depth, drafting, plain, one.has_block
+        """An exit's drafts that are accepted less often pay at no length up to `longest`; 1 if none ever do. What else
+        the step has only makes drafting wait for more."""
+        key = longest, one.depth, load.num_drafting, load.num_requests - load.num_drafting, one.has_block
         if key not in self._least_of_exits:
-            rate = load.num_requests / self.step_seconds(load.num_requests)
-            self._least_of_exits[key] = min(
-                ((rate * self.round_seconds(one, length, load) - (length + 1) * plain) / drafting - 1.0) / length
-                for length in range(1, longest + 1)
-            )
+            nothing = load.num_requests / self.step_seconds(load.num_requests)
+            low, high = 0.0, 1.0
+            for _ in range(_BISECTIONS):
+                middle = (low + high) / 2
+                expected = list(itertools.accumulate(middle**length for length in range(longest + 1)))
+                pays = max(self.of_exit(one, expected, load)[1:]) > nothing
+                low, high = (low, middle) if pays else (middle, high)
+            self._least_of_exits[key] = low if high < 1.0 else 1.0
         return self._least_of_exits[key]
 
     def round_seconds(self, one: ExitDescription, length: int, load: StepLoad) -> float:
