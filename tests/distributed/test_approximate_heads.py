@@ -284,7 +284,9 @@ def plan_again(cfg: RunConfig) -> list[tuple[int, ...]]:
         # costs a head; two of them leave together a quarter of the time.
         scores = np.array([[0.9, 0.0, 0.0], [0.1, 0.0, 0.0]] * 5)
         engine = Engine(LocalExecutor(Worker(decoder)), cfg.exits, costs=COSTS, exit_scores={"head": scores})
-        planned = GenerationParams(max_tokens=30, mode="early_exit", exit_thresholds=(0.5,), plan_exits=True)
+        planned = GenerationParams(
+            max_tokens=30, mode="early_exit", exit_thresholds=(0.5,), exit_layers=(1,), plan_exits=True
+        )
         engine.add(PROMPT, planned)
         enabled = []
         enabled_exits = lambda engine: tuple(one.exit for one in engine._running[0].thresholds)
@@ -301,6 +303,7 @@ def plan_again(cfg: RunConfig) -> list[tuple[int, ...]]:
         return enabled
 
 
-def test_exits_are_planned_again_when_others_come_and_go() -> None:
-    (enabled,) = run_distributed(1, plan_again, cfg=decoding_config(use_exit_norm=True))
+@pytest.mark.parametrize("head", [{}, {"use_exit_block": (False, True, True)}], ids=["", "another exit has a block"])
+def test_exits_are_planned_again_when_others_come_and_go(head: dict[str, object]) -> None:
+    (enabled,) = run_distributed(1, plan_again, cfg=decoding_config(use_exit_norm=True, **head))
     assert enabled == [(0,), (), (), (0,)]

@@ -39,6 +39,7 @@ def all_documents(of: Json | None = None, seed: int = 0) -> list[Json]:
     draw = random.Random(seed)
     return [
         document("exits", exits_results(of, draw), of),
+        document("probes", probes_results(of, draw), of),
         document("calibrate", calibrate_results(of, draw), of),
         document("sweep", sweep_results(of, draw), of),
         document("correctness", correctness_results(), of),
@@ -92,6 +93,20 @@ def exits_results(of: Json, draw: random.Random) -> Json:
         },
         "by_domain": {"code": heads(of, 0.1), "news": heads(of, -0.03), "chat": heads(of)},
     }  # fmt: skip
+
+
+def probes_results(of: Json, draw: random.Random) -> Json:
+    score = lambda: {
+        "auroc": draw.uniform(0.7, 0.95), "ece": draw.uniform(0.01, 0.5),
+        "leaving": {"0.01": draw.uniform(0.1, 0.2), "0.05": draw.uniform(0.3, 0.5)},
+    }  # fmt: skip
+    return {
+        "exits": [
+            {"layer": layer, "agreement": draw.uniform(0.3, 0.8), "probe": score(), "head": score()}
+            for layer in of["exit_layers"]
+        ],
+        "decisions": {"train": 20480, "held_out": 5120},
+    }
 
 
 def certified_thresholds(of: Json) -> Json:

@@ -129,6 +129,12 @@ def test_costly_rows_and_batches_shorten_drafts() -> None:
     assert drafter(PLANNED, replace(COSTS, batch_seconds=30.0)).choose(StepLoad(), 100) == NO_DRAFT
 
 
+@pytest.mark.parametrize(("head", "length"), [(3.5, 1), (5.0, 0)])  # 1.7 tokens in 18.5 and 20 seconds, or 1 in 13
+def test_an_exit_that_promises_little_does_not_draft(head: float, length: int) -> None:
+    costs = replace(COSTS, approximate_seconds=(head,) * len(ROW_COUNTS))
+    assert drafter(PLANNED, costs).choose(StepLoad(), 100).length == length
+
+
 def test_drafts_that_pay_for_one_request_may_not_pay_for_many() -> None:
     growing = tuple(max(1.0, rows / 2) for rows in ROW_COUNTS)
     one = drafter(PLANNED, replace(COSTS, layer_seconds=growing))

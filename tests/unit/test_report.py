@@ -22,7 +22,7 @@ from megatron.early_exit.evaluation.command_line import main
 from tests.unit import report_documents as made
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("exits", "calibrate", "sweep", "correctness", "benchmark", "tasks")
+KINDS = ("exits", "probes", "calibrate", "sweep", "correctness", "benchmark", "tasks")
 NASTY = '<script>alert("x")</script>&amp;\'"'
 
 
@@ -216,7 +216,7 @@ def test_pictures_lie_beside_the_page(report: Path, page: Page) -> None:
 
 def test_the_same_documents_give_the_same_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In whatever order they are named."""
-    paths = list(map(str, made.write_all(tmp_path, made.all_documents()[:2])))
+    paths = list(map(str, made.write_all(tmp_path, made.all_documents()[0:3:2])))
     for folder, named in (("one", paths), ("two", paths[::-1])):
         make(capsys, "--results", *named, "--output", str(tmp_path / folder))
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
@@ -245,12 +245,12 @@ def test_whatever_documents_say_stays_text(tmp_path: Path, capsys: pytest.Captur
             card |= {key: before[key] for key in clean if key in before}
     domains = documents[0]["results"]["by_domain"]
     documents[0]["results"]["by_domain"] = {NASTY: domains["code"]}
-    tasks = documents[5]["results"]
+    tasks = documents[6]["results"]
     tasks["tasks"] = {NASTY: {"n": 1, "metrics": {NASTY: {NASTY: {"value": 0.5, "stderr": 0.1}}}, "paired": {}}}
     tasks["modes"] = {NASTY: {NASTY: NASTY}}
-    documents[1]["data"] = {NASTY: NASTY}
-    documents[1]["settings"] = {NASTY: NASTY}
-    documents[3]["results"]["rows"][0]["first_differences"][0] |= {"prompt": NASTY, "expected": NASTY, "got": NASTY}
+    documents[2]["data"] = {NASTY: NASTY}
+    documents[2]["settings"] = {NASTY: NASTY}
+    documents[4]["results"]["rows"][0]["first_differences"][0] |= {"prompt": NASTY, "expected": NASTY, "got": NASTY}
     made.write_all(tmp_path, documents)
     make(capsys, "--results", f"{NASTY.replace('/', '')}={tmp_path}", "--output", str(tmp_path))
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -309,7 +309,7 @@ def test_unknown_numbers_are_dashes(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     for document in documents:
         document["results"] = unknown(document["results"])
-    documents[1]["results"]["certificates"][0] |= {"level": 0.95, "risk": "A-max"}
+    documents[2]["results"]["certificates"][0] |= {"level": 0.95, "risk": "A-max"}
     made.write_all(tmp_path, documents)
     make(capsys, "--results", str(tmp_path), "--output", str(tmp_path / "report"))
     page = Page((tmp_path / "report/report.html").read_text(encoding="utf-8"))

@@ -28,9 +28,9 @@ A4_PIXELS = 695
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     documents = made.all_documents()
-    documents[2]["commit"] = "another" * 5  # for a warning
+    documents[3]["commit"] = "another" * 5  # for a warning
     long_name = "a_checkpoint_with_a_name_that_is_rather_long_and_has_no_spaces_" * 3
-    documents[3]["results"]["rows"][0]["name"] = long_name
+    documents[4]["results"]["rows"][0]["name"] = long_name
     made.write_all(folder, documents)
     assert main(["report", "--results", f"{long_name}={folder}", "--output", str(folder)]) == 0
     return folder / "report.html"

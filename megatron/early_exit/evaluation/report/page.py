@@ -21,6 +21,7 @@ from megatron.early_exit.evaluation.report.sections import (
     coverage,
     domains,
     exits,
+    probes,
     speed,
     steps,
     tasks,
@@ -31,8 +32,8 @@ from megatron.early_exit.evaluation.report.sections.summary import summary
 from megatron.early_exit.evaluation.report.sources import Evaluated, warnings
 
 SECTIONS: tuple[Section, ...] = (
-    certificates.SECTION, speed.SECTION, exits.SECTION, coverage.SECTION, domains.SECTION, tasks.SECTION,
-    correctness.SECTION, answers.SECTION, steps.SECTION,
+    certificates.SECTION, speed.SECTION, exits.SECTION, probes.SECTION, coverage.SECTION, domains.SECTION,
+    tasks.SECTION, correctness.SECTION, answers.SECTION, steps.SECTION,
 )  # fmt: skip
 GUIDE = "docs/how_to_read_a_report.md"
 

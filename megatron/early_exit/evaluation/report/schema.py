@@ -55,6 +55,27 @@ class Exits(msgspec.Struct):
     compare: list[OtherExits] = []
 
 
+class ScoreQuality(msgspec.Struct):
+    """How well a score tells decisions that agree with the final head from others."""
+
+    auroc: Number
+    ece: Number
+    leaving: dict[str, Number]
+    """Share of the decisions that leave where a share of them, the key, may differ."""
+
+
+class ProbedExit(msgspec.Struct):
+    layer: int
+    agreement: Number
+    probe: ScoreQuality
+    head: ScoreQuality
+
+
+class Probes(msgspec.Struct):
+    exits: list[ProbedExit]
+    decisions: dict[str, int | None] = {}
+
+
 class PathPoint(msgspec.Struct):
     """One point of the grid along which thresholds were tested, from safe to risky."""
 
@@ -284,8 +305,8 @@ class Machine(msgspec.Struct):
 
 
 RESULTS: dict[str, type[msgspec.Struct]] = {
-    "exits": Exits, "calibrate": Calibration, "sweep": Speed, "correctness": Correctness, "benchmark": Speed,
-    "tasks": Tasks,
+    "exits": Exits, "probes": Probes, "calibrate": Calibration, "sweep": Speed, "correctness": Correctness,
+    "benchmark": Speed, "tasks": Tasks,
 }  # fmt: skip
 """By kind of document, in the order of the commands."""
 

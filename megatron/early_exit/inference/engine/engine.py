@@ -419,15 +419,16 @@ class Engine:
     def _select_exits_again(self) -> None:
         """What pays for one request may not pay for many. The block of an exit must have seen all rows, so what was not
         enabled at first cannot be later. What holds for all exits or none is chosen once for an answer."""
-        num_running = len(self._running)
-        if self._num_planned_for == num_running or any(one.has_block for one in self.description.exits):
+        num_running, exits = len(self._running), self.description.exits
+        if self._num_planned_for == num_running:
             return
         self._num_planned_for = num_running
         for request in self._running.values():
             if isinstance(request, RunningGeneration) and self.checks.planning(request.params) == "subsets":
                 candidates = self.checks.thresholds(request.params)
-                costs = self._costs_of(request.params, candidates)
-                request.thresholds = self._selector.select(candidates, num_running, costs)
+                if not any(exits[one.exit].has_block for one in candidates):
+                    costs = self._costs_of(request.params, candidates)
+                    request.thresholds = self._selector.select(candidates, num_running, costs)
 
     @property
     def _all_running(self) -> list[RunningRequest]:
