@@ -137,11 +137,14 @@ def test_certified_exits_are_planned(trained: Path) -> None:
     nothing but tokens is wanted, the head of a row that leaves costs what its certified form does."""
     from dataclasses import replace
 
+    from megatron.early_exit.inference.costs import ROW_COUNTS
+
     llm = LLM.load(str(trained))
     assert set(llm.engine.checks.calibrated) == {"head", "probe"}
     planned = replace(CERTAIN, plan_exits=None)
     costs = llm.engine.measure_costs()
-    none, dear = (0.0,) * 5, (1.0,) * 5
+    flat = lambda seconds: (seconds,) * len(ROW_COUNTS)
+    none, dear = flat(0.0), flat(1.0)
     for probe, head, saved, log_probs, expected in (
         (dear, none, none, True, set()),
         (none, none, none, True, {2}),
@@ -149,7 +152,7 @@ def test_certified_exits_are_planned(trained: Path) -> None:
         (none, dear, dear, False, {2}),
     ):
         llm.engine._measured_costs = replace(
-            costs, layer_seconds=(1e-3,) * 5, exit_head_seconds=head, final_head_seconds=none, probe_seconds=probe,
+            costs, layer_seconds=flat(1e-3), exit_head_seconds=head, final_head_seconds=none, probe_seconds=probe,
             batch_seconds=0.0, exit_saved_seconds=saved,
         )  # fmt: skip
         (output,) = llm.generate([[1, 2, 3]], replace(planned, log_probs=log_probs))

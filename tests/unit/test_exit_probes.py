@@ -34,7 +34,7 @@ from megatron.early_exit.inference.certificates import (
     FreeRunningCertificate,
 )
 from megatron.early_exit.inference.command_line import main as generate
-from megatron.early_exit.inference.costs import StepCosts, merged_costs
+from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts, merged_costs
 from megatron.early_exit.inference.engine.exit_selection import select_exits, step_seconds
 from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.exit_probes import AboutProbes, ExitProbes, ProbeNetwork
@@ -120,7 +120,7 @@ def test_what_was_recorded_of_exits_in_int8_holds_for_no_model() -> None:
 
 # Of ten tokens five leave at the first exit, and three more at the second.
 SCORES = np.array([[0.9, 0.9]] * 5 + [[0.1, 0.9]] * 3 + [[0.1, 0.1]] * 2)
-flat = lambda seconds: (float(seconds),) * 5
+flat = lambda seconds: (float(seconds),) * len(ROW_COUNTS)
 COSTS = StepCosts(flat(1), flat(4), flat(4), flat(4), probe_seconds=flat(0.1))
 
 
