@@ -86,7 +86,7 @@ def _saved(head: CertifiedHead | None) -> tuple[float, ...]:
 def _of_rows(decoder: Decoder, rows: int) -> dict[str, Action]:
     """What is timed for this many rows of a slot; what is not here is left out. Exits: the first, and the first that
     has a probe, which those that only draft have not."""
-    hidden, exits = _hidden(decoder, rows), [one.index for one in decoder.exits]
+    hidden, exits = _hidden(decoder, _attention(decoder, [rows])), [one.index for one in decoder.exits]
     probed = [one.index for one in decoder.exits if one.probe is not None]
     actions: dict[str, Action] = {"layers": _layers(decoder, [rows])}
     if exits:
@@ -99,10 +99,11 @@ def _of_rows(decoder: Decoder, rows: int) -> dict[str, Action]:
     return actions
 
 
-def _hidden(decoder: Decoder, rows: int) -> Tensor:
-    weights = decoder.weights
+def _hidden(decoder: Decoder, attention: AttentionMetadata) -> Tensor:
+    """Of all rows of a batch. [rows, h]"""
+    weights, rows = decoder.weights, attention.num_rows
     if weights.embedding is not None:
-        return decoder.embed([0] * rows, decoder.attention_metadata(_segments(decoder, [rows])))
+        return decoder.embed([0] * rows, attention)
     return torch.zeros(rows, weights.description.model.hidden_size, dtype=weights.dtype, device=weights.device)
 
 
@@ -113,16 +114,20 @@ def _segments(decoder: Decoder, counts: Sequence[int]) -> list[Segment]:
     return [Segment(slot, first, count) for slot, count in enumerate(counts)]
 
 
+def _attention(decoder: Decoder, counts: Sequence[int]) -> AttentionMetadata:
+    return decoder.attention_metadata(_segments(decoder, counts))
+
+
 def _layers(decoder: Decoder, counts: Sequence[int]) -> Action:
     """All layers over so many rows of each slot."""
-    attention = decoder.attention_metadata(_segments(decoder, counts))
-    hidden = _hidden(decoder, attention.num_rows)
+    attention = _attention(decoder, counts)
+    hidden = _hidden(decoder, attention)
     return lambda: decoder.run_layers(hidden, attention, decoder.first_layer, decoder.last_layer)
 
 
 def _host(decoder: Decoder, num_slots: int) -> Action:
     """Steps with a row of each slot that gives a token, without layers and heads."""
-    hidden = _hidden(decoder, num_slots)
+    hidden = _hidden(decoder, _attention(decoder, [1] * num_slots))
     output = None if decoder.weights.output is None else decoder.final_output(hidden)
     runner = StageRunner(_WithoutLayers(decoder, output))
     first = _segments(decoder, [1])[0].first
