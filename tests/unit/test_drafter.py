@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
-from megatron.early_exit.inference.engine.draft_acceptance import Experience
+from megatron.early_exit.inference.engine.draft_acceptance import Experience, Source
 from megatron.early_exit.inference.engine.draft_length import DraftRates, StepLoad
 from megatron.early_exit.inference.engine.drafter import NO_DRAFT, Drafter, DraftSettings
 from megatron.early_exit.inference.protocol import FINAL_HEAD, DrawnToken, ExitDescription, Prediction
@@ -133,6 +133,21 @@ def test_costly_rows_and_batches_shorten_drafts() -> None:
 def test_an_exit_that_promises_little_does_not_draft(head: float, length: int) -> None:
     costs = replace(COSTS, approximate_seconds=(head,) * len(ROW_COUNTS))
     assert drafter(PLANNED, costs).choose(StepLoad(), 100).length == length
+
+
+def test_exits_are_compared_with_each_other_without_the_gain_that_each_must_promise() -> None:
+    """A later exit that promises a few hundredths more than one before it drafts."""
+    experience, exits = Experience(), replace(PLANNED, exits=(0, 1))
+    one = drafter(exits, experience=experience)
+    for index, accepted in ((0, (7, 10)), (1, (9, 10))):
+        for number in range(600):
+            experience.of(Source("exit", index), True).observe(1, int(number % accepted[1] < accepted[0]))
+    best = [
+        max(one._rates.of_exit(EXITS[index], one.acceptance(Source("exit", index)).expected_tokens(10), StepLoad()))
+        for index in (0, 1)
+    ]
+    assert best[0] < best[1] < 1.15 * best[0]
+    assert one.choose(StepLoad(), 100).exit == 1
 
 
 def test_drafts_that_pay_for_one_request_may_not_pay_for_many() -> None:

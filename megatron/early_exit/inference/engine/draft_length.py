@@ -47,7 +47,7 @@ class DraftRates:
         self._steps: dict[tuple[int, int, int], float] = {}
         self._rounds: dict[tuple[int, int, int, int, bool], float] = {}
         self._least_of_rows: dict[tuple[int, int, int, int], float] = {}
-        self._least_of_exits: dict[tuple[int, int, int, int, bool], float] = {}
+        self._least_of_exits: dict[tuple[int, float, int, int, int, bool], float] = {}
 
     def step_seconds(self, num_requests: int, extra_rows: int = 0, num_longer: int = 0) -> float:
         """A step in which each request runs a row through all layers, and `num_longer` of them `extra_rows` more."""
@@ -88,17 +88,18 @@ class DraftRates:
             for length, tokens in enumerate(expected)
         ]
 
-    def least_of_exit(self, one: ExitDescription, longest: int, load: StepLoad) -> float:
+    def least_of_exit(self, one: ExitDescription, longest: int, load: StepLoad, least_gain: float = 0.0) -> float:
         """An exit's drafts that are accepted less often pay at no length up to `longest`; 1 if none ever do. What else
-        the step has only makes drafting wait for more."""
-        key = longest, one.depth, load.num_drafting, load.num_requests - load.num_drafting, one.has_block
+        the step has only makes drafting wait for more. least_gain: share of the tokens a second without drafts that
+        they must add to pay."""
+        key = longest, least_gain, one.depth, load.num_drafting, load.num_requests - load.num_drafting, one.has_block
         if key not in self._least_of_exits:
-            nothing = load.num_requests / self.step_seconds(load.num_requests)
+            least_rate = (1.0 + least_gain) * load.num_requests / self.step_seconds(load.num_requests)
             low, high = 0.0, 1.0
             for _ in range(_BISECTIONS):
                 middle = (low + high) / 2
                 expected = list(itertools.accumulate(middle**length for length in range(longest + 1)))
-                pays = max(self.of_exit(one, expected, load)[1:]) > nothing
+                pays = max(self.of_exit(one, expected, load)[1:]) > least_rate
                 low, high = (low, middle) if pays else (middle, high)
             self._least_of_exits[key] = low if high < 1.0 else 1.0
         return self._least_of_exits[key]

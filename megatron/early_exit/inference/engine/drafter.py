@@ -116,7 +116,7 @@ class Drafter:
         sources = self._that_may_pay(longest, load)
         if not sources:
             return self._trial(load)
-        best_rate, best = self._rate_of_nothing(load), NO_DRAFT
+        best_promise, best_rate, best = self._rate_of_nothing(load), 0.0, NO_DRAFT
         for one in sources:
             kind, number = one.source
             expected, rates = one.expected_tokens(longest), self._rates
@@ -124,8 +124,10 @@ class Drafter:
             rate, length = self._best(
                 rates.of_exit(self._exits[number], expected, load) if of_exit else rates.of_rows(expected, load)
             )
-            if length and rate > best_rate * (1.0 + _LEAST_GAIN_OF_EXITS * of_exit):
-                best_rate, best = rate, DraftChoice(exit=number if of_exit else None, length=length)
+            promise = rate / (1.0 + _LEAST_GAIN_OF_EXITS) if of_exit else rate
+            if length and promise > best_promise:
+                best_promise, best_rate = promise, rate
+                best = DraftChoice(exit=number if of_exit else None, length=length)
         if best is NO_DRAFT:
             return self._trial(load)
         if best.exit is None:
@@ -150,7 +152,8 @@ class Drafter:
         if not load.is_verifying:
             for index in settings.exits:
                 one = self.acceptance(Source("exit", index))
-                if not adapts or one.first.value > rates.least_of_exit(self._exits[index], longest, load):
+                least = rates.least_of_exit(self._exits[index], longest, load, _LEAST_GAIN_OF_EXITS)
+                if not adapts or one.first.value > least:
                     may_pay.append(one)
         return may_pay
 
