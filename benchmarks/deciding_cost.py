@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import common
 from megatron.early_exit.checkpoint.read_model import read_model
-from megatron.early_exit.config.serialize import checkpoint_folder
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
 from megatron.early_exit.inference.engine.exit_selection import step_seconds
 from megatron.early_exit.inference.exit_probes import AboutProbes, ExitProbes, ProbeNetwork

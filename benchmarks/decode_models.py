@@ -14,10 +14,10 @@ from megatron.early_exit.checkpoint.hugging_face import from_transformers
 from megatron.early_exit.checkpoint.parameters import check_parameters
 from megatron.early_exit.checkpoint.read_model import read_model
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.config.serialize import checkpoint_folder
 from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor.local import LocalExecutor

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
+from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.flags import parse_run_config
-from megatron.early_exit.config.validate import ConfigError
 from megatron.early_exit.schedules.plan_command import build_parser as build_plan_parser
 from tests.shell_blocks import Command
 

@@ -12,8 +12,9 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron.early_exit.checkpoint import store
 from megatron.early_exit.checkpoint.convert_command import main
-from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
+from megatron.early_exit.checkpoint.store import read_checkpoint
 from megatron.early_exit.checkpoint.tensors import Tensors
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.run import RunConfig
 from tests.configs import make_config

@@ -14,7 +14,8 @@ import torch
 
 from megatron.early_exit.checkpoint.convert_command import main as convert
 from megatron.early_exit.checkpoint.safe_pickle import read_metadata
-from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
+from megatron.early_exit.checkpoint.store import read_checkpoint
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import load_run_config, save_run_config
 from megatron.early_exit.model.build import build_model

@@ -114,7 +114,7 @@ def trained_logits(folder: Path, parallel: ParallelConfig) -> torch.Tensor | Non
 
     from megatron.early_exit.checkpoint.core_loading import load_sharded
     from megatron.early_exit.checkpoint.load_model import check_tensors, sharded_weights
-    from megatron.early_exit.checkpoint.start import find_checkpoint
+    from megatron.early_exit.config.checkpoint_choice import find_checkpoint
     from megatron.early_exit.config.serialize import read_description
     from megatron.early_exit.config.settings import BuildConfig
     from megatron.early_exit.model.build import build_model
@@ -385,7 +385,8 @@ def test_vocabulary_for_many_ranks(tmp_path: Path) -> None:
         "reshard", "--load", tmp_path / "ours", "--save", tmp_path / "wide",
         "--tensor-model-parallel-size", 3, "--make-vocab-size-divisible-by", 50,
     )  # fmt: skip
-    from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
+    from megatron.early_exit.checkpoint.store import read_checkpoint
+    from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 
     description, tensors = read_checkpoint(checkpoint_folder(tmp_path / "wide"))
     embedding = tensors["embedding.word_embeddings.weight"].read()

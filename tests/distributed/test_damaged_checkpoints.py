@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.early_exit.checkpoint.checksums import CHECKSUMS_FILE
 from megatron.early_exit.checkpoint.convert_command import main
+from megatron.early_exit.config.checkpoint_files import CHECKSUMS_FILE
 from megatron.early_exit.config.run import RunConfig
 from tests.configs import make_training_config
 from tests.distributed.training_runs import training_run

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron.early_exit.checkpoint.store import write_checkpoint
+from megatron.early_exit.config.checkpoint_files import PROBES_FILE
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.data.tokenizer import build_tokenizer
@@ -20,7 +21,7 @@ from megatron.early_exit.evaluation.commands.exits import evaluated_heads
 from megatron.early_exit.evaluation.exit_quality import head_scores
 from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.inference.certificates import AnswerSettings, Certificate, add_certificates
-from megatron.early_exit.inference.exit_probes import PROBES_FILE, AboutProbes, ExitProbes, ProbeNetwork
+from megatron.early_exit.inference.exit_probes import AboutProbes, ExitProbes, ProbeNetwork
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams

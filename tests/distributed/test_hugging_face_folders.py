@@ -25,8 +25,8 @@ from megatron.early_exit.checkpoint.gguf import complete_gguf_config
 from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
 from megatron.early_exit.checkpoint.store import read_checkpoint, write_checkpoint
 from megatron.early_exit.checkpoint.tensors import LazyTensor
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.config.serialize import checkpoint_folder
 from tests.distributed.test_conversion import (
     EXIT_FLAGS,
     GPT2,

@@ -18,8 +18,9 @@ from megatron.early_exit.checkpoint.convert_command import main
 from megatron.early_exit.checkpoint.legacy import _flatten, read_partial
 from megatron.early_exit.checkpoint.legacy import _read_file as read_file
 from megatron.early_exit.checkpoint.legacy_merge import merge_partial
-from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
+from megatron.early_exit.checkpoint.store import read_checkpoint
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.exits import ExitHeadKind
 from tests.distributed.engines import head_logits
 from tests.distributed.workers import run_distributed

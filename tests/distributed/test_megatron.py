@@ -27,8 +27,8 @@ from megatron.early_exit.checkpoint.convert_command import main as convert
 from megatron.early_exit.checkpoint.megatron import find_megatron, read_megatron
 from megatron.early_exit.checkpoint.megatron_settings import load_file, model_config
 from megatron.early_exit.checkpoint.safe_pickle import read_metadata
-from megatron.early_exit.checkpoint.store import checkpoint_folder
 from megatron.early_exit.checkpoint.tensors import LazyTensor
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import read_description
 from megatron.early_exit.model.key_names import key_of

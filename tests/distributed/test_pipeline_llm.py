@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron.early_exit.checkpoint.store import write_checkpoint
+from megatron.early_exit.config.checkpoint_files import LATEST_FILE
 from megatron.early_exit.config.data import TokenizerConfig
-from megatron.early_exit.config.serialize import LATEST_FILE
 from megatron.early_exit.inference.executor import distributed
 from megatron.early_exit.inference.executor.messages import WorkerFactory
 from megatron.early_exit.inference.llm import LLM

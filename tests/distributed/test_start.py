@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron.early_exit.checkpoint.safe_pickle import METADATA_FILE, read_metadata
+from megatron.early_exit.checkpoint.safe_pickle import read_metadata
+from megatron.early_exit.config.checkpoint_files import DESCRIPTION_FILE, METADATA_FILE, RUN_CONFIG_FILE
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import DESCRIPTION_FILE, RUN_CONFIG_FILE
 from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.training.dry_run import describe
 from tests.configs import make_training_config

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
+from megatron.early_exit.checkpoint.store import read_checkpoint
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.config.validate import problems, warnings
 from tests.configs import make_config, make_training_config

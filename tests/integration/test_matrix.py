@@ -86,7 +86,7 @@ def pretrain(*words: object) -> None:
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     from megatron.early_exit.checkpoint.store import read_checkpoint
-    from megatron.early_exit.config.serialize import checkpoint_folder
+    from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 
     _, tensors = read_checkpoint(checkpoint_folder(folder))
     return {name: tensor.read() for name, tensor in tensors.items()}

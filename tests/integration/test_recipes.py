@@ -11,7 +11,7 @@ import torch
 
 from megatron.early_exit.checkpoint.store import read_checkpoint
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
-from megatron.early_exit.config.serialize import checkpoint_folder
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from tests.data_files import write_documents
 from tests.distributed.test_conversion import random_model
 from tests.integration.test_training_program import ROOT, environment

@@ -15,7 +15,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron.early_exit.checkpoint.store import read_checkpoint
-from megatron.early_exit.config.serialize import checkpoint_folder
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.data.conversations import prompt_and_answer
 from megatron.early_exit.evaluation.own_answers import AnswersFolder
 from megatron.early_exit.inference.llm import LLM

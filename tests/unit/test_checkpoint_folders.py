@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 
 from megatron.early_exit.checkpoint import folders
-from megatron.early_exit.checkpoint.checksums import CHECKSUMS_FILE, Checksums, DamagedFileError, Extent
-from megatron.early_exit.config.serialize import ConfigError, checkpoint_folder, finished_iterations
+from megatron.early_exit.checkpoint.checksums import Checksums, DamagedFileError, Extent
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
+from megatron.early_exit.config.checkpoint_files import CHECKSUMS_FILE, LOCK_FILE, finished_iterations
+from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.platform import folder_lock
-from megatron.early_exit.platform.folder_lock import LOCK_FILE, FolderLock
+from megatron.early_exit.platform.folder_lock import FolderLock
 
 LATEST = "latest_checkpointed_iteration.txt"
 

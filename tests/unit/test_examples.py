@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron.early_exit.checkpoint.safe_pickle import METADATA_FILE
+from megatron.early_exit.config.checkpoint_files import LATEST_FILE, METADATA_FILE
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
@@ -19,7 +19,6 @@ from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import save_description
-from megatron.early_exit.config.validate import LATEST_FILE
 from megatron.early_exit.data.tokenizer import save_tokenizer
 from megatron.early_exit.server.command_line import build_parser as build_server_parser
 from megatron.early_exit.server.command_line import server_config

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind, exit_kind_problems, head_settings
 from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.serialize import from_dict, to_dict
-from megatron.early_exit.config.validate import ConfigError
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.protocol import ExitDescription, WorkerDescription
 from megatron.early_exit.server import page, run

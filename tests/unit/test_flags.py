@@ -12,6 +12,7 @@ import pytest
 
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.description import ModelDescription, architecture_differences
+from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED
 from megatron.early_exit.config.flags import (
     build_parser,
@@ -34,7 +35,6 @@ from megatron.early_exit.config.serialize import (
     to_dict,
     type_name,
 )
-from megatron.early_exit.config.validate import ConfigError
 from megatron.early_exit.data.tokenizer import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

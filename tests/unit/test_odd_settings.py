@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron.early_exit.config.checkpoint_files import LATEST_FILE
 from megatron.early_exit.config.flags import flag_of, parse_run_config
 from megatron.early_exit.config.serialize import FieldInfo, config_fields, type_name
-from megatron.early_exit.config.validate import LATEST_FILE, OUTPUT_FILES, OUTPUT_FOLDERS, check_outputs
+from megatron.early_exit.config.validate import OUTPUT_FILES, OUTPUT_FOLDERS, check_outputs
 from megatron.early_exit.training import memory  # noqa: F401: --dry-run imports it late
 from megatron.early_exit.training.dry_run import describe
 

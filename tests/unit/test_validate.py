@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import build_settings
 from megatron.early_exit.config.settings import RunSettings
-from megatron.early_exit.config.validate import ConfigError, problems, validate, warnings
+from megatron.early_exit.config.validate import problems, validate, warnings
 
 BASE = {
     "num_layers": 4,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-CHECKSUMS_FILE = "checksums.json"
+from megatron.early_exit.config.checkpoint_files import CHECKSUMS_FILE
 
 _BYTES_AT_ONCE = 2**20  # stays in the cache of a core between reading and summing: 1.7 times as fast as 16 MiB
 

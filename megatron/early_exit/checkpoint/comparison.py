@@ -17,9 +17,10 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.plain_forward import head_logits
 from megatron.early_exit.checkpoint.tensors import Tensors
+from megatron.early_exit.config.checkpoint_files import SENTENCEPIECE_FILE
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.data.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
+from megatron.early_exit.data.tokenizer import load_tokenizer
 from megatron.early_exit.platform.device import free_main_memory_bytes
 
 if TYPE_CHECKING:

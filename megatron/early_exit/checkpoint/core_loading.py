@@ -14,7 +14,8 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 
 from megatron.early_exit.checkpoint.checksums import Checksums
-from megatron.early_exit.checkpoint.safe_pickle import COMMON_FILE, SafeReader, load_object, read_metadata
+from megatron.early_exit.checkpoint.safe_pickle import SafeReader, load_object, read_metadata
+from megatron.early_exit.config.checkpoint_files import COMMON_FILE
 from megatron.early_exit.model.key_names import check_keys, stored_key
 
 _FACTORY = "_get_filesystem_reader"

@@ -1,41 +1,37 @@
-"""Names and renames in the folder of a run, which hold whenever its writer is killed.
+"""Renames in the folder of a run, which hold whenever its writer is killed.
 
-SAVE/latest_checkpointed_iteration.txt      number of the last finished checkpoint
-SAVE/iter_0000100/                          a finished checkpoint
-SAVE/iter_0000100.partial/                  one that is being written, or whose writer was killed
-SAVE/iter_0000100.replaced/                 one whose name another is getting
-SAVE/iter_0000100.removed/                  an old one that is being removed
-SAVE/run.lock                               who writes here
+A checkpoint is written as `iter_0000100.partial`, flushed, renamed, and only then named as the latest; one that had its
+name is `.replaced` meanwhile, one that is too old is `.removed` first (all names: `config/checkpoint_files.py`).
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron.early_exit.checkpoint.safe_pickle import first_failure
-from megatron.early_exit.config.serialize import (
+from megatron.early_exit.config.checkpoint_files import (
+    LATEST_FILE,
+    PARTIAL,
+    REMOVED,
     REPLACED,
     finished_iterations,
+    is_iteration_name,
     iteration_folder,
 )
-from megatron.early_exit.config.validate import LATEST_FILE
 
-_PARTIAL, _REMOVED = ".partial", ".removed"
 _FULL_BYTES = 2**20
 """A disk with less than this free is full: files are written in larger pieces."""
 _LINE = 400
-_ITERATION = re.compile(r"iter_(\d{7,})")
 
 
 def partial_folder(save: Path, iteration: int) -> Path:
     """Where a checkpoint is until it is complete."""
     final = iteration_folder(save, iteration)
-    return final.with_name(final.name + _PARTIAL)
+    return final.with_name(final.name + PARTIAL)
 
 
 def begin(save: Path, iteration: int) -> Path:
@@ -92,7 +88,7 @@ def remove_old(save: Path, keep_last: int, newest: int) -> None:
     """Remove finished checkpoints of iterations before `newest`, but for the last ones."""
     for iteration in [i for i in finished_iterations(save) if i <= newest][:-keep_last]:
         folder = iteration_folder(save, iteration)
-        removed = folder.with_name(folder.name + _REMOVED)  # half of a checkpoint must not look like one
+        removed = folder.with_name(folder.name + REMOVED)  # half of a checkpoint must not look like one
         folder.rename(removed)
         shutil.rmtree(removed)
 
@@ -104,7 +100,7 @@ def clean_up(save: Path) -> list[str]:
     done = []
     for path in sorted(save.glob("iter_*")):
         stem, suffix = path.stem, path.suffix
-        if not _ITERATION.fullmatch(stem) or suffix not in (_PARTIAL, REPLACED, _REMOVED):
+        if not is_iteration_name(stem) or suffix not in (PARTIAL, REPLACED, REMOVED):
             continue
         if suffix == REPLACED and not (save / stem).exists():
             path.rename(save / stem)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.exits import exits_of_layers
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, combined, concatenated
+from megatron.early_exit.config.checkpoint_files import chosen_folder
 from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind
 from megatron.early_exit.config.model import ModelConfig
 
@@ -73,17 +74,10 @@ def find_legacy(load: Path, iteration: int | None = None) -> Path:
     """Folder of the iteration to read: the given one, else the last. Raises FileNotFoundError with what is missing."""
     if is_legacy(load):
         return load
-    if iteration is not None:
-        name = f"iter_{iteration:07d}"
-    else:
-        tracker = load / "latest_checkpointed_iteration.txt"
-        if not tracker.is_file():
-            raise FileNotFoundError(f"{load} holds no checkpoint: {tracker.name} is missing")
-        word = tracker.read_text().strip()
-        name = "release" if word == "release" else f"iter_{int(word):07d}" if word.isdecimal() else word
-    if not is_legacy(load / name):
-        raise FileNotFoundError(f"{load / name} holds no legacy checkpoint (mp_rank_*/{_FILE})")
-    return load / name
+    folder = chosen_folder(load, iteration)
+    if not is_legacy(folder):
+        raise FileNotFoundError(f"{folder} holds no legacy checkpoint (mp_rank_*/{_FILE})")
+    return folder
 
 
 class PartialCheckpoint(NamedTuple):

@@ -38,7 +38,7 @@ from megatron.early_exit.checkpoint.folders import publish_as
 from megatron.early_exit.checkpoint.legacy import merge_gate_and_up
 from megatron.early_exit.checkpoint.megatron_settings import arguments, bridge_settings, load_file, model_config
 from megatron.early_exit.checkpoint.parameters import check_parameters
-from megatron.early_exit.checkpoint.safe_pickle import COMMON_FILE, METADATA_FILE, SafeReader, read_metadata
+from megatron.early_exit.checkpoint.safe_pickle import SafeReader, read_metadata
 from megatron.early_exit.checkpoint.store import (
     Progress,
     reading,
@@ -47,12 +47,12 @@ from megatron.early_exit.checkpoint.store import (
     written_whole,
 )
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, combined, concatenated
+from megatron.early_exit.config.checkpoint_files import COMMON_FILE, METADATA_FILE, RELEASE, chosen_folder, names_latest
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.formats import is_own
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.serialize import read_yaml
-from megatron.early_exit.config.validate import LATEST_FILE
 from megatron.early_exit.model.key_names import key_of, name_of
 
 _RANK_FILE = "model_optim_rng.pt"
@@ -93,14 +93,7 @@ def find_megatron(load: Path, iteration: int | None = None) -> Path:
     missing, ValueError for a checkpoint of ours."""
     if is_megatron(load):
         return load
-    name = f"iter_{iteration or 0:07d}"
-    if iteration is None:
-        tracker = load / LATEST_FILE
-        if not tracker.is_file():
-            raise FileNotFoundError(f"{load} holds no checkpoint: {tracker.name} is missing")
-        word = tracker.read_text(encoding="utf-8").strip()
-        name = f"iter_{int(word):07d}" if word.isdecimal() else word
-    folder = load / name
+    folder = chosen_folder(load, iteration)
     if is_own(folder):
         raise ValueError(f"{folder} is a checkpoint of this project already")
     if not is_megatron(folder):
@@ -397,7 +390,7 @@ def write_megatron(
         write_common(common, partial)
         if check is not None:
             check(partial)
-        return publish_as(partial, save / "release", "release")
+        return publish_as(partial, save / RELEASE, RELEASE)
 
 
 def check_target(save: Path, force: bool) -> None:
@@ -406,7 +399,7 @@ def check_target(save: Path, force: bool) -> None:
         raise FileExistsError(f"{save} is a file; give a folder")
     if any(save.glob("iter_*")):
         raise FileExistsError(f"{save} holds checkpoints of a training run, which are never replaced")
-    if (save / LATEST_FILE).exists() and not force:
+    if names_latest(save) and not force:
         raise FileExistsError(f"{save} already holds a checkpoint; choose another folder, or --force to replace it")
 
 

@@ -24,10 +24,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.futures import Future
 
 from megatron.early_exit.checkpoint.checksums import Checksums, DamagedFileError, Extent
-
-METADATA_FILE = ".metadata"
-COMMON_FILE = "common.pt"
-"""What is the same on all ranks, in core's format."""
+from megatron.early_exit.config.checkpoint_files import METADATA_FILE
 
 
 class UnsafeFileError(OSError):

@@ -16,11 +16,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron.early_exit.checkpoint.checksums import DamagedFileError
 from megatron.early_exit.checkpoint.folders import in_a_line
-from megatron.early_exit.checkpoint.safe_pickle import METADATA_FILE, UnsafeFileError, first_failure, read_metadata
+from megatron.early_exit.checkpoint.safe_pickle import UnsafeFileError, first_failure, read_metadata
+from megatron.early_exit.config.checkpoint_choice import find_checkpoint
+from megatron.early_exit.config.checkpoint_files import COMMON_FILE, FORMAT_FILE, METADATA_FILE, RUN_CONFIG_FILE
 from megatron.early_exit.config.description import MismatchError, architecture_differences
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, checkpoint_folder, load_run_config, read_description
-from megatron.early_exit.config.validate import LATEST_FILE
+from megatron.early_exit.config.serialize import load_run_config, read_description
 
 _SHOWN = 3
 """Names in a message; of the others only the number."""
@@ -41,16 +42,6 @@ def reading(folder: Path) -> Iterator[None]:
             f"the checkpoint {folder} cannot be read ({in_a_line(cause)}). It may be damaged: choose another with "
             "--load-iteration."
         ) from error
-
-
-def find_checkpoint(load: str | None, load_iteration: int | None, flag: str = "--load") -> Path | None:
-    """Folder of the checkpoint to load, or None if `load` has none yet (a run that starts where it will save). flag:
-    which gave `load`.
-
-    Raises ConfigError if what it or `load_iteration` names is not there."""
-    if load is None or (load_iteration is None and not (Path(load) / LATEST_FILE).exists()):
-        return None
-    return checkpoint_folder(load, load_iteration, flag)
 
 
 def find_start(config: RunConfig) -> tuple[RunConfig, Path | None]:
@@ -118,11 +109,11 @@ def check_is_whole(folder: Path) -> None:
 
 def _missing_files(folder: Path) -> list[str]:
     """Names of files that a checkpoint has and that are not in `folder`."""
-    names = ["metadata.json", METADATA_FILE]
+    names = [FORMAT_FILE, METADATA_FILE]
     if (folder / METADATA_FILE).exists():
         metadata = read_metadata(folder)
         if not any(name.startswith("common") for name in metadata.state_dict_metadata):
-            names.append("common.pt")  # core 0.19 keeps it among the sharded objects
+            names.append(COMMON_FILE)  # core 0.19 keeps it among the sharded objects
         names += sorted({info.relative_path for info in metadata.storage_data.values()})
     return [name for name in names if not (folder / name).exists()]
 

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import pickle
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,26 +28,20 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron.early_exit.checkpoint import folders
 from megatron.early_exit.checkpoint.checksums import Checksums, DamagedFileError, Extent
-from megatron.early_exit.checkpoint.safe_pickle import (
-    COMMON_FILE,
-    METADATA_FILE,
-    SafeReader,
-    UnsafeFileError,
-    first_failure,
-    read_metadata,
-)
+from megatron.early_exit.checkpoint.safe_pickle import SafeReader, UnsafeFileError, first_failure, read_metadata
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Origin, Tensors
-from megatron.early_exit.config.description import ModelDescription
-from megatron.early_exit.config.serialize import (
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder as checkpoint_folder
+from megatron.early_exit.config.checkpoint_files import (
+    COMMON_FILE,
+    FORMAT_FILE,
+    METADATA_FILE,
     TOKENIZER_FOLDER,
     iteration_folder,
-    read_description,
-    save_description,
+    iteration_folders,
+    names_latest,
 )
-from megatron.early_exit.config.serialize import (
-    checkpoint_folder as checkpoint_folder,
-)
-from megatron.early_exit.config.validate import LATEST_FILE
+from megatron.early_exit.config.description import ModelDescription
+from megatron.early_exit.config.serialize import read_description, save_description
 from megatron.early_exit.data.tokenizer import save_tokenizer
 from megatron.early_exit.model.key_names import check_keys, key_of, name_of
 from megatron.early_exit.platform.folder_lock import FolderLock
@@ -189,7 +182,7 @@ def written_whole(partial: Path, num_bytes: int) -> Iterator[None]:
 
 def write_common(common: dict[str, Any], folder: Path) -> None:
     """Write what core wants beside the tensors of `torch_dist` into `folder`. common: for all ranks."""
-    (folder / "metadata.json").write_text(
+    (folder / FORMAT_FILE).write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
                     "common_backend_version": 1})
     )  # fmt: skip
@@ -216,12 +209,12 @@ def write_description(description: ModelDescription, folder: Path) -> None:
 
 def check_target(save: Path, force: bool) -> None:
     """Raise FileExistsError if `save` holds a checkpoint that must not be replaced."""
-    if (save / LATEST_FILE).exists() and not force:
+    if names_latest(save) and not force:
         raise FileExistsError(f"{save} already holds a checkpoint; choose another folder, or --force to replace it")
-    others = [path.name for path in save.glob("iter_*") if re.fullmatch(r"iter_\d{7,}", path.name)]
-    if force and others not in ([], [iteration_folder(save, 0).name]):
+    others = [folder for folder in iteration_folders(save) if folder != iteration_folder(save, 0)]
+    if force and others:
         raise FileExistsError(
-            f"{save} holds checkpoints of a training run ({others[0]}, ...), which are never replaced"
+            f"{save} holds checkpoints of a training run ({others[0].name}, ...), which are never replaced"
         )
 
 
@@ -330,7 +323,7 @@ def _link(target: Path, linked: dict[str, Origin]) -> Checksums:
         here = replace(index, fqn=keys[index.fqn])
         ours.storage_data[here] = replace(info, relative_path=renamed[info.relative_path])
     ours.state_dict_metadata |= {here: theirs.state_dict_metadata[key] for key, here in keys.items()}
-    with (target / ".metadata").open("wb") as file:
+    with (target / METADATA_FILE).open("wb") as file:
         pickle.dump(ours, file)
     return Checksums.read(source).renamed(renamed)
 

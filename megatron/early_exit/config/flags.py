@@ -18,7 +18,9 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from megatron.early_exit.config.checkpoint_choice import has_checkpoint
 from megatron.early_exit.config.description import FREE_MODEL_FIELDS, ModelDescription
+from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED, REFUSED_VALUES, is_harmless, note_of
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.serialize import (
@@ -37,7 +39,7 @@ from megatron.early_exit.config.serialize import (
     section_classes,
 )
 from megatron.early_exit.config.settings import RunSettings, with_tuned_stages
-from megatron.early_exit.config.validate import ConfigError, has_checkpoint, problems
+from megatron.early_exit.config.validate import problems
 from megatron.early_exit.config.validate import warnings as settings_without_effect
 
 _LOG = logging.getLogger(__name__)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-DESCRIPTION_FILE = "model.yaml"
-"""Model, exits and precision of a checkpoint."""
-
-RUN_CONFIG_FILE = "run_config.yaml"
-"""All settings of the run that wrote a checkpoint; a converted one has none. Earlier versions wrote it alone."""
+from megatron.early_exit.config.checkpoint_files import (
+    DESCRIPTION_FILE,
+    METADATA_FILE,
+    RELEASE,
+    RUN_CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    TOKENIZER_SETTINGS_FILE,
+)
 
 
 def is_own(folder: Path) -> bool:
@@ -28,13 +31,13 @@ def other_content(folder: str | Path) -> str | None:
     if is_own(folder):
         return f"one checkpoint itself; give the folder above it, {folder.absolute().parent}"
     has = lambda *patterns: any(any(folder.glob(pattern)) for pattern in patterns)
-    if has("iter_*[0-9]/tokenizer/tokenizer_settings.json"):
+    if has(f"iter_*[0-9]/{TOKENIZER_FOLDER}/{TOKENIZER_SETTINGS_FILE}"):
         return None  # ours, but its description is missing
     convert = "tools/convert_checkpoint.py {} " + f"{folder} --save NEW_FOLDER"
     megatron = convert.format("from-megatron --load")
     if has("mp_rank_*", "*/mp_rank_*"):
         return f"a checkpoint of Megatron-LM or of EE-LLM; convert it: {megatron} (of EE-LLM: from-legacy)"
-    if has(".metadata", "iter_*[0-9]/.metadata", "release/.metadata"):  # not one that is being written
+    if has(*(f"{place}{METADATA_FILE}" for place in ("", "iter_*[0-9]/", f"{RELEASE}/"))):  # no `.partial`
         return f"a checkpoint of Megatron-LM or Megatron-Bridge; convert it: {megatron}"
     if has("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf"):
         return f"a model of transformers; convert it: {convert.format('from-hf --input')}"

@@ -22,20 +22,21 @@ from typing import Any, Literal
 
 import yaml
 
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
+from megatron.early_exit.config.checkpoint_files import (
+    DESCRIPTION_FILE,
+    RUN_CONFIG_FILE,
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FOLDER,
+    TOKENIZER_SETTINGS_FILE,
+)
 from megatron.early_exit.config.data import DataConfig, TokenizerConfig
 from megatron.early_exit.config.description import EXIT_STRUCTURE_FIELDS, FREE_MODEL_FIELDS, ModelDescription
+from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.exits import ExitConfig, exit_kind_problems
-from megatron.early_exit.config.formats import DESCRIPTION_FILE, RUN_CONFIG_FILE, other_content
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.optimization import Dtype
 from megatron.early_exit.config.settings import RunSettings
-from megatron.early_exit.config.validate import LATEST_FILE, ConfigError
-
-TOKENIZER_FOLDER = "tokenizer"
-"""The tokenizer of a checkpoint, which so needs no other files, with the settings that it is read with."""
-
-TOKENIZER_SETTINGS_FILE = "tokenizer_settings.json"
-SENTENCEPIECE_FILE = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -295,79 +296,6 @@ def _naming(path: str | Path) -> Iterator[None]:
 
 
 # Checkpoints
-
-
-REPLACED = ".replaced"
-"""Behind the name of a checkpoint while another gets that name."""
-
-
-def checkpoint_folder(load: str | Path, load_iteration: int | None = None, flag: str = "--load") -> Path:
-    """Folder of a checkpoint below the folder `load`: of the last finished one, or of `load_iteration`. flag: which
-    gave `load`.
-
-    Raises ConfigError with what is missing and what to load instead."""
-    if not Path(load).is_dir():
-        raise ConfigError([f"{flag} {load}: no such folder"])
-    if other := other_content(load):
-        raise ConfigError([f"{flag} {load} holds {other}"])
-    iteration = load_iteration or _latest_iteration(Path(load), flag)
-    folder = iteration_folder(load, iteration)
-    if is_checkpoint(folder):
-        return folder
-    replaced = folder.with_name(folder.name + REPLACED)
-    if not folder.exists() and is_checkpoint(replaced):
-        return replaced  # the run was killed between two renames
-    if folder.exists():
-        what = f"no finished checkpoint ({folder / DESCRIPTION_FILE} is missing)"
-    elif load_iteration:
-        what = f"--load-iteration {load_iteration}: {folder} does not exist"
-    else:
-        what = f"{Path(load) / LATEST_FILE} names iteration {iteration}, but {folder} does not exist"
-    raise ConfigError([f"{flag} {load}: {what}. {_instead(Path(load))}"])
-
-
-def _latest_iteration(load: Path, flag: str) -> int:
-    latest = load / LATEST_FILE
-    try:
-        text = latest.read_text(encoding="utf-8").strip()
-    except OSError:
-        raise ConfigError([f"{flag} {load}: {latest} is missing. {_instead(load)}"]) from None
-    if not text.isdecimal():
-        raise ConfigError(
-            [f"{flag} {load}: {latest} should hold an iteration, it holds {text[:40]!r}. {_instead(load)}"]
-        )
-    return int(text)
-
-
-def _instead(load: Path) -> str:
-    newest = max(finished_iterations(load), default=None)
-    if newest is None:
-        return f"There is no finished checkpoint in {load}"
-    return (
-        f"The newest finished checkpoint there is that of iteration {newest}: load it with --load-iteration {newest}, "
-        f"or write {newest} into {LATEST_FILE} to go on from it"
-    )
-
-
-def finished_iterations(save: Path) -> list[int]:
-    """Iterations of all finished checkpoints in the folder of a run, in order."""
-    matches = [(path, re.fullmatch(r"iter_(\d{7,})", path.name)) for path in save.glob("iter_*")]
-    return sorted(int(match[1]) for path, match in matches if match and is_checkpoint(path))
-
-
-def iteration_of(folder: Path) -> int:
-    """The iteration of a checkpoint's folder, also of one whose name another is getting."""
-    return int(re.match(r"iter_(\d+)", folder.name)[1])
-
-
-def iteration_folder(load: str | Path, iteration: int) -> Path:
-    """Folder of one checkpoint: `LOAD/iter_0000123`."""
-    return Path(load) / f"iter_{iteration:07d}"
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` says what model it holds, as every finished checkpoint does."""
-    return any((folder / name).is_file() for name in (DESCRIPTION_FILE, RUN_CONFIG_FILE))
 
 
 def checkpoint_description(

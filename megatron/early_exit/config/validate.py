@@ -12,22 +12,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from megatron.early_exit.config.checkpoint_choice import missing_checkpoint
 from megatron.early_exit.config.data import TOKENIZERS_WITHOUT_MODEL, DataConfig, parse_blend, split_shares
+from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.exits import exit_kind_problems
-from megatron.early_exit.config.formats import other_content
 from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED
 from megatron.early_exit.config.settings import RunSettings
-
-LATEST_FILE = "latest_checkpointed_iteration.txt"
-
-
-class ConfigError(ValueError):
-    """Settings that cannot work; `problems` has one line for each."""
-
-    def __init__(self, problems: Iterable[str]):
-        self.problems = list(problems)
-        count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "1 problem"
-        super().__init__(f"{count} with the settings:\n" + "\n".join(f"  - {problem}" for problem in self.problems))
 
 
 def validate(cfg: RunSettings, world_size: int) -> None:
@@ -682,7 +672,7 @@ def _checkpoint_problems(cfg: RunSettings) -> Iterator[str]:
     checkpoint = cfg.checkpoint
     pretrained = checkpoint.pretrained_checkpoint
     if pretrained is not None:
-        missing = _missing_checkpoint(pretrained, None)
+        missing = missing_checkpoint(pretrained, None)
         if missing:
             yield f"--pretrained-checkpoint {pretrained}: {missing}; correct the path"
     if checkpoint.save_interval is not None and checkpoint.save is None:
@@ -702,28 +692,12 @@ def _checkpoint_problems(cfg: RunSettings) -> Iterator[str]:
         and not checkpoint.exit_on_missing_checkpoint
         and not checkpoint.load_iteration
     )
-    missing = _missing_checkpoint(checkpoint.load, checkpoint.load_iteration)
+    missing = missing_checkpoint(checkpoint.load, checkpoint.load_iteration)
     if missing and not may_be_empty:
         yield (
             f"--load {checkpoint.load}: {missing}; correct the path, or drop --load to train from scratch (a folder"
             " that is both --load and --save may be empty at first)"
         )
-
-
-def has_checkpoint(load: str) -> bool:
-    """Whether a folder of checkpoints holds a finished one."""
-    return _missing_checkpoint(load, None) is None
-
-
-def _missing_checkpoint(load: str, load_iteration: int | None) -> str | None:
-    """What is not there of the checkpoint to load, or None."""
-    if not os.path.isdir(load):
-        is_file = os.path.exists(load)
-        return "this is a file; give the folder that holds the checkpoints" if is_file else "no such folder"
-    if other := other_content(load):
-        return f"it holds {other}"
-    wanted = Path(load) / (f"iter_{load_iteration:07d}" if load_iteration else LATEST_FILE)
-    return None if os.path.exists(wanted) else f"no checkpoint in it ({wanted.name} is missing)"
 
 
 # What a run writes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.early_exit.config.serialize import TOKENIZER_SETTINGS_FILE
+from megatron.early_exit.config.checkpoint_files import TOKENIZER_SETTINGS_FILE
 from megatron.early_exit.data.tokenizer import HuggingFaceLibrary, SentencePieceLibrary, Tokenizer, load_tokenizer
 
 SAMPLE_TEXTS = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron.early_exit.checkpoint.checksums import CHECKSUMS_FILE
+from megatron.early_exit.config.checkpoint_files import CHECKSUMS_FILE
 from megatron.early_exit.evaluation.certification import (
     NAMED_GRID,
     NEVER,

@@ -13,13 +13,10 @@ from typing import Any
 import torch
 
 from megatron.early_exit.checkpoint.read_model import fingerprint
-from megatron.early_exit.config.serialize import iteration_of
+from megatron.early_exit.config.checkpoint_files import iteration_of
 from megatron.early_exit.inference.engine_loading import LoadedEngine
 from megatron.early_exit.platform.files import replaced
 from megatron.early_exit.platform.machine import commit, machine_info, versions
-
-RESULTS_FOLDER = "evaluation"
-"""In the checkpoint's folder."""
 
 
 def result_document(

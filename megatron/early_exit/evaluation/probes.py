@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from megatron.early_exit.checkpoint.checksums import CHECKSUMS_FILE
+from megatron.early_exit.config.checkpoint_files import CHECKSUMS_FILE, PROBE_ANSWERS_FOLDER
 from megatron.early_exit.evaluation.calibration import ShowProgress
 from megatron.early_exit.evaluation.own_answers import AnswersFolder, take_answers
 from megatron.early_exit.evaluation.prompts import EvalPrompt, PromptSet, prompt_digest
@@ -28,7 +28,6 @@ from megatron.early_exit.inference.exit_probes import RMS_EPSILON, AboutProbes, 
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 
-ANSWERS_FOLDER = "exit_probe_answers"
 _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 512, 1e-3, 1e-2
 _RISKS = (0.01, 0.02, 0.05, 0.1)
 """Shares of wrong decisions for which the document says how many leave."""
@@ -102,7 +101,7 @@ def train_probes(
     start = time.perf_counter()
     end = "-ignore-eod" if settings.ignore_eod else ""
     name = f"{fingerprint.digest[:12]}-{prompts.digest[:12]}-{settings.answer_tokens}{end}"
-    samples = _take_all_samples(llm, prompts.prompts, checkpoint.folder / ANSWERS_FOLDER / name, settings, show)
+    samples = _take_all_samples(llm, prompts.prompts, checkpoint.folder / PROBE_ANSWERS_FOLDER / name, settings, show)
     sampled = time.perf_counter()
     held_out = held_out_prompts(len(prompts.prompts), settings)
     is_held_out = np.isin(samples.prompts, held_out)

@@ -15,11 +15,10 @@ from typing import Literal
 
 import msgspec
 
+from megatron.early_exit.config.checkpoint_files import CERTIFICATE_FILE
 from megatron.early_exit.inference.fingerprint import ExitFingerprint
 from megatron.early_exit.inference.params import ExitScore, GenerationParams
 from megatron.early_exit.platform.files import replaced
-
-CERTIFICATE_FILE = "exit_certificates.json"
 
 Risk = Literal["A-max", "B", "C"]
 """The loss of a prompt, from 0 to 1. A-max: share of decisions at which an exit that reaches its threshold differs

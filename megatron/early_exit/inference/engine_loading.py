@@ -7,7 +7,7 @@ import os
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from megatron.early_exit.config.serialize import iteration_of
+from megatron.early_exit.config.checkpoint_files import iteration_of
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.certificates import Certificates, read_certificates

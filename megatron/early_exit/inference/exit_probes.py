@@ -15,10 +15,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from megatron.early_exit.config.checkpoint_files import PROBES_FILE
 from megatron.early_exit.inference.fingerprint import ExitFingerprint
 from megatron.early_exit.platform.files import replaced
-
-PROBES_FILE = "exit_probes.safetensors"
 
 RMS_EPSILON = 1e-6
 """Added to the root mean square of hidden states."""

@@ -17,12 +17,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from megatron.early_exit.config.checkpoint_files import RECORDS_FOLDER
 from megatron.early_exit.inference.certificates import AnswerSettings
 from megatron.early_exit.inference.fingerprint import ExitFingerprint
 from megatron.early_exit.platform.files import replaced
 from megatron.early_exit.platform.part_files import read_parts, write_part
 
-RECORDS_FOLDER = "exit_records"
 _ABOUT_FILE = "about.json"
 
 

@@ -17,12 +17,14 @@ import torch
 
 from megatron.early_exit.checkpoint.read_model import fingerprint, read_model
 from megatron.early_exit.checkpoint.start import reading
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
+from megatron.early_exit.config.checkpoint_files import PROBES_FILE
 from megatron.early_exit.config.description import ModelDescription
-from megatron.early_exit.config.serialize import checkpoint_folder, read_description
+from megatron.early_exit.config.serialize import read_description
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.executor.layout import Layout
-from megatron.early_exit.inference.exit_probes import PROBES_FILE, ExitProbes
+from megatron.early_exit.inference.exit_probes import ExitProbes
 from megatron.early_exit.inference.fingerprint import ExitFingerprint
 from megatron.early_exit.inference.params import ExitScore
 from megatron.early_exit.inference.shortlist import Shortlist

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron.early_exit.config.checkpoint_files import SHORTLIST_FILE
 from megatron.early_exit.platform.files import replaced
-
-SHORTLIST_FILE = "exit_shortlist.npz"
 
 
 @dataclass(frozen=True)

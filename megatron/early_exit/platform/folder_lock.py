@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-LOCK_FILE = "run.lock"
+from megatron.early_exit.config.checkpoint_files import LOCK_FILE
 
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron.early_exit.config.validate import ConfigError
+from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.platform.command_line import add_verbose_flag
 from megatron.early_exit.schedules.cases import CASES, case_named, given_number, setup_from_flags
 from megatron.early_exit.schedules.comparison import (

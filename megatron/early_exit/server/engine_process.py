@@ -17,7 +17,7 @@ from typing import NoReturn
 import msgspec
 import zmq
 
-from megatron.early_exit.config.serialize import iteration_of
+from megatron.early_exit.config.checkpoint_files import iteration_of
 from megatron.early_exit.inference.engine.engine import Engine, Event
 from megatron.early_exit.inference.engine.request import Result
 from megatron.early_exit.inference.engine_loading import LoadedEngine, load_engine

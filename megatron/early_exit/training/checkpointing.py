@@ -22,9 +22,10 @@ from megatron.early_exit.checkpoint.load_model import check_tensors, sharded_wei
 from megatron.early_exit.checkpoint.start import loads_optimizer, reading
 from megatron.early_exit.checkpoint.store import CONTENT_METADATA
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
+from megatron.early_exit.config.checkpoint_files import RUN_CONFIG_FILE
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.config.run import ResolvedConfig
-from megatron.early_exit.config.serialize import RUN_CONFIG_FILE, load_run_config
+from megatron.early_exit.config.serialize import load_run_config
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.optimizer_state import allocate_optimizer_state
 from megatron.early_exit.training.state import TrainingState

@@ -11,9 +11,10 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from megatron.early_exit.config.checkpoint_files import read_latest
 from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.validate import LATEST_FILE, check_outputs
+from megatron.early_exit.config.validate import check_outputs
 from megatron.early_exit.platform.command_line import STATUS_INTERRUPTED, output_is_closed, run_program
 from megatron.early_exit.platform.failures import in_words, lost_loader, lost_peer
 from megatron.early_exit.platform.processes import die_with_torchrun
@@ -92,7 +93,7 @@ def last_checkpoint(config: RunConfig) -> str:
     """What a run that ends before its time can be resumed from, in words."""
     folder = config.checkpoint.save
     try:
-        iteration = (Path(folder) / LATEST_FILE).read_text(encoding="utf-8").strip() if folder else None
+        iteration = read_latest(Path(folder)) if folder else None
     except OSError:
         iteration = None
     return f"last checkpoint: iteration {iteration} in {folder}" if iteration else "no checkpoint was saved"

@@ -228,7 +228,8 @@ class Recipe:
         return facts
 
     def train(self) -> Facts:
-        from megatron.early_exit.config.serialize import checkpoint_folder, iteration_of
+        from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
+        from megatron.early_exit.config.checkpoint_files import iteration_of
         from megatron.early_exit.platform.command_line import is_main_rank
         from megatron.early_exit.tuning.training_process import TrainingStopped, run_training
 
@@ -352,7 +353,8 @@ class Recipe:
 
     def description_of_base(self) -> ModelDescription:
         """Of the model as our checkpoint, when it is one."""
-        from megatron.early_exit.config.serialize import checkpoint_folder, read_description
+        from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
+        from megatron.early_exit.config.serialize import read_description
 
         return read_description(checkpoint_folder(self.base, self.args.load_iteration if self.is_ours else None))
 
@@ -380,11 +382,11 @@ def _alone() -> Iterator[None]:
 
 def _is_ours(path: Path) -> bool:
     """Whether a folder holds our checkpoints, not a model of transformers. Raises ValueError if it is neither."""
-    from megatron.early_exit.config.validate import LATEST_FILE
+    from megatron.early_exit.config.checkpoint_files import LATEST_FILE, names_latest
 
     if not path.exists():
         raise ValueError(f"--load {path} does not exist; give a folder of checkpoints, or of a Hugging Face model")
-    if (path / LATEST_FILE).exists():
+    if names_latest(path):
         return True
     if path.suffix == ".gguf" or (path / "config.json").exists() or list(path.glob("*.gguf")):
         return False
@@ -399,7 +401,8 @@ def _check_iteration(args: argparse.Namespace) -> None:
     wanted, source = args.load_iteration, Path(args.load)
     if wanted is None:
         return
-    from megatron.early_exit.config.serialize import checkpoint_folder, iteration_of
+    from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
+    from megatron.early_exit.config.checkpoint_files import iteration_of
 
     if not _is_ours(source):
         raise ValueError(f"--load-iteration {wanted}: {source} is another's model, which has none; leave it out")
@@ -415,7 +418,7 @@ def _check_iteration(args: argparse.Namespace) -> None:
 def _digest_of_model(path: Path, is_ours: bool, iteration: int | None) -> str:
     if is_ours:
         from megatron.early_exit.checkpoint.read_model import fingerprint
-        from megatron.early_exit.config.serialize import checkpoint_folder
+        from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 
         return fingerprint(checkpoint_folder(path, iteration))
     files = [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file())

@@ -60,7 +60,8 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 def read(args: argparse.Namespace) -> tuple[ModelDescription, Tensors, Path]:
     from megatron.early_exit.checkpoint.legacy import holds_legacy
-    from megatron.early_exit.checkpoint.store import check_target, checkpoint_folder, read_checkpoint
+    from megatron.early_exit.checkpoint.store import check_target, read_checkpoint
+    from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 
     if hasattr(args, "save"):
         check_target(args.save, args.force)

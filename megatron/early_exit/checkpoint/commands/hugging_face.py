@@ -106,7 +106,8 @@ def _compare_import(made: Path, source: Source, tokenizer: Path) -> str:
     """What was compared. Raises ValueError if the checkpoint in `made` is not the model of `source`."""
     from megatron.early_exit.checkpoint.comparison import Head, compare_logits, compare_tokenizers, compare_weights
     from megatron.early_exit.checkpoint.families import family_of, without_exits
-    from megatron.early_exit.checkpoint.store import TOKENIZER_FOLDER, read_checkpoint
+    from megatron.early_exit.checkpoint.store import read_checkpoint
+    from megatron.early_exit.config.checkpoint_files import TOKENIZER_FOLDER
 
     _, tensors = read_checkpoint(made)
     compare_weights(tensors, source.tensors)
@@ -123,7 +124,7 @@ def _compare_import(made: Path, source: Source, tokenizer: Path) -> str:
 def to_hugging_face(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.fixed_depth import model_of_exit
     from megatron.early_exit.checkpoint.hugging_face import write_hugging_face
-    from megatron.early_exit.checkpoint.store import TOKENIZER_FOLDER
+    from megatron.early_exit.config.checkpoint_files import TOKENIZER_FOLDER
 
     if args.unit_norm and args.exit is None:
         raise ValueError("--unit-norm is for --exit")

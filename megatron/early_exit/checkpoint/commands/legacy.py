@@ -69,13 +69,14 @@ def _read_base(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[
     """The model of --base with the tokenizer of the flags, else its own. settings: of the checkpoint it is for, whose
     tokenizer is that of a legacy base."""
     from megatron.early_exit.checkpoint.legacy import find_legacy, holds_legacy, read_legacy
-    from megatron.early_exit.checkpoint.store import checkpoint_folder, read_checkpoint
-    from megatron.early_exit.config.validate import LATEST_FILE
+    from megatron.early_exit.checkpoint.store import read_checkpoint
+    from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
+    from megatron.early_exit.config.checkpoint_files import names_latest
 
     if holds_legacy(args.base):
         model, exits, tensors, _ = read_legacy(find_legacy(args.base))
         return describe(args, model, exits, tokenizer_of(args, settings), tensors), tensors
-    if not (args.base / LATEST_FILE).is_file():
+    if not names_latest(args.base):
         raise FileNotFoundError(f"--base {args.base} holds no checkpoint, of EE-LLM or ours")
     description, tensors = read_checkpoint(checkpoint_folder(args.base, flag="--base"))
     if args.tokenizer_type or args.tokenizer_model:

@@ -71,7 +71,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from megatron.early_exit.inference.certificates import CERTIFICATE_FILE
+    from megatron.early_exit.config.checkpoint_files import CERTIFICATE_FILE
     from megatron.early_exit.platform.machine import machine_info
 
     settings, machine = settings_of(args), machine_info()
@@ -141,10 +141,12 @@ def _new_shortlist(args: argparse.Namespace) -> Iterator[None]:
         raise ValueError("--shortlist-size counts the tokens of a corpus; give --data-path")
     import numpy as np
 
-    from megatron.early_exit.config.serialize import checkpoint_folder, read_description
+    from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
+    from megatron.early_exit.config.checkpoint_files import SHORTLIST_FILE
+    from megatron.early_exit.config.serialize import read_description
     from megatron.early_exit.data.text_samples import documents_of
     from megatron.early_exit.data.tokenizer import build_tokenizer
-    from megatron.early_exit.inference.shortlist import SHORTLIST_FILE, Shortlist
+    from megatron.early_exit.inference.shortlist import Shortlist
 
     folder = checkpoint_folder(args.load, args.load_iteration)
     vocab_size = build_tokenizer(read_description(folder).tokenizer).vocab_size

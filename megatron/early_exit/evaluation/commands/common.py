@@ -38,7 +38,7 @@ def check_output(path: Path) -> None:
 
 def load(args: argparse.Namespace, **overrides: Any) -> tuple[LLM, LoadedEngine]:
     """The model of the flags. overrides: arguments of `load_engine`. Raises ValueError or OSError."""
-    from megatron.early_exit.config.serialize import checkpoint_folder
+    from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
     from megatron.early_exit.data.chat_template import read_chat_template
     from megatron.early_exit.inference.engine_loading import load_engine
     from megatron.early_exit.inference.llm import LLM
@@ -58,7 +58,7 @@ def output_path(args: argparse.Namespace, loaded: LoadedEngine) -> Path:
 
 
 def _default_output(args: argparse.Namespace, checkpoint: Path) -> Path:
-    from megatron.early_exit.evaluation.documents import RESULTS_FOLDER
+    from megatron.early_exit.config.checkpoint_files import RESULTS_FOLDER
 
     return checkpoint / RESULTS_FOLDER / f"{args.command}.json"
 

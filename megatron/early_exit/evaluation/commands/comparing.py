@@ -134,7 +134,8 @@ def load_for(args: argparse.Namespace, most_at_once: int, **overrides: Any) -> t
 
 def _max_length(args: argparse.Namespace) -> dict[str, int]:
     """Prompts from documents have one length: keys and values need no more room."""
-    from megatron.early_exit.config.serialize import checkpoint_folder, read_description
+    from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
+    from megatron.early_exit.config.serialize import read_description
     from megatron.early_exit.evaluation.prompts import prompt_length
 
     if args.max_length is not None or not args.data_path:

@@ -44,8 +44,8 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
+    from megatron.early_exit.config.checkpoint_files import PROBES_FILE
     from megatron.early_exit.evaluation.probes import ProbeSettings, train_probes
-    from megatron.early_exit.inference.exit_probes import PROBES_FILE
     from megatron.early_exit.platform.machine import machine_info
 
     names = ("answer_tokens", "ignore_eod", "width", "max_epochs", "patience", "held_out", "early_exit_share", "seed")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.early_exit.config.serialize import checkpoint_folder
-from megatron.early_exit.evaluation.documents import RESULTS_FOLDER
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
+from megatron.early_exit.config.checkpoint_files import RESULTS_FOLDER
 from megatron.early_exit.evaluation.report.schema import RESULTS, Document, Model, load_document
 
 
