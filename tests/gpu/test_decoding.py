@@ -164,3 +164,23 @@ def test_layers_never_wait_for_the_device(use_graphs: bool) -> None:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_hidden_states_travel_as_bytes() -> None:
+    from megatron.early_exit.inference.executor.hidden_states import from_bytes, to_bytes
+
+    hidden = torch.randn(7, 48, device=GPU).to(torch.bfloat16)[1:]
+    described, data = to_bytes(hidden)
+    received = from_bytes(described, bytes(data))
+    assert received.is_cuda and torch.equal(received, hidden)
+
+
+def test_costs_are_measured_with_graphs_and_without() -> None:
+    from megatron.early_exit.inference.worker.cost_measurement import measure_costs
+    from tests.distributed.engines import decoder_of
+
+    for use_graphs in (False, True):
+        decoder = decoder_of(make_engine(GPU, config(), use_graphs=use_graphs))
+        costs = measure_costs(decoder, repetitions=2)
+        assert all(value > 0 for value in (*costs.layer_seconds, *costs.exit_head_seconds, *costs.final_head_seconds))
+        assert costs.batch_seconds > 0
