@@ -152,7 +152,7 @@ def show(stops: StopStrings, typed: list[str]) -> list[str]:
         text += piece
         stops.add(piece)
         shown.append(text[len("".join(shown)) : stops.num_settled])
-    rest = "" if stops.found_at is not None else text[len("".join(shown)) :]
+    rest = "" if stops.found is not None else text[len("".join(shown)) :]
     return [*shown[1:], rest]
 
 
@@ -174,7 +174,7 @@ def show(stops: StopStrings, typed: list[str]) -> list[str]:
 def test_stop_strings(stops: tuple[str, ...], typed: list[str], shown: list[str], is_found: bool) -> None:
     search = StopStrings(stops)
     assert show(search, typed) == shown
-    assert (search.found_at is not None) is is_found
+    assert (search.found is not None) is is_found
 
 
 FEW_LETTERS = st.text("ab", max_size=30)
@@ -194,7 +194,7 @@ def test_stop_strings_by_definition(stops: list[str], typed: list[str], num_with
             if lengths:
                 found_at = len(text) - max(lengths)
                 break
-        assert search.found_at == found_at
+        assert (None if search.found is None else search.found.at) == found_at
         if found_at is None:
             beginnings = {stop[:size] for stop in stops for size in range(len(stop))}
             num_held = max((len(one) for one in beginnings if text.endswith(one)), default=0)
@@ -219,7 +219,7 @@ def test_stop_strings_take_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
     stops = StopStrings([Counted("a" * (256 - index) + "b") for index in range(16)])
     for _ in range(10_000):
         stops.add("a")
-    assert (stops.num_settled, stops.found_at) == (10_000 - 256, None)
+    assert (stops.num_settled, stops.found) == (10_000 - 256, None)
     assert Counted.num_looks <= 16 * 3 * (10_000 + 256)
     stops.add("ba")
-    assert stops.found_at == 10_000 - 256
+    assert stops.found is not None and stops.found.at == 10_000 - 256

@@ -4,8 +4,10 @@ by the field's name."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 
 def is_integer(value: Any) -> bool:
@@ -42,7 +44,7 @@ def text(name: str, value: Any) -> str:
     return value
 
 
-def quantize(value: Any) -> str:
+def quantize(value: Any) -> Literal["all"]:
     """Raises ValueError unless `value` says what is kept in int8, which is `all`."""
     if value == "exits":
         raise ValueError(
@@ -51,10 +53,10 @@ def quantize(value: Any) -> str:
         )
     if value != "all":
         raise ValueError(f"quantize is {value!r}; choose 'all', or leave it out")
-    return value
+    return "all"
 
 
-def several(name: str, values: Any, check: Any) -> tuple:
+def several(name: str, values: Any, check: Callable[[str, Any], T]) -> tuple[T, ...]:
     """One value, or any number of them, each through `check`; None: none."""
     if values is None:
         return ()

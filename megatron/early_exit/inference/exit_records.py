@@ -44,7 +44,8 @@ class PromptRecord:
     @property
     def is_wrong(self) -> np.ndarray:
         """[T, E] bool: where an exit's token is not the full model's."""
-        return self.choices != self.tokens[:, None]
+        wrong: np.ndarray = self.choices != self.tokens[:, None]
+        return wrong
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron.early_exit.data.tokenizer import Tokenizer
-from megatron.early_exit.inference.results import GeneratedToken
+from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.inference.text_engine import RequestOutput
 
 # Colours (of 256) from the first layer to the last; the final head's text keeps the terminal's own colour.
@@ -44,7 +44,7 @@ def marked(texts: Sequence[str], tokens: Sequence[GeneratedToken]) -> str:
 
 def usage_table(output: RequestOutput, num_stages: int = 1) -> str:
     """Exit, tokens, share and mean confidence, and what was saved. num_stages: of the pipeline."""
-    result = output.result
+    result = output.check()
     total, statistics = len(result.tokens), result.statistics
     rows = [("exit", "tokens", "share", "mean confidence")]
     for usage in result.usage:
@@ -68,12 +68,12 @@ def usage_table(output: RequestOutput, num_stages: int = 1) -> str:
                 f"layer runs saved: {of_all}, with all deferred rows run at once; row computations saved: "
                 f"{statistics.layers_saved:.1%}{notes}"
             )
-    lines.append(f"{_speed(output)}; stopped by {result.finish_reason}")
+    lines.append(f"{_speed(result)}; stopped by {result.finish_reason}")
     return "\n".join(lines)
 
 
-def _speed(output: RequestOutput) -> str:
-    statistics, total = output.result.statistics, len(output.result.tokens)
+def _speed(result: RequestResult) -> str:
+    statistics, total = result.statistics, len(result.tokens)
     if statistics.first_token_seconds is None:
         return "no tokens"
     text = f"{total} token{'s' * (total != 1)}, the first after {statistics.first_token_seconds:.2f} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from megatron.early_exit.data.tokenizer import Tokenizer
 
@@ -115,6 +116,14 @@ def pieces(tokenizer: Tokenizer, prompt_ids: Sequence[int], tokens: Sequence[int
     return texts
 
 
+class FoundStop(NamedTuple):
+    """A stop string that a text holds."""
+
+    text: str
+    at: int
+    """Characters of the text before it."""
+
+
 class StopStrings:
     """Finds the first stop string in a text that comes piece by piece: the one that is complete first, the longest of
     those that end there. A character takes three comparisons with each string on average, whatever the strings are
@@ -123,21 +132,19 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._searches = [_Search(stop) for stop in stops]
         self._num_characters = 0
-        self.found_at: int | None = None
-        """Characters before the stop string, once one is found; what comes after it is ignored."""
-        self.found: str | None = None
-        """The stop string itself."""
+        self.found: FoundStop | None = None
+        """Once one is found; what comes after it is ignored."""
 
     @property
     def num_settled(self) -> int:
         """Characters that no stop string can take back: those before one, or before what may be its beginning."""
-        if self.found_at is not None:
-            return self.found_at
+        if self.found is not None:
+            return self.found.at
         return self._num_characters - max((search.matched for search in self._searches), default=0)
 
     def add(self, piece: str, may_end: bool = True) -> None:
         """Look at the text that follows. may_end: whether a string that is complete in it counts."""
-        if self.found_at is not None:
+        if self.found is not None:
             return
         if not self._searches:
             self._num_characters += len(piece)
@@ -146,8 +153,8 @@ class StopStrings:
             self._num_characters += 1
             complete = [search.stop for search in self._searches if search.add(character)]
             if complete and may_end:
-                self.found = max(complete, key=len)
-                self.found_at = self._num_characters - len(self.found)
+                text = max(complete, key=len)
+                self.found = FoundStop(text, self._num_characters - len(text))
                 return
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.engine import Engine, Event, QueueFull
+from megatron.early_exit.inference.engine.request import Result
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.params import GenerationParams, PromptTooLong, ScoreParams, check_length
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult, ScoreResult
@@ -62,6 +63,15 @@ class RequestOutput:
         if self.error is not None:
             return "error"
         return None if self.result is None else self.result.finish_reason
+
+    def check(self) -> RequestResult:
+        """The result of a request that was answered. Raises ValueError if the prompt was refused, or the request failed
+        or has not ended."""
+        if self.error is not None:
+            raise ValueError(f"the prompt was not answered: {self.error}")
+        if self.result is None:
+            raise ValueError("the request has not ended")
+        return self.result
 
 
 @dataclass(frozen=True)
@@ -158,12 +168,12 @@ class TextEngine:
 
     def take(self, events: list[Event]) -> list[OutputDelta | ScoreResult]:
         """What events of the engine bring, as of `step`; for an engine in another process, which steps by itself."""
-        news = []
+        news: list[OutputDelta | ScoreResult] = []
         for event in events:
             if event.request_id in self._growing:
                 delta = self._delta(event)
                 news += [delta] if delta.tokens or delta.is_finished else []
-            elif event.request_id in self._scoring:
+            elif event.request_id in self._scoring and isinstance(event.result, ScoreResult):
                 self._scoring.remove(event.request_id)
                 news.append(event.result)
         return news
@@ -182,8 +192,9 @@ class TextEngine:
         return delta
 
     def _grow(self, growing: _GrowingOutput, event: Event) -> OutputDelta:
-        result = event.result
-        is_stopped = growing.add(event.tokens, ends=result is not None and result.finish_reason in ("eod", "stop"))
+        result: Result | None = event.result
+        ends = isinstance(result, RequestResult) and result.finish_reason in ("eod", "stop")
+        is_stopped = growing.add(event.tokens, ends)
         if is_stopped and result is None:
             # An engine in another process gives the result later, as that of an event.
             result = self._engine.stop(event.request_id, growing.num_tokens)
@@ -235,10 +246,11 @@ class _GrowingOutput:
     def finish(self, result: RequestResult) -> OutputDelta:
         """All that is held, but for a stop string."""
         self._flush()
-        if self._is_stopped:
-            self._cut(self._stops.found_at - self._num_taken)
+        found = self._stops.found
+        if found is not None:
+            self._cut(found.at - self._num_taken)
             result = result.stopped_after(self.num_tokens)
-            self._output.stop_string = self._stops.found
+            self._output.stop_string = found.text
         self._output.result, self._output.error = result, result.error
         return self._take(len(self._held), is_finished=True)
 
@@ -249,7 +261,7 @@ class _GrowingOutput:
 
     @property
     def _is_stopped(self) -> bool:
-        return self._stops.found_at is not None
+        return self._stops.found is not None
 
     def _flush(self) -> None:
         """Let held ids have what text they have."""

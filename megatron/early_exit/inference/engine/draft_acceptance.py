@@ -62,8 +62,8 @@ class Acceptance:
     def __init__(self, source: Source, before: Acceptance | None = None) -> None:
         self.source = source
         guess, kept = source.guess, _KEPT_OF_ALL if before is None else _KEPT
-        self.first = Rate(guess if before is None else before.first, kept)
-        self.later = self.first
+        self.first: Rate = Rate(guess if before is None else before.first, kept)
+        self.later: Rate = self.first
         if source.kind == "ngram":
             self.later = Rate(max(guess, _GUESS_OF_EXIT) if before is None else before.later, kept)
 

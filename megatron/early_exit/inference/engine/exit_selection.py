@@ -91,6 +91,10 @@ def _share_beside_equals(goes_on: float) -> float:
     return goes_on * goes_on / (2.0 - goes_on)
 
 
+_Question = tuple[tuple[ExitThreshold, ...], int, StepCosts, bool]
+"""Candidates, number of requests, costs, whether it is all or none."""
+
+
 class ExitSelector:
     """Selects exits by what was recorded of them; selections that were made are kept."""
 
@@ -99,7 +103,7 @@ class ExitSelector:
         self._model, self._scores = model, scores
         leaving = (index for index, one in enumerate(model.exits) if one.may_leave)
         self._columns = {index: column for column, index in enumerate(leaving)}
-        self._selected: dict[tuple, tuple[ExitThreshold, ...]] = {}
+        self._selected: dict[_Question, tuple[ExitThreshold, ...]] = {}
 
     def select(
         self,

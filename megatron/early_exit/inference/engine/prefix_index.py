@@ -69,12 +69,14 @@ class PrefixIndex:
         """For each of `slots` the number of its leading blocks that are the first of `blocks`.
 
         Takes a look-up for each block, and log2(blocks) comparisons for each slot."""
-        nodes, node = [], self._root
+        nodes: list[_Node] = []
+        children = self._root.children
         for block in blocks:
-            node = node.children.get(block)
+            node = children.get(block)
             if node is None:
                 break
             nodes.append(node)
+            children = node.children
         return {slot: _num_equal(self._paths[slot], nodes) for slot in slots}
 
 

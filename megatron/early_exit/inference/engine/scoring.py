@@ -97,7 +97,7 @@ class RunningScoring(RunningRequest):
             tokens=tuple(token for part in parts for token in part.tokens),
             confidences=tuple(value for part in parts for value in part.confidences),
             log_probs=tuple(value for part in parts for value in part.log_probs),
-            top_log_probs=tuple(tuple(map(tuple, top)) for part in parts for top in part.top_log_probs),
+            top_log_probs=tuple(tuple(top) for part in parts for top in part.top_log_probs),
             logits=_rows_of(parts, "logits") if params.logits else None,
             states=_rows_of(parts, "states") if params.states and head != FINAL_HEAD else None,
         )
