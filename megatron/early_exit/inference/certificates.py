@@ -133,10 +133,10 @@ class Certificates:
             "tools/evaluate.py calibrate"
         )
 
-    def thresholds(self, params: GenerationParams) -> dict[int, float]:
-        """Threshold by layer for a request that asks for a certified level; empty if none of the exits that it names
-        may be taken. Raises ValueError if the promise does not cover it."""
-        certificate = self.find(params.certified_level, params.exit_score)
+    def thresholds(self, asked: float, params: GenerationParams) -> dict[int, float]:
+        """Threshold by layer for a request that asks for the certified level `asked`; empty if none of the exits that
+        it names may be taken. Raises ValueError if the promise does not cover it."""
+        certificate = self.find(asked, params.exit_score)
         sampling, level = params.sampling, f"certified:{certificate.level:g}"
         if not sampling.is_plain_argmax:
             raise ValueError(f"{level} holds for greedy answers; leave out temperature, penalties and biases")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.data.tokenizer import check_unicode
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.exit_policy import ExitPolicy
+
+# Who makes settings imports all of them from here.
+from megatron.early_exit.inference.sampling_settings import SamplingSettings as SamplingSettings
 
 Mode = Literal["full", "early_exit", "self_speculative"]
 MODES = ("full", "early_exit", "self_speculative")
@@ -34,113 +37,6 @@ MAX_TOP_LOG_PROBS = 512
 MAX_SAMPLES = 128
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 16, 256
 MAX_STOP_TOKENS = 1024
-MAX_LOGIT_BIASES, LARGEST_LOGIT_BIAS = 1024, 100.0
-
-
-# Below this temperature the most probable token is taken: nothing else has a probability to speak of.
-GREEDY_BELOW = 1e-5
-
-_SMALLEST_FLOAT32 = 2.0**-126
-"""Normal number."""
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How one request's tokens are chosen. The default is greedy."""
-
-    temperature: float = 0.0
-    """Divide the logits by this; 0, and values so small that they do the same: take the most probable token, whatever
-    the other settings but biases and penalties are."""
-
-    top_k: int = 0
-    """Choose among the k most probable tokens only; 0: among all."""
-
-    top_p: float = 0.0
-    """Choose among the fewest most probable tokens whose probabilities add up to this; 0: among all."""
-
-    top_p_decay: float = 0.0
-    """Multiply top_p by this after every token; 0: keep it."""
-
-    top_p_bound: float = 0.0
-    """With top_p_decay: top_p never falls below this."""
-
-    min_p: float = 0.0
-    """Leave out tokens whose probability is below this share of the most probable one's; 0: none."""
-
-    repetition_penalty: float = 1.0
-    """Divide positive logits of tokens that the prompt or the answer holds by this, multiply negative ones; 1: off."""
-
-    frequency_penalty: float = 0.0
-    """Subtract this from a token's logit as often as the answer holds it; negative values make it more probable."""
-
-    presence_penalty: float = 0.0
-    """Subtract this from the logits of tokens that the answer holds."""
-
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids and what is added to their logits, before penalties and everything else: from -100, which all but bans
-    a token, to 100, which all but forces it. Pairs in any order, or a mapping, may be given."""
-
-    seed: int = 1234
-    """The same seed, prompt and settings give the same tokens; from -2**63 to 2**63 - 1."""
-
-    def __post_init__(self) -> None:
-        numbers = (
-            "temperature", "top_p", "top_p_decay", "top_p_bound", "min_p", "repetition_penalty", "frequency_penalty",
-            "presence_penalty",
-        )  # fmt: skip
-        for name in numbers:
-            object.__setattr__(self, name, checked.number(name, getattr(self, name)))
-        for name in ("top_k", "seed"):
-            object.__setattr__(self, name, checked.integer(name, getattr(self, name)))
-        object.__setattr__(self, "logit_bias", _sorted_biases(self.logit_bias))
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (off) or positive")
-        if not 0.0 <= self.top_p <= 1.0:
-            raise ValueError(f"top_p is {self.top_p}; it must lie between 0 (off) and 1")
-        if not 0.0 <= self.top_p_decay <= 1.0:
-            raise ValueError(f"top_p_decay is {self.top_p_decay}; it must lie between 0 (off) and 1")
-        if not 0.0 <= self.top_p_bound <= self.top_p:
-            raise ValueError(f"top_p_bound is {self.top_p_bound}; it must lie between 0 and top_p ({self.top_p})")
-        if self.top_p_decay and not self.top_p:
-            raise ValueError(f"top_p_decay is {self.top_p_decay}, which has no effect without top_p")
-        if self.top_p_bound and not self.top_p_decay:
-            raise ValueError(f"top_p_bound is {self.top_p_bound}, which has no effect without top_p_decay")
-        if not 0.0 <= self.min_p <= 1.0:
-            raise ValueError(f"min_p is {self.min_p}; it must lie between 0 (off) and 1")
-        if not 0.0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be positive (1: off)")
-        for name in ("frequency_penalty", "presence_penalty"):
-            if not -2.0 <= getattr(self, name) <= 2.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between -2 and 2 (0: off)")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; it must lie between -2**63 and 2**63 - 1")
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the most probable token (after biases and penalties) is always taken."""
-        return self.temperature < GREEDY_BELOW or self.top_k == 1
-
-    @property
-    def is_plain_argmax(self) -> bool:
-        """Whether the head's most probable token is taken as it is: no logits need to be looked at."""
-        return self.is_greedy and not self.has_penalty and not self.logit_bias
-
-    @property
-    def has_penalty(self) -> bool:
-        """Whether tokens that came before change the logits."""
-        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
-
-    def of_sample(self, number: int) -> SamplingSettings:
-        """The same with seed + `number`, for one of several answers; behind the largest seed comes the smallest."""
-        return replace(self, seed=(self.seed + number + 2**63) % 2**64 - 2**63)
-
-    def top_p_at(self, index: int) -> float:
-        """top_p for the answer's token number `index`, from 0, as Megatron's text generation lowers it."""
-        if not self.top_p_decay:
-            return self.top_p
-        return max(self.top_p * self.top_p_decay**index, self.top_p_bound, _SMALLEST_FLOAT32)
 
 
 @dataclass(frozen=True)
@@ -171,11 +67,34 @@ class CertifiedThresholds:
 _CERTIFIED = "certified:"
 
 
-def _certified(thresholds: Any) -> CertifiedThresholds | None:
-    """What stands for a certificate's thresholds; None: numbers do. Raises ValueError."""
-    if isinstance(thresholds, CertifiedThresholds):
-        return thresholds
-    return CertifiedThresholds.parse(thresholds) if isinstance(thresholds, str) else None
+def _thresholds(name: str, given: Any) -> tuple[float, ...] | CertifiedThresholds:
+    """Numbers, or what stands for those of a certificate. Raises ValueError."""
+    if isinstance(given, CertifiedThresholds):
+        return given
+    return CertifiedThresholds.parse(given) if isinstance(given, str) else checked.several(name, given, checked.number)
+
+
+_Check = Callable[[str, Any], object]
+"""(name of a field, what was given) -> its value. Raises ValueError that names the field."""
+
+_CHECKS_OF_ONE: dict[str, _Check] = {
+    **dict.fromkeys(
+        ("max_tokens", "min_tokens", "max_deferred", "max_draft_length", "top_log_probs", "n"), checked.integer
+    ),
+    **dict.fromkeys(("observe_exits", "add_special_tokens", "ignore_eod", "log_probs", "echo"), checked.truth),
+}
+_CHECKS_OF_OPTIONAL: dict[str, _Check] = {
+    "plan_exits": checked.truth,
+    "draft_exit": checked.integer,
+    "draft_length": checked.integer,
+    "draft_min_confidence": checked.number,
+}
+_CHECKS_OF_SEVERAL: dict[str, _Check] = {
+    "exit_thresholds": _thresholds,
+    "exit_layers": lambda name, given: checked.several(name, given, checked.integer),
+    "stop_tokens": lambda name, given: checked.several(name, given, checked.integer),
+    "stop": lambda name, given: checked.several(name, given, checked.text),
+}
 
 
 @dataclass(frozen=True)
@@ -341,30 +260,9 @@ class GenerationParams:
     def _normalise(self) -> None:
         """Make every field what its annotation says. One value stands for a list of one; NumPy's and torch's numbers
         are numbers. Raises ValueError that names the field."""
-        checks = {name: checked.integer for name in ("max_tokens", "min_tokens", "max_deferred")}
-        checks |= {name: checked.integer for name in ("max_draft_length", "top_log_probs", "n")}
-        checks |= {
-            name: checked.truth for name in ("observe_exits", "add_special_tokens", "ignore_eod", "log_probs", "echo")
-        }
-        if self.plan_exits is not None:
-            checks["plan_exits"] = checked.truth
-        for name in ("draft_exit", "draft_length"):
-            if getattr(self, name) is not None:
-                checks[name] = checked.integer
-        if self.draft_min_confidence is not None:
-            checks["draft_min_confidence"] = checked.number
-        values = {name: check(name, getattr(self, name)) for name, check in checks.items()}
-        thresholds = _certified(self.exit_thresholds)
-        if thresholds is None:
-            thresholds = checked.several("exit_thresholds", self.exit_thresholds, checked.number)
-        values["exit_thresholds"] = thresholds
-        lists = {
-            "exit_layers": checked.integer, "stop_tokens": checked.integer,
-            "stop": checked.text,
-        }  # fmt: skip
-        values |= {name: checked.several(name, getattr(self, name), check) for name, check in lists.items()}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        optional = {name: check for name, check in _CHECKS_OF_OPTIONAL.items() if getattr(self, name) is not None}
+        for name, check in (_CHECKS_OF_ONE | optional | _CHECKS_OF_SEVERAL).items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
         if not isinstance(self.sampling, SamplingSettings):
             raise ValueError(f"sampling is {self.sampling!r}; it must be SamplingSettings(...)")
 
@@ -375,8 +273,9 @@ class GenerationParams:
     @property
     def certified_level(self) -> float | None:
         """The promise that is asked for; None: thresholds are given as numbers, or nothing exits."""
-        is_certified = self.mode == "early_exit" and isinstance(self.exit_thresholds, CertifiedThresholds)
-        return self.exit_thresholds.level if is_certified else None
+        if self.mode == "early_exit" and isinstance(self.exit_thresholds, CertifiedThresholds):
+            return self.exit_thresholds.level
+        return None
 
     def exit_policy(self, exits: ExitConfig) -> ExitPolicy | None:
         """When to exit, or None if this request never does. Raises ValueError if the model has no such exits, and for
@@ -511,28 +410,6 @@ def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
     outside = [token for token in ids if not 0 <= token < vocab_size]
     if outside:
         raise ValueError(f"{name} has ids outside of the vocabulary of {vocab_size}: {outside[:5]}")
-
-
-def _sorted_biases(biases: Any) -> tuple[tuple[int, float], ...]:
-    """Raises ValueError that names the field."""
-    if biases is None:
-        return ()
-    pairs = biases.items() if isinstance(biases, Mapping) else biases
-    if not hasattr(pairs, "__len__") or isinstance(pairs, (str, bytes)):
-        raise ValueError(f"logit_bias is {biases!r}; give pairs of a token id and its bias, or a mapping")
-    if len(pairs) > MAX_LOGIT_BIASES:
-        raise ValueError(f"logit_bias has {len(pairs)} entries; give at most {MAX_LOGIT_BIASES}")
-    result: dict[int, float] = {}
-    for pair in pairs:
-        if not hasattr(pair, "__len__") or isinstance(pair, (str, bytes)) or len(pair) != 2:
-            raise ValueError(f"logit_bias has {pair!r}; its entries are pairs of a token id and its bias")
-        token, bias = checked.integer("an id of logit_bias", pair[0]), checked.number("logit_bias", pair[1])
-        if not -LARGEST_LOGIT_BIAS <= bias <= LARGEST_LOGIT_BIAS:
-            raise ValueError(f"logit_bias of token {token} is {bias}; it must lie between -100 and 100")
-        if token in result:
-            raise ValueError(f"logit_bias has token {token} twice; give one bias")
-        result[token] = bias
-    return tuple(sorted(result.items()))
 
 
 def _check_top_log_probs(count: int) -> None:

@@ -93,7 +93,7 @@ class RequestChecks:
             thresholds = {} if policy is None else dict(zip(policy.exit_layers, policy.thresholds, strict=True))
         else:
             ExitPolicy.for_model(self.exits, (1.0,), params.exit_layers)  # refuses exits that no token may leave at
-            thresholds = self.certificates.thresholds(params)
+            thresholds = self.certificates.thresholds(params.certified_level, params)
         return tuple(ExitThreshold(self.model.index_of(layer), value, score) for layer, value in thresholds.items())
 
     def exit_score(self, params: GenerationParams) -> ExitScore:

@@ -11,8 +11,6 @@ from pydantic import Field
 from megatron.early_exit.inference.certificates import Certificate
 from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.params import (
-    LARGEST_LOGIT_BIAS,
-    MAX_LOGIT_BIASES,
     MAX_SAMPLES,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
@@ -20,6 +18,7 @@ from megatron.early_exit.inference.params import (
     GenerationParams,
     SamplingSettings,
 )
+from megatron.early_exit.inference.sampling_settings import LARGEST_LOGIT_BIAS, MAX_LOGIT_BIASES
 from megatron.early_exit.server.config import RequestLimits
 from megatron.early_exit.server.early_exit_fields import EarlyExitFields, certified_or_full
 from megatron.early_exit.server.errors import BadRequest
