@@ -113,7 +113,11 @@ def test_where_a_step_goes() -> None:
     parts = step_parts([full], costs, num_layers=3)
     assert [(one["part"], one["seconds"]) for one in parts] == [("layers", 13.5), ("final head", 3.0), ("rest", 3.5)]
     assert [one["share"] for one in parts] == pytest.approx([13.5 / 20, 3 / 20, 3.5 / 20])
+    assert [one["seconds_alone"] for one in parts] == [13.5, 3.0, None]
     assert step_parts([{"batch": 1, "fastest_step_seconds": [[None]]}], costs, 3) == []
+    (layers, head, rest) = step_parts([full | {"fastest_step_seconds": [[11.0]]}], costs, num_layers=3)
+    assert (layers["seconds"], head["seconds"], rest["seconds"]) == pytest.approx((9.0, 2.0, 0.0))
+    assert (layers["seconds_alone"], head["seconds_alone"], rest["share"]) == (13.5, 3.0, 0.0)
 
 
 def test_tables_and_files_have_the_numbers(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import re
 import subprocess
 import sys
@@ -212,6 +213,33 @@ def test_pictures_lie_beside_the_page(report: Path, page: Page) -> None:
         pixels = np.asarray(Image.open(io.BytesIO(content)).convert("L"))
         assert pixels.std() > 10 and len(content) < 120_000
     assert (report / "report.html").stat().st_size < 1_000_000
+
+
+def test_pictures_of_an_earlier_page_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But not what somebody else has put there, nor a picture that was changed."""
+    exits, calibrate = map(str, made.write_all(tmp_path / "results", made.all_documents()[0:3:2]))
+    folder = tmp_path / "report"
+    make(capsys, "--results", exits, calibrate, "--output", str(folder))
+    own = {"coverage_risk copy.png": (folder / "coverage_risk.png").read_bytes(), "exit_share.png": b"changed"}
+    for name, content in own.items():
+        (folder / name).write_bytes(content)
+    make(capsys, "--results", exits, "--output", str(folder))
+    assert {path.name for path in folder.iterdir()} == {"report.html", "reliability.png", *own}
+    assert all((folder / name).read_bytes() == content for name, content in own.items())
+
+
+def test_a_rest_below_zero_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As documents of early versions have it; the parts still add up to the step."""
+    step = [
+        {"batch": 1, "part": part, "seconds": seconds}
+        for part, seconds in (("layers", 0.008), ("final head", 0.002), ("rest", -0.005))
+    ]
+    results = made.benchmark_results(made.model(), random.Random(0)) | {"step": step}
+    (path,) = made.write_all(tmp_path, [made.document("benchmark", results)])
+    make(capsys, "--results", str(path), "--output", str(tmp_path / "report"))
+    page = Page((tmp_path / "report/report.html").read_text(encoding="utf-8"))
+    (table,) = (text for _, text in page.all("table") if text.startswith("Parts of a decoding step"))
+    assert table.endswith("15.00 ms4.00 ms (80.0%)1.00 ms (20.0%)0.00 µs (0.0%)")
 
 
 def test_the_same_documents_give_the_same_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from megatron.early_exit.evaluation.report.plots.coverage_risk import coverage_r
 from megatron.early_exit.evaluation.report.plots.draft_heat_map import draft_heat_map
 from megatron.early_exit.evaluation.report.plots.labels import Label, label_points, spread
 from megatron.early_exit.evaluation.report.plots.models import models
-from megatron.early_exit.evaluation.report.plots.pareto import frontier, pareto
+from megatron.early_exit.evaluation.report.plots.pareto import frontier, pareto, points_of
 from megatron.early_exit.evaluation.report.plots.reliability import reliability
 from megatron.early_exit.evaluation.report.plots.throughput_latency import throughput_latency
 from tests.colours import COLOUR_VISION, contrast, seen_with, to_linear
@@ -55,7 +55,7 @@ def test_frontier_is_what_nothing_beats() -> None:
         (x, y) for (x, y), (other_x, other_y) in itertools.product(points, points)
         if other_x >= x and other_y >= y and (x, y) != (other_x, other_y)
     }  # fmt: skip
-    found = [(row.speedup, row.agreement) for row in frontier(rows)]
+    found = [(row.speedup, row.agreement) for row in frontier(points_of(rows))]
     assert found == sorted(points - beaten) and len(found) > 1
 
 
@@ -212,19 +212,16 @@ def test_path_stops_at_the_first_failure(p_values: Sequence[float], words: str |
         assert axes.xaxis_inverted() and axes.get_xlabel() == "threshold of all exits"
 
 
-def test_bars_of_a_step_begin_at_zero() -> None:
-    parts = [
-        schema.StepPart(name, seconds, batch)
-        for batch, of_step in {4: (0.005, 0.001, -0.002), 1: (0.003, 0.001, 0.0)}.items()
-        for name, seconds in zip(("layers", "final head", "rest"), of_step)
-    ]
-    plot = step_parts.step_parts(parts)
-    first, second = "At batch 1 most of a step of 4.00 ms goes to layers: 75%.", "At batch 4 most of a step of 4.00 ms"
-    assert plot.finding == f"{first} {second} goes to layers: 125%."
+def test_bars_of_a_step_add_up_to_one() -> None:
+    names = ("layers", "final head", "rest")
+    steps = {1: dict(zip(names, (0.003, 0.001, 0.0))), 4: dict(zip(names, (0.005, 0.001, 0.002)))}
+    plot = step_parts.step_parts(steps)
+    first, second = "At batch 1 most of a step of 4.00 ms goes to layers: 75%.", "At batch 4 most of a step of 8.00 ms"
+    assert plot.finding == f"{first} {second} goes to layers: 62%."
     figure = drawn(plot)
     assert figure.axes[0].get_xlim() == (0, 1)
-    assert words_of(figure) == ["75%", "25%", "83%", "17%"], "of what is above 0"
-    assert step_parts.step_parts(parts[:1]) is None
+    assert words_of(figure) == ["75%", "25%", "62%", "12%", "25%"]
+    assert step_parts.step_parts({1: {"layers": 0.003}}) is None
 
 
 def test_models_are_compared_by_depth() -> None:

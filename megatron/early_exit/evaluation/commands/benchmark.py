@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
         beside = _beside(args, llm, loaded)
         found = compare(llm, prompts.prompts, variants, settings, show_progress, beside)
         of_full = [one for one in found.per_prompt if one["name"] == FULL]
-        parts = step_parts(of_full, llm.engine.measure_costs(), llm.engine.description.num_layers)
+        # Greedy tokens alone, as `answers` wants them, may cost less.
+        costs = llm.engine.measure_costs().for_tokens(of_drafts=False, of_probed=False, of_final=not answers.log_probs)
+        parts = step_parts(of_full, costs, llm.engine.description.num_layers)
         rows = sorted([*found.rows, *found.beside], key=lambda row: row["batch"])
         print(table(rows))
         if parts:

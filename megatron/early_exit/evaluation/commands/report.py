@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-PAGE = "report.html"
+from megatron.early_exit.evaluation.report.folder import PAGE, write_report
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "report", help="a page of all results, with tables and plots",
         description=f"Make one page, {PAGE}, and the plots apart as PNG files, of result documents. The page needs "
-        "nothing else: it can be sent, printed and read offline.",
+        "nothing else: it can be sent, printed and read offline. Plots of an earlier page in the same folder are "
+        "removed.",
     )  # fmt: skip
     parser.add_argument(
         "--load", nargs="+", default=[], metavar="[NAME=]DIR",
@@ -37,11 +38,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("nothing to report on: give --load CHECKPOINTS or --results FILE ...")
     folder = _check_output(args)
     made = report(evaluated_models(args.load, args.results))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in made.pictures.items():
-        (folder / name).write_bytes(content)
-    page = folder / PAGE
-    page.write_text(made.html, encoding="utf-8")
+    page = write_report(made, folder)
     size = page.stat().st_size
     print(f"wrote {page} ({size / 1024:,.0f} KiB) and {len(made.pictures)} plots beside it")
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.early_exit.evaluation.report.markup import Content, element
+from megatron.early_exit.evaluation.report.schema import Interval, Number, known_interval
 
 UNKNOWN = "–"
-Interval = tuple[float | None, float | None] | None
 Format = Callable[[float], str]
 
 
@@ -50,9 +50,10 @@ def number(value: Any, format_: Format | None = None) -> Content:
     return UNKNOWN if value is None else element("data", (format_ or decimals(3))(value), value=repr(value))
 
 
-def with_interval(value: float | None, interval: Interval, format_: Format) -> Content:
+def with_interval(value: Number, interval: Interval, format_: Format) -> Content:
     """`98.8% (97.9% – 99.4%)`."""
-    if value is None or not interval or None in interval or interval[0] == interval[1]:
+    bounds = known_interval(interval)
+    if value is None or bounds is None or bounds[0] == bounds[1]:
         return number(value, format_)
-    low, high = (number(bound, format_) for bound in interval)
+    low, high = (number(bound, format_) for bound in bounds)
     return [number(value, format_), element("span", " (", low, " – ", high, ")", class_="interval")]

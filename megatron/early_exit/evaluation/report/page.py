@@ -147,8 +147,10 @@ def _missing(section: Section, model: Evaluated) -> Markup:
 
 
 def _figure(plot: Plot, name: str, pictures: dict[str, bytes]) -> Markup:
-    picture = pictures[f"{name}.png"] = png(plot)
-    image = element("img", src=f"data:image/png;base64,{b64encode(picture).decode()}", alt=plot.finding)
+    file = f"{name}.png"
+    picture = pictures[file] = png(plot)
+    source = f"data:image/png;base64,{b64encode(picture).decode()}"
+    image = element("img", src=source, data_file=file, alt=plot.finding)
     frame = element("div", image, class_="scroll", tabindex=0, role="group", aria_label="a plot that may scroll")
     words = element("figcaption", element("strong", plot.finding), " ", plot.caption)
     return element("figure", frame, words)

@@ -16,6 +16,14 @@ Interval = tuple[Number, Number] | None
 """Lower and upper bound, of 95% confidence."""
 
 
+def known_interval(interval: Interval) -> tuple[float, float] | None:
+    """None unless both bounds are known."""
+    if interval is None:
+        return None
+    low, high = interval
+    return None if low is None or high is None else (low, high)
+
+
 class Head(msgspec.Struct):
     """An exit, or the final head, on a text."""
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from matplotlib.typing import RcKeyType
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#767676",
@@ -22,9 +24,11 @@ INK = {
 """Darker, for words in the colour of what they name."""
 EXIT_COLOURS = (ORANGE, BLUE, GREEN, PURPLE, VERMILION, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+Dash = str | tuple[float, tuple[float, ...]]
+"""A style of lines, as matplotlib has it."""
+DASHES: tuple[Dash, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 
-SETTINGS = {
+SETTINGS: dict[RcKeyType, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9.0, "axes.titlesize": 9.5, "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E3E3E3",
     "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.edgecolor": "#444444", "lines.linewidth": 1.6,
@@ -81,11 +85,20 @@ def panels(
     return figure, grid[: len(titles)]
 
 
-def percents(axis: Any, places: int | None = None) -> None:
+def percents(axis: Axis, places: int | None = None) -> None:
     """Show the shares of an axis as percentages."""
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1.0, decimals=places))
+
+
+def logarithmic(axis: Axis, format_: Callable[[float], str]) -> None:
+    """Label 1, 2, 5, 10 ... of a logarithmic axis instead of powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def layer_words(layer: str | int) -> str:

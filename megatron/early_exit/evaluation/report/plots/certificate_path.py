@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron.early_exit.evaluation.report.plots import base
 from megatron.early_exit.evaluation.report.plots.labels import Label, label_points
-from megatron.early_exit.evaluation.report.schema import Certificate, PathPoint
+from megatron.early_exit.evaluation.report.schema import Certificate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+class Tested(NamedTuple):
+    """A point of the path of which all numbers are known."""
+
+    budget: float
+    risk: float
+    p_value: float
+    is_of_thresholds: bool
+    """Whether it is one threshold of all exits, rather than a risk that thresholds were tuned for."""
+
+
+def tested(card: Certificate) -> list[Tested]:
+    """In the order of the test."""
+    return [
+        Tested(
+            one.budget, one.risk, one.p_value,
+            is_of_thresholds=bool(one.thresholds) and set((one.thresholds or {}).values()) == {one.budget},
+        )
+        for one in card.path
+        if one.budget is not None and one.risk is not None and one.p_value is not None
+    ]  # fmt: skip
+
+
 def certificate_path(card: Certificate) -> base.Plot | None:
     """None with fewer than two points."""
-    points = [point for point in card.path if None not in (point.budget, point.risk, point.p_value)]
+    points = tested(card)
     if len(points) < 2:
         return None
     num_accepted = accepted(points, card.delta_of_test)
@@ -30,17 +52,16 @@ def certificate_path(card: Certificate) -> base.Plot | None:
     )
 
 
-def accepted(points: Sequence[PathPoint], delta: float) -> int:
+def accepted(points: Sequence[Tested], delta: float) -> int:
     """How many points in a row, from the first, the test accepts."""
     return next((number for number, point in enumerate(points) if point.p_value > delta), len(points))
 
 
-def _is_of_thresholds(points: Sequence[PathPoint]) -> bool:
-    """Whether each point is one threshold of all exits, rather than a risk that thresholds were tuned for."""
-    return all(point.thresholds and set(point.thresholds.values()) == {point.budget} for point in points)
+def _is_of_thresholds(points: Sequence[Tested]) -> bool:
+    return all(point.is_of_thresholds for point in points)
 
 
-def _finding(card: Certificate, points: Sequence[PathPoint], num_accepted: int) -> str:
+def _finding(card: Certificate, points: Sequence[Tested], num_accepted: int) -> str:
     if not num_accepted:
         return f"Promise {card.level:.6g}: not even the safest setting is accepted, with p = {points[0].p_value:.3f}."
     last = points[num_accepted - 1]
@@ -50,7 +71,7 @@ def _finding(card: Certificate, points: Sequence[PathPoint], num_accepted: int) 
     )
 
 
-def _draw(card: Certificate, points: Sequence[PathPoint], num_accepted: int, what: str) -> Figure:
+def _draw(card: Certificate, points: Sequence[Tested], num_accepted: int, what: str) -> Figure:
     figure, axes = base.single((6.6, 2.7))
     bound, budgets, risks = 1 - card.level, [point.budget for point in points], [point.risk for point in points]
     axes.axhline(bound, color="#555555", linestyle=(0, (5, 2)), linewidth=1.1)
@@ -64,7 +85,9 @@ def _draw(card: Certificate, points: Sequence[PathPoint], num_accepted: int, wha
         axes.margins(0.06)
         axes.invert_xaxis()
     else:
-        _logarithmic_percents(axes)
+        axes.set_xscale("log")
+        axes.margins(0.06)
+        base.logarithmic(axes.xaxis, lambda value: f"{100 * value:.6g}%")
     axes.set_ylim(0, 1.18 * max(bound, *risks))
     base.percents(axes.yaxis)
     axes.set_xlabel(f"{what}{'' if _is_of_thresholds(points) else ' (logarithmic)'}")
@@ -79,13 +102,3 @@ def _draw(card: Certificate, points: Sequence[PathPoint], num_accepted: int, wha
         words = f"certified: {last.risk:.2%}, p = {last.p_value:.3f}"
         label_points(axes, [Label(last.budget, last.risk, words, base.GREEN, True, True)], list(zip(budgets, risks)))
     return figure
-
-
-def _logarithmic_percents(axes: object) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_xscale("log")
-    axes.margins(0.06)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.6g}%"))
-    axes.xaxis.set_minor_formatter(NullFormatter())

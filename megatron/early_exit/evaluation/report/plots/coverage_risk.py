@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron.early_exit.evaluation.report.plots import base
 from megatron.early_exit.evaluation.report.schema import CoveragePoint
@@ -11,10 +11,20 @@ from megatron.early_exit.evaluation.report.schema import CoveragePoint
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Curves = Mapping[str, Sequence[CoveragePoint]]
+
+class Point(NamedTuple):
+    """A point of a curve whose place is known."""
+
+    coverage: float
+    risk: float
+    oracle_risk: float | None
 
 
-def coverage_risk(by_layer: Curves) -> base.Plot | None:
+Curves = Mapping[str, Sequence[Point]]
+"""By layer, from small coverage to all."""
+
+
+def coverage_risk(by_layer: Mapping[str, Sequence[CoveragePoint]]) -> base.Plot | None:
     """A panel for each exit. None without points."""
     curves = {layer: _known(by_layer[layer]) for layer in sorted(by_layer, key=int)}
     curves = {layer: points for layer, points in curves.items() if points}
@@ -30,12 +40,16 @@ def coverage_risk(by_layer: Curves) -> base.Plot | None:
     )
 
 
-def _known(points: Sequence[CoveragePoint]) -> list[CoveragePoint]:
-    known = [point for point in points if point.coverage is not None and point.risk is not None]
+def _known(points: Sequence[CoveragePoint]) -> list[Point]:
+    known = [
+        Point(point.coverage, point.risk, point.oracle_risk)
+        for point in points
+        if point.coverage is not None and point.risk is not None
+    ]
     return sorted(known, key=lambda point: point.coverage)
 
 
-def _finding(layer: str, points: Sequence[CoveragePoint]) -> str:
+def _finding(layer: str, points: Sequence[Point]) -> str:
     safe = [point.coverage for point in points if point.risk <= 0.05]
     share = f"{max(safe):.0%} of the decisions can leave" if safe else "no share of the decisions leaves"
     return f"Exit {layer}: {share} with at most 5% of these wrong; {points[-1].risk:.0%} are wrong if all leave."
@@ -50,9 +64,9 @@ def _draw(curves: Curves) -> Figure:
         axes.plot(
             [p.coverage for p in shown], [p.risk for p in shown], color=colour, marker=marker, linestyle="", zorder=3
         )
-        oracle = [point for point in points if point.oracle_risk is not None]
+        oracle = [(point.coverage, point.oracle_risk) for point in points if point.oracle_risk is not None]
         axes.plot(
-            [p.coverage for p in oracle], [p.oracle_risk for p in oracle], color="#555555", linestyle=(0, (5, 2)),
+            [covered for covered, _ in oracle], [risk for _, risk in oracle], color="#555555", linestyle=(0, (5, 2)),
             linewidth=1.2, label="oracle",
         )  # fmt: skip
         base.percents(axes.xaxis)

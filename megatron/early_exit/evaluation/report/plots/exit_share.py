@@ -43,6 +43,8 @@ def _means(series: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def _draw(positions: Sequence[int], series: Mapping[str, Sequence[float]]) -> Figure:
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     figure, axes = base.single((6.6, 2.9))
     grounds = dict(zip([name for name in series if name != "final"], GROUNDS)) | {"final": FINAL}
     below, labels = [0.0] * len(positions), []
@@ -58,6 +60,8 @@ def _draw(positions: Sequence[int], series: Mapping[str, Sequence[float]]) -> Fi
     axes.set_xlabel("position in the answer (tokens)")
     axes.set_ylabel("share of decisions")
     base.percents(axes.yaxis)
-    figure.get_layout_engine().set(rect=(0, 0, 0.84, 1))  # room for the words beside the axes
+    layout = figure.get_layout_engine()
+    assert isinstance(layout, ConstrainedLayoutEngine), "figures of `base` have this layout"
+    layout.set(rect=(0, 0, 0.84, 1))  # room for the words beside the axes
     label_ends(axes, labels)
     return figure

@@ -10,6 +10,8 @@ from megatron.early_exit.evaluation.report.plots.base import INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
     from matplotlib.transforms import Bbox
 
 _OFFSETS = (
@@ -37,7 +39,7 @@ def label_points(axes: Axes, labels: Sequence[Label], obstacles: Sequence[tuple[
     """Write each label where there is room, important ones first; returns the words of those that found none.
 
     obstacles: points of the data that stay free. Call it last: it needs the final size of the axes."""
-    figure = axes.figure
+    figure = _figure_of(axes)
     figure.draw_without_rendering()
     scale = figure.dpi / 72
     inside = axes.get_window_extent()
@@ -50,6 +52,13 @@ def label_points(axes: Axes, labels: Sequence[Label], obstacles: Sequence[tuple[
         else:
             taken.append(box)
     return left_out
+
+
+def _figure_of(artist: Axes | Annotation) -> Figure:
+    from matplotlib.figure import Figure
+
+    assert isinstance(artist.figure, Figure), "plots have no figures within figures"
+    return artist.figure
 
 
 def _around(axes: Axes, point: tuple[float, float], radius: float) -> Bbox:
@@ -81,12 +90,16 @@ def _write(axes: Axes, label: Label, inside: Bbox, taken: Sequence[Bbox]) -> Bbo
     return None
 
 
-def _words_alone(text: object) -> Bbox:
+def _words_alone(text: Annotation) -> Bbox:
+    """Without the line to what they name."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    figure = text.figure
-    text.update_positions(figure.canvas.get_renderer())
-    return Text.get_window_extent(text, figure.canvas.get_renderer()).padded(1.0)
+    canvas = _figure_of(text).canvas
+    assert isinstance(canvas, FigureCanvasAgg), "figures of `base` have this canvas"
+    renderer = canvas.get_renderer()
+    text.update_positions(renderer)
+    return Text.get_window_extent(text, renderer).padded(1.0)
 
 
 def _holds(outer: Bbox, inner: Bbox) -> bool:
@@ -95,7 +108,7 @@ def _holds(outer: Bbox, inner: Bbox) -> bool:
 
 def label_ends(axes: Axes, labels: Sequence[Label], gap: float = 10.0) -> None:
     """Write words to the right of the axes at the heights where lines end, at least `gap` points apart."""
-    figure = axes.figure
+    figure = _figure_of(axes)
     figure.draw_without_rendering()
     inside = axes.get_window_extent()
     scale = figure.dpi / 72

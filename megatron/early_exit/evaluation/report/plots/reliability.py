@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron.early_exit.evaluation.report.plots import base
 from megatron.early_exit.evaluation.report.schema import Exits, ReliabilityBin
@@ -11,7 +11,17 @@ from megatron.early_exit.evaluation.report.schema import Exits, ReliabilityBin
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Bins = Mapping[str, Sequence[ReliabilityBin]]
+
+class Bin(NamedTuple):
+    """A bin that holds decisions."""
+
+    score: float
+    agreement: float
+    num_decisions: int
+
+
+Bins = Mapping[str, Sequence[Bin]]
+"""By layer."""
 
 
 def reliability(results: Exits) -> base.Plot | None:
@@ -35,13 +45,17 @@ def _depth(layer: str) -> tuple[bool, int]:
     return (not layer.isdigit(), int(layer) if layer.isdigit() else 0)
 
 
-def _known(bins: Sequence[ReliabilityBin]) -> list[ReliabilityBin]:
-    return [one for one in bins if one.count and one.score is not None and one.agreement is not None]
+def _known(bins: Sequence[ReliabilityBin]) -> list[Bin]:
+    return [
+        Bin(one.score, one.agreement, one.count)
+        for one in bins
+        if one.count and one.score is not None and one.agreement is not None
+    ]
 
 
-def _finding(layer: str, bins: Sequence[ReliabilityBin], error: float | None) -> str:
-    total = sum(one.count for one in bins)
-    gap = sum(one.count * (one.score - one.agreement) for one in bins) / total
+def _finding(layer: str, bins: Sequence[Bin], error: float | None) -> str:
+    total = sum(one.num_decisions for one in bins)
+    gap = sum(one.num_decisions * (one.score - one.agreement) for one in bins) / total
     words = (
         "too sure of itself" if gap > 0.02 else "not sure enough of itself" if gap < -0.02 else "calibrated on average"
     )
@@ -55,12 +69,12 @@ def _draw(bins: Bins, errors: Mapping[str, float | None]) -> Figure:
         for layer in bins
     ]
     figure, all_axes = base.panels(titles)
-    most = max(one.count for known in bins.values() for one in known)
+    most = max(one.num_decisions for known in bins.values() for one in known)
     for axes, known, colour in zip(all_axes, bins.values(), base.EXIT_COLOURS):
         axes.plot([0, 1], [0, 1], color="#555555", linestyle=":", linewidth=1.1)
         scores, shares = [one.score for one in known], [one.agreement for one in known]
         axes.plot(scores, shares, color=colour, linewidth=1.1)
-        sizes = [8 + 120 * one.count / most for one in known]
+        sizes = [8 + 120 * one.num_decisions / most for one in known]
         axes.scatter(scores, shares, s=sizes, color=colour, edgecolor="white", linewidth=0.5, zorder=3)
         base.percents(axes.yaxis)
     all_axes[0].set(xlim=(0, 1.03), ylim=(0, 1.03), xticks=(0, 0.5, 1))

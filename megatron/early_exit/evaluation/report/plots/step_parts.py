@@ -6,20 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron.early_exit.evaluation.report.plots import base
-from megatron.early_exit.evaluation.report.schema import StepPart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 GROUNDS = ("#0072B2", "#F0E442", "#B8B8B8", "#56B4E9", "#E69F00", "#009E73")
 """The first ones, of layers, head and rest, differ in grey too."""
 
 
-def step_parts(parts: Sequence[StepPart]) -> base.Plot | None:
-    """None with fewer than two parts."""
-    names = list(dict.fromkeys(part.part for part in parts))[: len(GROUNDS)]
-    batches = sorted({part.batch for part in parts})
-    steps = {batch: {part.part: part.seconds for part in parts if part.batch == batch} for batch in batches}
+Step = Mapping[str, float]
+"""Seconds of each part, none below 0."""
+
+
+def step_parts(steps: Mapping[int, Step]) -> base.Plot | None:
+    """steps: by batch size. None with fewer than two parts."""
+    names = list(dict.fromkeys(part for step in steps.values() for part in step))[: len(GROUNDS)]
     if len(names) < 2:
         return None
     return base.Plot(
@@ -30,16 +32,16 @@ def step_parts(parts: Sequence[StepPart]) -> base.Plot | None:
     )
 
 
-def _finding(batch: int, of_step: Mapping[str, float]) -> str:
+def _finding(batch: int, of_step: Step) -> str:
     largest, total = max(of_step, key=of_step.__getitem__), sum(of_step.values())
     share = f": {of_step[largest] / total:.0%}" if total > 0 else ""
     return f"At batch {batch} most of a step of {1e3 * total:.2f} ms goes to {largest}{share}."
 
 
-def _draw(steps: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> Figure:
+def _draw(steps: Mapping[int, Step], names: Sequence[str]) -> Figure:
     figure, axes = base.single((6.6, 1.1 + 0.36 * len(steps)))
     for height, of_step in enumerate(steps.values()):
-        shown = {name: max(of_step.get(name, 0.0), 0.0) for name in names}
+        shown = {name: of_step.get(name, 0.0) for name in names}
         begin, total = 0.0, sum(shown.values()) or 1.0
         for name, ground in zip(names, GROUNDS):
             share = shown[name] / total
@@ -59,7 +61,7 @@ def _draw(steps: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> Fig
     return figure
 
 
-def _patch(name: str, ground: str) -> object:
+def _patch(name: str, ground: str) -> Patch:
     from matplotlib.patches import Patch
 
     return Patch(facecolor=ground, edgecolor="#888888", linewidth=0.5, label=name)

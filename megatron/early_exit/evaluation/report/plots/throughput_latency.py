@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron.early_exit.evaluation.report.plots import base, modes
 from megatron.early_exit.evaluation.report.plots.labels import Label, label_points
@@ -15,37 +15,49 @@ if TYPE_CHECKING:
 MOST_LINES = 6
 
 
+class Timed(NamedTuple):
+    """A way to decode at one batch size, of which both times are known."""
+
+    row: Row
+    tokens_per_second: float
+    seconds_per_token: float
+
+
+Lines = Mapping[str, list[Timed]]
+"""By the way's name, in the order of batch sizes."""
+
+
 def throughput_latency(rows: Sequence[Row]) -> base.Plot | None:
     """A line for each way to decode, over batch sizes. None if none was measured at two."""
-    lines: dict[str, list[Row]] = {}
+    by_name: dict[str, list[Timed]] = {}
     for row in sorted(rows, key=lambda row: row.batch):
         if row.tokens_per_second and row.seconds_per_token:
-            lines.setdefault(row.name, []).append(row)
-    lines = _most_telling({name: own for name, own in lines.items() if len(own) > 1})
+            by_name.setdefault(row.name, []).append(Timed(row, row.tokens_per_second, row.seconds_per_token))
+    lines = _most_telling({name: own for name, own in by_name.items() if len(own) > 1})
     if not lines:
         return None
-    best = max((row for own in lines.values() for row in own), key=lambda row: row.tokens_per_second)
+    best = max((one for own in lines.values() for one in own), key=lambda one: one.tokens_per_second)
     return base.Plot(
         "throughput_latency",
         "Tokens per second of all requests together (vertical, logarithmic) against milliseconds that one request "
         "waits for a token (horizontal, logarithmic). Numbers at the markers are batch sizes. Up and to the left is "
         "better.",
-        f"The highest throughput is {best.tokens_per_second:,.0f} tokens per second, of {best.name} at batch "
-        f"{best.batch}, where a request waits {1e3 * best.seconds_per_token:.1f} ms for a token.",
+        f"The highest throughput is {best.tokens_per_second:,.0f} tokens per second, of {best.row.name} at batch "
+        f"{best.row.batch}, where a request waits {1e3 * best.seconds_per_token:.1f} ms for a token.",
         lambda: _draw(lines),
     )
 
 
-def _most_telling(lines: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+def _most_telling(lines: Lines) -> Lines:
     """The full model's and certified ones, then the fastest at the largest batch, in the order of the table."""
     rank = lambda name: (
-        not lines[name][0].is_baseline, lines[name][0].level is None, -lines[name][-1].tokens_per_second
+        not lines[name][0].row.is_baseline, lines[name][0].row.level is None, -lines[name][-1].tokens_per_second
     )  # fmt: skip
     chosen = sorted(lines, key=rank)[:MOST_LINES]
     return {name: own for name, own in lines.items() if name in chosen}
 
 
-def _draw(lines: Mapping[str, list[Row]]) -> Figure:
+def _draw(lines: Lines) -> Figure:
     figure, axes = base.single()
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -54,44 +66,36 @@ def _draw(lines: Mapping[str, list[Row]]) -> Figure:
     for name, own in lines.items():
         colour, marker, dash = looks[name]
         axes.plot(
-            *_places(own), color=colour, marker=marker, linestyle=dash, label=name, markersize=modes.size_of(own[0])
-        )
-    _plain_numbers(axes)
+            *_places(own), color=colour, marker=marker, linestyle=dash, label=name,
+            markersize=modes.size_of(own[0].row),
+        )  # fmt: skip
+    for axis in (axes.xaxis, axes.yaxis):
+        base.logarithmic(axis, "{:,g}".format)
     axes.set_xlabel("time for a token of one request (ms, logarithmic)")
     axes.set_ylabel("tokens per second, all requests (log.)")
-    labels = [_label(row, row is own[-1], looks[name][0]) for name, own in lines.items() for row in own]
+    labels = [_label(one, one is own[-1], looks[name][0]) for name, own in lines.items() for one in own]
     axes.set_xlim(right=1.7 * max(label.x for label in labels))  # room for names
     if any(":" in words for words in label_points(axes, labels)):
         figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
-def _looks(lines: Mapping[str, list[Row]]) -> dict[str, tuple[str, str, object]]:
+def _looks(lines: Lines) -> dict[str, tuple[str, str, base.Dash]]:
     """Colour and marker of the mode; lines of one mode differ in their dashes."""
     seen: dict[str, int] = {}
     looks = {}
     for name, own in lines.items():
-        kind = modes.kind_of(own[0])
+        kind = modes.kind_of(own[0].row)
         seen[kind] = seen.get(kind, -1) + 1
         looks[name] = (*modes.LOOKS[kind][1:], base.DASHES[seen[kind] % len(base.DASHES)])
     return looks
 
 
-def _label(row: Row, is_last: bool, colour: str) -> Label:
+def _label(one: Timed, is_last: bool, colour: str) -> Label:
     """The batch size, with the way's name where its line ends."""
-    words = f"{row.batch}: {modes.short_name(row)}" if is_last else str(row.batch)
-    return Label(1e3 * row.seconds_per_token, row.tokens_per_second, words, colour, is_last, is_last)
+    words = f"{one.row.batch}: {modes.short_name(one.row)}" if is_last else str(one.row.batch)
+    return Label(1e3 * one.seconds_per_token, one.tokens_per_second, words, colour, is_last, is_last)
 
 
-def _places(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    return [1e3 * row.seconds_per_token for row in rows], [row.tokens_per_second for row in rows]
-
-
-def _plain_numbers(axes: object) -> None:
-    """1, 2, 5, 10 ... on logarithmic axes instead of powers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axis.set_minor_formatter(NullFormatter())
+def _places(line: Sequence[Timed]) -> tuple[list[float], list[float]]:
+    return [1e3 * one.seconds_per_token for one in line], [one.tokens_per_second for one in line]

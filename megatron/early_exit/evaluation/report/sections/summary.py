@@ -47,9 +47,9 @@ def _joined(parts: Iterable[Content]) -> Content:
 
 def _fastest(rows: Iterable[Row]) -> Content:
     """At the smallest batch at which there is one."""
-    known = [row for row in rows if row.speedup is not None]
+    known = [(row.speedup, row) for row in rows if row.speedup is not None]
     if not known:
         return UNKNOWN
-    smallest = min(row.batch for row in known)
-    best = max((row for row in known if row.batch == smallest), key=lambda row: row.speedup)
-    return [f"{best.name}, batch {best.batch}: ", with_interval(best.speedup, best.speedup_interval, times)]
+    smallest = min(row.batch for _, row in known)
+    speedup, best = max((one for one in known if one[1].batch == smallest), key=lambda one: one[0])
+    return [f"{best.name}, batch {best.batch}: ", with_interval(speedup, best.speedup_interval, times)]

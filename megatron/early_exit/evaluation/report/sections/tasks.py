@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron.early_exit.evaluation.report.markup import Content
 from megatron.early_exit.evaluation.report.numbers import UNKNOWN, number, p_value
-from megatron.early_exit.evaluation.report.schema import Document, Paired, Score, Task, Tasks
+from megatron.early_exit.evaluation.report.schema import Document, Paired, Score, Task, Tasks, known_interval
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import facts, table
 
@@ -42,8 +42,9 @@ def _paired(paired: Paired | None, metric: str) -> list[Content]:
         return [UNKNOWN, UNKNOWN]
     signed = "{:+.3f}".format
     difference: list[Content] = [number(paired.difference, signed)]
-    if paired.interval and None not in paired.interval:
-        low, high = (number(bound, signed) for bound in paired.interval)
+    bounds = known_interval(paired.interval)
+    if bounds:
+        low, high = (number(bound, signed) for bound in bounds)
         difference += [" (", low, " – ", high, ")"]
     return [difference, number(paired.mcnemar_p, p_value)]
 
