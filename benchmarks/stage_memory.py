@@ -25,7 +25,7 @@ import torch
 from benchmarks import common
 from benchmarks.loading import random_llama
 from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
-from megatron.early_exit.config.serialize import read_description
+from megatron.early_exit.config.saved_description import read_description
 from megatron.early_exit.inference.stage_layers import layer_ranges, split_layers
 from megatron.early_exit.inference.worker.kv_cache import bytes_per_token
 

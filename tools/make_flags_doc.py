@@ -9,9 +9,16 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron.early_exit.config.fields import (
+    SWITCHED_OFF,
+    FieldInfo,
+    config_fields,
+    field_docs,
+    flag_of,
+    section_classes,
+)
 from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED, REFUSED_VALUES, FlagNote
-from megatron.early_exit.config.flags import SWITCHED_OFF, field_docs, flag_of
-from megatron.early_exit.config.serialize import FieldInfo, config_fields, is_truth, section_classes, type_name
+from megatron.early_exit.config.values import is_truth, type_name
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "flags.md"
 
@@ -57,7 +64,7 @@ def flags_markdown() -> str:
     for section, section_class in section_classes().items():
         docs = field_docs(section_class)
         rows = [
-            (f"`{flag_of(field.name)}`", _values(field), _default(field), " ".join(docs[field.name].split()))
+            (f"`{flag_of(field.name)}`", _with_ranges(field), _default(field), " ".join(docs[field.name].split()))
             for field in config_fields()
             if field.section == section
         ]
@@ -87,6 +94,10 @@ def _values(field: FieldInfo) -> str:
     if name.startswith("a list (one of "):
         return f"each {name.removeprefix('a list (one of ').removesuffix(' each)')}"
     return short.get(name, name.removeprefix("one of "))
+
+
+def _with_ranges(field: FieldInfo) -> str:
+    return ", ".join([_values(field), *(bound.words for bound in field.bounds)])
 
 
 def _default(field: FieldInfo) -> str:

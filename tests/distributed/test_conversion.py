@@ -115,7 +115,7 @@ def trained_logits(folder: Path, parallel: ParallelConfig) -> torch.Tensor | Non
     from megatron.early_exit.checkpoint.core_loading import load_sharded
     from megatron.early_exit.checkpoint.load_model import check_tensors, sharded_weights
     from megatron.early_exit.config.checkpoint_choice import find_checkpoint
-    from megatron.early_exit.config.serialize import read_description
+    from megatron.early_exit.config.saved_description import read_description
     from megatron.early_exit.config.settings import BuildConfig
     from megatron.early_exit.model.build import build_model
     from megatron.early_exit.platform.distributed import initialize_model_parallel

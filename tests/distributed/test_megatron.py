@@ -30,7 +30,7 @@ from megatron.early_exit.checkpoint.safe_pickle import read_metadata
 from megatron.early_exit.checkpoint.tensors import LazyTensor
 from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import read_description
+from megatron.early_exit.config.saved_description import read_description
 from megatron.early_exit.model.key_names import key_of
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files

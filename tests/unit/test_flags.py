@@ -13,28 +13,14 @@ import pytest
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.description import ModelDescription, architecture_differences
 from megatron.early_exit.config.errors import ConfigError
+from megatron.early_exit.config.fields import config_fields, field_docs, flag_of, inverse_flag_of, section_classes
 from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED
-from megatron.early_exit.config.flags import (
-    build_parser,
-    field_docs,
-    flag_of,
-    inverse_flag_of,
-    known_flags,
-    parse_run_config,
-)
+from megatron.early_exit.config.flags import build_parser, known_flags, parse_run_config
+from megatron.early_exit.config.overlay import overlay_architecture
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import (
-    checkpoint_description,
-    config_fields,
-    from_dict,
-    load_run_config,
-    overlay_architecture,
-    save_description,
-    save_run_config,
-    section_classes,
-    to_dict,
-    type_name,
-)
+from megatron.early_exit.config.saved_description import checkpoint_description, save_description
+from megatron.early_exit.config.serialize import from_dict, load_run_config, save_run_config, to_dict
+from megatron.early_exit.config.values import type_name
 from megatron.early_exit.data.tokenizer import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from megatron.early_exit.config.checkpoint_files import LATEST_FILE
-from megatron.early_exit.config.flags import flag_of, parse_run_config
-from megatron.early_exit.config.serialize import FieldInfo, config_fields, type_name
-from megatron.early_exit.config.validate import OUTPUT_FILES, OUTPUT_FOLDERS, check_outputs
+from megatron.early_exit.config.checks.files import OUTPUT_FILES, OUTPUT_FOLDERS
+from megatron.early_exit.config.fields import FieldInfo, config_fields, flag_of
+from megatron.early_exit.config.flags import parse_run_config
+from megatron.early_exit.config.validate import check_outputs
+from megatron.early_exit.config.values import type_name
 from megatron.early_exit.training import memory  # noqa: F401: --dry-run imports it late
 from megatron.early_exit.training.dry_run import describe
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 
 import pytest
 
 from megatron.early_exit.config.errors import ConfigError
+from megatron.early_exit.config.fields import build_settings, config_fields
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import build_settings
 from megatron.early_exit.config.settings import RunSettings
 from megatron.early_exit.config.validate import problems, validate, warnings
 
@@ -357,8 +356,25 @@ def test_settings_without_effect_are_warned_about(settings, expected):
     assert len(found) == 1 and expected in found[0], found
 
 
-def test_every_field_that_is_bounded_exists():
-    from megatron.early_exit.config.validate import ABOVE_ZERO, AT_LEAST, SHARES
+def test_ranges_stand_at_the_fields():
+    bounds = {field.name: [bound.words for bound in field.bounds] for field in config_fields()}
+    assert bounds["num_layers"] == ["at least 1", "at most 10000"]
+    assert bounds["kv_channels"] == ["at least 1"]  # may be left open
+    assert bounds["lr_warmup_fraction"] == ["at least 0 and less than 1"]
+    assert bounds["save"] == bounds["exit_layer_nums"] == []
 
-    names = {field.name for section in vars(config()).values() for field in dataclasses.fields(section)}
-    assert {*AT_LEAST[0], *AT_LEAST[1], *ABOVE_ZERO, *SHARES} <= names
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_layers": 20_000}, "--num-layers 20000: must be at most 10000"),
+        ({"num_layers": 10**40}, f"--num-layers {10**40}: must be at most 10000"),
+        ({"seed": 2**63}, f"--seed {2**63}: must be at most {2**63 - 1}"),
+        ({"exit_layer_nums": (2, 2**63)}, f"--exit-layer-nums {2**63}: must be at most {2**63 - 1}"),
+        ({"clip_grad": float("nan")}, "--clip-grad nan: must be at least 0"),
+        ({"distributed_timeout_minutes": 0.01}, "--distributed-timeout-minutes 0.01: must be at least 1/60 (a second)"),
+        ({"kv_channels": 0, "lr": -1.0}, "--kv-channels 0: must be at least 1"),
+    ],
+)
+def test_values_out_of_range(settings, expected):
+    assert problems(config(**settings), 1)[0].startswith(expected)

@@ -52,7 +52,7 @@ from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.formats import is_own
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.config.serialize import read_yaml
+from megatron.early_exit.config.yaml_files import read_yaml
 from megatron.early_exit.model.key_names import key_of, name_of
 
 _RANK_FILE = "model_optim_rng.pt"

@@ -13,7 +13,7 @@ from megatron.early_exit.checkpoint.store import read_checkpoint
 from megatron.early_exit.checkpoint.tensors import Tensors
 from megatron.early_exit.config.checkpoint_files import CHECKSUMS_FILE, DESCRIPTION_FILE, METADATA_FILE, RUN_CONFIG_FILE
 from megatron.early_exit.config.description import ModelDescription
-from megatron.early_exit.config.serialize import read_description
+from megatron.early_exit.config.saved_description import read_description
 from megatron.early_exit.model.key_names import key_of, stored_key
 
 

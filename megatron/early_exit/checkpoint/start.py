@@ -21,7 +21,8 @@ from megatron.early_exit.config.checkpoint_choice import find_checkpoint
 from megatron.early_exit.config.checkpoint_files import COMMON_FILE, FORMAT_FILE, METADATA_FILE, RUN_CONFIG_FILE
 from megatron.early_exit.config.description import MismatchError, architecture_differences
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import load_run_config, read_description
+from megatron.early_exit.config.saved_description import read_description
+from megatron.early_exit.config.serialize import load_run_config
 
 _SHOWN = 3
 """Names in a message; of the others only the number."""

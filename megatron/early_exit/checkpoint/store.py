@@ -41,7 +41,7 @@ from megatron.early_exit.config.checkpoint_files import (
     names_latest,
 )
 from megatron.early_exit.config.description import ModelDescription
-from megatron.early_exit.config.serialize import read_description, save_description
+from megatron.early_exit.config.saved_description import read_description, save_description
 from megatron.early_exit.data.tokenizer import save_tokenizer
 from megatron.early_exit.model.key_names import check_keys, key_of, name_of
 from megatron.early_exit.platform.folder_lock import FolderLock

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron.early_exit.config.ranges import NonNegativeInt, PositiveInt
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -18,16 +20,16 @@ class CheckpointConfig:
     pretrained_checkpoint: str | None = None
     """Folder of a model to start from: its weights alone are loaded if --load holds no checkpoint yet."""
 
-    load_iteration: int | None = None
+    load_iteration: NonNegativeInt | None = None
     """Iteration to load instead of the last one (0: the last one)."""
 
     exit_on_missing_checkpoint: bool = False
     """Stop if --load holds no checkpoint, also when it is the same folder as --save."""
 
-    save_interval: int | None = None
+    save_interval: PositiveInt | None = None
     """Iterations between checkpoints. The end of training always saves."""
 
-    keep_last: int | None = None
+    keep_last: PositiveInt | None = None
     """Checkpoints to keep; older ones are removed after a successful save. Default: all."""
 
     async_save: bool = False

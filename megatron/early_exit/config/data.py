@@ -6,7 +6,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from megatron.early_exit.config.ranges import PositiveInt, at_least, at_most
 
 TokenizerType = Literal[
     "HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer",
@@ -62,7 +64,7 @@ class DataConfig:
     eod_mask_loss: bool = False
     """No loss on end-of-document tokens."""
 
-    num_workers: int = 2
+    num_workers: Annotated[int, at_least(0), at_most(512)] = 2
     """Processes that load data on each rank."""
 
     tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
@@ -71,7 +73,7 @@ class DataConfig:
     tokenizer_model: str | None = None
     """Folder (Hugging Face) or `.model` file (SentencePiece) of the tokenizer."""
 
-    vocab_size: int | None = None
+    vocab_size: PositiveInt | None = None
     """Number of ids, for NullTokenizer and --mock-data."""
 
     @property

@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from megatron.early_exit.config.ranges import NonNegativeInt
+
 _T = TypeVar("_T")
 
 ExitUse = Literal["leave", "draft", "both"]
@@ -83,7 +85,7 @@ class ExitConfig:
     exit_layer_weight_init: tuple[float, ...] = ()
     """Loss weight of each exit at iteration 0, with --exit-layer-weight-warmup-iters. Default: 0.0 each."""
 
-    exit_layer_weight_warmup_iters: int = 0
+    exit_layer_weight_warmup_iters: NonNegativeInt = 0
     """Iterations over which each weight moves from its initial to its final value; 0: final from the start."""
 
     exit_layer_weight_warmup_style: Literal["linear", "cosine"] = "linear"

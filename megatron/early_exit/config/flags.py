@@ -7,13 +7,8 @@ What Megatron-LM and EE-LLM have beyond that stands in `flag_notes.py`. All prob
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import functools
-import inspect
-import itertools
 import logging
-import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,31 +16,28 @@ from typing import Any, Literal
 from megatron.early_exit.config.checkpoint_choice import has_checkpoint
 from megatron.early_exit.config.description import FREE_MODEL_FIELDS, ModelDescription
 from megatron.early_exit.config.errors import ConfigError
-from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED, REFUSED_VALUES, is_harmless, note_of
-from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.config.serialize import (
+from megatron.early_exit.config.fields import (
+    SWITCHED_OFF,
     FieldInfo,
     build_settings,
-    checkpoint_description,
     config_fields,
-    convert_value,
-    is_one_or_each,
-    is_truth,
+    field_docs,
+    flag_of,
+    inverse_flag_of,
     nearest,
-    optional_type,
-    overlay_architecture,
-    parse_text,
-    read_yaml,
     section_classes,
 )
+from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED, REFUSED_VALUES, is_harmless, note_of
+from megatron.early_exit.config.overlay import overlay_architecture
+from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.config.saved_description import checkpoint_description
 from megatron.early_exit.config.settings import RunSettings, with_tuned_stages
 from megatron.early_exit.config.validate import problems
 from megatron.early_exit.config.validate import warnings as settings_without_effect
+from megatron.early_exit.config.values import convert_value, is_one_or_each, is_truth, optional_type, parse_text
+from megatron.early_exit.config.yaml_files import read_yaml
 
 _LOG = logging.getLogger(__name__)
-
-SWITCHED_OFF = {"add_bias_linear": "--disable-bias-linear"}
-"""Fields that are true by default, and the flag that turns each off."""
 
 
 def parse_run_config(argv: Sequence[str], *, world_size: int, warn: Callable[[str], None] = _LOG.warning) -> RunConfig:
@@ -111,36 +103,6 @@ class _Notes:
 
 
 # From fields to flags
-
-
-def flag_of(field_name: str) -> str:
-    """The flag of a field (`--kebab-case`)."""
-    return SWITCHED_OFF.get(field_name, "--" + field_name.replace("_", "-"))
-
-
-def inverse_flag_of(field_name: str) -> str:
-    """The flag that gives a truth its default back, for what a YAML file has set."""
-    if field_name in SWITCHED_OFF:
-        return "--" + field_name.replace("_", "-")
-    if field_name.startswith("no_"):
-        return "--" + field_name.removeprefix("no_").replace("_", "-")
-    return "--no-" + field_name.replace("_", "-")
-
-
-@functools.cache
-def field_docs(section_class: type) -> dict[str, str]:
-    """Docstring below each field of a dataclass, read from its source."""
-    class_node = ast.parse(textwrap.dedent(inspect.getsource(section_class))).body[0]
-    assert isinstance(class_node, ast.ClassDef), f"{section_class} has no class source"
-    return {
-        statement.target.id: following.value.value
-        for statement, following in itertools.pairwise(class_node.body)
-        if isinstance(statement, ast.AnnAssign)
-        and isinstance(statement.target, ast.Name)
-        and isinstance(following, ast.Expr)
-        and isinstance(following.value, ast.Constant)
-        and isinstance(following.value.value, str)
-    }
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron.early_exit.config.ranges import PositiveInt
+
 
 @dataclass(frozen=True)
 class LoggingConfig:
     """Console, metrics.jsonl, TensorBoard, Weights & Biases."""
 
-    log_interval: int = 100
+    log_interval: PositiveInt = 100
     """Iterations between log lines."""
 
     log_throughput: bool = False

@@ -5,6 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron.early_exit.config.ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ProperFraction,
+)
+
 Dtype = Literal["fp32", "bf16", "fp16"]
 """Precision of weights."""
 
@@ -13,7 +21,7 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 class TrainingConfig:
     """How long, on how much, in which precision, and when to stop."""
 
-    seq_length: int
+    seq_length: PositiveInt
     """Tokens of one sequence."""
 
     dry_run: bool = False
@@ -34,28 +42,28 @@ class TrainingConfig:
     cache_samples: int | None = None
     """Samples that --cache-hidden-states holds; training draws them again and again. Default: all that it draws."""
 
-    micro_batch_size: int = 1
+    micro_batch_size: PositiveInt = 1
     """Sequences of one microbatch."""
 
-    global_batch_size: int | None = None
+    global_batch_size: PositiveInt | None = None
     """Sequences of one iteration over all ranks. Default: micro batch size x data-parallel size."""
 
     rampup_batch_size: tuple[int, ...] = ()
     """START INCREMENT SAMPLES: grow the global batch size from START by INCREMENT over SAMPLES samples."""
 
-    train_iters: int | None = None
+    train_iters: PositiveInt | None = None
     """Iterations to train."""
 
-    train_samples: int | None = None
+    train_samples: PositiveInt | None = None
     """Samples to train, instead of iterations."""
 
-    eval_interval: int = 1000
+    eval_interval: PositiveInt = 1000
     """Iterations between validations."""
 
-    eval_iters: int = 100
+    eval_iters: NonNegativeInt = 100
     """Batches of one validation; 0 turns validation off."""
 
-    seed: int = 1234
+    seed: NonNegativeInt = 1234
     """Seed of initial weights, dropout and data order."""
 
     bf16: bool = False
@@ -64,25 +72,25 @@ class TrainingConfig:
     fp16: bool = False
     """Train in float16 with loss scaling and fp32 main weights."""
 
-    loss_scale: float | None = None
+    loss_scale: PositiveFloat | None = None
     """Fixed loss scale for fp16. Default: dynamic."""
 
-    initial_loss_scale: float = 2.0**32
+    initial_loss_scale: PositiveFloat = 2.0**32
     """First dynamic loss scale."""
 
-    min_loss_scale: float = 1.0
+    min_loss_scale: PositiveFloat = 1.0
     """Smallest dynamic loss scale."""
 
-    loss_scale_window: float = 1000
+    loss_scale_window: PositiveFloat = 1000
     """Good iterations before the dynamic loss scale doubles."""
 
-    hysteresis: int = 2
+    hysteresis: PositiveInt = 2
     """Overflows before the dynamic loss scale halves."""
 
-    exit_interval: int | None = None
+    exit_interval: PositiveInt | None = None
     """Save and stop after an iteration that this divides."""
 
-    exit_duration_in_mins: float | None = None
+    exit_duration_in_mins: PositiveFloat | None = None
     """Save and stop after this many minutes."""
 
     exit_signal_handler: bool = False
@@ -98,31 +106,31 @@ class TrainingConfig:
 class OptimizerConfig:
     """Adam and the learning-rate schedule."""
 
-    lr: float
+    lr: PositiveFloat
     """Largest learning rate."""
 
-    min_lr: float = 0.0
+    min_lr: NonNegativeFloat = 0.0
     """Learning rate after decay."""
 
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "linear"
     """Shape of the decay."""
 
-    lr_decay_iters: int | None = None
+    lr_decay_iters: PositiveInt | None = None
     """Iterations over which the rate decays. Default: --train-iters."""
 
-    lr_decay_samples: int | None = None
+    lr_decay_samples: PositiveInt | None = None
     """The same in samples. Default: --train-samples."""
 
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: NonNegativeInt = 0
     """Iterations of linear learning-rate warmup."""
 
-    lr_warmup_samples: int = 0
+    lr_warmup_samples: NonNegativeInt = 0
     """The same in samples."""
 
-    lr_warmup_fraction: float | None = None
+    lr_warmup_fraction: ProperFraction | None = None
     """Warmup as a share of the decay length."""
 
-    lr_warmup_init: float = 0.0
+    lr_warmup_init: NonNegativeFloat = 0.0
     """Learning rate at the start of warmup."""
 
     override_opt_param_scheduler: bool = False
@@ -134,20 +142,20 @@ class OptimizerConfig:
     optimizer: Literal["adam", "sgd"] = "adam"
     """Optimizer."""
 
-    weight_decay: float = 0.01
+    weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay; biases and norms have none."""
 
-    adam_beta1: float = 0.9
+    adam_beta1: ProperFraction = 0.9
     """Decay of the first moment."""
 
-    adam_beta2: float = 0.999
+    adam_beta2: ProperFraction = 0.999
     """Decay of the second moment."""
 
-    adam_eps: float = 1e-8
+    adam_eps: PositiveFloat = 1e-8
     """Added to the denominator."""
 
-    sgd_momentum: float = 0.9
+    sgd_momentum: ProperFraction = 0.9
     """Momentum of SGD."""
 
-    clip_grad: float = 1.0
+    clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""

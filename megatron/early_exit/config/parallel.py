@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from megatron.early_exit.config.ranges import Bound, PositiveInt
+
+_MINUTES_OF_A_YEAR = 366 * 24 * 60
+_A_SECOND_TO_A_YEAR = Bound(
+    f"at least 1/60 (a second) and at most {_MINUTES_OF_A_YEAR} (a year)",
+    lambda minutes: 1 / 60 <= minutes <= _MINUTES_OF_A_YEAR,
+)
+
+SEED_STEP = 100
+"""What every pipeline stage adds to --seed, times its number."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """Tensor, sequence, pipeline and data parallelism, and activation recomputation."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: PositiveInt = 1
     """Ranks that share every layer's weights."""
 
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: PositiveInt = 1
     """Pipeline stages."""
 
     tune_exit_pipeline_parallel_size: int | None = None
     """With --tune-exit: stages that run, of the --pipeline-model-parallel-size that all layers would be split into.
     Default: up to the one with the last exit, or with --tune-exit-distillation all."""
 
-    num_layers_per_virtual_pipeline_stage: int | None = None
+    num_layers_per_virtual_pipeline_stage: PositiveInt | None = None
     """Layers of one model chunk: more than one chunk per rank gives the interleaved schedule."""
 
     sequence_parallel: bool = False
@@ -44,10 +55,10 @@ class ParallelConfig:
     recompute_method: Literal["uniform", "block"] | None = None
     """With --recompute-granularity full: checkpoint every group of layers, or only the first ones of a stage."""
 
-    recompute_num_layers: int | None = None
+    recompute_num_layers: PositiveInt | None = None
     """Layers of one checkpointed group (uniform), or layers that are checkpointed (block)."""
 
-    distributed_timeout_minutes: float = 10.0
+    distributed_timeout_minutes: Annotated[float, _A_SECOND_TO_A_YEAR] = 10.0
     """A collective that takes longer ends the run on all ranks."""
 
     @property

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from megatron.early_exit.config.ranges import Bound, NonNegativeInt
 
 USUAL_BACKWARD_FORWARD_RATIO = 2.0
+_RATIO = Bound("above 0 and below 100; 2 is usual, 3 with full recomputation", lambda ratio: 0 < ratio < 100)
 
 ITERATIONS_UNTIL_MEASURED = 5
 """Iterations until stages are measured, and until a profile is written of the plan that follows."""
@@ -21,13 +25,13 @@ class PipelineConfig:
     """Fill the idle time of the pipeline's warmup and cooldown with further microbatches, which pass through some
     stages only. Every parameter's gradient stays unbiased and varies less; the iteration takes no longer."""
 
-    num_fill_warmup_microbatches: int | None = None
+    num_fill_warmup_microbatches: NonNegativeInt | None = None
     """With --fill-explicit-bubbles: microbatches that fill the warmup. Default: as many as cost no time."""
 
-    num_fill_cooldown_microbatches: int | None = None
+    num_fill_cooldown_microbatches: NonNegativeInt | None = None
     """With --fill-explicit-bubbles: microbatches that fill the cooldown. Default: as many as cost no time."""
 
-    backward_forward_ratio: float | None = None
+    backward_forward_ratio: Annotated[float, _RATIO] | None = None
     """With --fill-explicit-bubbles: time of a stage's backward over that of its forward, equal on all stages. Default:
     every stage is measured in the first five iterations, which have no fill; 2 if a number of microbatches is given."""
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from megatron.early_exit.config.checkpoint_files import SENTENCEPIECE_FILE, TOKENIZER_SETTINGS_FILE
 from megatron.early_exit.config.data import TokenizerConfig
-from megatron.early_exit.config.serialize import saved_tokenizer
+from megatron.early_exit.config.saved_description import saved_tokenizer
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 

@@ -20,7 +20,7 @@ from megatron.early_exit.checkpoint.start import reading
 from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.checkpoint_files import PROBES_FILE
 from megatron.early_exit.config.description import ModelDescription
-from megatron.early_exit.config.serialize import read_description
+from megatron.early_exit.config.saved_description import read_description
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.executor.layout import Layout

@@ -9,8 +9,7 @@ from datetime import timedelta
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron.early_exit.config.parallel import ParallelConfig
-from megatron.early_exit.config.validate import SEED_STEP
+from megatron.early_exit.config.parallel import SEED_STEP, ParallelConfig
 from megatron.early_exit.platform import device as device_module
 from megatron.early_exit.platform.cpu import adapt_core_to_cpu
 from megatron.early_exit.platform.processes import die_with_torchrun

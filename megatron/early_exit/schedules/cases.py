@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
-from megatron.early_exit.config.serialize import read_yaml
 from megatron.early_exit.config.settings import with_tuned_stages
+from megatron.early_exit.config.yaml_files import read_yaml
 from megatron.early_exit.schedules.comparison import Setup
 from megatron.early_exit.schedules.cost_model import DEFAULT_ASSUMPTIONS, Assumptions, gpu_named
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
-from megatron.early_exit.config.serialize import read_description
+from megatron.early_exit.config.saved_description import read_description
 from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.model import sizes
 

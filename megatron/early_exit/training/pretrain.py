@@ -16,7 +16,7 @@ from megatron.core.timers import Timers
 from megatron.early_exit.checkpoint.start import find_start
 from megatron.early_exit.config.checkpoint_files import TOKENIZER_FOLDER
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
-from megatron.early_exit.config.serialize import read_description
+from megatron.early_exit.config.saved_description import read_description
 from megatron.early_exit.data.datasets import Batch, TokenDataset, build_datasets, build_iterator
 from megatron.early_exit.data.tokenizer import build_tokenizer, check_ids_fit
 from megatron.early_exit.data.tokenizer_comparison import check_tokenizer_of_checkpoint

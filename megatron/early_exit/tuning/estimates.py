@@ -147,8 +147,8 @@ def _num_samples(recipe: Recipe, rows: int) -> tuple[int, int]:
 def resolved(recipe: Recipe) -> ResolvedConfig:
     """Settings of a training of this model with these exits, for the arithmetic of `model.sizes`."""
     from megatron.early_exit.checkpoint.commands.exits import wanted_exits
+    from megatron.early_exit.config.fields import build_settings
     from megatron.early_exit.config.run import RunConfig
-    from megatron.early_exit.config.serialize import build_settings
 
     description, _ = recipe.model
     exits = wanted_exits(recipe.args) if recipe.args.exit_layer_nums else description.exits

@@ -354,7 +354,7 @@ class Recipe:
     def description_of_base(self) -> ModelDescription:
         """Of the model as our checkpoint, when it is one."""
         from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
-        from megatron.early_exit.config.serialize import read_description
+        from megatron.early_exit.config.saved_description import read_description
 
         return read_description(checkpoint_folder(self.base, self.args.load_iteration if self.is_ours else None))
 

@@ -143,7 +143,7 @@ def _new_shortlist(args: argparse.Namespace) -> Iterator[None]:
 
     from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
     from megatron.early_exit.config.checkpoint_files import SHORTLIST_FILE
-    from megatron.early_exit.config.serialize import read_description
+    from megatron.early_exit.config.saved_description import read_description
     from megatron.early_exit.data.text_samples import documents_of
     from megatron.early_exit.data.tokenizer import build_tokenizer
     from megatron.early_exit.inference.shortlist import Shortlist

@@ -29,7 +29,7 @@ def add_parser(
 
 def check_output(path: Path) -> None:
     """Raise ValueError before anything is computed if the document could not be written."""
-    from megatron.early_exit.config.validate import unwritable
+    from megatron.early_exit.config.checks.files import unwritable
 
     problem = unwritable(path, is_folder=False)
     if problem:

@@ -95,7 +95,7 @@ def answers_of(args: argparse.Namespace) -> GenerationParams:
 
 def comparison_settings(args: argparse.Namespace) -> ComparisonSettings:
     """Raises ValueError for numbers that are none, and if --csv could not be written."""
-    from megatron.early_exit.config.validate import unwritable
+    from megatron.early_exit.config.checks.files import unwritable
     from megatron.early_exit.evaluation.comparison import ComparisonSettings
 
     if min(args.batch) < 1 or args.rounds < 1:
@@ -135,7 +135,7 @@ def load_for(args: argparse.Namespace, most_at_once: int, **overrides: Any) -> t
 def _max_length(args: argparse.Namespace) -> dict[str, int]:
     """Prompts from documents have one length: keys and values need no more room."""
     from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
-    from megatron.early_exit.config.serialize import read_description
+    from megatron.early_exit.config.saved_description import read_description
     from megatron.early_exit.evaluation.prompts import prompt_length
 
     if args.max_length is not None or not args.data_path:

@@ -59,7 +59,7 @@ def _fit_length(args: argparse.Namespace, models: Sequence[argparse.Namespace]) 
     """Choose the length of sequences, by what all checkpoints take, before the first is loaded. Raises ValueError or
     OSError for one that is not there."""
     from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
-    from megatron.early_exit.config.serialize import read_description
+    from megatron.early_exit.config.saved_description import read_description
 
     longest = min(
         read_description(checkpoint_folder(one.load, one.load_iteration)).max_position_embeddings for one in models

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_output(args: argparse.Namespace) -> Path:
-    from megatron.early_exit.config.validate import unwritable
+    from megatron.early_exit.config.checks.files import unwritable
 
     folder = args.output or _default_output(args)
     problem = unwritable(folder, is_folder=True)

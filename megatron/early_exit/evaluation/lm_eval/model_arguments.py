@@ -139,7 +139,7 @@ class ModelArguments:
 def default_max_length(path: str | Path, iteration: int | None) -> int:
     """What the model takes, as in lm-eval's `hf`, but for very long sequences. Raises as `load_engine`."""
     from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
-    from megatron.early_exit.config.serialize import read_description
+    from megatron.early_exit.config.saved_description import read_description
 
     longest = read_description(checkpoint_folder(str(path), iteration)).max_position_embeddings
     return min(longest, MOST_POSITIONS)
