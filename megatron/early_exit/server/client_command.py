@@ -8,15 +8,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron.early_exit.inference import report
 from megatron.early_exit.inference.params import EXIT_SCORES
 from megatron.early_exit.inference.prompt_file import prompts_of_file
-from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.platform.command_line import add_verbose_flag
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.server.client import Client, RequestFailed, ServerUnavailable
+from megatron.early_exit.server.client_sessions import MegatronSession, OpenAISession
+from megatron.early_exit.server.exit_flags import check_certified
 
 PROGRAM = "request_client.py"
 
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check(args)
         prompts = [*args.prompts, *_prompts_of_file(args.prompt_file)]
         client = Client(args.url, args.api_key, args.wait, args.busy, args.timeout)
-        session = (_MegatronSession if args.api == "megatron" else _OpenAISession)(args, client)
+        session = (MegatronSession if args.api == "megatron" else OpenAISession)(args, client)
         all_answered = True
         for prompt in prompts or _typed_lines():
             try:
@@ -92,10 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.certified is not None and args.early_exit_thres is not None:
-        raise ValueError("--certified and --early-exit-thres both say from when on exits are taken; give one")
-    if args.certified is not None and args.mode not in (None, "early_exit"):
-        raise ValueError(f"--certified has no effect with --mode {args.mode}; leave one out")
+    check_certified(args.certified, args.early_exit_thres, args.mode)
     of_openai = {
         "--chat": args.chat or None, "--exit-score": args.exit_score, "--draft-source": args.draft_source,
         "--draft-exit": args.draft_exit, "--draft-length": args.draft_length,
@@ -120,7 +116,8 @@ def _prompts_of_file(path: Path | None) -> list[str]:
 
 def _text_field(line: str, path: Path) -> str:
     try:
-        return json.loads(line)["text"]
+        text: str = json.loads(line)["text"]
+        return text
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--prompt-file {path}: {line[:40]!r} is no JSON object with the field text") from error
 
@@ -133,148 +130,3 @@ def _typed_lines() -> Iterator[str]:
                 yield line
     except EOFError:
         return
-
-
-class _OpenAISession:
-    """Answers as they come, from the OpenAI API."""
-
-    def __init__(self, args: argparse.Namespace, client: Client) -> None:
-        self._args, self._client = args, client
-        self._in_colour = report.in_colour(args.color)
-        self._num_layers: int | None = None
-        self._messages: list[dict[str, str]] = []
-
-    def ask(self, prompt: str) -> None:
-        """Show the answer. Raises as `Client`."""
-        turn = [*self._messages, {"role": "user", "content": prompt}]
-        path = "/v1/chat/completions" if self._args.chat else "/v1/completions"
-        body = {**self._settings(), **({"messages": turn} if self._args.chat else {"prompt": prompt})}
-        text = self._as_json(path, body, prompt) if self._args.json else self._live(path, body, prompt)
-        if self._args.chat:
-            self._messages = [*turn, {"role": "assistant", "content": text}]
-
-    def _settings(self) -> dict[str, Any]:
-        args = self._args
-        exits = {
-            "mode": args.mode or _implied_mode(args), "exit_thresholds": _thresholds(args),
-            "exit_layers": args.exit_layers, "exit_score": args.exit_score, "draft_source": args.draft_source,
-            "draft_exit": args.draft_exit, "draft_length": args.draft_length,
-        }  # fmt: skip
-        return {
-            **_length(args, "max_tokens"), "temperature": args.temperature, "top_k": args.top_k,
-            "top_p": args.top_p or 1.0, "seed": args.seed, "stop": args.stop or None, "return_exit_details": True,
-            **{name: value for name, value in exits.items() if value is not None},
-        }  # fmt: skip
-
-    def _as_json(self, path: str, body: dict[str, Any], prompt: str) -> str:
-        document = self._client.send("POST", path, body)
-        choice = document["choices"][0]
-        print(json.dumps({"prompt": prompt, **choice, "usage": document["usage"]}, ensure_ascii=False), flush=True)
-        return _text_of(choice)
-
-    def _live(self, path: str, body: dict[str, Any], prompt: str) -> str:
-        if self._num_layers is None:
-            self._num_layers = self._client.get("/v1/models")["data"][0]["num_layers"]
-        before = "" if self._args.chat else prompt
-        pieces, tokens, usage, finish_reason = [], [], None, None
-        for chunk in self._client.stream(path, {**body, "stream_options": {"include_usage": True}}):
-            usage = chunk.get("usage") or usage
-            for choice in chunk["choices"]:
-                finish_reason = choice["finish_reason"] or finish_reason
-                details = choice.get("exit_details") or []
-                new = [_token(one) for one in details], [one["text"] for one in details]
-                tokens += new[0]
-                pieces += new[1]
-                shown = report.coloured_text(new[1], new[0], self._num_layers) if self._in_colour else "".join(new[1])
-                print(before + shown, end="", flush=True)
-                before = ""
-        print("\n")
-        if not self._in_colour:
-            print(report.marked(pieces, tokens) + "\n")
-        print(_usage_table(usage, finish_reason) + "\n", flush=True)
-        return "".join(pieces)
-
-
-class _MegatronSession:
-    """Whole answers, from PUT /api."""
-
-    def __init__(self, args: argparse.Namespace, client: Client) -> None:
-        self._args, self._client = args, client
-
-    def ask(self, prompt: str) -> None:
-        """Show the answer. Raises as `Client`."""
-        answer = self._client.send("PUT", "/api", self._body(prompt))
-        if self._args.json:
-            print(json.dumps({"prompt": prompt, **answer}, ensure_ascii=False), flush=True)
-            return
-        print(answer["text"][0] + "\n")
-        rows = [("token", "exit", "log-prob")]
-        exits, log_probs = answer["exit_layers"][0], answer["logprobs"][0]
-        for segment, exit_layer, log_prob in zip(answer["segments"][0], exits, log_probs, strict=True):
-            rows.append((repr(segment), str(exit_layer), f"{log_prob:.3f}"))
-        if self._args.print_max_prob:
-            heads = [_predictions(one) for one in answer["predictions"][0]]
-            rows = [(*row, more) for row, more in zip(rows, ["predictions of the heads", *heads], strict=True)]
-        print(report.aligned(rows) + f"\n\n{answer['request_time']:.2f} s; stopped by {answer['finish_reasons'][0]}\n")
-
-    def _body(self, prompt: str) -> dict[str, Any]:
-        args = self._args
-        mode = args.mode or _implied_mode(args)
-        body = {
-            "prompts": [prompt], **_length(args, "tokens_to_generate"), "temperature": args.temperature,
-            "top_k": args.top_k, "top_p": args.top_p, "random_seed": args.seed, "logprobs": True,
-            "print_max_prob": args.print_max_prob, "exit_layers": args.exit_layers or [], "stop_sequences": args.stop,
-        }  # fmt: skip
-        if mode is not None:
-            body["use_early_exit"] = mode == "early_exit"
-        if args.certified is not None:
-            body["early_exit_thres"] = _thresholds(args)
-        elif args.early_exit_thres is not None:
-            body["early_exit_thres"] = args.early_exit_thres[0]
-        return body
-
-
-def _thresholds(args: argparse.Namespace) -> list[float] | str | None:
-    return args.early_exit_thres if args.certified is None else f"certified:{args.certified:g}"
-
-
-def _length(args: argparse.Namespace, field: str) -> dict[str, int]:
-    """Without it the server takes what was certified."""
-    if args.tokens_to_generate is None and args.certified is not None:
-        return {}
-    return {field: 64 if args.tokens_to_generate is None else args.tokens_to_generate}
-
-
-def _implied_mode(args: argparse.Namespace) -> str | None:
-    leaving = (args.early_exit_thres, args.certified, args.exit_layers, args.exit_score)
-    if any(one is not None for one in leaving):
-        return "early_exit"
-    drafts = (args.draft_source, args.draft_exit, args.draft_length)
-    return "self_speculative" if any(one is not None for one in drafts) else None
-
-
-def _text_of(choice: dict[str, Any]) -> str:
-    return choice["message"]["content"] if "message" in choice else choice["text"]
-
-
-def _token(detail: dict[str, Any]) -> GeneratedToken:
-    return GeneratedToken(
-        detail["token_id"], detail["exit_layer"], detail["is_final"], detail["confidence"], log_prob=float("nan"),
-        is_draft=detail["is_draft"],
-    )  # fmt: skip
-
-
-def _predictions(heads: list[dict[str, Any]]) -> str:
-    name = lambda layer: "final" if layer is None else layer
-    return "  ".join(f"{name(head['exit_layer'])}: {head['token']!r} {head['prob']:.3f}" for head in heads)
-
-
-def _usage_table(usage: dict[str, Any], finish_reason: str | None) -> str:
-    exits = usage["early_exit"]
-    total = max(usage["completion_tokens"], 1)
-    rows = [("exit", "tokens", "share")]
-    rows += [(name, str(count), f"{count / total:.1%}") for name, count in exits["tokens_by_exit"].items()]
-    drafted = f"; drafted {exits['drafted']}, accepted {exits['accepted']}" if exits["drafted"] else ""
-    promise = f", certified {exits['certified']:g}" if exits["certified"] else ""
-    saved = f"{exits['mode']}{promise}: {exits['runs_saved']:.1%} of the layer runs saved{drafted}"
-    return f"{report.aligned(rows)}\n{saved}; {usage['completion_tokens']} tokens; stopped by {finish_reason}"

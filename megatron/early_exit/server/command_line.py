@@ -25,6 +25,7 @@ from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.processes import die_with_torchrun
 from megatron.early_exit.platform.world import world_size
 from megatron.early_exit.server.config import EngineConfig, RequestLimits, ServerConfig
+from megatron.early_exit.server.exit_flags import check_certified
 
 PROGRAM = "run_text_generation_server.py"
 KEY_VARIABLE = "EARLY_EXIT_API_KEY"
@@ -179,14 +180,13 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
 
 
 def _defaults(args: argparse.Namespace) -> GenerationParams:
-    names = ("exit_layers", "draft_source", "draft_exit", "draft_length", "draft_min_confidence", "mode")
-    names += ("max_deferred", "plan_exits", "exit_score", "speculation")
+    names = (
+        "exit_layers", "draft_source", "draft_exit", "draft_length", "draft_min_confidence", "mode", "max_deferred",
+        "plan_exits", "exit_score", "speculation",
+    )  # fmt: skip
     given = {"exit_thresholds": args.early_exit_thres, **{name: getattr(args, name) for name in names}}
+    check_certified(args.certified, args.early_exit_thres, args.mode)
     if args.certified is not None:
-        if args.early_exit_thres is not None:
-            raise ValueError("--certified and --early-exit-thres both say from when on exits are taken; give one")
-        if args.mode not in (None, "early_exit"):
-            raise ValueError(f"--certified has no effect with --mode {args.mode}; leave one out")
         given |= {"exit_thresholds": CertifiedThresholds(args.certified), "mode": "early_exit"}
     return GenerationParams(**{name: value for name, value in given.items() if value is not None})
 
