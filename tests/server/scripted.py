@@ -26,11 +26,12 @@ from megatron.early_exit.inference.results import (
 )
 from megatron.early_exit.inference.text_engine import TextEngine
 from megatron.early_exit.server.app import build_app
-from megatron.early_exit.server.async_engine import AsyncEngine, LoadedModel
+from megatron.early_exit.server.async_engine import AsyncEngine
 from megatron.early_exit.server.config import EngineConfig, ServerConfig
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.engine_client import EngineClient
 from megatron.early_exit.server.engine_messages import Add, Cancel, Ready, RequestEvent, Stop, ToEngine
+from megatron.early_exit.server.loaded_model import LoadedModel
 from megatron.early_exit.server.metrics import ServerMetrics
 
 NUM_LAYERS, EXIT, NUM_POSITIONS = 6, 2, 8192

@@ -15,7 +15,7 @@ from megatron.early_exit.inference.engine.engine import Engine, Event, QueueFull
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, PromptTooLong, ScoreParams
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult, ScoreResult, Statistics
-from megatron.early_exit.inference.text_engine import OutputDelta, TextEngine
+from megatron.early_exit.inference.text_engine import LocalTextEngine, OutputDelta
 from tests.unit.fake_executor import EXITS, FakeExecutor
 
 STATISTICS = Statistics(0, 0, 0, 0, 0, 0.0, 0.0, 0.0)
@@ -127,7 +127,7 @@ EOD, A, B, C, AB, E2, REST, NONE = range(8)
 WORDS = Words(b"<eod>", b"a", b"b", b"c", b"ab", b"\xe2", b"\x82\xac", b"")
 
 
-def run(engine: ScriptedEngine, text_engine: TextEngine, request_id: int) -> list[OutputDelta]:
+def run(engine: ScriptedEngine, text_engine: LocalTextEngine, request_id: int) -> list[OutputDelta]:
     deltas: list[OutputDelta] = []
     while text_engine.has_work:
         deltas += [delta for delta in text_engine.step() if delta.output.request_id == request_id]
@@ -137,7 +137,7 @@ def run(engine: ScriptedEngine, text_engine: TextEngine, request_id: int) -> lis
 def deltas_of(steps: list[list[int]], is_remote: bool = False, **params: object) -> list[OutputDelta]:
     """Those of one request alone."""
     engine = ScriptedEngine(steps, is_remote=is_remote)
-    text_engine = TextEngine(engine, WORDS)
+    text_engine = LocalTextEngine(engine, WORDS)
     deltas = run(engine, text_engine, text_engine.add([A], GenerationParams(**params)))
     assert not text_engine.has_work
     check(deltas)
@@ -185,7 +185,7 @@ def test_a_delta_covers_the_whole_text_of_its_tokens() -> None:
 )
 def test_tokens_beyond_a_stop_string_are_dropped_and_not_counted(steps: list[list[int]], has_ended: bool) -> None:
     engine = ScriptedEngine(steps)
-    text_engine = TextEngine(engine, WORDS)
+    text_engine = LocalTextEngine(engine, WORDS)
     request_id = text_engine.add([A], GenerationParams(stop=("bc",)))
     deltas = run(engine, text_engine, request_id)
     check(deltas)
@@ -246,7 +246,7 @@ def test_a_stop_string_before_a_stop_token_counts_alone() -> None:
 
 def test_a_cancelled_request_gives_what_was_held() -> None:
     engine = ScriptedEngine([[A], [B], [C]], [[A], [B], [C]])
-    text_engine = TextEngine(engine, WORDS)
+    text_engine = LocalTextEngine(engine, WORDS)
     first, other = (text_engine.add([A], GenerationParams(stop=("abc",))) for _ in range(2))
     assert text_engine.step() == []
     delta = text_engine.cancel(first)
@@ -266,7 +266,7 @@ def test_a_request_whose_text_cannot_be_made_can_be_cancelled() -> None:
     words = Broken(*WORDS.words)
     words.is_broken = False
     engine = ScriptedEngine([[E2], [REST]])
-    text_engine = TextEngine(engine, words)
+    text_engine = LocalTextEngine(engine, words)
     request_id = text_engine.add([A], GenerationParams())
     text_engine.step()
     words.is_broken = True
@@ -277,7 +277,7 @@ def test_a_request_whose_text_cannot_be_made_can_be_cancelled() -> None:
 
 def test_all_fail_with_what_they_have() -> None:
     engine = ScriptedEngine([[A], [B]], [[C], [B]])
-    text_engine = TextEngine(engine, WORDS)
+    text_engine = LocalTextEngine(engine, WORDS)
     for sample_index in range(2):
         text_engine.add([A], GenerationParams(stop=("ab",)), sample_index, prompt_index=5)
     text_engine.step()
@@ -290,7 +290,7 @@ def test_all_fail_with_what_they_have() -> None:
 
 def test_text_that_cannot_be_made_ends_that_request_alone() -> None:
     engine = ScriptedEngine([[A], [98], [A]], [[A], [B], [98]], [[A], [B], [C]])
-    text_engine = TextEngine(engine, WORDS)
+    text_engine = LocalTextEngine(engine, WORDS)
     ids = [text_engine.add([A], GenerationParams()) for _ in range(3)]
     deltas = [delta for _ in range(3) for delta in text_engine.step() if delta.is_finished]
     outputs = {delta.output.request_id: delta.output for delta in deltas}
@@ -314,14 +314,14 @@ def test_text_that_cannot_be_made_ends_that_request_alone() -> None:
 )
 def test_prompts_are_refused_before_the_engine_sees_them(prompt: object, params: dict, message: str) -> None:
     engine = ScriptedEngine([[A]])
-    text_engine = TextEngine(engine, WORDS)
+    text_engine = LocalTextEngine(engine, WORDS)
     with pytest.raises(ValueError, match=message) as caught:
         text_engine.add(prompt, GenerationParams(**params))
     assert isinstance(caught.value, PromptTooLong) == ("at most" in message)
     assert len(engine.scripts) == 1
     text_engine.add("x" * 40 * 256, GenerationParams())
     with pytest.raises(QueueFull):
-        TextEngine(ScriptedEngine(num_slots=0), WORDS).add("a", GenerationParams())
+        LocalTextEngine(ScriptedEngine(num_slots=0), WORDS).add("a", GenerationParams())
 
 
 @pytest.mark.parametrize("mode", ["full", "self_speculative"])
@@ -336,7 +336,7 @@ def test_workers_that_have_ended_are_an_error_of_each_prompt(mode: str) -> None:
 
 
 def test_scores_come_beside_text() -> None:
-    text_engine = TextEngine(ScriptedEngine([[A], [B]]), WORDS)
+    text_engine = LocalTextEngine(ScriptedEngine([[A], [B]]), WORDS)
     outputs, scores = text_engine.add([A], GenerationParams()), text_engine.add_scoring("xyz", ScoreParams())
     assert [one.request_id for one in text_engine.step()] == [scores, outputs]
     assert [one.request_id for one in text_engine.step()] == [outputs]
@@ -349,7 +349,7 @@ def test_scores_come_beside_text() -> None:
 
 
 def test_ids_of_prompts() -> None:
-    text_engine = TextEngine(ScriptedEngine([[A]], [[A]]), WORDS)
+    text_engine = LocalTextEngine(ScriptedEngine([[A]], [[A]]), WORDS)
     assert text_engine.encode("xy") == [1, 2, 2]
     text_engine.add("xy", GenerationParams(add_special_tokens=False))
     (delta,) = text_engine.step()
@@ -366,7 +366,7 @@ TOKENS = st.sampled_from([A, B, C, AB, NONE])
 def test_deltas_by_definition(steps: list[list[int]], stops: list[str]) -> None:
     """A token is given out as soon as no stop string can begin in its text or before."""
     engine = ScriptedEngine([list(step) for step in steps])
-    text_engine = TextEngine(engine, WORDS)
+    text_engine = LocalTextEngine(engine, WORDS)
     text_engine.add([A], GenerationParams(stop=stops))
     ids: list[int] = []
     deltas: list[OutputDelta] = []

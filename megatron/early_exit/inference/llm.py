@@ -23,7 +23,7 @@ from megatron.early_exit.inference.engine_loading import load_engine
 from megatron.early_exit.inference.executor import distributed
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
-from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput, TextEngine, request_error
+from megatron.early_exit.inference.text_engine import LocalTextEngine, OutputDelta, Prompt, RequestOutput, request_error
 from megatron.early_exit.inference.worker.certified_head import CertifiedHeadSetting
 from megatron.early_exit.inference.worker.kv_cache import CacheSize
 
@@ -44,7 +44,7 @@ class LLM:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, exits: ExitConfig) -> None:
         self.engine, self.tokenizer, self.exits = engine, tokenizer, exits
-        self._text_engine = TextEngine(engine, tokenizer)
+        self._text_engine = LocalTextEngine(engine, tokenizer)
         self._mailboxes: list[_Mailbox] = []
 
     @classmethod

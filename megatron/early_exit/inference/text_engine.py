@@ -1,6 +1,7 @@
 """Text in front of an engine: prompts to ids, ids to text as they come, stop strings.
 
-One thread, no waiting: whoever calls `step` in a loop (`LLM`, a server) gets what is new. It uses the engine's public
+One thread, no waiting: whoever calls `step` in a loop (`LLM`), or hands on the engine's events (a server), gets what is
+new. It uses the engine's public
 methods alone and holds no tensors, so it may run in another process than the model's.
 """
 
@@ -10,14 +11,17 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.engine import Engine, Event, QueueFull
 from megatron.early_exit.inference.engine.request import Result
+from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.params import GenerationParams, PromptTooLong, ScoreParams, check_length
-from megatron.early_exit.inference.results import GeneratedToken, RequestResult, ScoreResult
+from megatron.early_exit.inference.protocol import WorkerDescription
+from megatron.early_exit.inference.results import FinishReason, GeneratedToken, RequestResult, ScoreResult
 from megatron.early_exit.inference.text import StopStrings, TextStream
 
 log = logging.getLogger(__name__)
@@ -58,7 +62,7 @@ class RequestOutput:
         return "".join(self.pieces)
 
     @property
-    def finish_reason(self) -> str | None:
+    def finish_reason(self) -> FinishReason | None:
         """None while it grows."""
         if self.error is not None:
             return "error"
@@ -96,18 +100,32 @@ class OutputDelta:
         return "".join(self.pieces)
 
 
+class AnswerEngine(Protocol):
+    """What text needs of an engine, wherever that runs."""
+
+    @property
+    def description(self) -> WorkerDescription: ...
+
+    @property
+    def checks(self) -> RequestChecks: ...
+
+    def add(self, prompt_ids: Sequence[int], params: GenerationParams, *, seed_offset: int = 0) -> int:
+        """As `Engine.add`."""
+
+    def cancel(self, request_id: int) -> Result | None:
+        """As `Engine.cancel`; None also if the result is of no interest any more."""
+
+    def stop(self, request_id: int, num_tokens: int) -> Result | None:
+        """As `Engine.stop`; None also if the result comes later, with an event."""
+
+
 class TextEngine:
     """Prompts in, text out. Requests of others in the same engine are left alone; their events are dropped."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(self, engine: AnswerEngine, tokenizer: Tokenizer) -> None:
         self._engine, self._tokenizer = engine, tokenizer
         self._num_positions = engine.description.num_positions
         self._growing: dict[int, _GrowingOutput] = {}
-        self._scoring: set[int] = set()
-
-    @property
-    def has_work(self) -> bool:
-        return self._engine.has_work
 
     def encode(self, prompt: Prompt, add_special_tokens: bool = True, num_targets: int = 0) -> list[int]:
         """Ids of a prompt. num_targets: those at its end that take no position.
@@ -143,40 +161,18 @@ class TextEngine:
         self._growing[output.request_id] = growing
         return output.request_id
 
-    def add_scoring(self, prompt: Prompt, params: ScoreParams) -> int:
-        """Queue a request for what heads predict over a prompt; returns its id. Raises as `add`."""
-        request_id = self._engine.add_scoring(self.encode(prompt, num_targets=params.num_targets), params)
-        self._scoring.add(request_id)
-        return request_id
-
     def cancel(self, request_id: int) -> OutputDelta | None:
         """End a request now, with what was held of its output. None if it has ended already, and for scores."""
         result = self._engine.cancel(request_id)
-        self._scoring.discard(request_id)
         if request_id in self._growing and isinstance(result, RequestResult):
             return self._delta(Event(request_id, [], result))
         self._growing.pop(request_id, None)
         return None
 
-    def step(self) -> list[OutputDelta | ScoreResult]:
-        """Run a step of the engine. Returns what is new of outputs, and the scores that are complete."""
-        return self.take(self._engine.step())
-
-    def fail_all(self, error: str) -> list[OutputDelta | ScoreResult]:
-        """End every request of the engine with an error."""
-        return self.take(self._engine.fail_all(error))
-
-    def take(self, events: list[Event]) -> list[OutputDelta | ScoreResult]:
-        """What events of the engine bring, as of `step`; for an engine in another process, which steps by itself."""
-        news: list[OutputDelta | ScoreResult] = []
-        for event in events:
-            if event.request_id in self._growing:
-                delta = self._delta(event)
-                news += [delta] if delta.tokens or delta.is_finished else []
-            elif event.request_id in self._scoring and isinstance(event.result, ScoreResult):
-                self._scoring.remove(event.request_id)
-                news.append(event.result)
-        return news
+    def take(self, events: Sequence[Event]) -> list[OutputDelta]:
+        """What is new of outputs, by events of the engine."""
+        deltas = [self._delta(event) for event in events if event.request_id in self._growing]
+        return [delta for delta in deltas if delta.tokens or delta.is_finished]
 
     def _delta(self, event: Event) -> OutputDelta:
         growing = self._growing[event.request_id]
@@ -199,6 +195,47 @@ class TextEngine:
             # An engine in another process gives the result later, as that of an event.
             result = self._engine.stop(event.request_id, growing.num_tokens)
         return growing.finish(result) if isinstance(result, RequestResult) else growing.take()
+
+
+class LocalTextEngine(TextEngine):
+    """The same over an engine in this process, whose steps are run here, and scores as well."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        super().__init__(engine, tokenizer)
+        self._local_engine = engine
+        self._scoring: set[int] = set()
+
+    @property
+    def has_work(self) -> bool:
+        return self._local_engine.has_work
+
+    def add_scoring(self, prompt: Prompt, params: ScoreParams) -> int:
+        """Queue a request for what heads predict over a prompt; returns its id. Raises as `add`."""
+        request_id = self._local_engine.add_scoring(self.encode(prompt, num_targets=params.num_targets), params)
+        self._scoring.add(request_id)
+        return request_id
+
+    def cancel(self, request_id: int) -> OutputDelta | None:
+        self._scoring.discard(request_id)
+        return super().cancel(request_id)
+
+    def step(self) -> list[OutputDelta | ScoreResult]:
+        """Run a step of the engine. Returns what is new of outputs, and the scores that are complete."""
+        return self._news(self._local_engine.step())
+
+    def fail_all(self, error: str) -> list[OutputDelta | ScoreResult]:
+        """End every request of the engine with an error."""
+        return self._news(self._local_engine.fail_all(error))
+
+    def _news(self, events: Sequence[Event]) -> list[OutputDelta | ScoreResult]:
+        news: list[OutputDelta | ScoreResult] = []
+        for event in events:
+            if event.request_id in self._scoring and isinstance(event.result, ScoreResult):
+                self._scoring.remove(event.request_id)
+                news.append(event.result)
+            else:
+                news += self.take([event])
+        return news
 
 
 class _GrowingOutput:

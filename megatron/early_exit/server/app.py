@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,25 +20,28 @@ from megatron.early_exit.server.responses import ClientGone
 
 def build_app(context: ServerContext) -> FastAPI:
     """The application over an engine, which may still be loading."""
-    app = FastAPI(title="Megatron Early Exit", version=__version__)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(RequestValidationError, _invalid_fields)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientGone, _client_gone)
+    app = _Application(title="Megatron Early Exit", version=__version__)
+    app.exception_handler(ApiError)(_api_error)
+    app.exception_handler(RequestValidationError)(_invalid_fields)
+    app.exception_handler(HTTPException)(_http_error)
+    app.exception_handler(ClientGone)(_client_gone)
     for api in (operation, openai_api, tokenizer_api, megatron_api, page):
         app.include_router(api.router(context))
-    app.openapi = functools.cache(lambda: _schema(app))
     return app
 
 
-def _schema(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's, without the status of invalid fields that it adds: they give 400 here."""
-    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    for operation_schema in (one for path in schema["paths"].values() for one in path.values()):
-        operation_schema["responses"].pop("422", None)
-    for name in ("HTTPValidationError", "ValidationError"):
-        schema["components"]["schemas"].pop(name, None)
-    return schema
+class _Application(FastAPI):
+    """FastAPI, with a schema without the status of invalid fields that it adds: they give 400 here."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            schema = get_openapi(title=self.title, version=self.version, routes=self.routes)
+            for operation_schema in (one for path in schema["paths"].values() for one in path.values()):
+                operation_schema["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                schema["components"]["schemas"].pop(name, None)
+            self.openapi_schema = schema
+        return self.openapi_schema
 
 
 async def _api_error(request: Request, error: ApiError) -> JSONResponse:

@@ -8,33 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
-from megatron.early_exit.data.token_text import TokenTexts
-from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.inference.engine.audit import AuditReport
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.protocol import StageLoad
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, TextEngine
+from megatron.early_exit.server.admission import Admission
 from megatron.early_exit.server.config import EngineConfig
 from megatron.early_exit.server.engine_client import EngineClient
 from megatron.early_exit.server.engine_link import EngineLink
-from megatron.early_exit.server.engine_messages import (
-    EngineLoad,
-    Failed,
-    FromEngine,
-    Pong,
-    Ready,
-    StepEvents,
-)
-from megatron.early_exit.server.errors import NotReady, Overloaded
+from megatron.early_exit.server.engine_messages import EngineLoad, Failed, FromEngine, Pong, Ready, StepEvents
+from megatron.early_exit.server.errors import NotReady
+from megatron.early_exit.server.loaded_model import LoadedModel, PromptMaker
 from megatron.early_exit.server.mailbox import Answers
 from megatron.early_exit.server.request_record import current_record
 
@@ -44,12 +35,6 @@ _SECONDS_FOR_WORKERS = 5.0
 """That the engine's process has to notice a dead worker before it counts as hung itself."""
 _MOST_DEATHS = 3
 """Of engines in a row that have finished no answer, after which loading another makes no sense."""
-_RECENT = 32
-"""Answers from whose durations the time to wait is estimated."""
-
-
-PromptMaker = Callable[[Tokenizer], list[int]]
-"""Makes the ids of a prompt, by a chat template for instance. It is called in a thread, and raises ValueError."""
 
 
 class EngineObserver(Protocol):
@@ -63,21 +48,6 @@ class EngineObserver(Protocol):
 
     def on_cancel(self, params: GenerationParams) -> None:
         """An answer that was cancelled, of which there will be no more deltas."""
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """What is there while the engine is ready."""
-
-    ready: Ready
-    tokenizer: Tokenizer
-    client: EngineClient
-    text_engine: TextEngine
-
-    @cached_property
-    def token_texts(self) -> TokenTexts:
-        """The text of each id by itself."""
-        return TokenTexts(self.tokenizer)
 
 
 @dataclass
@@ -97,7 +67,7 @@ class AsyncEngine:
 
     def __init__(self, config: EngineConfig, max_waiting: int, observer: EngineObserver | None = None) -> None:
         """max_waiting: answers that may wait for a slot."""
-        self._config, self._max_waiting, self._observer = config, max_waiting, observer
+        self._config, self._observer = config, observer
         self.model: LoadedModel | None = None
         """None while there is no engine that can serve."""
         self.failure: str | None = None
@@ -109,17 +79,21 @@ class AsyncEngine:
         """What audits of early exit have found since it was loaded, as of a second ago."""
         self.is_draining = False
         """About to end: what runs may finish, nothing new is taken."""
-        self.num_admitted = 0
-        """Answers that were promised and have not ended: waiting, running or being tokenized."""
+        self._admission = Admission(max_waiting)
         self._link: EngineLink | None = None
+        """From the start of a process to its end; longer than there is a model."""
         self._open: dict[int, OpenAnswer] = {}
         self._num_finished = 0
-        self._durations: deque[float] = deque(maxlen=_RECENT)
         self._is_closing = False
 
     @property
     def is_ready(self) -> bool:
         return self.model is not None and not self.is_draining
+
+    @property
+    def num_admitted(self) -> int:
+        """Answers that were promised and have not ended: waiting, running or being tokenized."""
+        return self._admission.num_admitted
 
     @property
     def process_id(self) -> int | None:
@@ -143,6 +117,8 @@ class AsyncEngine:
             kinds = {"ValueError": ValueError, "OSError": OSError}
             raise kinds.get(error.kind, ExecutorError)(error.error)
         tokenizer = await asyncio.to_thread(build_tokenizer, message.tokenizer)
+        if self._is_closing:  # meanwhile; the process has been told
+            raise ExecutorError("the server ends")
         client = EngineClient(message, link.send)
         self.model = LoadedModel(message, tokenizer, client, TextEngine(client, tokenizer))
         return self.model
@@ -150,21 +126,23 @@ class AsyncEngine:
     async def run(self) -> None:
         """Serve until `close`, or until the engine ends by itself: raises ExecutorError then, when every request has
         been told. Where the engine restarts, that goes on until engines end, or cannot be loaded, time after time."""
-        num_deaths = 0
+        link, model, num_deaths = self._link, self.model, 0
         while True:
+            assert link is not None and model is not None, "run follows start"
             num_finished = self._num_finished
-            if (error := await self._serve()) is None:
+            if (error := await self._serve(link, model)) is None:
                 return
             self._fail(error)
             num_deaths = 1 if self._num_finished > num_finished else num_deaths + 1
-            while self.model is None:
+            model = None
+            while model is None:
                 if not self._config.restart or self.is_draining:
                     raise ExecutorError(error)
                 if num_deaths >= _MOST_DEATHS:
                     raise ExecutorError(f"{error}; so it went {num_deaths} times, and no answer was finished meanwhile")
                 log.warning("%s; the model is loaded again", error)
                 try:
-                    await self.start()
+                    model, link = await self.start(), self._link
                     log.warning("the model is loaded again and serves")
                 except (ValueError, OSError, ExecutorError) as problem:  # memory that is not yet free, for instance
                     if self._is_closing:
@@ -200,11 +178,11 @@ class AsyncEngine:
         for one in each:
             model.client.checks.check(one)
         num_answers = sum(one.n for one in each)
-        self._reserve(num_answers)
+        self._admission.reserve(num_answers, model.client.description.num_slots)
         answers = Answers(num_answers, [], self._close_answers)
         try:
             # In a thread, since long prompts take long.
-            answers.prompt_ids = await asyncio.to_thread(_prepare, model, prompts, each, must_fit)
+            answers.prompt_ids = await asyncio.to_thread(model.prompt_ids, prompts, each, must_fit)
             if self.model is not model:
                 raise NotReady(self._why_not_ready())
             for prompt_index, (ids, one) in enumerate(zip(answers.prompt_ids, each, strict=True)):
@@ -213,7 +191,7 @@ class AsyncEngine:
                     self._open[request_id] = OpenAnswer(answers, one, started)
                     answers.request_ids.add(request_id)
         except BaseException:
-            self.num_admitted -= num_answers - len(answers.request_ids)
+            self._admission.release(num_answers - len(answers.request_ids))
             answers.close()
             raise
         if (record := current_record.get()) is not None:
@@ -235,31 +213,10 @@ class AsyncEngine:
             return "the server is about to end; send the request to another one"
         return "the model is being loaded"
 
-    def _reserve(self, num_answers: int) -> None:
-        num_slots = self.model.client.description.num_slots
-        most = num_slots + self._max_waiting
-        if num_answers > most:
-            raise ValueError(
-                f"the request asks for {num_answers} answers; at most {most} may run and wait at once (prompts times n)"
-            )
-        if self.num_admitted + num_answers > most:
-            raise Overloaded(
-                f"{self.num_admitted} answers run or wait, and {num_answers} more are too many; try again later",
-                retry_after=self._seconds_to_wait(num_answers),
-            )
-        self.num_admitted += num_answers
-
-    def _seconds_to_wait(self, num_answers: int) -> int:
-        """Until so many answers have ended, by what the last ones took."""
-        if not self._durations:
-            return 1
-        mean = sum(self._durations) / len(self._durations)
-        return min(max(math.ceil(mean * num_answers / self.model.client.description.num_slots), 1), 60)
-
     def _close_answers(self, answers: Answers) -> None:
         for request_id in sorted(answers.request_ids):
             one = self._open.pop(request_id)
-            self.num_admitted -= 1
+            self._admission.release()
             if self.model is not None:
                 self.model.text_engine.cancel(request_id)
             if self._observer is not None:
@@ -268,22 +225,22 @@ class AsyncEngine:
 
     def _deliver(self, deltas: Sequence[OutputDelta]) -> None:
         for delta in deltas:
-            one = self._open[delta.request_id]
+            request_id = delta.request_id
+            assert request_id is not None, "only prompts that were refused have none, and those have no events"
+            one = self._open[request_id]
             one.answers.put(delta)
             if delta.is_finished:
-                del self._open[delta.request_id]
-                one.answers.request_ids.remove(delta.request_id)
-                self.num_admitted -= 1
+                del self._open[request_id]
+                one.answers.request_ids.remove(request_id)
+                self._admission.end(time.monotonic() - one.started)
                 self._num_finished += delta.output.error is None
-                self._durations.append(time.monotonic() - one.started)
             if self._observer is not None:
                 self._observer.on_delta(delta, one)
 
     # The engine's process.
 
-    async def _serve(self) -> str | None:
+    async def _serve(self, link: EngineLink, model: LoadedModel) -> str | None:
         """Take messages until the engine ends. Returns why; None if it was told to."""
-        link, model = self._link, self.model
         limit = self._config.worker_timeout * model.ready.description.num_stages + _SECONDS_FOR_WORKERS
         watch = asyncio.create_task(link.watch(limit))
         try:
@@ -319,19 +276,4 @@ class AsyncEngine:
         model, self.model, self.failure, self.load = self.model, None, error, EngineLoad()
         self.stage_loads, self.audits = (), ()
         if model is not None:
-            self._deliver(model.text_engine.fail_all(error))
-
-
-def _prepare(
-    model: LoadedModel, prompts: Sequence[Prompt | PromptMaker], params: Sequence[GenerationParams], must_fit: bool
-) -> list[list[int]]:
-    """Ids of each prompt. Raises ValueError unless the model can answer all of them."""
-    all_ids = []
-    for prompt, one in zip(prompts, params, strict=True):
-        made = prompt(model.tokenizer) if callable(prompt) else prompt
-        ids = model.text_engine.encode(made, one.add_special_tokens)
-        model.client.checks.check_generation(ids, one)
-        if must_fit:
-            model.client.checks.check_room(ids, one)
-        all_ids.append(ids)
-    return all_ids
+            self._deliver(model.text_engine.take(model.client.fail_all(error)))

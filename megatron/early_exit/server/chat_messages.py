@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron.early_exit.data.tokenizer import Tokenizer
-from megatron.early_exit.server.async_engine import PromptMaker
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import BadRequest
+from megatron.early_exit.server.loaded_model import PromptMaker
 from megatron.early_exit.server.request_fields import NEUTRAL, Nothing, RequestBody, otherwise
 
 

@@ -45,13 +45,11 @@ class Client:
 
     def get(self, path: str) -> dict[str, Any]:
         """The document at a path. Raises as `send`."""
-        with self._open("GET", path, None) as response:
-            return json.load(response)
+        return self._document("GET", path, None)
 
     def send(self, method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer to a request. Raises RequestFailed or ServerUnavailable."""
-        with self._open(method, path, body) as response:
-            return json.load(response)
+        return self._document(method, path, body)
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed answer as they come. Raises as `send`, also in mid-stream."""
@@ -70,11 +68,18 @@ class Client:
                 raise RequestFailed(f"the answer broke off ({_words(error)})") from error
         raise RequestFailed("the answer broke off: the server has ended, or something between it and here")
 
+    def _document(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        with self._open(method, path, body) as response:
+            document: dict[str, Any] = json.load(response)
+        return document
+
     def _open(self, method: str, path: str, body: dict[str, Any] | None) -> http.client.HTTPResponse:
         start = time.monotonic()
         while True:
             try:
-                return urllib.request.urlopen(self._request(method, path, body), timeout=self.timeout)
+                request = self._request(method, path, body)
+                response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=self.timeout)
+                return response
             except urllib.error.HTTPError as error:
                 message, status = _message(error), error.code
                 pause = _retry_after(error)
@@ -116,7 +121,7 @@ def _message(error: urllib.error.HTTPError) -> str:
     """In the form of either API; else the status."""
     try:
         document = json.loads(error.read())
-        return document["error"]["message"] if "error" in document else document["message"]
+        return str(document["error"]["message"] if "error" in document else document["message"])
     except (ValueError, KeyError, TypeError, OSError):
         return f"status {error.code} ({error.reason}); is this a server for text generation?"
 

@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron.early_exit.server.async_engine import AsyncEngine, LoadedModel
+from megatron.early_exit.server.async_engine import AsyncEngine
 from megatron.early_exit.server.config import ServerConfig
+from megatron.early_exit.server.loaded_model import LoadedModel
 from megatron.early_exit.server.metrics import ServerMetrics
 
 

@@ -20,6 +20,7 @@ from megatron.early_exit.inference.params import (
     Speculation,
 )
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
+from megatron.early_exit.server.answer_fields import computed
 from megatron.early_exit.server.request_fields import RequestBody, otherwise
 
 _MAX_EXITS = 1024
@@ -166,7 +167,7 @@ def exit_details(pieces: Sequence[str], tokens: Sequence[GeneratedToken]) -> lis
     return [
         TokenExit(
             text=piece, token_id=token.token, exit_layer=token.exit_layer, is_final=token.is_final,
-            is_draft=token.is_draft, confidence=token.confidence,
+            is_draft=token.is_draft, confidence=computed(token.confidence),
         )
         for piece, token in zip(pieces, tokens, strict=True)
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The engine as the HTTP process sees it: what `TextEngine` asks of an engine, over messages to its process."""
+"""The engine as the HTTP process sees it (an `AnswerEngine`), over messages to its process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from megatron.early_exit.inference.engine.engine import Event
 from megatron.early_exit.inference.engine.request_checks import RequestChecks
-from megatron.early_exit.inference.params import GenerationParams, ScoreParams
+from megatron.early_exit.inference.params import GenerationParams
 from megatron.early_exit.inference.results import RequestResult, Statistics
 from megatron.early_exit.server.engine_messages import Add, Cancel, Ready, RequestEvent, Stop, ToEngine
 
@@ -38,9 +38,6 @@ class EngineClient:
         self._send(Add(request_id, list(prompt_ids), params, seed_offset))
         return request_id
 
-    def add_scoring(self, ids: Sequence[int], params: ScoreParams) -> int:
-        raise NotImplementedError("scores are not served")
-
     def cancel(self, request_id: int) -> None:
         """End a request; no event tells of it any more."""
         if request_id in self._open:
@@ -51,9 +48,6 @@ class EngineClient:
         """As `Engine.stop`; the result comes with an event."""
         if request_id in self._open:
             self._send(Stop(request_id, num_tokens))
-
-    def step(self) -> list[Event]:
-        raise NotImplementedError("the engine steps by itself")
 
     def take(self, events: Sequence[RequestEvent]) -> list[Event]:
         """Events of requests that are open still."""

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -43,7 +44,7 @@ class EngineLink:
     def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, folder: Path) -> None:
         self._process, self._socket, self._folder = process, socket, folder
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(FromEngine).decode
+        self._decode: Callable[[bytes], FromEngine] = msgspec.msgpack.Decoder(FromEngine).decode
         self._ending = asyncio.ensure_future(process.wait())
         self._last_message = time.monotonic()
         self._is_loaded = False
@@ -74,6 +75,7 @@ class EngineLink:
             socket.context.destroy(linger=0)
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        assert process.stdin is not None, "a pipe was asked for"
         process.stdin.write(settings)
         process.stdin.close()
         return cls(process, socket, folder)
@@ -89,7 +91,7 @@ class EngineLink:
 
     async def receive_or_end(self) -> FromEngine | None:
         """The next message; None when the process has ended and has said nothing more."""
-        receiving = self._socket.recv()
+        receiving = asyncio.ensure_future(self._socket.recv())
         await asyncio.wait({receiving, self._ending}, return_when=asyncio.FIRST_COMPLETED)
         if not receiving.done():
             is_killed = self._ending.result() < 0

@@ -64,7 +64,7 @@ def main() -> NoReturn:
     try:
         status = _run(settings)
     except SystemExit as end:
-        status = end.code
+        status = end.code if isinstance(end.code, int) else 1
     sys.stderr.flush()
     os._exit(status)  # libraries take a second to be taken down
 
@@ -131,7 +131,7 @@ class _Channel:
         self._socket.linger = 0
         self._socket.connect(endpoint)
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(ToEngine).decode
+        self._decode: Callable[[bytes], ToEngine] = msgspec.msgpack.Decoder(ToEngine).decode
 
     def send(self, message: FromEngine) -> None:
         self._socket.send(self._encode(message))
@@ -205,7 +205,7 @@ class _EngineLoop:
             case Stop():
                 result = self._end(message.request_id, lambda one: self._engine.stop(one, message.num_tokens))
                 if result is not None:
-                    self._others.append(RequestEvent(message.request_id, [], result))
+                    self._others.append(RequestEvent(message.request_id, [], _answer(result)))
             case Ping():
                 self._channel.send(Pong(self._engine.executor.stage_loads(), self._engine.audit.reports()))
 
@@ -233,11 +233,16 @@ class _EngineLoop:
         name = self._names[event.request_id]
         if event.result is not None:
             del self._names[event.request_id], self._ids[name]
-        return RequestEvent(name, event.tokens, event.result)
+        return RequestEvent(name, event.tokens, None if event.result is None else _answer(event.result))
 
     @property
     def _load(self) -> EngineLoad:
         return EngineLoad(self._engine.num_running, self._engine.num_waiting, self._engine.kv_cache_usage)
+
+
+def _answer(result: Result) -> RequestResult:
+    assert isinstance(result, RequestResult), "only `Add` makes requests here, and they are for answers"
+    return result
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.responses import JSONResponse
 
 _MEGATRON_PATHS = ("/api",)
@@ -91,7 +93,7 @@ def error_response(path: str, error: ApiError) -> JSONResponse:
     return JSONResponse(error_body(path, error), error.status, error.headers)
 
 
-def error_body(path: str, error: ApiError) -> dict:
+def error_body(path: str, error: ApiError) -> dict[str, Any]:
     """The JSON of `error_response`."""
     if path.rstrip("/") in _MEGATRON_PATHS:
         return {"message": error.message}

@@ -31,6 +31,10 @@ _MAX_DEPTH = 64
 _MAX_BYTES_AT_ONCE = 64 << 10
 """Larger bodies are checked in a thread, while others are served."""
 
+_Container = dict[str, Any] | list[Any]
+_Path = tuple[str | int, ...]
+"""Names and indices that lead to a value."""
+
 
 class JsonBodies:
     """Middleware. A request with a body reaches the application when it has come whole and is JSON."""
@@ -123,11 +127,11 @@ def check_json(body: bytes | bytearray) -> None:
     _check_value(value)
 
 
-def _check_value(value: dict) -> None:
+def _check_value(value: dict[str, Any]) -> None:
     """Check all that is in an object, level by level."""
-    level: list[tuple[Any, tuple]] = [(value, ())]
+    level: list[tuple[_Container, _Path]] = [(value, ())]
     for _ in range(_MAX_DEPTH):
-        following = []
+        following: list[tuple[_Container, _Path]] = []
         for container, path in level:
             for key, item in _items(container):
                 if isinstance(key, str) and not _is_unicode(key):
@@ -145,7 +149,7 @@ def _check_value(value: dict) -> None:
     raise _fault(level[0][1][:3], f"nested too deeply; at most {_MAX_DEPTH} levels are taken")
 
 
-def _items(container: dict | list) -> Iterable[tuple[str | int, Any]]:
+def _items(container: _Container) -> Iterable[tuple[str | int, Any]]:
     return container.items() if isinstance(container, dict) else enumerate(container)
 
 
@@ -159,13 +163,13 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _fault(path: tuple, what: str) -> BadRequest:
+def _fault(path: _Path, what: str) -> BadRequest:
     """What is wrong at a place: `messages[0].content: ...`."""
     where = "".join(_parts(path)) or None
     return BadRequest(f"{where}: {what}" if where else what, param=where)
 
 
-def _parts(path: tuple) -> Iterator[str]:
+def _parts(path: _Path) -> Iterator[str]:
     for index, part in enumerate(path):
         if isinstance(part, int):
             yield f"[{part}]"

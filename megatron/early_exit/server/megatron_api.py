@@ -20,17 +20,18 @@ from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.params import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
+    CertifiedThresholds,
     GenerationParams,
     SamplingSettings,
 )
-from megatron.early_exit.inference.results import GeneratedToken
+from megatron.early_exit.inference.results import GeneratedToken, PromptToken, RequestResult
 from megatron.early_exit.inference.text import pieces
 from megatron.early_exit.inference.text_engine import RequestOutput, TextEngine
-from megatron.early_exit.server.async_engine import PromptMaker
+from megatron.early_exit.server.answer_fields import computed, finite
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.early_exit_fields import LevelText, certified_or_full
 from megatron.early_exit.server.errors import BadRequest
-from megatron.early_exit.server.openai_api.log_probs import finite
+from megatron.early_exit.server.loaded_model import PromptMaker
 from megatron.early_exit.server.request_fields import otherwise
 from megatron.early_exit.server.responses import unless_disconnected
 
@@ -97,7 +98,7 @@ class GenerateRequest(BaseModel):
     @model_validator(mode="after")
     def _refuse(self) -> GenerateRequest:
         for old, new in _RENAMED.items():
-            if old in self.model_extra:
+            if old in (self.model_extra or ()):
                 raise ValueError(f"{old} is no longer used; give {new}")
         if self.beam_width is not None and self.beam_width > 1:
             raise ValueError(
@@ -153,7 +154,9 @@ class GenerateResponse(BaseModel):
 def router(context: ServerContext) -> APIRouter:
     """The route."""
     routes = APIRouter(tags=["Megatron"])
-    responses = {status: {"model": ErrorMessage} for status in (400, 401, 429, 500, 503)}
+    responses: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorMessage} for status in (400, 401, 429, 500, 503)
+    }
 
     @routes.put("/api", responses=responses, operation_id="megatron_put")
     @routes.post("/api", responses=responses, operation_id="megatron_post")
@@ -210,7 +213,7 @@ def _exits(body: GenerateRequest, defaults: GenerationParams) -> GenerationParam
     if body.use_early_exit is not None:
         mode = "early_exit" if body.use_early_exit else "full"
     if isinstance(body.early_exit_thres, str):
-        thresholds = body.early_exit_thres
+        thresholds = CertifiedThresholds.parse(body.early_exit_thres)
     elif body.early_exit_thres is not None:
         if body.early_exit_thres > 1 and mode == "early_exit":
             mode = "full"
@@ -237,7 +240,7 @@ def _response(
     outputs: Sequence[RequestOutput],
     seconds: float,
 ) -> GenerateResponse:
-    results = [output.result for output in outputs]
+    results = [output.check() for output in outputs]
     prompt_ids = [output.prompt_ids if params.echo else [] for output in outputs]
     return GenerateResponse(
         text=[_text(tokenizer, output, params.echo) for output in outputs],
@@ -245,16 +248,14 @@ def _response(
             segments(tokenizer, [*before, *result.token_ids])
             for before, result in zip(prompt_ids, results, strict=True)
         ],
-        logprobs=[[finite(token.log_prob) for token in (*result.prompt[1:], *result.tokens)] for result in results]
-        if _has_log_probs(body)
-        else None,
+        logprobs=[_log_probs(result) for result in results] if _has_log_probs(body) else None,
         exit_layers=[[token.exit_layer for token in result.tokens] for result in results],
         predictions=[[_predictions(tokenizer, token) for token in result.tokens] for result in results]
         if body.print_max_prob
         else None,
         finish_reasons=[result.finish_reason for result in results],
         certified=params.certified_level,
-        ignored_fields=sorted(body.model_extra),
+        ignored_fields=sorted(body.model_extra or ()),
         request_time=seconds,
         requst_time=seconds,
     )
@@ -264,9 +265,15 @@ def _has_log_probs(body: GenerateRequest) -> bool:
     return body.logprobs or not body.tokens_to_generate
 
 
+def _log_probs(result: RequestResult) -> list[float]:
+    """Of all tokens but the first one of the prompt, which has none."""
+    tokens: list[PromptToken | GeneratedToken] = [*result.prompt[1:], *result.tokens]
+    return [finite(computed(token.log_prob)) for token in tokens]
+
+
 def _text(tokenizer: Tokenizer, output: RequestOutput, echo: bool) -> str:
     """As EE-LLM makes it: of these ids alone, whatever stands before them."""
-    ids = output.result.token_ids
+    ids = output.check().token_ids
     num_cut = 0
     if output.finish_reason == "eod":
         ids = ids[:-1]
@@ -276,9 +283,9 @@ def _text(tokenizer: Tokenizer, output: RequestOutput, echo: bool) -> str:
     return text[: len(text) - num_cut]
 
 
-def _predictions(tokenizer: Tokenizer, token: GeneratedToken) -> list[dict[str, Any]]:
+def _predictions(tokenizer: Tokenizer, token: GeneratedToken) -> list[Prediction]:
     texts = segments(tokenizer, [one.token for one in token.predictions])
     return [
-        {"exit_layer": one.exit_layer, "token": text, "prob": one.confidence}
+        Prediction(exit_layer=one.exit_layer, token=text, prob=computed(one.confidence))
         for one, text in zip(token.predictions, texts, strict=True)
     ]

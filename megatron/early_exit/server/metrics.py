@@ -18,8 +18,8 @@ from prometheus_client.utils import floatToGoString
 
 from megatron.early_exit.inference.engine.audit import LOSS_BUCKETS, AuditReport
 from megatron.early_exit.inference.params import GenerationParams
-from megatron.early_exit.inference.results import RequestResult
-from megatron.early_exit.inference.text_engine import OutputDelta
+from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
+from megatron.early_exit.server.answer_fields import OPENAI_FINISH_REASONS
 from megatron.early_exit.server.async_engine import AsyncEngine, OpenAnswer
 from megatron.early_exit.server.mailbox import Answers
 
@@ -27,11 +27,6 @@ _PREFIX = "early_exit_"
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0
 )  # fmt: skip
-_REASONS = {
-    "eod": "stop", "stop": "stop", "max_tokens": "length", "max_positions": "length", "cancelled": "cancelled",
-    "error": "error",
-}  # fmt: skip
-"""OpenAI's words for how answers end, and ours for what OpenAI's API does not report."""
 
 
 class ServerMetrics:
@@ -95,16 +90,19 @@ class ServerMetrics:
                 self._between_tokens.observe(0.0 if index else now - answer.last_token)
             answer.last_token = now
         if delta.is_finished:
-            self._finished.labels(_REASONS[delta.output.finish_reason]).inc()
             self._whole.observe(now - answer.started)
-            if delta.output.result is not None and delta.output.error is None:
-                self._add_costs(delta.output.result, answer.params.mode)
+            self._add_end(delta.output, answer.params.mode)
 
     def on_cancel(self, params: GenerationParams) -> None:
         self._finished.labels("cancelled").inc()
 
-    def _add_costs(self, result: RequestResult, mode: str) -> None:
+    def _add_end(self, output: RequestOutput, mode: str) -> None:
+        if output.error is not None:
+            self._finished.labels("error").inc()
+            return
+        result = output.check()
         costs = result.statistics
+        self._finished.labels(OPENAI_FINISH_REASONS.get(result.finish_reason, result.finish_reason)).inc()
         self._queue.observe(costs.queue_seconds)
         self._drafted.inc(costs.drafted)
         self._accepted.inc(costs.accepted)

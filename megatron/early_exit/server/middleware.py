@@ -24,7 +24,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron.early_exit.server.context import ServerContext
-from megatron.early_exit.server.errors import BadRequest, Forbidden, NotReady, Unauthorized, error_response
+from megatron.early_exit.server.errors import ApiError, BadRequest, Forbidden, NotReady, Unauthorized, error_response
 from megatron.early_exit.server.json_bodies import JsonBodies
 from megatron.early_exit.server.operation import HEALTH_PATHS, LIVE_PATH
 from megatron.early_exit.server.protocol import SURPLUS_KEY
@@ -117,15 +117,18 @@ class Connections:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app, error, headers = self._app, None, Headers(scope=scope)
+        headers = Headers(scope=scope)
+        error: ApiError | None = None
         if scope.get("state", {}).get(SURPLUS_KEY) and scope["path"] != LIVE_PATH:
             error = NotReady("too many connections are open; try again later", retry_after=1)
         elif "content-length" in headers and "transfer-encoding" in headers:
             error = BadRequest("both Content-Length and Transfer-Encoding say how long the body is; send one of them")
-        if error is not None:
-            app = error_response(scope["path"], error)
-            app.headers["Connection"] = "close"
-        await app(scope, receive, send)
+        if error is None:
+            await self._app(scope, receive, send)
+        else:
+            response = error_response(scope["path"], error)
+            response.headers["Connection"] = "close"
+            await response(scope, receive, send)
 
 
 class OwnPages:

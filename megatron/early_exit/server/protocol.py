@@ -33,15 +33,26 @@ _SECONDS_FOR_REST = 5.0
 """For the rest of a body that is not read any more since the request has been answered."""
 
 
-class DeadlineProtocol(H11Protocol):
+def deadline_protocol(limits: RequestLimits) -> type[asyncio.Protocol]:
+    """The class of which uvicorn makes an object for each connection."""
+
+    class Connection(_DeadlineProtocol):
+        _limits = limits
+
+    return Connection
+
+
+class _DeadlineProtocol(H11Protocol):
     """One connection."""
 
-    def __init__(self, *args: Any, limits: RequestLimits, **settings: Any) -> None:
+    _limits: RequestLimits
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._limits = limits
         self._request_deadline, self._reader_deadline = _Deadline(self.loop), _Deadline(self.loop)
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    # asyncio declares it with the base class of all transports; a connection's is of this one.
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         if len(self.connections) > self._limits.max_connections + _NUM_TOLD:
@@ -108,9 +119,8 @@ class DeadlineProtocol(H11Protocol):
             return
         response = error_response("", error)
         headers = [*response.raw_headers, (b"connection", b"close")]
-        for event in (
-            h11.Response(status_code=error.status, headers=headers), h11.Data(data=response.body), h11.EndOfMessage()
-        ):  # fmt: skip
+        body = h11.Data(data=bytes(response.body))
+        for event in (h11.Response(status_code=error.status, headers=headers), body, h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()
 

@@ -7,8 +7,8 @@ Only what a client still waits for is computed. One that reads nothing for a whi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable
+from typing import Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,13 +21,21 @@ class ClientGone(Exception):
     """The client has closed its connection; there is nobody to answer."""
 
 
+class Events(Protocol):
+    """Server-sent events, whole ones: `data: ...` with an empty line behind."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+    async def aclose(self) -> None:
+        """Nobody takes any more of them."""
+
+
 class EventStream(Response):
     """Server-sent events. The iterator of events is closed when they end, and when the client disconnects."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
-        """events: whole ones, `data: ...` with an empty line behind."""
+    def __init__(self, events: Events) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -68,7 +76,7 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _disconnected(receive: Callable[[], Awaitable[dict]]) -> None:
+async def _disconnected(receive: Receive) -> None:
     """The request has been read: whatever comes now until the client goes is of no interest."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
 import logging
 import resource
@@ -18,12 +17,13 @@ import uvicorn
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.protocol import ExitDescription
 from megatron.early_exit.server.app import build_app
-from megatron.early_exit.server.async_engine import AsyncEngine, LoadedModel
+from megatron.early_exit.server.async_engine import AsyncEngine
 from megatron.early_exit.server.config import RequestLimits, ServerConfig
 from megatron.early_exit.server.context import ServerContext
+from megatron.early_exit.server.loaded_model import LoadedModel
 from megatron.early_exit.server.metrics import ServerMetrics
 from megatron.early_exit.server.middleware import is_loopback, protect
-from megatron.early_exit.server.protocol import DeadlineProtocol
+from megatron.early_exit.server.protocol import deadline_protocol
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ async def serve(config: ServerConfig) -> int:
     metrics.watch(engine)
     context = ServerContext(config, engine, metrics)
     http = _HttpServer(uvicorn.Config(
-        protect(build_app(context), context), http=functools.partial(DeadlineProtocol, limits=config.limits), ws="none",
+        protect(build_app(context), context), http=deadline_protocol(config.limits), ws="none",
         log_config=None, access_log=False, server_header=False, lifespan="off", proxy_headers=False,
         timeout_keep_alive=config.limits.keep_alive_seconds,
     ))  # fmt: skip
@@ -109,7 +109,7 @@ async def _load_and_run(context: ServerContext, url: str) -> None:
     await context.engine.run()
 
 
-async def _drain(context: ServerContext, running: asyncio.Task, is_urgent: asyncio.Event) -> None:
+async def _drain(context: ServerContext, running: asyncio.Task[None], is_urgent: asyncio.Event) -> None:
     """Take nothing new, and give what runs the time to finish."""
     engine, seconds = context.engine, context.config.drain_seconds
     engine.is_draining = True

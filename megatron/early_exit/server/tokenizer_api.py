@@ -9,9 +9,11 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from megatron.early_exit.inference.params import check_ids
+from megatron.early_exit.inference.text_engine import TextEngine
 from megatron.early_exit.server.chat_messages import Messages, NoTemplate, prompt_of
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import BadRequest
+from megatron.early_exit.server.loaded_model import PromptMaker
 from megatron.early_exit.server.openai_api.answers import check_model, refusals
 from megatron.early_exit.server.openai_api.errors import ERROR_RESPONSES
 from megatron.early_exit.server.request_fields import NEUTRAL, Ids, NoFields, RequestBody
@@ -84,17 +86,8 @@ def router(context: ServerContext) -> APIRouter:
         """Ids of a text, or of the prompt that a conversation becomes."""
         check_model(context, body.model)
         model = context.ready_model()
-        if (body.prompt is None) == (body.messages is None):
-            raise BadRequest("give prompt or messages, one of them", param="prompt")
-        if body.messages is not None:
-            if body.add_special_tokens:
-                message = "add_special_tokens has no effect on messages: the chat template writes special tokens itself"
-                raise BadRequest(message, param="add_special_tokens")
-            make, field = prompt_of(context, body.messages), "messages"
-        else:
-            add_special_tokens = body.add_special_tokens is not False
-            make, field = lambda _: model.text_engine.encode(body.prompt, add_special_tokens), "prompt"
-        with refusals(field):
+        make = _prompt_maker(context, body, model.text_engine)
+        with refusals("prompt" if body.messages is None else "messages"):
             ids = await asyncio.to_thread(make, model.tokenizer)
         texts = model.token_texts
         return Tokens(
@@ -131,3 +124,16 @@ def router(context: ServerContext) -> APIRouter:
         )
 
     return routes
+
+
+def _prompt_maker(context: ServerContext, body: TokenizeRequest, text_engine: TextEngine) -> PromptMaker:
+    """What makes the ids. Raises BadRequest unless there is one thing to make them of."""
+    prompt, messages = body.prompt, body.messages
+    if prompt is not None and messages is None:
+        return lambda _: text_engine.encode(prompt, body.add_special_tokens is not False)
+    if messages is None or prompt is not None:
+        raise BadRequest("give prompt or messages, one of them", param="prompt")
+    if body.add_special_tokens:
+        message = "add_special_tokens has no effect on messages: the chat template writes special tokens itself"
+        raise BadRequest(message, param="add_special_tokens")
+    return prompt_of(context, messages)

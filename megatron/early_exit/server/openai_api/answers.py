@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -15,9 +15,9 @@ from pydantic import BaseModel
 
 from megatron.early_exit.inference.params import GenerationParams, PromptTooLong
 from megatron.early_exit.inference.text_engine import OutputDelta, Prompt, RequestOutput
-from megatron.early_exit.server.async_engine import PromptMaker
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.errors import ApiError, BadRequest, EngineFailed, NotFound
+from megatron.early_exit.server.loaded_model import PromptMaker
 from megatron.early_exit.server.mailbox import Answers, finished
 from megatron.early_exit.server.openai_api.errors import error_document
 from megatron.early_exit.server.responses import EventStream, unless_disconnected
@@ -112,13 +112,13 @@ class ChunkWriter(Protocol):
     def whole(self, outputs: Sequence[RequestOutput]) -> BaseModel:
         """All answers, when they have ended."""
 
-    def first(self) -> list[BaseModel]:
+    def first(self) -> Sequence[BaseModel]:
         """Before there are tokens."""
 
-    def chunks(self, delta: OutputDelta) -> list[BaseModel]:
+    def chunks(self, delta: OutputDelta) -> Sequence[BaseModel]:
         """What is new of one answer."""
 
-    def last(self, outputs: Sequence[RequestOutput]) -> list[BaseModel]:
+    def last(self, outputs: Sequence[RequestOutput]) -> Sequence[BaseModel]:
         """When all answers have ended."""
 
 
@@ -139,7 +139,7 @@ class _AnswerEvents:
         self._answers.close()
 
 
-async def _events(answers: Answers, writer: ChunkWriter) -> AsyncIterator[bytes]:
+async def _events(answers: Answers, writer: ChunkWriter) -> AsyncGenerator[bytes, None]:
     """One for each step, with the chunks of all answers that have grown."""
     outputs: list[RequestOutput] = []
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -159,7 +159,13 @@ class ChatCompletionChunk(BaseModel):
     prompt_token_ids: list[int] | None = None
 
 
-class ChatWriter(AnswerWriter):
+class _PromptField(TypedDict, total=False):
+    """The field of documents that is there only if it is asked for."""
+
+    prompt_token_ids: list[int]
+
+
+class ChatWriter(AnswerWriter[ChatRequest]):
     """Writes the answers to one request, as a whole or in chunks."""
 
     def __init__(self, context: ServerContext, body: ChatRequest, params: GenerationParams, answers: Answers) -> None:
@@ -207,7 +213,7 @@ class ChatWriter(AnswerWriter):
         return ChatCompletionChunk(**self._head, object="chat.completion.chunk", choices=choices, **more)
 
     @property
-    def _prompt(self) -> dict[str, list[int]]:
+    def _prompt(self) -> _PromptField:
         return {"prompt_token_ids": self._prompt_ids[0]} if self._body.return_token_ids else {}
 
     def _written_log_probs(self, delta: OutputDelta) -> ChatLogProbs | None:

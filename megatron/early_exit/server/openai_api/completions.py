@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -29,7 +29,7 @@ from megatron.early_exit.server.openai_api.echo import Echo
 from megatron.early_exit.server.openai_api.errors import ERROR_RESPONSES
 from megatron.early_exit.server.openai_api.log_probs import CompletionLogProbs
 from megatron.early_exit.server.openai_api.request import MAX_LOG_PROBS, AnswerRequest
-from megatron.early_exit.server.openai_api.writer import AnswerWriter, Choice, Usage, all_of
+from megatron.early_exit.server.openai_api.writer import AnswerWriter, Choice, Usage, UsageOfChunk, all_of
 from megatron.early_exit.server.request_fields import NEUTRAL, Ids, Nothing, otherwise
 
 _MAX_PROMPTS = 2048
@@ -65,7 +65,8 @@ class CompletionRequest(AnswerRequest):
     def prompts(self) -> list[Prompt]:
         """One or several."""
         is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if is_one else self.prompt
+        prompts = [self.prompt] if is_one else self.prompt
+        return cast("list[Prompt]", prompts)  # all in a list are of the type of the first
 
     def check_fields(self, limits: RequestLimits) -> None:
         """Raises BadRequest that names the field."""
@@ -115,7 +116,7 @@ class Completion(BaseModel):
     usage: Usage | None = None
 
 
-class CompletionWriter(AnswerWriter):
+class CompletionWriter(AnswerWriter[CompletionRequest]):
     """Writes the answers to one request, as a whole or in chunks."""
 
     def __init__(
@@ -128,30 +129,32 @@ class CompletionWriter(AnswerWriter):
     ) -> None:
         super().__init__(context, body, params, answers, kind="cmpl")
         self._echo = echo
-        self._echoes_log_probs = echo is not None and body.logprobs is not None
+        self._log_prob_echo = None if body.logprobs is None else echo
         self._num_characters: dict[int, int] = {}
         """Of each choice, in what has been written."""
 
     def whole(self, outputs: Sequence[RequestOutput]) -> Completion:
         """All answers."""
-        return self._document([self._completion_choice(all_of(one)) for one in outputs], usage=self._usage(outputs))
+        return self._document(
+            [self._completion_choice(all_of(one)) for one in outputs], {"usage": self._usage(outputs)}
+        )
 
     def first(self) -> list[Completion]:
         return []
 
     def chunks(self, delta: OutputDelta) -> list[Completion]:
         """What is new. The prompt's log-probabilities come with the end, and all that stands behind them."""
-        if self._echoes_log_probs:
+        if self._log_prob_echo is not None:
             if not delta.is_finished:
                 return []
             delta = all_of(delta.output)
-        return [self._document([self._completion_choice(delta)], **self._no_usage)]
+        return [self._document([self._completion_choice(delta)], self._no_usage)]
 
     def last(self, outputs: Sequence[RequestOutput]) -> list[Completion]:
         """The usage, if it is wanted."""
-        return [self._document([], usage=self._usage(outputs))] if self._body.wants_usage else []
+        return [self._document([], {"usage": self._usage(outputs)})] if self._body.wants_usage else []
 
-    def _document(self, choices: list[CompletionChoice], **usage: Usage | None) -> Completion:
+    def _document(self, choices: list[CompletionChoice], usage: UsageOfChunk) -> Completion:
         return Completion(**self._head, object="text_completion", choices=choices, **usage)
 
     def _completion_choice(self, delta: OutputDelta) -> CompletionChoice:
@@ -169,9 +172,9 @@ class CompletionWriter(AnswerWriter):
 
     def _written_log_probs(self, delta: OutputDelta, offset: int) -> CompletionLogProbs:
         generated = self._log_probs.completion(delta.tokens, delta.pieces, offset)
-        if not self._echoes_log_probs:
+        if self._log_prob_echo is None:
             return generated
-        prompt = self._echo.log_probs(delta.output, self._log_probs)
+        prompt = self._log_prob_echo.log_probs(delta.output, self._log_probs)
         names = CompletionLogProbs.model_fields
         return CompletionLogProbs(**{name: getattr(prompt, name) + getattr(generated, name) for name in names})
 

@@ -24,6 +24,6 @@ class Echo:
     def log_probs(self, output: RequestOutput, writer: LogProbWriter) -> CompletionLogProbs:
         """Of the prompt of a finished output."""
         own, length = self._pieces[output.prompt_index], len(self.texts[output.prompt_index])
-        written = writer.completion(output.result.prompt, own, 0)
+        written = writer.completion(output.check().prompt, own, 0)
         # Special tokens that are written in the prompt are part of its text, and of no piece.
         return written.model_copy(update={"text_offset": [min(offset, length) for offset in written.text_offset]})

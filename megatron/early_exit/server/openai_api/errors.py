@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel
 
 from megatron.early_exit.server.errors import ApiError, error_body
@@ -28,7 +30,7 @@ def error_document(error: ApiError) -> ErrorDocument:
     return ErrorDocument.model_validate(error_body("", error))
 
 
-ERROR_RESPONSES = {
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorDocument, "description": description}
     for status, description in {
         400: "The request is at fault; the message says how.",

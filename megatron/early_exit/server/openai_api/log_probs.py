@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import TypedDict
 
 from pydantic import BaseModel
 
 from megatron.early_exit.data.token_text import TokenTexts
 from megatron.early_exit.inference.results import GeneratedToken, PromptToken
-
-_LOWEST = -9999.0
-"""In place of minus infinity, which JSON cannot write; as others do."""
+from megatron.early_exit.server.answer_fields import computed, finite
 
 
 class CompletionLogProbs(BaseModel):
@@ -34,6 +33,14 @@ class TokenLogProb(BaseModel):
     logprob: float
     bytes: list[int] | None
     """Of its text in UTF-8, which may be a part of a character; null for special tokens, which have no text."""
+
+
+class _TokenFields(TypedDict):
+    """Those of `TokenLogProb`."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
 
 
 class ChosenLogProb(TokenLogProb):
@@ -64,7 +71,7 @@ class LogProbWriter:
         return CompletionLogProbs(
             tokens=[self._name(one.token) for one in tokens],
             token_logprobs=[None if one.log_prob is None else finite(one.log_prob) for one in tokens],
-            top_logprobs=[None if one.log_prob is None else self._top(one) for one in tokens],
+            top_logprobs=[None if one.log_prob is None else self._top(one, one.log_prob) for one in tokens],
             text_offset=offsets,
         )
 
@@ -72,21 +79,21 @@ class LogProbWriter:
         """num_top: most probable tokens beside each."""
         content = [
             ChosenLogProb(
-                **self._one(token.token, token.log_prob),
+                **self._one(token.token, computed(token.log_prob)),
                 top_logprobs=[TokenLogProb(**self._one(*pair)) for pair in token.top_log_probs[:num_top]],
             )
             for token in tokens
         ]
         return ChatLogProbs(content=content, refusal=None)
 
-    def _one(self, token: int, log_prob: float) -> dict[str, object]:
+    def _one(self, token: int, log_prob: float) -> _TokenFields:
         content = self._texts[token].content
         return {
             "token": self._name(token), "logprob": finite(log_prob), "bytes": None if content is None else [*content],
         }  # fmt: skip
 
-    def _top(self, chosen: PromptToken | GeneratedToken) -> dict[str, float]:
-        by_id = {**dict(chosen.top_log_probs), chosen.token: chosen.log_prob}
+    def _top(self, chosen: PromptToken | GeneratedToken, log_prob: float) -> dict[str, float]:
+        by_id = {**dict(chosen.top_log_probs), chosen.token: log_prob}
         by_name: dict[str, float] = {}
         for token, log_prob in sorted(by_id.items(), key=lambda pair: -pair[1]):
             by_name.setdefault(self._name(token), finite(log_prob))
@@ -94,8 +101,3 @@ class LogProbWriter:
 
     def _name(self, token: int) -> str:
         return f"token_id:{token}" if self._as_token_ids else self._texts[token].text
-
-
-def finite(log_prob: float) -> float:
-    """A number that JSON can write."""
-    return log_prob if log_prob > _LOWEST else _LOWEST

@@ -14,13 +14,17 @@ from megatron.early_exit.server.engine_messages import Ready
 from megatron.early_exit.server.openai_api.answers import check_model
 from megatron.early_exit.server.openai_api.errors import ERROR_RESPONSES
 
+_Share = Literal["tokens", "answers", "ROUGE-L"]
+
+_SHARES_OF_RISKS: dict[str, _Share] = {"A-max": "tokens", "B": "answers", "C": "ROUGE-L"}
+
 
 class CertifiedLevel(BaseModel):
     """A promise, and the thresholds for which it holds."""
 
     level: float
     """At least this share is the full model's, averaged over prompts."""
-    of: Literal["tokens", "answers", "ROUGE-L"]
+    of: _Share
     """What the share is of: of the tokens along the full model's answer, of answers as a whole, or how much of the full
     model's words is there."""
     delta: float
@@ -109,7 +113,7 @@ def _level(certificate: Certificate) -> CertifiedLevel:
     free_running = certificate.free_running
     return CertifiedLevel(
         level=certificate.level,
-        of={"A-max": "tokens", "B": "answers", "C": "ROUGE-L"}[certificate.risk],
+        of=_SHARES_OF_RISKS[certificate.risk],
         delta=certificate.delta,
         thresholds=certificate.thresholds,
         max_tokens=certificate.answers.max_tokens,

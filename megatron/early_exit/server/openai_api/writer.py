@@ -5,22 +5,20 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Generic, TypedDict, TypeVar
 
 from pydantic import BaseModel
 
 from megatron.early_exit.inference.params import GenerationParams
-from megatron.early_exit.inference.results import FinishReason
 from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
+from megatron.early_exit.server.answer_fields import OPENAI_FINISH_REASONS, OpenAIFinishReason
 from megatron.early_exit.server.context import ServerContext
 from megatron.early_exit.server.early_exit_fields import EarlyExitUsage, TokenExit, early_exit_usage, exit_details
 from megatron.early_exit.server.mailbox import Answers
 from megatron.early_exit.server.openai_api.log_probs import LogProbWriter
 from megatron.early_exit.server.openai_api.request import AnswerRequest
 
-_FINISH_REASONS: dict[FinishReason, str] = {
-    "eod": "stop", "stop": "stop", "max_tokens": "length", "max_positions": "length",
-}  # fmt: skip
+Body = TypeVar("Body", bound=AnswerRequest)
 
 
 class Usage(BaseModel):
@@ -37,7 +35,7 @@ class Choice(BaseModel):
 
     index: int
     """n times the number of the prompt, plus that of the answer to it."""
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: OpenAIFinishReason | None
     stop_reason: int | str | None
     """The stop token or string that ended the answer."""
     exit_layers: list[int]
@@ -46,16 +44,30 @@ class Choice(BaseModel):
     token_ids: list[int] | None = None
 
 
-class AnswerWriter:
+class DocumentHead(TypedDict):
+    """How every document about one request begins."""
+
+    id: str
+    created: int
+    model: str
+
+
+class UsageOfChunk(TypedDict, total=False):
+    """The field `usage` of a chunk, which may be left out."""
+
+    usage: Usage | None
+
+
+class AnswerWriter(Generic[Body]):
     """Writes the answers to one request."""
 
     def __init__(
-        self, context: ServerContext, body: AnswerRequest, params: GenerationParams, answers: Answers, kind: str
+        self, context: ServerContext, body: Body, params: GenerationParams, answers: Answers, kind: str
     ) -> None:
         """params: of any of the answers. kind: how ids begin."""
         self._body, self._params, self._prompt_ids = body, params, answers.prompt_ids
         self._log_probs = LogProbWriter(context.ready_model().token_texts, bool(body.return_tokens_as_token_ids))
-        self._head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": context.model_name}
+        self._head = DocumentHead(id=f"{kind}-{uuid.uuid4().hex}", created=int(time.time()), model=context.model_name)
         self._is_begun: set[int] = set()
         """Choices of which something has been written."""
 
@@ -68,10 +80,11 @@ class AnswerWriter:
     def _choice(self, delta: OutputDelta) -> dict[str, Any]:
         """The fields of `Choice`."""
         output, body, tokens = delta.output, self._body, delta.tokens
+        finish_reason, stop_reason = self._ending(output) if delta.is_finished else (None, None)
         fields: dict[str, Any] = {
             "index": output.prompt_index * body.num_samples + output.sample_index,
-            "finish_reason": _FINISH_REASONS[output.result.finish_reason] if delta.is_finished else None,
-            "stop_reason": self._stop_reason(output) if delta.is_finished else None,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
             "exit_layers": [token.exit_layer for token in tokens],
         }
         if body.return_exit_details:
@@ -80,26 +93,30 @@ class AnswerWriter:
             fields["token_ids"] = [token.token for token in tokens]
         return fields
 
-    def _stop_reason(self, output: RequestOutput) -> int | str | None:
-        if output.result.finish_reason != "stop":
-            return None
-        last = output.result.tokens[-1].token
-        return last if last in (self._body.stop_token_ids or ()) else output.stop_string
+    def _ending(self, output: RequestOutput) -> tuple[OpenAIFinishReason, int | str | None]:
+        """Why it has ended, and what stopped it."""
+        result = output.check()
+        reason = OPENAI_FINISH_REASONS[result.finish_reason]
+        if result.finish_reason != "stop":
+            return reason, None
+        last = result.tokens[-1].token
+        return reason, last if last in (self._body.stop_token_ids or ()) else output.stop_string
 
     @property
-    def _no_usage(self) -> dict[str, None]:
+    def _no_usage(self) -> UsageOfChunk:
         """Of chunks: with `include_usage` all but the last have none."""
         return {"usage": None} if self._body.wants_usage else {}
 
     def _usage(self, outputs: Sequence[RequestOutput]) -> Usage:
         """Of all prompts and all their answers."""
         num_prompt = sum(map(len, self._prompt_ids))
-        num_generated = sum(len(output.result.tokens) for output in outputs)
+        results = [output.check() for output in outputs]
+        num_generated = sum(len(result.tokens) for result in results)
         return Usage(
             prompt_tokens=num_prompt,
             completion_tokens=num_generated,
             total_tokens=num_prompt + num_generated,
-            early_exit=early_exit_usage(self._params, [output.result for output in outputs]),
+            early_exit=early_exit_usage(self._params, results),
         )
 
 

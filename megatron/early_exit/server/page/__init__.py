@@ -93,7 +93,7 @@ def _describe(context: ServerContext) -> PageModel:
     model, defaults = context.ready_model(), context.config.defaults
     exits = model.ready.exits
     leaving, drafting = list(exits.leaving_layers), list(exits.drafting_layers)
-    is_certified = isinstance(defaults.exit_thresholds, CertifiedThresholds)
+    thresholds = defaults.exit_thresholds
     return PageModel(
         name=context.model_name,
         num_layers=model.ready.description.num_layers,
@@ -106,7 +106,7 @@ def _describe(context: ServerContext) -> PageModel:
         certified=certified_levels(model.ready),
         defaults=PageDefaults(
             mode=defaults.mode,
-            exit_thresholds=[0.8] if is_certified else list(defaults.exit_thresholds),
+            exit_thresholds=[0.8] if isinstance(thresholds, CertifiedThresholds) else list(thresholds),
             certified=defaults.certified_level,
             exit_layers=list(defaults.exit_layers) or leaving,
             exit_score=defaults.exit_score or "head",
@@ -120,7 +120,7 @@ def _assemble() -> tuple[str, str]:
     """The page with its styles and scripts in it, and the policy that allows these alone."""
     hashes: dict[str, list[str]] = {"style": [], "script": []}
 
-    def inlined(match: re.Match, tag: str) -> str:
+    def inlined(match: re.Match[str], tag: str) -> str:
         source = (_FOLDER / match[1]).read_text(encoding="utf-8")
         digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
         hashes[tag].append(f"'sha256-{digest}'")
