@@ -5,7 +5,10 @@ reader of pickles."""
 from __future__ import annotations
 
 import copy
+import functools
 import re
+import tarfile
+import tempfile
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,9 +22,25 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.legacy import _read_file as read_file
 
-FIXTURES = Path(__file__).resolve().parent / "fixtures" / "legacy"
+_ARCHIVES = Path(__file__).resolve().parent / "fixtures" / "legacy"
+VOCAB_SIZE = 128
+"""Ids in the fixtures; with NullTokenizer the last is the end of a document."""
 _EMBEDDING, _FINAL_NORM, _OUTPUT = "embedding.word_embeddings.weight", "final_norm.weight", "output_layer.weight"
 _OF_EXITS = ("exit_norm.", "exit_block.", "mlp.branch.")
+
+
+@functools.cache
+def legacy_checkpoint(variant: str) -> Path:
+    """Folder of one of the real checkpoints, with `expected_logits.npz` beside its iteration; to be read only, and gone
+    when this process ends."""
+    with tarfile.open(_ARCHIVES / f"{variant}.tar.xz") as archive:
+        archive.extractall(_unpacked().name, filter="data")
+    return Path(_unpacked().name, variant)
+
+
+@functools.cache
+def _unpacked() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="legacy_checkpoints_")
 
 
 @dataclass
@@ -35,7 +54,7 @@ class LegacyModel:
     @classmethod
     def of_fixture(cls, variant: str) -> LegacyModel:
         """One of the real checkpoints, of any layout."""
-        folder = FIXTURES / variant / "iter_0000002"
+        folder = legacy_checkpoint(variant) / "iter_0000002"
         stages: dict[str, list[Path]] = {}
         for path in sorted(folder.glob("mp_rank_*")):
             stages.setdefault(path.name[:10], []).append(path / "model_optim_rng.pt")

@@ -15,23 +15,23 @@ from megatron.early_exit.checkpoint.convert_command import main
 from megatron.early_exit.checkpoint.legacy import read_legacy
 from tests.distributed.engines import head_logits
 from tests.distributed.workers import run_distributed
+from tests.legacy_files import VOCAB_SIZE, LegacyModel, legacy_checkpoint
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures" / "legacy"
 VARIANTS = ("tied", "norm", "mlp", "tp2", "pp4tied")
-NUMBERS = ("--tokenizer-type", "NullTokenizer", "--vocab-size", "4095")
+NUMBERS = ("--tokenizer-type", "NullTokenizer", "--vocab-size", str(VOCAB_SIZE - 1))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_head_says_what_the_original_says(variant: str, tmp_path: Path) -> None:
     save = tmp_path / "ours"
-    assert main(["from-legacy", "--load", str(FIXTURES / variant), "--save", str(save), *NUMBERS]) == 0
-    expected = np.load(FIXTURES / variant / "expected_logits.npz")
+    assert main(["from-legacy", "--load", str(legacy_checkpoint(variant)), "--save", str(save), *NUMBERS]) == 0
+    expected = np.load(legacy_checkpoint(variant) / "expected_logits.npz")
     tokens, positions = expected["tokens"].tolist(), expected["positions"]
     tp_size = 2 if variant == "tp2" else 1
     (said,) = run_distributed(1, head_logits, folder=save, tokens=tokens, tp_size=tp_size)
     assert set(said) == {"exit_2", "exit_3", "final"}
     for name, logits in said.items():
-        ours, theirs = logits.numpy()[:, positions, :4095], expected[name][..., :4095]
+        ours, theirs = logits.numpy()[:, positions, : VOCAB_SIZE - 1], expected[name][..., : VOCAB_SIZE - 1]
         assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max(), name
 
 
@@ -51,7 +51,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
-    shutil.copytree(FIXTURES / "pp4tied", tmp_path / "a")
+    shutil.copytree(legacy_checkpoint("pp4tied"), tmp_path / "a")
     folder = tmp_path / "a" / "iter_0000002"
     (folder / "mp_rank_00_002" / "model_optim_rng.pt").unlink()
     with pytest.raises(OSError, match="mp_rank_00_002.*cannot be read"):
@@ -62,11 +62,11 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     shutil.rmtree(folder / "mp_rank_00_003")
     with pytest.raises(OSError, match="holds 2 of 4 layers: a checkpoint of partial tuning"):
         read_legacy(folder)
-    shutil.copytree(FIXTURES / "tp2", tmp_path / "b")
+    shutil.copytree(legacy_checkpoint("tp2"), tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "iter_0000002" / "mp_rank_01")
     with pytest.raises(FileNotFoundError, match="saved by 2 tensor-parallel ranks; found are 1"):
         read_legacy(tmp_path / "b" / "iter_0000002")
-    half = FIXTURES.joinpath("mlp", "iter_0000002", "mp_rank_00", "model_optim_rng.pt").read_bytes()[:100_000]
+    half = legacy_checkpoint("mlp").joinpath("iter_0000002", "mp_rank_00", "model_optim_rng.pt").read_bytes()[:100_000]
     (tmp_path / "c" / "mp_rank_00").mkdir(parents=True)
     (tmp_path / "c" / "mp_rank_00" / "model_optim_rng.pt").write_bytes(half)
     with pytest.raises(OSError, match="it may be damaged"):
@@ -74,14 +74,12 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 
 def test_a_missing_tokenizer_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ["from-legacy", "--load", str(FIXTURES / "tied"), "--save", str(tmp_path)]
+    words = ["from-legacy", "--load", str(legacy_checkpoint("tied")), "--save", str(tmp_path)]
     assert main([*words, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "/nowhere"]) == 2
     assert "which is not here; give --tokenizer-type" in capsys.readouterr().err
 
 
 def test_what_our_model_does_not_have_is_not_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from tests.legacy_files import LegacyModel
-
     model = LegacyModel.of_fixture("norm")
     model.ranks[0]["layers.2.self_attention.lora.weight"] = torch.ones(4)
     with pytest.raises(
@@ -102,7 +100,7 @@ def test_what_our_model_does_not_have_is_not_left_out(tmp_path: Path, capsys: py
     model.args.hidden_size = 128
     folder = model.save(tmp_path / "size")
     assert main(["from-legacy", "--load", str(folder), "--save", str(tmp_path / "ours"), *NUMBERS]) == 2
-    assert "embedding.word_embeddings.weight has the shape [4096, 64], not [4096, 128]" in capsys.readouterr().err
+    assert "embedding.word_embeddings.weight has the shape [128, 64], not [128, 128]" in capsys.readouterr().err
 
 
 def test_the_fused_gelu_is_an_approximation() -> None:
@@ -110,7 +108,6 @@ def test_the_fused_gelu_is_an_approximation() -> None:
     from megatron.core.fusions.fused_bias_gelu import bias_gelu
 
     from megatron.early_exit.checkpoint.legacy import _model_config
-    from tests.legacy_files import LegacyModel
 
     args = LegacyModel.of_fixture("norm").args
     args.swiglu, args.add_bias_linear, args.bias_gelu_fusion = False, True, True
