@@ -5,6 +5,7 @@
 # make coverage   set up, then say which lines the fast tests run (COVERAGE_TESTS=tests for all); see below
 # make lint       formatting, imports, spelling
 # make hooks      set up, then have git run the checks of `make lint` before every commit (.pre-commit-config.yaml)
+# make docs       set up, then write pages of all modules from their docstrings (build/docs/index.html)
 # make bench      benchmarks (quick form); full ones: benchmarks/README.md
 #
 # Another Python, in an environment of its own: make test PYTHON=python3.12 VENV=.venv-3.12
@@ -14,11 +15,12 @@ VENV ?= .venv
 TEST_PROCESSES ?= 2
 COVERAGE_TESTS ?= tests/smoke tests/unit
 COVERAGE_FOLDER ?= runs/coverage
+DOCS_FOLDER ?= build/docs
 DEMO_FOLDER ?= runs/demo
 DEMO_TUNE_FOLDER ?= runs/demo-tune
 BIN = $(VENV)/bin
 
-.PHONY: setup demo demo-tune test test-fast coverage lint hooks bench clean
+.PHONY: setup demo demo-tune test test-fast coverage lint hooks docs bench clean
 
 setup: $(VENV)/.installed
 
@@ -57,6 +59,9 @@ lint: setup
 
 hooks: setup
 	$(BIN)/python -m pre_commit install
+
+docs: setup
+	$(BIN)/python tools/make_api_docs.py --output $(DOCS_FOLDER)
 
 bench: setup
 	$(BIN)/python benchmarks/training_overhead.py --quick

@@ -33,7 +33,8 @@ class AnswersFolder:
     """Answers, and perhaps their prompts, in files that are there whole or not at all.
 
     FOLDER/prompts.npz                 all prompts, where they are kept
-    FOLDER/part_000000_256.npz         answers, in the order in which they ended"""
+    FOLDER/part_000000_256.npz         answers, in the order in which they ended
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,0 +1,1 @@
+"""Generation and scores: `llm` in front, `engine` schedules, `executor` carries, `worker` computes."""

@@ -54,7 +54,7 @@ class SamplingSettings:
     a token, to 100, which all but forces it. Pairs in any order, or a mapping, may be given."""
 
     seed: int = 1234
-    """The same seed, prompt and settings give the same tokens; from -2**63 to 2**63 - 1."""
+    """The same seed, prompt and settings give the same tokens; of 64 bits, with a sign."""
 
     def __post_init__(self) -> None:
         numbers = (

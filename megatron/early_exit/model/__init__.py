@@ -1,0 +1,1 @@
+"""GPT and Llama models with exits, of Megatron-Core's layers; their losses."""

@@ -29,7 +29,7 @@ class Client:
     """Requests to one server."""
 
     url: str
-    """Where it listens: http://host:port"""
+    """Where it listens: `http://HOST:PORT`"""
     api_key: str | None = None
     wait_seconds: float = 0.0
     """To wait in all while there is no server yet, or it loads its model."""

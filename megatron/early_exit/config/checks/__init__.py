@@ -1,0 +1,1 @@
+"""Checks of settings that concern several fields, by section."""

@@ -1,0 +1,1 @@
+"""One HTML page of result documents, with tables and plots."""

@@ -42,6 +42,8 @@ class Head(msgspec.Struct):
 
 
 class ReliabilityBin(msgspec.Struct):
+    """Decisions with scores in one part of [0, 1]."""
+
     score: Number
     agreement: Number
     count: int
@@ -55,6 +57,8 @@ class OtherExits(msgspec.Struct):
 
 
 class Exits(msgspec.Struct):
+    """Of the command `exits`."""
+
     tokens: int
     heads: list[Head]
     reliability: dict[str, list[ReliabilityBin]]
@@ -73,6 +77,8 @@ class ScoreQuality(msgspec.Struct):
 
 
 class ProbedExit(msgspec.Struct):
+    """An exit whose probe was trained."""
+
     layer: int
     agreement: Number
     probe: ScoreQuality
@@ -80,6 +86,8 @@ class ProbedExit(msgspec.Struct):
 
 
 class Probes(msgspec.Struct):
+    """Of the command `probes`."""
+
     exits: list[ProbedExit]
     decisions: dict[str, int | None] = {}
 
@@ -105,6 +113,8 @@ class FreeRunning(msgspec.Struct):
 
 
 class Certificate(msgspec.Struct):
+    """A promise, or why it was refused."""
+
     level: float
     delta: float
     risk: str
@@ -134,6 +144,8 @@ class Certificate(msgspec.Struct):
 
 
 class CoveragePoint(msgspec.Struct):
+    """What a threshold covers and costs."""
+
     threshold: Number
     coverage: Number
     risk: Number
@@ -141,23 +153,31 @@ class CoveragePoint(msgspec.Struct):
 
 
 class Shares(msgspec.Struct):
+    """Of the decisions at one position of the answers."""
+
     position: int
     shares: dict[str, Number]
     """By layer, or "final"."""
 
 
 class AnswerText(msgspec.Struct):
+    """How repetitive the full model's answers are."""
+
     loop_rate: Number
     distinct_1: Number
     distinct_2: Number
 
 
 class Rounding(msgspec.Struct):
+    """What the full model alone changes against itself in batches."""
+
     batch_1_vs_n: Number
     decisions: int | None = None
 
 
 class CalibrationCost(msgspec.Struct):
+    """Seconds."""
+
     record_seconds: Number
     rounding_seconds: Number = None
     level_seconds: dict[str, Number] = {}
@@ -165,6 +185,8 @@ class CalibrationCost(msgspec.Struct):
 
 
 class Calibration(msgspec.Struct):
+    """Of the command `calibrate`."""
+
     certificates: list[Certificate]
     coverage_risk: dict[str, list[CoveragePoint]] = {}
     exit_share_by_position: list[Shares] = []
@@ -244,6 +266,8 @@ class Difference(msgspec.Struct):
 
 
 class Comparison(msgspec.Struct):
+    """One way to decode against the full model's answers."""
+
     name: str
     mode: str
     prompts: int
@@ -257,10 +281,14 @@ class Comparison(msgspec.Struct):
 
 
 class Correctness(msgspec.Struct):
+    """Of the command `correctness`."""
+
     rows: list[Comparison]
 
 
 class Score(msgspec.Struct):
+    """Of a task in one mode."""
+
     value: Number
     stderr: Number = None
 
@@ -276,6 +304,8 @@ class Paired(msgspec.Struct):
 
 
 class Task(msgspec.Struct):
+    """One task in all modes."""
+
     n: int | None
     metrics: dict[str, dict[str, Score]]
     """By metric and mode."""
@@ -283,11 +313,15 @@ class Task(msgspec.Struct):
 
 
 class Tasks(msgspec.Struct):
+    """Of the command `tasks`."""
+
     tasks: dict[str, Task]
     modes: dict[str, Any] = {}
 
 
 class Model(msgspec.Struct):
+    """Which model was measured, and how it was loaded."""
+
     checkpoint: str
     num_layers: int
     exit_layers: list[int]
@@ -303,6 +337,8 @@ class Model(msgspec.Struct):
 
 
 class Machine(msgspec.Struct):
+    """Where it was measured."""
+
     cpu: str | None = None
     cpu_cores: int | None = None
     memory_bytes: int | None = None

@@ -1,0 +1,1 @@
+"""The scheduler: which rows of which requests run next. Knows no tensors and no text."""

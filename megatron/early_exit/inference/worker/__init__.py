@@ -1,0 +1,1 @@
+"""The tensors of inference: weights, keys and values, exits, heads, sampling."""

@@ -6,17 +6,15 @@ logits. They say which few ids can be the largest; those rows of the untouched w
 1. **Scores and bounds.** For row i of the weight, w_i, let q_i be the int8 row times its scale, h' the hidden state in
    bf16, s_i the kernel's score. p_i is the logit that the plain head would give. Then |s_i - p_i| <= r_i, the sum of
 
-   =====================  =============================================================================================
-   2^-8 |s_i|             the kernel rounds its sum, x_i, to bf16 (8 bits): half a unit of the last place of s_i at most
-   g (|w_i|+|e_i|) |h'|   it multiplies and adds n numbers in fp32, in whatever order: at most g sum_k |q_ik h'_k|, with
-                          g = n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability, section 3.1), for fused
-                          products as well; the sum is at most |q_i| |h'| (Cauchy-Schwarz), and |q_i| <= |w_i| + |e_i|.
-                          int8 numbers times a scale of 8 bits are exact in fp32
-   |e_i| |h'|             q_i = w_i + e_i: what was lost with int8
-   |w_i| |h - h'|         what was lost of the hidden state (nothing, if it is bf16)
-   g |w_i| |h|            the plain head adds in fp32 as well
-   2^-8 (|s_i| + r_i)     only where the plain head gives bf16: it rounds its sum
-   =====================  =============================================================================================
+   - `2^-8 |s_i|`: the kernel rounds its sum, x_i, to bf16 (8 bits): half a unit of the last place of s_i at most
+   - `g (|w_i| + |e_i|) |h'|`: it multiplies and adds n numbers in fp32, in whatever order: at most g sum_k |q_ik h'_k|,
+     with g = n u / (1 - n u), u = 2^-24 (Higham, Accuracy and Stability, section 3.1), for fused products as well; the
+     sum is at most |q_i| |h'| (Cauchy-Schwarz), and |q_i| <= |w_i| + |e_i|. int8 numbers times a scale of 8 bits are
+     exact in fp32
+   - `|e_i| |h'|`: q_i = w_i + e_i: what was lost with int8
+   - `|w_i| |h - h'|`: what was lost of the hidden state (nothing, if it is bf16)
+   - `g |w_i| |h|`: the plain head adds in fp32 as well
+   - `2^-8 (|s_i| + r_i)`: only where the plain head gives bf16: it rounds its sum
 
    and of what processors flush to zero, which is below 2^-126 for each of the n products and sums, and times |h_k| or
    |w_ik| where it was a factor. Norms |w_i|, |e_i| are stored rounded up.
