@@ -117,6 +117,7 @@ def test_every_tool_is_run() -> None:
     run = {step.split()[0] for step in STEPS.values()}
     elsewhere = {
         "tools/make_flags_doc.py",  # writes the documentation: tests/unit/test_flags.py
+        "tools/make_api_docs.py",  # the same: tests/unit/test_api_docs.py
         "tools/tune_exits.py",  # tests/integration/test_tuning_recipe.py
         "tools/run_text_generation_server.py", "tools/request_client.py",  # run side by side: tests/server
     }  # fmt: skip
