@@ -305,7 +305,7 @@ def chunk_tokens(vocab_size: int, batches: list[Batch]) -> int:
     """Tokens of the largest chunk that the cross-entropy makes of one microbatch."""
     from megatron.early_exit.model.cross_entropy import chunk_size
 
-    return min(chunk_size(vocab_size), batches[0].tokens.numel())
+    return min(chunk_size(vocab_size, is_gpu=use_cuda()), batches[0].tokens.numel())
 
 
 def timed(action: Callable[[list[Batch]], object], batches: list[Batch]) -> tuple[float, float]:

@@ -270,7 +270,7 @@ def _standing(stages: list[dict[str, int]]) -> int:
 def chunk_bytes(settings: Settings) -> int:
     from megatron.early_exit.model.cross_entropy import chunk_size
 
-    tokens = min(chunk_size(settings.vocab_size), settings.micro_batch_size * settings.seq_length)
+    tokens = min(chunk_size(settings.vocab_size, is_gpu=use_cuda()), settings.micro_batch_size * settings.seq_length)
     return tokens * settings.vocab_size * 4
 
 

@@ -123,6 +123,9 @@ def test_no_gradients_are_computed_in_validation() -> None:
 
 
 def test_chunks_fit_their_memory_and_are_not_tiny() -> None:
-    assert chunk_size(50_000) * 50_000 * 4 <= 64 * 2**20
-    assert chunk_size(1_000_000) == 128
-    assert chunk_size(50_000) % 128 == 0
+    assert chunk_size(50_000, is_gpu=False) * 50_000 * 4 <= 64 * 2**20
+    assert chunk_size(1_000_000, is_gpu=False) == 128
+    assert chunk_size(50_000, is_gpu=False) % 128 == 0
+    assert chunk_size(50_000, is_gpu=True) == 2048
+    assert chunk_size(256_000, is_gpu=True) * 256_000 * 4 <= 2**30
+    assert chunk_size(1_000, is_gpu=True) == chunk_size(1_000, is_gpu=False)

@@ -21,7 +21,8 @@ pytestmark = [
 
 TRAIN = (
     "pretrain_early_exit_gpt.py --bf16 --seq-length 64 --micro-batch-size 8 --global-batch-size 16 --lr 2e-3"
-    " --lr-decay-iters 100 --log-interval 1 --eval-interval 20 --eval-iters 1 --split 90,5,5 --num-workers 0 --data-path F/data_text_document"
+    " --lr-decay-iters 100 --log-interval 1 --eval-interval 20 --eval-iters 1 --split 90,5,5 --num-workers 0"
+    " --data-path F/data_text_document"
 )
 MODEL = (
     "--num-layers 6 --hidden-size 128 --num-attention-heads 4 --group-query-attention --num-query-groups 2 --swiglu"
@@ -51,8 +52,10 @@ STEPS = {
     " --prompt-length 8 --answer-tokens 8 --levels 0.5 --rounding-prompts 2",
     "certified": "tools/generate.py --load F/trained --prompt import --tokens-to-generate 8 --certified 0.5",
     "remove": "tools/convert_checkpoint.py remove-exits --load F/trained --save F/plain",
-    "add": "tools/convert_checkpoint.py add-exits --load F/plain --save F/with_exits --exit-layer-nums 1 3 --use-exit-mlp",
-    "tune": f"{TRAIN} --train-iters 10 --tune-exit --pretrained-checkpoint F/with_exits --use-checkpoint-args --save F/tuned",
+    "add": "tools/convert_checkpoint.py add-exits --load F/plain --save F/with_exits --exit-layer-nums 1 3"
+    " --use-exit-mlp",
+    "tune": f"{TRAIN} --train-iters 10 --tune-exit --pretrained-checkpoint F/with_exits"
+    " --use-checkpoint-args --save F/tuned",
     "tune on kept hidden states": f"{TRAIN} --train-iters 10 --tune-exit --pretrained-checkpoint F/with_exits"
     " --use-checkpoint-args --cache-hidden-states F/hidden --cache-samples 64 --save F/tuned_kept",
     "distil": f"{TRAIN} --train-iters 10 --tune-exit --tune-exit-distillation 0.5 --pretrained-checkpoint F/with_exits"
@@ -99,9 +102,9 @@ def test_step(step: str, results: dict[str, dict]) -> None:
 
 def test_losses_fall_and_go_on_where_they_were(results: dict[str, dict], folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "trained/metrics.jsonl").read_text().splitlines()]
-    losses = {line["iteration"]: line["loss"] for line in lines if "loss" in line}
+    losses = {line["iteration"]: line["lm_loss"] for line in lines if line["kind"] == "train"}
     assert sorted(losses) == list(range(1, 61))
-    assert losses[40] < 0.8 * losses[1]
+    assert losses[40] < 0.85 * losses[1]
     assert losses[41] < losses[20], "a resumed run goes on with the weights"
 
 

@@ -70,6 +70,6 @@ def test_exits_need_one_chunk_of_logits_whatever_the_length() -> None:
             run_batches(cfg, model, batches, cfg.exits.weights_at(0))
             return torch.cuda.max_memory_allocated() - before
 
-    chunk_bytes = 4 * chunk_size(VOCAB_SIZE) * VOCAB_SIZE
+    chunk_bytes = 4 * chunk_size(VOCAB_SIZE, is_gpu=True) * VOCAB_SIZE
     for seq_length in (4096, 16384):
         assert peak(seq_length, (2, 3)) - peak(seq_length, ()) < chunk_bytes + 64 * seq_length + 2**20

@@ -122,7 +122,7 @@ def cross_entropy_of_rows(
         temperature,
         weigh_by_confidence,
         gradient_scale,
-        chunk_tokens or chunk_size(weight.size(0)),
+        chunk_tokens or chunk_size(weight.size(0), is_gpu=weight.is_cuda),
         torch.is_grad_enabled(),  # inside the function it is always off
         teacher,
     )
@@ -158,18 +158,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, num_tokens, chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, num_tokens))
             chunk = hidden_states[rows]
-            logits = (chunk @ weight.t()).float()
-            if temperature != 1.0:
-                logits /= temperature
+            logits = chunk @ weight.t()
             chunk_labels = labels[rows] - first_id
             is_local = (chunk_labels >= 0) & (chunk_labels < weight.size(0))
             chunk_labels = chunk_labels.clamp(0, weight.size(0) - 1)
 
-            max_logit = logits.amax(dim=-1)
+            # Logits are large: each of the steps below reads and writes all of a chunk's as few times as it can.
+            max_logit = logits.amax(dim=-1).float()
             _all_reduce(max_logit, torch.distributed.ReduceOp.MAX, tp_group)
+            logits = _less(logits, max_logit)
+            if temperature != 1.0:
+                logits /= temperature
             label_logit = logits.gather(1, chunk_labels[:, None]).squeeze(1)
-            label_logit = torch.where(is_local, label_logit - max_logit, 0.0)
-            logits.sub_(max_logit[:, None])
+            label_logit = torch.where(is_local, label_logit, 0.0)
             if teacher is not None:
                 probabilities, divergence = _teach(teacher, rows, logits, tp_group)
             exp = logits.exp_()
@@ -189,12 +190,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # d loss / d logits = (softmax - onehot) / temperature, times the weight of the token; towards a teacher
                 # its probabilities stand beside the one-hot label.
                 row_scale = loss_mask[rows] * token_weight * gradient_scale / temperature
-                grad = exp.mul_((row_scale / sum_exp)[:, None])
-                at_label = torch.where(is_local, -label_share * row_scale, 0.0)
-                grad.scatter_add_(1, chunk_labels[:, None], at_label[:, None])
+                at_label = torch.where(is_local, -label_share * sum_exp, 0.0)
+                exp.scatter_add_(1, chunk_labels[:, None], at_label[:, None])
                 if teacher is not None:
-                    grad.sub_(probabilities.mul_((teacher.share * row_scale)[:, None]))
-                grad = grad.to(hidden_states.dtype)
+                    exp.sub_(probabilities.mul_((teacher.share * sum_exp)[:, None]))
+                grad = exp if exp.dtype == hidden_states.dtype else torch.empty_like(exp, dtype=hidden_states.dtype)
+                torch.mul(exp, (row_scale / sum_exp)[:, None], out=grad)
                 if needs_hidden_grad:
                     torch.mm(grad, weight, out=hidden_grad[rows])
                 if needs_weight_grad:
@@ -226,6 +227,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(factor).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, *(None,) * 9
+
+
+def _less(logits: Tensor, max_logit: Tensor) -> Tensor:
+    """fp32, [tokens, vocabulary / tp]: `logits` less the largest of each row, in place if they are fp32."""
+    if logits.dtype == torch.float32:
+        return logits.sub_(max_logit[:, None])
+    return logits - max_logit[:, None]
 
 
 def _teach(

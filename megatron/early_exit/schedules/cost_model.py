@@ -212,7 +212,7 @@ class _CostModel:
         """Chunked cross-entropy of one head: logits, loss, gradients; without messages. num_tokens: of a microbatch."""
         config = self.config
         rows = config.description.padded_vocab_size // config.parallel.tensor_model_parallel_size
-        num_chunks = -(-num_tokens // sizes.chunk_size(rows))
+        num_chunks = -(-num_tokens // sizes.chunk_size(rows, is_gpu=True))
         weight = sizes.output_parameters(config)
         # 50 bytes for each logit over all steps from bf16 logits to their bf16 gradients. Every chunk's weight gradient
         # is made (2 bytes), read, and added to the sum (read and written, 4 bytes each).

@@ -207,6 +207,7 @@ class ModelGraphs:
         if device.type != "cuda":
             self._capture_all(None)
             return
+        torch.cuda.empty_cache()  # as a capture does: what it gives back is not what graphs take
         started, free = time.perf_counter(), free_memory_bytes()
         try:
             self._capture_all(_CudaCapture(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)))
