@@ -117,13 +117,13 @@ class Built:
 
     def __init__(self, settings: Settings, num_stages: int, name: str, pipeline: PipelineConfig | None) -> None:
         from megatron.early_exit.model.build import build_model
+        from megatron.early_exit.training.core_config import connect_core_config
         from megatron.early_exit.training.plans import PlannedPipeline
-        from megatron.early_exit.training.step import connect_gradient_reduction
 
         self.settings = settings
         self.config = run_config(settings, num_stages, name != "plain", pipeline)
         self.model = build_model(self.config, settings.vocab_size)
-        connect_gradient_reduction(self.model)
+        connect_core_config(self.model)
         if settings.forward_ms:
             self._pad()
         self.planned = PlannedPipeline(self.config, self.model, progress) if pipeline is not None else None

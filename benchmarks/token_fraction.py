@@ -111,8 +111,8 @@ class Built:
     def __init__(self, settings: Settings, exits: ExitConfig) -> None:
         from megatron.early_exit.model.build import build_model
         from megatron.early_exit.platform.distributed import seed_generators
+        from megatron.early_exit.training.core_config import connect_core_config
         from megatron.early_exit.training.optimizer import build_optimizer
-        from megatron.early_exit.training.step import connect_gradient_reduction
 
         model = ModelConfig(
             num_layers=settings.num_layers, hidden_size=settings.hidden_size,
@@ -125,8 +125,8 @@ class Built:
         self.config = RunConfig(model, training, OptimizerConfig(lr=1e-4), exits)
         seed_generators(1)
         self.model = build_model(self.config, settings.vocab_size)
-        connect_gradient_reduction(self.model)
         self.optimizer = build_optimizer(self.config, self.model)
+        connect_core_config(self.model, self.optimizer)
         self._iteration = 0
 
     def step(self, batches: list[Batch]) -> None:
@@ -220,6 +220,7 @@ DEMO_EXITS = ("--exit-layer-nums", "2", "4", "--exit-layer-weight", "0.25", "0.5
 def measure_variance(settings: Settings, demo: Path, work: Path) -> dict[str, Any]:
     """Squared distances between gradients; see the module's text. Of the rank's trained demo."""
     from megatron.early_exit.config.flags import parse_run_config
+    from megatron.early_exit.model.exit_strategies import Deferred
     from megatron.early_exit.training.pretrain import _iterators, build_run
     from megatron.early_exit.training.step import run_schedule
 
@@ -235,7 +236,7 @@ def measure_variance(settings: Settings, demo: Path, work: Path) -> dict[str, An
         chunk.zero_grad_buffer()
         losses.begin_iteration(per_batch, losses.exits.weights_at(10**9), iteration=iteration)
         sizes = {"micro_batch_size": training.micro_batch_size, "seq_length": training.seq_length}
-        run_schedule(run.model, [iter(batches)], num_microbatches=per_batch, **sizes)
+        run_schedule(run.model, [iter(batches)], Deferred(losses), num_microbatches=per_batch, **sizes)
         return torch.cat([parameter.main_grad.flatten() for parameter in chunk.parameters()]).clone()
 
     whole, distances = [], {fraction: [] for fraction in fractions_of(settings)}

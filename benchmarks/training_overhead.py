@@ -204,8 +204,8 @@ class BuiltVariant:
         from benchmarks.naive_exits import make_exits_naive, use_core_head
         from megatron.early_exit.model.build import build_model
         from megatron.early_exit.platform.distributed import seed_generators
+        from megatron.early_exit.training.core_config import connect_core_config
         from megatron.early_exit.training.optimizer import build_optimizer
-        from megatron.early_exit.training.step import connect_gradient_reduction
 
         self.variant = variant
         self.config = run_config(settings, num_stages, variant.num_exits)
@@ -215,8 +215,8 @@ class BuiltVariant:
             make_exits_naive(self.model)
         if variant.kind == "core":
             use_core_head(self.model)
-        connect_gradient_reduction(self.model)
         self.optimizer = build_optimizer(self.config, self.model)
+        connect_core_config(self.model, self.optimizer)
 
     @property
     def chunk(self) -> torch.nn.Module:
@@ -241,13 +241,15 @@ class BuiltVariant:
 
     def forward_backward(self, batches: list[Batch]) -> None:
         """Gradients of one batch, without the optimizer step."""
+        from megatron.early_exit.model.exit_strategies import Deferred
         from megatron.early_exit.training.step import run_schedule
 
         self.model.wrapped[0].zero_grad_buffer()
         self.optimizer.zero_grad()
         weights = self.config.exits.weights_at(0)
-        self.model.exit_losses.begin_iteration(len(batches), weights, self.model.config.grad_scale_func)
-        run_schedule(self.model, self._iterators(batches), **self._sizes(batches))
+        losses = self.model.exit_losses
+        losses.begin_iteration(len(batches), weights)
+        run_schedule(self.model, self._iterators(batches), Deferred(losses), **self._sizes(batches))
 
     def optimizer_step(self) -> float:
         """Use the gradients; returns their norm."""

@@ -93,9 +93,9 @@ class Built:
         self, settings: Settings, num_stages: int, num_exits: int, tunes: bool, distillation: float = 0.0
     ) -> None:
         from megatron.early_exit.model.build import build_model
+        from megatron.early_exit.training.core_config import connect_core_config
         from megatron.early_exit.training.optimizer import build_optimizer
         from megatron.early_exit.training.plans import PlannedPipeline, follows_plan
-        from megatron.early_exit.training.step import connect_gradient_reduction
 
         has_exits = num_exits > 0
         self.config = RunConfig(
@@ -120,8 +120,8 @@ class Built:
         if tunes:
             self.config = with_tuned_stages(self.config)
         self.model = build_model(self.config, settings.vocab_size)
-        connect_gradient_reduction(self.model)
         self.optimizer = build_optimizer(self.config, self.model)
+        connect_core_config(self.model, self.optimizer)
         self.planned = PlannedPipeline(self.config, self.model, progress) if follows_plan(self.config) else None
         self.sizes = {"micro_batch_size": settings.micro_batch_size, "seq_length": settings.seq_length}
 
@@ -130,13 +130,15 @@ class Built:
         return [iter(batches) if chunk.pre_process or chunk.post_process or chunk.exit_heads() else None]
 
     def forward(self, batches: list[Batch]) -> None:
+        from megatron.early_exit.model.exit_strategies import Evaluation
         from megatron.early_exit.training.step import run_schedule
 
         self.model.eval()
         with torch.no_grad():
-            self.model.exit_losses.begin_iteration(len(batches))
+            losses = self.model.exit_losses
+            losses.begin_iteration(len(batches))
             run_schedule(
-                self.model, self._iterators(batches), num_microbatches=len(batches), forward_only=True, **self.sizes
+                self.model, self._iterators(batches), Evaluation(losses), num_microbatches=len(batches), **self.sizes
             )
 
     def step(self, batches: list[Batch]) -> None:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model, build_model
+from megatron.early_exit.model.exit_strategies import Deferred, Evaluation
 from megatron.early_exit.platform.distributed import initialize_model_parallel
 from megatron.early_exit.schedules.links import StageLinks
 from megatron.early_exit.schedules.plan import Plan
 from megatron.early_exit.schedules.runtime import PlanRuntime
+from megatron.early_exit.training.core_config import connect_core_config
 from megatron.early_exit.training.forward_step import forward_step
-from megatron.early_exit.training.step import connect_gradient_reduction, run_schedule
+from megatron.early_exit.training.step import run_schedule
 from tests.configs import VOCAB_SIZE
 from tests.reference import ReferenceBatch, ReferenceModel, make_batches, parameter_value
 
@@ -86,7 +88,7 @@ def load_reference_parameters(cfg: RunConfig, model: Model) -> None:
 def build_with_reference_parameters(cfg: RunConfig, **kwargs: bool) -> Model:
     model = build_model(cfg, VOCAB_SIZE, **kwargs)
     load_reference_parameters(cfg, model)
-    connect_gradient_reduction(model)
+    connect_core_config(model)
     return model
 
 
@@ -126,18 +128,18 @@ def run_batches(
     model: Model,
     batches: list[ReferenceBatch],
     weights: tuple[float, ...],
-    forward_only: bool = False,
+    evaluates: bool = False,
     iteration: int = 0,
 ) -> None:
     mine = my_batches(batches)
-    model.exit_losses.begin_iteration(len(mine), weights, model.config.grad_scale_func, iteration=iteration)
+    model.exit_losses.begin_iteration(len(mine), weights, iteration)
     run_schedule(
         model,
         iterators(model, mine),
+        Evaluation(model.exit_losses) if evaluates else Deferred(model.exit_losses),
         num_microbatches=len(mine),
         micro_batch_size=cfg.training.micro_batch_size,
         seq_length=cfg.training.seq_length,
-        forward_only=forward_only,
     )
 
 

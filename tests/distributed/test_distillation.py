@@ -111,7 +111,7 @@ def first_rank_waits(cfg: RunConfig, second_rank: str) -> tuple[float, str]:
         finally:
             torch.distributed.new_group = shared
         batches = iterators(model, make_batches(cfg, VOCAB_SIZE, 2))
-        model.exit_losses.begin_iteration(2, is_tuning=True)
+        model.exit_losses.begin_iteration(2)
         start = time.monotonic()
         if torch.distributed.get_rank() == 1:
             if second_rank == "dies":

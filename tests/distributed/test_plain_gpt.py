@@ -77,7 +77,7 @@ def evaluated_statistics(cfg: RunConfig) -> torch.Tensor:
         from tests.distributed.parallel_model import reduced_statistics
 
         with torch.no_grad():
-            run_batches(cfg, model, make_batches(cfg, VOCAB_SIZE, 4), (0.0, 0.0), forward_only=True)
+            run_batches(cfg, model, make_batches(cfg, VOCAB_SIZE, 4), (0.0, 0.0), evaluates=True)
         return reduced_statistics(model)
 
 

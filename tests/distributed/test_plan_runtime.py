@@ -118,9 +118,7 @@ def run_plan(cfg: RunConfig, plan: Plan, iterations: int = 1) -> None:
             count = (plan.num_microbatches + plan.num_fill) * dp_size
             batches = make_batches(cfg, VOCAB_SIZE, count, seed=iteration)
             replicas = [batches[replica::dp_size] for replica in range(dp_size)]
-            model.exit_losses.begin_iteration(
-                plan.num_microbatches, weights, model.config.grad_scale_func, iteration=iteration
-            )
+            model.exit_losses.begin_iteration(plan.num_microbatches, weights, iteration)
             mine = replicas[parallel_state.get_data_parallel_rank()]
             # Drawn first: what fills the warmup.
             order = [*plan.fill_warmup, *range(plan.num_microbatches), *plan.fill_cooldown]
@@ -310,7 +308,7 @@ def tune_by_plan(cfg: RunConfig, plan: Plan) -> None:
                     model, iterators(model, batches), exit_weights=weights, num_microbatches=len(batches), **sizes
                 )
             else:
-                model.exit_losses.begin_iteration(plan.num_microbatches, weights, is_tuning=True)
+                model.exit_losses.begin_iteration(plan.num_microbatches, weights)
                 runtime = plan_runtime(model, plan)
                 runtime.run(iterators(model, batches), **sizes)
                 finalize_model_grads(model.wrapped)

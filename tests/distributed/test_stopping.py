@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.model.build import Model
+from megatron.early_exit.model.exit_losses import ExitStrategy
+from megatron.early_exit.model.exit_strategies import Evaluation
 from tests.configs import VOCAB_SIZE, make_config, make_training_config
 from tests.data_files import write_token_files
 from tests.distributed.workers import run_distributed
@@ -24,13 +27,13 @@ def stopped_run(cfg: RunConfig, signalled_rank: int, signalled_pass: int) -> tup
     handler, run_schedule, seen = signal.getsignal(signal.SIGTERM), pretrain.run_schedule, []
     latest = Path(cfg.checkpoint.save) / "latest_checkpointed_iteration.txt"
 
-    def schedule(*args: object, **kwargs: object) -> None:
-        if kwargs["forward_only"]:
+    def schedule(model: Model, iterators: list, strategy: ExitStrategy, **sizes: int) -> None:
+        if isinstance(strategy, Evaluation):
             torch.distributed.barrier()
             seen.append(latest.read_text() if latest.exists() else "none")
             if torch.distributed.get_rank() == signalled_rank and len(seen) == signalled_pass:
                 os.kill(os.getpid(), signal.SIGTERM)
-        run_schedule(*args, **kwargs)
+        run_schedule(model, iterators, strategy, **sizes)
 
     pretrain.run_schedule, saved = schedule, []
     try:

@@ -176,7 +176,7 @@ def compare_all_and_none(cfg: RunConfig) -> None:
             model.exit_losses.reset_statistics()
             model.eval()
             with torch.no_grad():
-                run_batches(config, model, batches, (1.0, 1.0), forward_only=True)
+                run_batches(config, model, batches, (1.0, 1.0), evaluates=True)
             tokens = sum(batch.loss_mask.sum() for batch in batches)
             assert model.exit_losses.statistics[:, 1].tolist() == [tokens] * 3
     equal = lambda one, two: all(torch.equal(one[name], two[name]) for name in one)

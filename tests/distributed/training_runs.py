@@ -11,9 +11,10 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model, build_model
+from megatron.early_exit.training.core_config import connect_core_config
 from megatron.early_exit.training.optimizer import build_optimizer, build_scheduler
 from megatron.early_exit.training.pretrain import build_run, train
-from megatron.early_exit.training.step import StepResult, connect_gradient_reduction, train_step
+from megatron.early_exit.training.step import StepResult, train_step
 from tests.configs import VOCAB_SIZE
 from tests.distributed.parallel_model import (
     build_with_reference_parameters,
@@ -63,8 +64,8 @@ def gradient_norm(cfg: RunConfig, num_microbatches: int = 4, to_device: Callable
     with layout(cfg):
         model = build_model(cfg, VOCAB_SIZE)
         load_reference_parameters(cfg, model)
-        connect_gradient_reduction(model)
         optimizer = build_optimizer(cfg, model)
+        connect_core_config(model, optimizer)
         optimizer.reload_model_params()
         batches = to_device(my_batches(make_batches(cfg, VOCAB_SIZE, num_microbatches)))
         return step_over(cfg, model, optimizer, batches).grad_norm
@@ -75,6 +76,7 @@ def parameters_after_steps(cfg: RunConfig, num_steps: int, num_microbatches: int
     with layout(cfg):
         model = build_with_reference_parameters(cfg)
         optimizer = build_optimizer(cfg, model)
+        connect_core_config(model, optimizer)
         optimizer.reload_model_params()
         build_scheduler(cfg, optimizer, global_batch_size=8)  # gives norms and biases no weight decay
         for step in range(num_steps):

@@ -212,9 +212,4 @@ def _wrap_with_ddp(
     ]
     for chunk in wrapped:
         chunk.broadcast_params()
-    # Schedules take one function without interleaving, a list with one per chunk otherwise.
-    one_or_list = lambda functions: functions[0] if len(functions) == 1 else functions
-    core_config.no_sync_func = one_or_list([chunk.no_sync for chunk in wrapped])
-    if ddp_config.overlap_grad_reduce:
-        core_config.grad_sync_func = one_or_list([chunk.start_grad_sync for chunk in wrapped])
     return wrapped

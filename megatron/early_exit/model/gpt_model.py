@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.model.cross_entropy import cross_entropy_sums
+from megatron.early_exit.model.cross_entropy import LossSums, Teacher, cross_entropy_sums
 from megatron.early_exit.model.exit_head import ExitHead
 from megatron.early_exit.model.exit_losses import FINAL, ExitLosses
+from megatron.early_exit.model.exit_strategies import Tuning
 from megatron.early_exit.model.layer import EarlyExitTransformerLayer
 
 
@@ -67,10 +67,11 @@ class EarlyExitGPTModel(GPTModel):
     def _exit_inputs(self) -> list[str]:
         return [layer.exit_input for layer in self._layers_with_exits()]
 
-    def exits_follow(self, final_hidden_states: Tensor) -> AbstractContextManager[None]:
-        """Inside, exits that are tuned follow the final head, which reads `final_hidden_states` of their microbatch
-        ([s, b, h], or this TP rank's part)."""
-        return self.exit_losses.following(final_hidden_states, self.model_output_weight)
+    def teacher(self, final_hidden_states: Tensor) -> Teacher:
+        """What exits that are distilled follow: the final head on `final_hidden_states` of their microbatch, [s, b, h]
+        or this TP rank's part."""
+        weight = self.model_output_weight.detach()
+        return Teacher(final_hidden_states.detach(), weight, self.exit_losses.distillation_share)
 
     def tune_exits(
         self, hidden_states: Mapping[str, Tensor], labels: Tensor, loss_mask: Tensor, attention_mask: Tensor | None
@@ -80,12 +81,13 @@ class EarlyExitGPTModel(GPTModel):
         hidden_states: [s, b, h] by the names in `tuning_points`; the rest as in `forward`."""
         is_rotary = self.position_embedding_type == "rope"
         rotary_pos_emb = self.rotary_pos_emb(labels.size(1)) if is_rotary else None
-        with self.exits_follow(hidden_states[FINAL]) if FINAL in hidden_states else nullcontext():
-            for layer in self._layers_with_exits():
-                layer.tune_exit(
-                    hidden_states[layer.exit_input], labels, loss_mask,
-                    attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb,
-                )  # fmt: skip
+        arguments = {"attention_mask": attention_mask, "rotary_pos_emb": rotary_pos_emb}
+        teacher = self.teacher(hidden_states[FINAL]) if FINAL in hidden_states else None
+        tuning = Tuning(self.exit_losses)
+        for layer in self._layers_with_exits():
+            reached = layer.reached_exit(labels, loss_mask, arguments)
+            _, pending = tuning.prepare(hidden_states[layer.exit_input], reached)
+            pending.run(teacher)
 
     def _layers_with_exits(self) -> list[EarlyExitTransformerLayer]:
         return [layer for layer in self.decoder.layers if hasattr(layer, "exit_head")]
@@ -129,8 +131,8 @@ class EarlyExitGPTModel(GPTModel):
         """input_ids, position_ids, labels: [b, s]; loss_mask: [b, s]; attention_mask: [b, 1, s, s] or None.
 
         Returns hidden states [s, b, h], or on the last stage the sum of the masked final losses (a scalar) with labels,
-        and logits [b, s, vocabulary] without. Exit losses enter through the backward pass (`ExitLosses`). Under tuning
-        the last stage returns what the final output projection reads."""
+        and logits [b, s, vocabulary] without. Where exit losses are computed, and what else the last stage may return,
+        is the strategy's (`exit_strategies.py`)."""
         if labels is not None and self.exits.num_exits:
             # Core hands `context` and `context_mask` to every layer and through activation checkpoints.
             kwargs["extra_block_kwargs"] = {"context": labels, "context_mask": loss_mask}
@@ -142,22 +144,20 @@ class EarlyExitGPTModel(GPTModel):
             return super()._postprocess(**kwargs)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight = self.output_layer.weight if weight is None else weight
-        if self.exit_losses.capture is not None:
-            self.exit_losses.capture(FINAL, kwargs["hidden_states"])
-            return kwargs["hidden_states"].new_zeros(())
-        if self.exit_losses.is_tuning:
-            return kwargs["hidden_states"]
-        sums = cross_entropy_sums(
-            kwargs["hidden_states"],
-            weight,
-            labels,
-            loss_mask,
-            tp_group=self.tp_group,
-            sequence_parallel=self.config.sequence_parallel,
-            gradient_scale=self.exit_losses.gradient_scale(loss_mask),
-        )
-        self.exit_losses.add_statistics(self.exit_losses.final_index, sums.statistics)
-        return sums.objective
+        hidden_states = kwargs["hidden_states"]
+
+        def loss() -> LossSums:
+            return cross_entropy_sums(
+                hidden_states,
+                weight,
+                labels,
+                loss_mask,
+                tp_group=self.tp_group,
+                sequence_parallel=self.config.sequence_parallel,
+                gradient_scale=self.exit_losses.gradient_scale(loss_mask),
+            )
+
+        return self.exit_losses.strategy.at_final_head(hidden_states, loss)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

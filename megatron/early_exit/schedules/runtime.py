@@ -24,7 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from megatron.early_exit.model.exit_losses import EarlyExit, ExitLosses
+from megatron.early_exit.model.exit_losses import ExitLosses
+from megatron.early_exit.model.exit_strategies import Deferred, PendingExit, Postponed, Tuning
 from megatron.early_exit.platform.device import device, use_cuda
 from megatron.early_exit.schedules.links import Edge, StageLinks
 from megatron.early_exit.schedules.messages import CHANNEL_OF, MESSAGE_AFTER
@@ -88,6 +89,8 @@ class PlanRuntime:
         self._last_backward = {
             action.chunk: action for action in self._actions if action.kind == Kind.BACKWARD
         }  # the last one of a chunk stays
+        # Plans without any backward tune exits.
+        self._strategy = Deferred(exit_losses) if self._last_backward else Tuning(exit_losses)
         self._receives = [
             action for action in self._actions
             if action.kind.is_message and action.kind == CHANNEL_OF[action.kind].receive
@@ -128,7 +131,7 @@ class PlanRuntime:
         self._gradients: dict[_Key, Tensor] = {}
         self._leaving: dict[_Key, Tensor] = {}
         self._final_states: dict[_Key, Tensor] = {}
-        self._exits: dict[_Key, list[EarlyExit]] = {}
+        self._exits: dict[_Key, list[PendingExit]] = {}
         self._num_tokens = torch.zeros((), dtype=torch.int, device=device())
         self._pending = {edge: iter(receives) for edge, receives in self._receives_by_edge().items()}
         for edge in self._pending:
@@ -137,7 +140,7 @@ class PlanRuntime:
         if timers is not None:
             timers("forward-backward", log_level=1).start(barrier=self._config.barrier_with_L1_time)
         origin = time.perf_counter()
-        with ExitStack() as unsynchronised:
+        with self._exit_losses.handled_by(self._strategy), ExitStack() as unsynchronised:
             self._no_sync = {}
             for index, chunk in enumerate(self._chunks):
                 if hasattr(chunk, "no_sync"):
@@ -183,25 +186,22 @@ class PlanRuntime:
         key = (action.microbatch, action.chunk)
         chunk, batches = self._chunks[action.chunk], self._batches[action.chunk]
         has_backward = self._with_kind(action, Kind.BACKWARD) in self._has
-        is_training = not self._exit_losses.is_tuning
         received = self._inputs.pop(key, None)
         if received is not None and has_backward:
             received.requires_grad_()
         get_attr_wrapped_model(chunk, "set_input_tensor")([received])
-        deferred: list[EarlyExit] | None = [] if self._with_kind(action, Kind.EXIT) in self._has else None
-        self._exit_losses.deferred_exits = deferred
-        with torch.set_grad_enabled(has_backward and is_training):
+        postponed = Postponed(self._strategy) if self._with_kind(action, Kind.EXIT) in self._has else None
+        with torch.set_grad_enabled(has_backward), self._exit_losses.handled_by(postponed or self._strategy):
             batch = None if batches is None else iter([batches.take(action.microbatch)])
             output, loss_function = self._forward_step(batch, chunk)
             is_last_stage = self._stage(action.chunk) == self.plan.num_stages - 1
-            if is_last_stage and is_training:
+            if is_last_stage and has_backward:
                 output = self._mean_loss(output, loss_function)
         if is_last_stage and self._exit_losses.distils:
             # Core's wrapper returns what the last stage makes in fp32.
             self._final_states[key] = output.to(self._dtype)
-        self._exit_losses.deferred_exits = None
-        if deferred is not None:
-            self._exits[key] = deferred
+        if postponed is not None:
+            self._exits[key] = postponed.exits
         if has_backward:
             self._inputs[key] = received
         if has_backward or self._with_kind(action, MESSAGE_AFTER[Kind.FORWARD]) in self._has:
@@ -249,12 +249,11 @@ class PlanRuntime:
             self._begin_reduction(action.chunk)
         self._exit_losses.num_microbatches = self._counts[action.chunk].exits or self.plan.num_microbatches
         key = (action.microbatch, action.chunk)
-        with ExitStack() as taught:
-            if key in self._final_states:
-                follow = get_attr_wrapped_model(self._chunks[action.chunk], "exits_follow")
-                taught.enter_context(follow(self._final_states.pop(key)))
-            for early in self._exits.pop(key):
-                early.run()
+        teacher = None
+        if key in self._final_states:
+            teacher = get_attr_wrapped_model(self._chunks[action.chunk], "teacher")(self._final_states.pop(key))
+        for pending in self._exits.pop(key):
+            pending.run(teacher)
 
     def _begin_reduction(self, chunk: int) -> None:
         """Core reduces beside the backward pass of the first stage, which ends last, and in the others' idle time."""

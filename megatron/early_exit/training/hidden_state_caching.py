@@ -16,6 +16,7 @@ from megatron.early_exit.data.datasets import Batch, TokenDataset, build_iterato
 from megatron.early_exit.data.hidden_states import CacheContent, CachedSamples, HiddenStateCache
 from megatron.early_exit.model.build import Model, params_dtype
 from megatron.early_exit.model.exit_losses import FINAL
+from megatron.early_exit.model.exit_strategies import Capture
 from megatron.early_exit.platform.device import device
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.training.step import run_schedule
@@ -134,16 +135,10 @@ class HiddenStateCaching:
             if is_writing:
                 self.cache.write(point, start, self._rows.start or 0, hidden_states.transpose(0, 1))
 
-        losses = self._model.exit_losses
-        losses.begin_iteration(num_microbatches, is_tuning=True)
-        losses.capture = capture
-        try:
-            run_schedule(
-                self._model, [iterator], num_microbatches=num_microbatches, micro_batch_size=size,
-                seq_length=self._config.training.seq_length, forward_only=True,
-            )  # fmt: skip
-        finally:
-            losses.capture = None
+        run_schedule(
+            self._model, [iterator], Capture(capture), num_microbatches=num_microbatches, micro_batch_size=size,
+            seq_length=self._config.training.seq_length,
+        )  # fmt: skip
         torch.distributed.barrier()  # all parts of these samples are written
         if self._tp_rank == 0:
             for point in self.capture_points:

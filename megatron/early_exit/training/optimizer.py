@@ -13,7 +13,7 @@ from megatron.early_exit.platform.optimizer_state import repair_optimizer
 
 
 def build_optimizer(config: RunConfig, model: Model) -> MegatronOptimizer:
-    """Core's optimizer over this rank's chunks; sets the loss scaling of the schedules."""
+    """Core's optimizer over this rank's chunks."""
     settings, training, parallel = config.optimizer, config.training, config.parallel
     core_config = CoreOptimizerConfig(
         optimizer=settings.optimizer,
@@ -37,7 +37,6 @@ def build_optimizer(config: RunConfig, model: Model) -> MegatronOptimizer:
     )
     optimizer = get_megatron_optimizer(core_config, model.wrapped, use_gloo_process_groups=use_cuda())
     repair_optimizer(optimizer)
-    model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 

@@ -22,6 +22,7 @@ from megatron.early_exit.data.tokenizer import build_tokenizer, check_ids_fit
 from megatron.early_exit.data.tokenizer_comparison import check_tokenizer_of_checkpoint
 from megatron.early_exit.model.build import Model, build_model
 from megatron.early_exit.model.exit_losses import ExitLosses
+from megatron.early_exit.model.exit_strategies import Evaluation
 from megatron.early_exit.platform.device import device
 from megatron.early_exit.platform.distributed import (
     destroy_distributed,
@@ -29,6 +30,7 @@ from megatron.early_exit.platform.distributed import (
     initialize_model_parallel,
 )
 from megatron.early_exit.training.checkpointing import load_checkpoint
+from megatron.early_exit.training.core_config import connect_core_config
 from megatron.early_exit.training.divergence import check_gradients, check_loss_scale, check_losses
 from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching, cached_samples
 from megatron.early_exit.training.memory import check_memory
@@ -39,7 +41,7 @@ from megatron.early_exit.training.plans import PlannedPipeline, follows_plan, mo
 from megatron.early_exit.training.reporting import Reporter, evaluation_line, training_line
 from megatron.early_exit.training.saving import CheckpointSaver, SaveFolder
 from megatron.early_exit.training.state import TrainingState
-from megatron.early_exit.training.step import StepResult, connect_gradient_reduction, run_schedule, train_step
+from megatron.early_exit.training.step import StepResult, run_schedule, train_step
 from megatron.early_exit.training.stopping import StopConditions
 from megatron.early_exit.training.summary import checkpoint_bytes, flops_per_token, start_up_summary
 
@@ -115,8 +117,9 @@ def build_run(config: RunConfig) -> Run:
         vocab_size=vocab_size,
     )
     model = build_model(config, vocab_size)
-    connect_gradient_reduction(model)
     optimizer = build_optimizer(config, model)
+    timers = Timers(log_level=2, log_option="max") if config.logging.log_timers_to_tracker else None
+    connect_core_config(model, optimizer, timers)
     scheduler = build_scheduler(config, optimizer, microbatches.target_global_batch_size)
     if save_folder is not None:
         save_folder.check_room(checkpoint_bytes(config, model))
@@ -139,9 +142,6 @@ def build_run(config: RunConfig) -> Run:
     if config.training.cache_hidden_states is not None:
         num_drawn = _num_training_samples(config, microbatches.target_global_batch_size)
         caching = HiddenStateCaching(config, model, datasets[0], num_drawn)
-    timers = None
-    if config.logging.log_timers_to_tracker:
-        timers = model.config.timers = optimizer.config.timers = Timers(log_level=2, log_option="max")
     planned = PlannedPipeline(config, model, reporter.text) if follows_plan(config) and caching is None else None
     return Run(
         config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers, caching, planned,
@@ -336,10 +336,10 @@ def _run_evaluation(run: Run, dataset: TokenDataset) -> str | None:
             run_schedule(
                 model,
                 iterators,
+                Evaluation(model.exit_losses),
                 num_microbatches=num_microbatches,
                 micro_batch_size=config.training.micro_batch_size,
                 seq_length=config.training.seq_length,
-                forward_only=True,
             )
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -11,6 +11,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron.early_exit.model.build import Model
+from megatron.early_exit.model.exit_losses import ExitStrategy
+from megatron.early_exit.model.exit_strategies import Deferred, Tuning
 from megatron.early_exit.training.forward_step import forward_step
 from megatron.early_exit.training.plans import PlannedPipeline
 
@@ -23,38 +25,29 @@ class StepResult(NamedTuple):
     grad_norm: float | None
 
 
-def connect_gradient_reduction(model: Model) -> None:
-    """Let core's schedules end with core's reductions followed by that of the shared output weight."""
-
-    def finalize(chunks: list[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
-        finalize_model_grads(chunks, *args, **kwargs)
-        model.shared_weight.reduce_gradients()
-
-    model.config.finalize_model_grads_func = finalize
-
-
 def run_schedule(
     model: Model,
     iterators: list[Iterator | None],
+    strategy: ExitStrategy,
     *,
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
-    forward_only: bool = False,
 ) -> None:
     """All microbatches of one iteration through core's schedule for this layout; losses are in `model.exit_losses`.
 
-    iterators: one per chunk."""
+    iterators: one per chunk. strategy: what becomes of exits; without a backward the schedule runs forward only."""
     is_interleaved = len(model.wrapped) > 1
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if is_interleaved else iterators[0],
-        model=model.wrapped if is_interleaved else model.wrapped[0],
-        num_microbatches=num_microbatches,
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
-        forward_only=forward_only,
-    )
+    with model.exit_losses.handled_by(strategy):
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if is_interleaved else iterators[0],
+            model=model.wrapped if is_interleaved else model.wrapped[0],
+            num_microbatches=num_microbatches,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=not strategy.has_backward,
+        )
 
 
 def tune_on_hidden_states(model: Model, iterator: Iterator | None, num_microbatches: int) -> None:
@@ -85,10 +78,8 @@ def accumulate_gradients(
     iteration: number of finished ones. has_hidden_states: batches bring what the frozen layers make of them, which do
     not run then. planned: follow its plan, not core's schedule; each iterator then draws as many batches as the plan
     has microbatches, fill included."""
-    tunes = model.tunes_exits
-    model.exit_losses.begin_iteration(
-        num_microbatches, exit_weights, model.config.grad_scale_func, is_tuning=tunes, iteration=iteration
-    )
+    tunes, losses = model.tunes_exits, model.exit_losses
+    losses.begin_iteration(num_microbatches, exit_weights, iteration)
     with torch.set_grad_enabled(not tunes):
         sizes = {
             "num_microbatches": num_microbatches, "micro_batch_size": micro_batch_size, "seq_length": seq_length
@@ -97,10 +88,8 @@ def accumulate_gradients(
             tune_on_hidden_states(model, iterators[0], num_microbatches)
         elif planned is not None:
             planned.run(iterators, **sizes)
-        elif tunes and model.exit_losses.distils:
-            raise AssertionError("exits that follow the final head run after it, which only a plan knows of")
         else:
-            run_schedule(model, iterators, **sizes, forward_only=tunes)
+            run_schedule(model, iterators, Tuning(losses) if tunes else Deferred(losses), **sizes)
     if tunes:
         finalize_model_grads(model.wrapped)  # forward-only schedules leave it out
 
