@@ -29,10 +29,10 @@ from megatron.early_exit.platform.distributed import (
     initialize_distributed,
     initialize_model_parallel,
 )
-from megatron.early_exit.training.checkpointing import load_checkpoint
 from megatron.early_exit.training.core_config import connect_core_config
 from megatron.early_exit.training.divergence import check_gradients, check_loss_scale, check_losses
 from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching, cached_samples
+from megatron.early_exit.training.loading import load_checkpoint
 from megatron.early_exit.training.memory import check_memory
 from megatron.early_exit.training.metrics import collect_losses
 from megatron.early_exit.training.microbatches import Microbatches

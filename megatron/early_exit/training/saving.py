@@ -35,7 +35,7 @@ from megatron.early_exit.data.tokenizer import read_tokenizer_files, write_token
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.platform.folder_lock import FolderLock
-from megatron.early_exit.training.checkpointing import keep_exits_alone, sharded_state
+from megatron.early_exit.training.checkpoint_state import keep_exits_alone, sharded_state
 from megatron.early_exit.training.state import TrainingState
 
 
