@@ -228,7 +228,7 @@ def measure_variance(settings: Settings, demo: Path, work: Path) -> dict[str, An
     run = build_run(parse_run_config(flags, world_size=1, warn=lambda message: None))
     training, losses = run.config.training, run.model.exit_losses
     per_batch = training.global_batch_size // training.micro_batch_size
-    (iterator,) = _iterators(run, run.datasets[0], 0)
+    (iterator,) = _iterators(run, run.training_data, 0)
 
     def gradient(batches: list[Any], fraction: float, iteration: int) -> Tensor:
         losses.exits = replace(run.config.exits, exit_loss_token_fraction=(fraction,))

@@ -1,7 +1,7 @@
 """Reads and writes the weights of our checkpoints tensor by tensor, without building a model or starting processes.
 
-The files are those that `training/saving.py` writes: core's `torch_dist` format, that is PyTorch's distributed checkpoint
-with a metadata file of core. A checkpoint written here is one of iteration 0 with weights alone.
+The files are those that `training/saving.py` writes: core's `torch_dist` format, that is PyTorch's distributed
+checkpoint with a metadata file of core. A checkpoint written here is one of iteration 0 with weights alone.
 """
 
 from __future__ import annotations

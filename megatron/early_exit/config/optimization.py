@@ -97,6 +97,12 @@ class TrainingConfig:
     """Save and stop on SIGTERM."""
 
     @property
+    def given_iterations(self) -> int:
+        """--train-iters of a run without --train-samples: one of both is given."""
+        assert self.train_iters is not None, "the length of this run is given in samples"
+        return self.train_iters
+
+    @property
     def dtype(self) -> Dtype:
         """Precision of the weights that compute."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"

@@ -52,6 +52,12 @@ class Model:
         for chunk in self.wrapped:
             chunk.eval()
 
+    def zero_gradients(self) -> None:
+        """Clear the buffers into which DDP adds gradients up."""
+        for chunk in self.wrapped:
+            assert isinstance(chunk, DistributedDataParallel), "what is trained is wrapped with DDP"
+            chunk.zero_grad_buffer()
+
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -6,7 +6,7 @@ memory does not grow with the sequence. Used for every exit and for the final he
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from megatron.early_exit.model.sizes import chunk_size
 
@@ -134,7 +135,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         hidden_states: Tensor,
         weight: Tensor,
         labels: Tensor,
@@ -165,7 +166,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
             # Logits are large: each of the steps below reads and writes all of a chunk's as few times as it can.
             max_logit = logits.amax(dim=-1).float()
-            _all_reduce(max_logit, torch.distributed.ReduceOp.MAX, tp_group)
+            _all_reduce(max_logit, ReduceOp.MAX, tp_group)
             logits = _less(logits, max_logit)
             if temperature != 1.0:
                 logits /= temperature
@@ -175,7 +176,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 probabilities, divergence = _teach(teacher, rows, logits, tp_group)
             exp = logits.exp_()
             sums = torch.stack([exp.sum(dim=-1), label_logit])
-            _all_reduce(sums, torch.distributed.ReduceOp.SUM, tp_group)
+            _all_reduce(sums, ReduceOp.SUM, tp_group)
             sum_exp, label_logit = sums
 
             losses.append(sum_exp.log() - label_logit)
@@ -196,15 +197,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     exp.sub_(probabilities.mul_((teacher.share * sum_exp)[:, None]))
                 grad = exp if exp.dtype == hidden_states.dtype else torch.empty_like(exp, dtype=hidden_states.dtype)
                 torch.mul(exp, (row_scale / sum_exp)[:, None], out=grad)
-                if needs_hidden_grad:
+                if hidden_grad is not None:
                     torch.mm(grad, weight, out=hidden_grad[rows])
-                if needs_weight_grad:
+                if weight_grad is not None:
                     if weight.dtype == torch.float32:
                         weight_grad.addmm_(grad.t(), chunk)
                     else:
                         weight_grad += grad.t() @ chunk
                 del grad
-            logits = exp = probabilities = None  # before the next chunk's are made
+            del logits, exp  # before the next chunk's are made
+            if teacher is not None:
+                del probabilities
 
         loss, divergence = torch.cat(losses), torch.cat(divergences)
         both = loss if teacher is None else label_share * loss + teacher.share * divergence
@@ -218,7 +221,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return objective, statistics
 
     @staticmethod
-    def backward(ctx, grad_objective: Tensor, _: Tensor):
+    def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         factor = grad_objective / ctx.gradient_scale
         hidden_grad, weight_grad = ctx.hidden_grad, ctx.weight_grad
         ctx.hidden_grad = ctx.weight_grad = None
@@ -243,18 +246,18 @@ def _teach(
     the student's log-sum-exp). student_logits: less their maximum"""
     logits = (teacher.hidden_states[rows] @ teacher.weight.t()).float()
     max_logit = logits.amax(dim=-1)
-    _all_reduce(max_logit, torch.distributed.ReduceOp.MAX, tp_group)
+    _all_reduce(max_logit, ReduceOp.MAX, tp_group)
     logits.sub_(max_logit[:, None])
     probabilities = logits.exp()
     sum_exp = probabilities.sum(dim=-1)
-    _all_reduce(sum_exp, torch.distributed.ReduceOp.SUM, tp_group)
+    _all_reduce(sum_exp, ReduceOp.SUM, tp_group)
     probabilities.div_(sum_exp[:, None])
     log_probabilities = logits.sub_(sum_exp.log()[:, None])
     divergence = log_probabilities.sub_(student_logits).mul_(probabilities).sum(dim=-1)  # in place: these are large
-    _all_reduce(divergence, torch.distributed.ReduceOp.SUM, tp_group)
+    _all_reduce(divergence, ReduceOp.SUM, tp_group)
     return probabilities, divergence
 
 
-def _all_reduce(tensor: Tensor, op: torch.distributed.ReduceOp, group: torch.distributed.ProcessGroup) -> None:
+def _all_reduce(tensor: Tensor, op: ReduceOp.RedOpType, group: torch.distributed.ProcessGroup) -> None:
     if group.size() > 1:
         torch.distributed.all_reduce(tensor, op=op, group=group)

@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron.early_exit.model.cross_entropy import (
@@ -60,7 +61,10 @@ class ExitHead(MegatronModule):
         super().__init__(config=config)
         self.spec = spec
         self.tp_group = pg_collection.tp
-        self.block = self.mlp = self.norm = self.output_layer = None
+        self.block: TransformerLayer | None = None
+        self.mlp: MegatronModule | None = None
+        self.norm: torch.nn.Module | None = None
+        self.output_layer: ColumnParallelLinear | None = None
         if spec.block is not None:
             self.block = build_module(
                 spec.block, config=config, layer_number=layer_number, pg_collection=pg_collection, vp_stage=vp_stage
@@ -96,7 +100,10 @@ class ExitHead(MegatronModule):
     @property
     def output_weight(self) -> Tensor:
         """[vocabulary / tp, h]"""
-        return self._model_output_weight() if self.is_tied else self.output_layer.weight
+        if self.output_layer is not None:
+            return self.output_layer.weight
+        assert self._model_output_weight is not None, "a tied head is told where the model's output weight is"
+        return self._model_output_weight()
 
     def forward(
         self, hidden_states: Tensor, pre_mlp_norm: torch.nn.Module | None = None, **layer_arguments: Any
@@ -115,6 +122,7 @@ class ExitHead(MegatronModule):
         if self.block is not None:
             hidden_states, _ = self.block(hidden_states=hidden_states, **layer_arguments)
         if self.mlp is not None:
+            assert pre_mlp_norm is not None, "a layer gives an MLP branch its norm"
             branch = self.mlp(pre_mlp_norm(hidden_states))
             add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
             hidden_states = add(branch, hidden_states, self.config.hidden_dropout)

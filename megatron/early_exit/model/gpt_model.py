@@ -49,7 +49,7 @@ class EarlyExitGPTModel(GPTModel):
             )
             self.exit_output_layer.weight.is_embedding_or_output_parameter = True
         for head in tied_heads:
-            head.use_model_output_weight(lambda: self.model_output_weight)
+            head.use_model_output_weight(lambda: self._output_weight_of_exits)
 
     def exit_heads(self) -> list[ExitHead]:
         """Heads of the exits that this chunk owns, in the order of layers."""
@@ -70,7 +70,7 @@ class EarlyExitGPTModel(GPTModel):
     def teacher(self, final_hidden_states: Tensor) -> Teacher:
         """What exits that are distilled follow: the final head on `final_hidden_states` of their microbatch, [s, b, h]
         or this TP rank's part."""
-        weight = self.model_output_weight.detach()
+        weight = self._output_weight_of_exits.detach()
         return Teacher(final_hidden_states.detach(), weight, self.exit_losses.distillation_share)
 
     def tune_exits(
@@ -104,6 +104,13 @@ class EarlyExitGPTModel(GPTModel):
         if self.exit_output_layer is not None:
             return self.exit_output_layer.weight
         return self._own_output_weight()
+
+    @property
+    def _output_weight_of_exits(self) -> Tensor:
+        """That copy, on a chunk whose exits use it."""
+        weight = self.model_output_weight
+        assert weight is not None, "a chunk with exits that use the output weight has a copy"
+        return weight
 
     @property
     def owns_output_weight(self) -> bool:

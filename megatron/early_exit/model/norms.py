@@ -13,7 +13,9 @@ class TorchNorm:
     rank sees a part of the sequence, so core sums the gradients of marked weights over the TP group.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> torch.nn.Module:
+    def __new__(  # type: ignore[misc]  # core builds what is a class in a spec; a function it would not call
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
+    ) -> torch.nn.Module:
         norm_class = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}.get(config.normalization)
         if norm_class is None:
             raise ValueError(f"normalization is {config.normalization!r}; choose LayerNorm or RMSNorm.")

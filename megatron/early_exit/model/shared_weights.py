@@ -8,11 +8,21 @@ one copy per rank, of its first or last chunk; here a rank may hold several (int
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import cast
 
 import torch
 from megatron.core import parallel_state
 
 from megatron.early_exit.model.gpt_model import EarlyExitGPTModel
+
+
+class _MarkedWeight(torch.nn.Parameter):
+    """A weight with what core reads of it, and what its DDP puts on it. For types alone: none is built."""
+
+    shared_embedding: bool
+    shared: bool
+    zero_out_wgrad: bool
+    main_grad: torch.Tensor
 
 
 class SharedOutputWeight:
@@ -21,9 +31,11 @@ class SharedOutputWeight:
     Build it on all ranks after the model chunks and before DDP and the optimizer, which read the marks it sets."""
 
     def __init__(self, chunks: list[EarlyExitGPTModel], timeout_minutes: float = 10.0) -> None:
-        owning = [chunk for chunk in chunks if chunk.model_output_weight is not None]
-        self.copies = [chunk.model_output_weight for chunk in owning]
-        owner = next((chunk.model_output_weight for chunk in owning if chunk.owns_output_weight), None)
+        # Which marks there are is core's matter; see `_MarkedWeight`.
+        copies = [(chunk, cast("_MarkedWeight | None", chunk.model_output_weight)) for chunk in chunks]
+        owning = [(chunk, weight) for chunk, weight in copies if weight is not None]
+        self.copies = [weight for _, weight in owning]
+        owner = next((weight for chunk, weight in owning if chunk.owns_output_weight), None)
         self.group, owner_rank, num_copies = _ranks_with_copies(
             len(self.copies), owner is not None, timedelta(minutes=timeout_minutes)
         )
@@ -32,10 +44,10 @@ class SharedOutputWeight:
         for weight in self.copies:
             weight.shared_embedding = True  # DDP: a bucket of its own, so that all copies are sharded alike over DP
             weight.shared = weight is not owner  # the gradient norm counts one copy
-        for chunk in owning:
+        for chunk, weight in owning:
             if chunk.pre_process:
                 # The weight is used by the lookup as well: fused weight gradients must not drop that gradient.
-                chunk.model_output_weight.zero_out_wgrad = True
+                weight.zero_out_wgrad = True
         self._copy_from(owner, owner_rank)
 
     @torch.no_grad()
@@ -75,8 +87,8 @@ def _ranks_with_copies(
     torch.distributed.all_gather_object(everyone, mine)
     my_group = None
     # new_group must be called by all ranks for all groups, in one order.
-    for pipeline in sorted({tuple(ranks) for ranks, _, _ in everyone}):
-        holders = [rank for rank in pipeline if everyone[rank][1] > 0]
+    for ranks in sorted({tuple(ranks) for ranks, _, _ in everyone}):
+        holders = [rank for rank in ranks if everyone[rank][1] > 0]
         if len(holders) > 1:
             group = torch.distributed.new_group(holders, timeout=timeout)
             if torch.distributed.get_rank() in holders:

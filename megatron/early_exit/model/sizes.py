@@ -132,7 +132,10 @@ def num_recomputed_layers(config: RunConfig, num_layers: int) -> int:
     parallel = config.parallel
     if parallel.recompute_granularity != "full":
         return 0
-    return min(parallel.recompute_num_layers, num_layers) if parallel.recompute_method == "block" else num_layers
+    if parallel.recompute_method != "block":
+        return num_layers
+    assert parallel.recompute_num_layers is not None, "--recompute-method block goes with --recompute-num-layers"
+    return min(parallel.recompute_num_layers, num_layers)
 
 
 def layer_activation_bytes(config: RunConfig) -> int:

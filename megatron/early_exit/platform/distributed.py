@@ -91,7 +91,7 @@ def seed_generators(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def on_rank_zero(action: Callable[[], None]) -> None:
+def on_rank_zero(action: Callable[[], object]) -> None:
     """Run `action` on rank 0 while the others wait; its error is raised on all ranks."""
     error: list[Exception | None] = [None]
     if torch.distributed.get_rank() == 0:

@@ -105,7 +105,8 @@ def describe(config: RunConfig, world_size: int) -> str:
     dp = parallel.data_parallel_size(world_size)
     batch = training.global_batch_size or training.micro_batch_size * dp
     tokens = batch * training.seq_length
-    iterations = training.train_iters or -(-training.train_samples // batch)
+    samples = training.train_samples
+    iterations = -(-samples // batch) if samples is not None else training.given_iterations
     lines = [
         f"layout      {world_size} ranks = TP {parallel.tensor_model_parallel_size} x PP {parallel.num_stages}"
         f" x DP {dp}",

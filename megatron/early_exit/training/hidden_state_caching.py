@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from megatron.early_exit.training.step import run_schedule
 class HiddenStateCaching:
     """The cache of one run on this rank: its files, and which part of them this rank writes and reads."""
 
-    def __init__(self, config: RunConfig, model: Model, dataset: TokenDataset, num_samples: int) -> None:
+    def __init__(self, folder: Path, config: RunConfig, model: Model, dataset: TokenDataset, num_samples: int) -> None:
         """dataset: the training samples; num_samples: that training draws in all. All ranks make one together, after
         the checkpoint is loaded. Raises ValueError if the folder holds hidden states of something else, OSError if the
         disk is too small."""
@@ -44,7 +44,6 @@ class HiddenStateCaching:
             layers=_sums_of_layers(model, config.build.num_built_layers),
             samples=_digests(dataset, cached_samples(config, num_samples)),
         )
-        folder = Path(config.training.cache_hidden_states)
         self.cache = HiddenStateCache(folder, content, cached_samples(config, num_samples))
         everywhere: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everywhere, (self.capture_points, self.tuning_points))
@@ -58,7 +57,7 @@ class HiddenStateCaching:
         is_split = config.parallel.sequence_parallel
         self._rows = slice(part * self._tp_rank, part * (self._tp_rank + 1)) if is_split else slice(None)
 
-    def iterator(self, consumed_samples: int) -> object | None:
+    def iterator(self, consumed_samples: int) -> Iterator[Batch] | None:
         """Microbatches with their hidden states, from sample `consumed_samples` on; None on a rank without exits."""
         if not self.tuning_points:
             return None
@@ -68,7 +67,7 @@ class HiddenStateCaching:
         )  # fmt: skip
         return self._iterator(samples, consumed_samples)
 
-    def _iterator(self, samples: torch.utils.data.Dataset, consumed_samples: int) -> object:
+    def _iterator(self, samples: torch.utils.data.Dataset, consumed_samples: int) -> Iterator[Batch]:
         return build_iterator(
             samples,
             consumed_samples=consumed_samples,
@@ -120,7 +119,7 @@ class HiddenStateCaching:
             chunk.pre_process or chunk.post_process or self.capture_points or self._config.data.reset_attention_mask
         )
 
-    def _capture(self, iterator: object | None, first_sample: int, num_microbatches: int) -> None:
+    def _capture(self, iterator: Iterator[Batch] | None, first_sample: int, num_microbatches: int) -> None:
         """Run the layers over the next microbatches and write what exits read."""
         size = self._config.training.micro_batch_size
         stride = size * parallel_state.get_data_parallel_world_size()

@@ -45,9 +45,9 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer, global_batc
     settings, training = config.optimizer, config.training
     if training.train_samples is not None:
         decay = settings.lr_decay_samples or training.train_samples
-        warmup = settings.lr_warmup_samples
+        warmup: float = settings.lr_warmup_samples
     else:
-        decay = (settings.lr_decay_iters or training.train_iters) * global_batch_size
+        decay = (settings.lr_decay_iters or training.given_iterations) * global_batch_size
         warmup = settings.lr_warmup_iters * global_batch_size
     if settings.lr_warmup_fraction is not None:
         warmup = settings.lr_warmup_fraction * decay

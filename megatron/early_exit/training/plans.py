@@ -7,7 +7,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -143,8 +143,10 @@ class PlannedPipeline:
         self._traces: list[_Trace] = []
         self._runtime = cache(self._make_runtime)
         self._measures = config.pipeline.measures_stages
-        if config.pipeline.profile_pipeline is not None:
-            on_rank_zero(lambda: _check_writable(Path(config.pipeline.profile_pipeline)))
+        profile = config.pipeline.profile_pipeline
+        self._picture = None if profile is None else Path(profile)
+        if self._picture is not None:
+            on_rank_zero(partial(_check_writable, self._picture))
 
     def plan(self, num_microbatches: int) -> Plan:
         """Of the next iteration."""
@@ -174,7 +176,7 @@ class PlannedPipeline:
 
     @property
     def _is_traced(self) -> bool:
-        wanted = self._measures or self._config.pipeline.profile_pipeline is not None
+        wanted = self._measures or self._picture is not None
         return wanted and self._num_run >= _WARMUP_ITERATIONS and len(self._traces) < _MEASURED_ITERATIONS
 
     def _gather(self, plan: Plan, trace: list[TimedAction]) -> Timeline:
@@ -188,9 +190,9 @@ class PlannedPipeline:
         """Make the plan that fits what was measured, or draw."""
         costs = self._agreed(measured_costs([trace.timeline for trace in self._traces], self._traces[-1].plan))
         if not self._measures:
-            if torch.distributed.get_rank() == 0:
+            if self._picture is not None and torch.distributed.get_rank() == 0:
                 try:
-                    self._write_profile(costs)
+                    self._write_profile(costs, self._picture)
                 except OSError as error:  # not worth the end of a training run
                     self._say(f" the profile of the pipeline could not be written: {error}")
             return
@@ -207,7 +209,7 @@ class PlannedPipeline:
         self._say(
             f" measured: a backward takes {ratio:.2f} times as long as a forward; from now on {', and '.join(parts)}"
         )
-        if self._config.pipeline.profile_pipeline is not None:
+        if self._picture is not None:
             self._traces.clear()  # the profile is of iterations with the new plan
             self._num_run = 0
 
@@ -218,13 +220,12 @@ class PlannedPipeline:
         torch.distributed.broadcast_object_list(agreed, src=0)
         return agreed[0]
 
-    def _write_profile(self, costs: list[StageCosts]) -> None:
+    def _write_profile(self, costs: list[StageCosts], picture: Path) -> None:
         from megatron.early_exit.schedules.draw import draw_timelines
 
         # The iteration of median time stands for all.
         trace = sorted(self._traces, key=lambda trace: trace.timeline.iteration_sec)[len(self._traces) // 2]
         predicted, measured = simulate(trace.plan, costs), trace.timeline
-        picture = Path(self._config.pipeline.profile_pipeline)
         draw_timelines(
             [Timeline(f"predicted: {trace.plan.name}", predicted.actions, predicted.num_ranks),
              Timeline("measured", measured.actions, measured.num_ranks)], [picture],
@@ -266,13 +267,12 @@ def measured_costs(timelines: list[Timeline], plan: Plan) -> list[StageCosts]:
         mine = [row for one in timelines for row in one.of_rank(rank) if row.action.chunk == chunk]
         early = {row.action.microbatch for row in mine if row.action.kind == Kind.EXIT}
 
-        def median(kind: Kind, microbatches: set[int] | None = None, mine: list[TimedAction] = mine) -> float | None:
-            """Of passes of a kind; of some microbatches, or of all."""
+        def median(kind: Kind, microbatches: set[int] | None = None, mine: list[TimedAction] = mine) -> float:
+            """Of passes of a kind; of some microbatches, or of all; 0 where there are none."""
             rows = [row for row in mine if row.action.kind == kind]
             rows = [row for row in rows if microbatches is None or row.action.microbatch in microbatches]
-            return statistics.median(row.end_sec - row.start_sec for row in rows) if rows else None
+            return statistics.median(row.end_sec - row.start_sec for row in rows) if rows else 0.0
 
-        exit_sec = median(Kind.EXIT) or 0.0
-        backward = median(Kind.BACKWARD, early) if early else median(Kind.BACKWARD)
-        costs.append(StageCosts(forward_sec=median(Kind.FORWARD), backward_sec=backward or 0.0, exit_sec=exit_sec))
+        backward = median(Kind.BACKWARD, early or None)
+        costs.append(StageCosts(median(Kind.FORWARD), backward, median(Kind.EXIT)))
     return costs

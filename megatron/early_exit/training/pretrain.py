@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
@@ -57,7 +58,9 @@ class Run:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     microbatches: Microbatches
-    datasets: tuple[TokenDataset | None, TokenDataset | None, TokenDataset | None]
+    training_data: TokenDataset
+    validation_data: TokenDataset | None
+    test_data: TokenDataset | None
     state: TrainingState
     saver: CheckpointSaver | None
     reporter: Reporter
@@ -86,7 +89,7 @@ def pretrain(config: RunConfig) -> None:
     run = build_run(config)
     try:
         if train(run):
-            evaluate(run, "test", run.datasets[2])
+            evaluate(run, "test", run.test_data)
     finally:
         run.close()
     destroy_distributed()
@@ -108,7 +111,7 @@ def build_run(config: RunConfig) -> Run:
     microbatches = Microbatches(config.training, parallel_state.get_data_parallel_world_size())
     num_samples = _num_samples(config, microbatches.target_global_batch_size)
     check_memory(config, torch.distributed.get_world_size(), num_samples)
-    datasets = build_datasets(
+    training_data, validation_data, test_data = build_datasets(
         config.data,
         tokenizer,
         seq_length=config.training.seq_length,
@@ -116,6 +119,7 @@ def build_run(config: RunConfig) -> Run:
         num_samples=num_samples,
         vocab_size=vocab_size,
     )
+    assert training_data is not None, "samples are asked of training, and a --split without any for it is refused"
     model = build_model(config, vocab_size)
     optimizer = build_optimizer(config, model)
     timers = Timers(log_level=2, log_option="max") if config.logging.log_timers_to_tracker else None
@@ -139,13 +143,13 @@ def build_run(config: RunConfig) -> Run:
         else:
             reporter.text(f" loaded the weights of {checkpoint_folder}")
     caching = None
-    if config.training.cache_hidden_states is not None:
+    if (cache_folder := config.training.cache_hidden_states) is not None:
         num_drawn = _num_training_samples(config, microbatches.target_global_batch_size)
-        caching = HiddenStateCaching(config, model, datasets[0], num_drawn)
+        caching = HiddenStateCaching(Path(cache_folder), config, model, training_data, num_drawn)
     planned = PlannedPipeline(config, model, reporter.text) if follows_plan(config) and caching is None else None
     return Run(
-        config, model, optimizer, scheduler, microbatches, datasets, state, saver, reporter, timers, caching, planned,
-        StopConditions(config.training), save_folder,
+        config, model, optimizer, scheduler, microbatches, training_data, validation_data, test_data, state, saver,
+        reporter, timers, caching, planned, StopConditions(config.training), save_folder,
     )  # fmt: skip
 
 
@@ -173,7 +177,7 @@ def train(run: Run) -> bool:
     Raises FloatingPointError when losses or gradients are no numbers any more, before such weights are saved."""
     config, state, stop = run.config, run.state, run.stop
     if run.caching is None:
-        iterators = _iterators(run, run.datasets[0], state.consumed_train_samples)
+        iterators = _iterators(run, run.training_data, state.consumed_train_samples)
     elif run.caching.fill(run.reporter.text, stop.interruption):
         iterators = [run.caching.iterator(state.consumed_train_samples)]
     else:
@@ -200,7 +204,7 @@ def train(run: Run) -> bool:
             if stop_reason or _is_finished(run) or _is_due(config.checkpoint.save_interval, state.iteration):
                 _save(run)
             if not stop_reason and _is_due(config.training.eval_interval, state.iteration):
-                stop_reason = evaluate(run, "validation", run.datasets[1])
+                stop_reason = evaluate(run, "validation", run.validation_data)
             if not _is_finished(run):
                 stop_reason = stop_reason or stop.due(state.iteration)
             if stop_reason:
@@ -238,14 +242,14 @@ class LogWindow:
 
 
 def _is_due(interval: int | None, iteration: int) -> bool:
-    return bool(interval) and iteration % interval == 0
+    return interval is not None and iteration % interval == 0
 
 
 def _is_finished(run: Run) -> bool:
     training, state = run.config.training, run.state
     if training.train_samples is not None:
         return state.consumed_train_samples >= training.train_samples
-    return state.iteration >= training.train_iters
+    return state.iteration >= training.given_iterations
 
 
 def _one_iteration(run: Run, iterators: list[Iterator[Batch] | None]) -> StepResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ class Reporter:
 
     def __init__(self, config: RunConfig, is_active: bool) -> None:
         """Raises ImportError if a tracker that was asked for is not installed."""
-        self._is_active = is_active
-        self._metrics = self._tensorboard = self._wandb = None
+        self._metrics: MetricsFile | None = None
+        self._tensorboard = self._wandb = None
         if not is_active:
             return
         self._metrics = MetricsFile(metrics_path(config))
@@ -30,7 +31,7 @@ class Reporter:
 
     def text(self, message: str) -> None:
         """Print lines on the console. Raises OSError if it is closed, or a full disk."""
-        if not self._is_active:
+        if self._metrics is None:
             return
         try:
             print(message, flush=True)
@@ -38,9 +39,9 @@ class Reporter:
             error.filename = "standard output"
             raise
 
-    def record(self, kind: str, iteration: int, values: dict[str, float | int | None]) -> None:
+    def record(self, kind: str, iteration: int, values: Mapping[str, float | int | None]) -> None:
         """Send one set of numbers to metrics.jsonl and the trackers. kind: "train", "valid" or "test"."""
-        if not self._is_active:
+        if self._metrics is None:
             return
         # NaN is no JSON: unknown values are null.
         clean = {key: value if value is None or math.isfinite(value) else None for key, value in values.items()}

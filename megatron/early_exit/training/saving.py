@@ -84,6 +84,7 @@ class CheckpointSaver:
         """base: of a run that tunes exits, the checkpoint with everything else; the files of that are linked, so that
         checkpoints of the exits alone are whole ones. announce: told when a checkpoint is complete."""
         self.config, self._base = config, base
+        assert config.checkpoint.save is not None, "a run without --save saves nothing"
         self.folder = Path(config.checkpoint.save)
         self._tokenizer = read_tokenizer_files(config.description.tokenizer)
         self._announce = announce

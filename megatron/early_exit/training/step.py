@@ -108,8 +108,7 @@ def train_step(
     planned: PlannedPipeline | None = None,
 ) -> StepResult:
     """Gradients of one global batch and one optimizer step; arguments as of `accumulate_gradients`."""
-    for chunk in model.wrapped:
-        chunk.zero_grad_buffer()
+    model.zero_gradients()
     optimizer.zero_grad()
     accumulate_gradients(
         model,

@@ -66,10 +66,11 @@ def _interleaving(config: RunConfig) -> str:
 
 
 def _length(config: RunConfig, tokens: int) -> str:
-    if config.training.train_iters is None:
-        samples = config.training.train_samples
+    samples = config.training.train_samples
+    if samples is not None:
         return f"{samples:,} samples = {samples * config.training.seq_length:,} tokens"
-    return f"{config.training.train_iters:,} iterations, {config.training.train_iters * tokens:,} tokens"
+    iterations = config.training.given_iterations
+    return f"{iterations:,} iterations, {iterations * tokens:,} tokens"
 
 
 def _exits(config: RunConfig) -> str:
