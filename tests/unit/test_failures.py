@@ -90,7 +90,7 @@ class Killed(torch.utils.data.Dataset):
 
 
 def test_a_process_that_loads_data_is_killed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def pretrain(config: RunConfig) -> None:
+    def pretrain(config: RunConfig, is_checked: bool) -> None:
         next(iter(torch.utils.data.DataLoader(Killed(), num_workers=1)))
 
     monkeypatch.setattr("megatron.early_exit.training.pretrain.pretrain", pretrain)

@@ -31,7 +31,7 @@ from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED, REF
 from megatron.early_exit.config.overlay import overlay_architecture
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.saved_description import checkpoint_description
-from megatron.early_exit.config.settings import RunSettings, with_tuned_stages
+from megatron.early_exit.config.settings import RunSettings, normalised
 from megatron.early_exit.config.validate import problems
 from megatron.early_exit.config.validate import warnings as settings_without_effect
 from megatron.early_exit.config.values import convert_value, is_one_or_each, is_truth, optional_type, parse_text
@@ -371,7 +371,7 @@ def _build(settings: dict[str, Any], notes: _Notes, warn: Callable[[str], None])
     if present is not None:
         before, cfg = cfg, overlay_architecture(cfg, present, given=settings.keys())
         _warn_of_replaced(before, cfg, settings, warn)
-    return _normalised(cfg, warn)
+    return normalised(cfg, warn)
 
 
 def _checkpoint_source(settings: Mapping[str, Any]) -> tuple[str | None, int | None, str]:
@@ -391,15 +391,3 @@ def _warn_of_replaced(
             taken = getattr(getattr(after, section), name)
             if name in given and name not in FREE_MODEL_FIELDS and taken != value:
                 warn(f"{flag_of(name)} {value} is replaced by the checkpoint's {taken} (--use-checkpoint-args)")
-
-
-def _normalised(cfg: RunSettings, warn: Callable[[str], None]) -> RunSettings:
-    """Megatron's silent corrections, of which we speak."""
-    if cfg.parallel.sequence_parallel and cfg.parallel.tensor_model_parallel_size == 1:
-        warn("--sequence-parallel is turned off: with --tensor-model-parallel-size 1 there is nothing to share")
-        cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, sequence_parallel=False))
-    if cfg.training.tune_exit:
-        cfg = with_tuned_stages(cfg)
-    if cfg.checkpoint.load_iteration == 0:
-        cfg = dataclasses.replace(cfg, checkpoint=dataclasses.replace(cfg.checkpoint, load_iteration=None))
-    return cfg

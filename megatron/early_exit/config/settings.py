@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -128,6 +129,18 @@ class RunSettings:
 
 
 Settings = TypeVar("Settings", bound=RunSettings)
+
+
+def normalised(cfg: Settings, warn: Callable[[str], None]) -> Settings:
+    """`cfg` with Megatron's silent corrections, of which `warn` is told, and what is open filled in."""
+    if cfg.parallel.sequence_parallel and cfg.parallel.tensor_model_parallel_size == 1:
+        warn("--sequence-parallel is turned off: with --tensor-model-parallel-size 1 there is nothing to share")
+        cfg = replace(cfg, parallel=replace(cfg.parallel, sequence_parallel=False))
+    if cfg.training.tune_exit:
+        cfg = with_tuned_stages(cfg)
+    if cfg.checkpoint.load_iteration == 0:
+        cfg = replace(cfg, checkpoint=replace(cfg.checkpoint, load_iteration=None))
+    return cfg
 
 
 def with_tuned_stages(cfg: Settings) -> Settings:

@@ -100,7 +100,7 @@ def plan_text(config: RunConfig, num_microbatches: int) -> str | None:
 
 
 def check_plan(config: RunConfig, world_size: int) -> None:
-    """Raise ValueError if no plan can be as the flags say, before anything is built."""
+    """Raise ValueError if no plan can be as the settings say, before anything is built."""
     training = config.training
     unit = training.micro_batch_size * config.parallel.data_parallel_size(world_size)
     num_stages = config.parallel.num_stages * config.parallel.num_model_chunks(config.model.num_layers)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from megatron.early_exit.checkpoint.start import find_start
 from megatron.early_exit.config.checkpoint_files import TOKENIZER_FOLDER
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.config.saved_description import read_description
+from megatron.early_exit.config.settings import normalised
+from megatron.early_exit.config.validate import check_outputs, validate
 from megatron.early_exit.data.datasets import Batch, TokenDataset, build_datasets, build_iterator
 from megatron.early_exit.data.tokenizer import build_tokenizer, check_ids_fit
 from megatron.early_exit.data.tokenizer_comparison import check_tokenizer_of_checkpoint
@@ -29,7 +33,9 @@ from megatron.early_exit.platform.distributed import (
     destroy_distributed,
     initialize_distributed,
     initialize_model_parallel,
+    on_rank_zero,
 )
+from megatron.early_exit.platform.world import world_size
 from megatron.early_exit.training.core_config import connect_core_config
 from megatron.early_exit.training.divergence import check_gradients, check_loss_scale, check_losses
 from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching, cached_samples
@@ -38,13 +44,15 @@ from megatron.early_exit.training.memory import check_memory
 from megatron.early_exit.training.metrics import collect_losses
 from megatron.early_exit.training.microbatches import Microbatches
 from megatron.early_exit.training.optimizer import build_optimizer, build_scheduler
-from megatron.early_exit.training.plans import PlannedPipeline, follows_plan, most_fill
+from megatron.early_exit.training.plans import PlannedPipeline, check_plan, follows_plan, most_fill
 from megatron.early_exit.training.reporting import Reporter, evaluation_line, training_line
 from megatron.early_exit.training.saving import CheckpointSaver, SaveFolder
 from megatron.early_exit.training.state import TrainingState
 from megatron.early_exit.training.step import StepResult, run_schedule, train_step
 from megatron.early_exit.training.stopping import StopConditions
 from megatron.early_exit.training.summary import checkpoint_bytes, flops_per_token, start_up_summary
+
+log = logging.getLogger(__name__)
 
 _TIMERS = ("forward-backward", "forward-compute", "backward-compute", "all-grads-sync", "optimizer-inner-step")
 
@@ -81,11 +89,16 @@ class Run:
             self.save_folder.release()
 
 
-def pretrain(config: RunConfig) -> None:
-    """Train as `config` says. Every rank of the world calls it; process groups are started here.
+def pretrain(config: RunConfig, *, is_checked: bool = False) -> None:
+    """Train as `config` says. Every rank of the world calls it; process groups are started here. is_checked: by the
+    program, which does it before it imports what is slow to import.
 
-    Raises ValueError, OSError or FileNotFoundError for what the user can mend, on all ranks and before training."""
+    Raises ValueError (ConfigError with all that is wrong with the settings), OSError or FileNotFoundError for what the
+    user can mend, on all ranks and before training."""
+    if not is_checked:
+        config = checked(config, world_size())
     initialize_distributed(config.parallel.distributed_timeout_minutes)
+    on_rank_zero(partial(check_outputs, config))
     run = build_run(config)
     try:
         if train(run):
@@ -95,8 +108,20 @@ def pretrain(config: RunConfig) -> None:
     destroy_distributed()
 
 
+def checked(config: RunConfig, world_size: int) -> RunConfig:
+    """`config` with what it leaves open filled in. Raises ConfigError or ValueError if it cannot work on `world_size`
+    ranks, or lacks files that it reads."""
+    config = normalised(config, log.warning)
+    validate(config, world_size)
+    if config.pipeline.is_planned:
+        check_plan(config, world_size)
+    return config
+
+
 def build_run(config: RunConfig) -> Run:
-    """Data first, since it fails fastest; then the model, the optimizer, and what a checkpoint brings."""
+    """The parts of a run whose settings are `checked`, where the process group is started.
+
+    Data first, since it fails fastest; then the model, the optimizer, and what a checkpoint brings."""
     initialize_model_parallel(config.parallel, config.model.num_layers, config.training.seed)
     is_main = torch.distributed.get_rank() == 0
     save_folder = None if config.checkpoint.save is None else SaveFolder(config.checkpoint.save)

@@ -71,7 +71,7 @@ def train(config: RunConfig, rank: int) -> None:
     try:
         from megatron.early_exit.training.pretrain import pretrain
 
-        pretrain(config)
+        pretrain(config, is_checked=True)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         let_rank_zero_report_first(rank)
         text = in_words(error)
