@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import megatron.early_exit
@@ -47,3 +48,9 @@ def test_the_configuration_needs_neither_torch_nor_core() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
                             env={"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert result.stdout.strip() == "[]"
+
+
+def test_type_checkers_read_the_installed_package() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "py.typed" in settings["tool"]["setuptools"]["package-data"]["megatron.early_exit"]
+    assert (ROOT / "megatron/early_exit/py.typed").exists()

@@ -90,12 +90,10 @@ def parse_blend(values: Sequence[str]) -> tuple[list[str], list[float] | None]:
     Weights are None if none are given. Raises ValueError for a mixture of both forms, a weight that is not positive,
     and a prefix that is named twice."""
     values = [value.strip() for value in values]
-    numbers = [_number(value) for value in values]
-    if all(number is None for number in numbers):
-        prefixes, weights = values, None
-    else:
-        prefixes, weights = values[1::2], numbers[0::2]
-        if len(prefixes) != len(weights) or None in weights or any(number is not None for number in numbers[1::2]):
+    prefixes, weights = values, None
+    if any(map(_is_number, values)):
+        prefixes, weights = values[1::2], _numbers(values[0::2])
+        if weights is None or len(prefixes) != len(weights) or any(map(_is_number, prefixes)):
             raise ValueError(f"a blend is PREFIX PREFIX ... or WEIGHT PREFIX WEIGHT PREFIX ..., not {' '.join(values)}")
         if not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"blend weights must be positive numbers, not {' '.join(values[0::2])}")
@@ -109,16 +107,21 @@ def parse_blend(values: Sequence[str]) -> tuple[list[str], list[float] | None]:
 def split_shares(split: str) -> list[float]:
     """Three shares (training, validation, test) of a `--split` text such as '969,30,1'. Raises ValueError."""
     words = [word for word in re.split(r"[,/\s]+", split.strip()) if word]
-    shares = [_number(word) for word in words]
-    if None in shares or not 1 <= len(shares) <= 3 or min(shares) < 0 or not math.isfinite(sum(shares)):
+    shares = _numbers(words)
+    if shares is None or not 1 <= len(shares) <= 3 or min(shares) < 0 or not math.isfinite(sum(shares)):
         raise ValueError(f"--split {split}: expected up to three shares that are not negative, such as 969,30,1")
     if shares[0] == 0:
         raise ValueError(f"--split {split} leaves nothing for training: its first share is 0")
     return shares + [0.0] * (3 - len(shares))
 
 
-def _number(word: str) -> float | None:
+def _numbers(words: Sequence[str]) -> list[float] | None:
+    """The words as numbers, or None if one of them is none."""
     try:
-        return float(word)
+        return [float(word) for word in words]
     except ValueError:
         return None
+
+
+def _is_number(word: str) -> bool:
+    return _numbers([word]) is not None

@@ -109,7 +109,7 @@ class ExitConfig:
         if self._is_uniform(self.exit_uses):
             object.__setattr__(self, "exit_uses", () if self.exit_uses[0] == "both" else self.exit_uses[:1])
 
-    def _is_uniform(self, values: tuple) -> bool:
+    def _is_uniform(self, values: tuple[object, ...]) -> bool:
         return len(set(values)) == 1 and len(values) in (1, self.num_exits)
 
     @property

@@ -52,9 +52,10 @@ def read_description(folder: Path) -> ModelDescription:
 
 def _convert_dtype(value: Any) -> Dtype:
     try:
-        return convert_value(value, Dtype)
+        dtype: Dtype = convert_value(value, Dtype)
     except ValueError as error:
         raise ConfigError([f"dtype: {error}"]) from None
+    return dtype
 
 
 def _describe(model: ModelConfig, exits: ExitConfig, tokenizer: TokenizerConfig, dtype: Dtype) -> ModelDescription:

@@ -77,19 +77,27 @@ class _NullStream:
     def __exit__(self, *args: Any) -> None: ...
 
 
+def _replace(owner: object, **replacements: Any) -> None:
+    """Set attributes of a module or a class of PyTorch or core."""
+    for name, replacement in replacements.items():
+        setattr(owner, name, replacement)
+
+
 def _replace_cuda_functions() -> None:
-    cuda = torch.cuda
-    cuda.current_device = lambda: torch.device("cpu")
-    cuda.set_device = lambda device: None
-    cuda.synchronize = lambda device=None: None
-    cuda.empty_cache = lambda: None
-    cuda.Stream = _NullStream
-    cuda.current_stream = _NullStream
-    cuda.default_stream = _NullStream
-    cuda.stream = lambda stream: contextlib.nullcontext()
-    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    cuda.manual_seed = torch.manual_seed
+    _replace(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        set_device=lambda device: None,
+        synchronize=lambda device=None: None,
+        empty_cache=lambda: None,
+        Stream=_NullStream,
+        current_stream=_NullStream,
+        default_stream=_NullStream,
+        stream=lambda stream: contextlib.nullcontext(),
+        get_rng_state=lambda device=None: torch.get_rng_state(),
+        set_rng_state=lambda state, device=None: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+    )
 
 
 class _TorchOnCpu(types.ModuleType):
@@ -116,12 +124,11 @@ def _on_cpu(factory: Any) -> Any:
 def _replace_cuda_factories() -> None:
     torch_on_cpu = _TorchOnCpu(**{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
     for name in _MODULES_WITH_CUDA_FACTORIES:
-        importlib.import_module(name).torch = torch_on_cpu
+        _replace(importlib.import_module(name), torch=torch_on_cpu)
 
 
 def _replace_tensor_methods() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    stay_here = lambda self, *args, **kwargs: self
     original_type = torch.Tensor.type
 
     def type_for_caller(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +138,8 @@ def _replace_tensor_methods() -> None:
             return name.replace("torch.", "torch.cuda.", 1)
         return name
 
-    torch.Tensor.type = type_for_caller
+    _replace(torch.Tensor, cuda=stay_here, type=type_for_caller)
+    _replace(torch.nn.Module, cuda=stay_here)
 
 
 def _use_cpu_generator_for_cuda_states() -> None:
@@ -140,6 +148,9 @@ def _use_cpu_generator_for_cuda_states() -> None:
     from megatron.core.tensor_parallel import random
 
     constant = torch.zeros(1, dtype=torch.uint8)
-    random.torch = _TorchOnCpu(get_rng_state=lambda: constant, set_rng_state=lambda state: None)
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _replace(
+        random,
+        torch=_TorchOnCpu(get_rng_state=lambda: constant, set_rng_state=lambda state: None),
+        _get_cuda_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        _set_cuda_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+    )

@@ -48,11 +48,12 @@ def _know_the_step_without_parameters(part: MegatronOptimizer) -> None:
         torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MAX)
         if steps or not isinstance(part.optimizer, torch.optim.Adam):
             return original(*args, **kwargs)
-        part.optimizer.state[_NO_PARAMETERS] = {"step": mine[0].cpu()}
+        states: dict[Any, Any] = part.optimizer.state  # by parameter, of which there is none
+        states[_NO_PARAMETERS] = {"step": mine[0].cpu()}
         try:
             state = original(*args, **kwargs)
         finally:
-            del part.optimizer.state[_NO_PARAMETERS]
+            del states[_NO_PARAMETERS]
         for holder in (state, state.get("optimizer", {})):
             holder.get("state", {}).pop(_NO_PARAMETERS, None)
         return state

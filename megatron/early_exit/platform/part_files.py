@@ -51,11 +51,11 @@ def write_part(
         return
     path = folder / f"part_{min(numbers):06}_{len(numbers)}.npz"
     lengths = [len(values) for values in next(iter(joined.values()))]
+    columns: dict[str, Any] = {name: np.array(values) for name, values in of_items.items()}
+    columns |= {_LENGTHS: np.array(lengths)}
+    columns |= {name: np.concatenate(arrays) for name, arrays in joined.items()}
     with replaced(path) as partial, partial.open("wb") as file:
-        np.savez_compressed(
-            file, **{name: np.array(values) for name, values in of_items.items()}, **{_LENGTHS: np.array(lengths)},
-            **{name: np.concatenate(arrays) for name, arrays in joined.items()},
-        )  # fmt: skip
+        np.savez_compressed(file, **columns)
 
 
 def read_parts(folder: Path, of_items: Sequence[str], joined: Sequence[str], advice: str) -> Iterator[tuple[Any, ...]]:
