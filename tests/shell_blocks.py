@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _BLOCK = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.MULTILINE | re.DOTALL)
-_QUOTED = re.compile(r"(?<!`)`((?:python|torchrun|bash|make|early-exit-\w+|(?:tools/)?\w+\.py) [^`]+)`(?!`)")
+_QUOTED = re.compile(r"(?<!`)`((?:python|torchrun|bash|make|early-exit-[\w-]+|(?:tools/)?\w+\.py) [^`]+)`(?!`)")
 _VARIABLE = re.compile(r"\$\{?\w+\}?")
 _SEPARATORS = {"|", "||", "&&", "&", ";"}
 _REDIRECTIONS = {">", ">>", "<"}

@@ -3,8 +3,7 @@
 
 import sys
 
-from megatron.early_exit.checkpoint.convert_command import main
-from megatron.early_exit.platform.command_line import run_program
+from megatron.early_exit.checkpoint.convert_command import run
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(run())

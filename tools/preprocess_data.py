@@ -3,9 +3,8 @@
 
 import sys
 
-from megatron.early_exit.data.preprocess import main
-from megatron.early_exit.platform.command_line import run_program
+from megatron.early_exit.data.preprocess import run
 
 # Worker processes may import this file again, so nothing runs without the guard.
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    sys.exit(run())

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron.early_exit.checkpoint.commands import exits, hugging_face, inspection, legacy, megatron
-from megatron.early_exit.platform.command_line import add_verbose_flag
+from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,3 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("convert_checkpoint.py: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def run() -> int:
+    """The console command `early-exit-convert`."""
+    return run_program(main)

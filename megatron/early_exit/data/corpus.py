@@ -7,7 +7,6 @@ another version gives another, so losses compare only within one.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import io
@@ -17,10 +16,12 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple
 
-from megatron.early_exit.platform.command_line import add_verbose_flag
+from megatron.early_exit.platform.command_line import run_program
+from megatron.early_exit.platform.program_flags import Parser, parse_flags, parser_of
 
 Content = Literal["all", "source", "prose"]
 
@@ -148,31 +149,42 @@ def _limited(documents: list[CorpusDocument], max_bytes: int | None) -> Iterator
         yield document
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="stdlib_corpus.py",
-        description="Write sources and documentation of Python's standard library, or of packages, as a JSONL corpus.",
-    )
-    parser.add_argument("--output", required=True, help="JSONL file to write")
-    parser.add_argument("--content", choices=get_args(Content), default="all", help="default: sources and prose")
-    parser.add_argument(
-        "--folder", metavar="DIR", help="another folder of Python sources, installed packages for instance"
-    )
-    parser.add_argument("--max-mb", type=float, help="stop at so many million bytes of text")
-    add_verbose_flag(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class CorpusFlags:
+    """Write sources and documentation of Python's standard library, or of packages, as a JSONL corpus."""
+
+    output: str
+    """JSONL file to write"""
+
+    content: Content = "all"
+    """default: sources and prose"""
+
+    folder: Annotated[str, "DIR"] | None = None
+    """another folder of Python sources, installed packages for instance"""
+
+    max_mb: float | None = None
+    """stop at so many million bytes of text"""
+
+
+def build_parser() -> Parser:
+    return parser_of(CorpusFlags, "stdlib_corpus.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit status."""
-    args = build_parser().parse_args(argv)
+    flags = parse_flags(build_parser(), CorpusFlags, argv)
     try:
-        summary = write_stdlib_corpus(args.output, content=args.content, max_mb=args.max_mb, library=args.folder)
+        summary = write_stdlib_corpus(flags.output, content=flags.content, max_mb=flags.max_mb, library=flags.folder)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    print(f"{args.output}: {summary.num_documents:,} documents, {summary.num_bytes / 1e6:.1f} MB of text")
+    print(f"{flags.output}: {summary.num_documents:,} documents, {summary.num_bytes / 1e6:.1f} MB of text")
     return 0
+
+
+def run() -> int:
+    """The console command `early-exit-stdlib-corpus`."""
+    return run_program(main)

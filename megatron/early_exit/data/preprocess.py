@@ -5,7 +5,6 @@ Run as `tools/preprocess_data.py`. Files appear under their final names only whe
 
 from __future__ import annotations
 
-import argparse
 import errno
 import fcntl
 import multiprocessing
@@ -20,11 +19,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import NamedTuple
 
 import numpy as np
 
-from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.data import DataConfig, TokenizerType
 from megatron.early_exit.data.chat_template import read_chat_template
 from megatron.early_exit.data.conversations import marked_conversation, messages_problem
 from megatron.early_exit.data.documents import (
@@ -40,9 +39,10 @@ from megatron.early_exit.data.documents import (
 from megatron.early_exit.data.loss_masks import HAS_LOSS, mask_prefix
 from megatron.early_exit.data.text_files import parse_json
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.early_exit.platform.command_line import add_verbose_flag
+from megatron.early_exit.platform.command_line import run_program
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.processes import die_with_parent
+from megatron.early_exit.platform.program_flags import Parser, parse_flags, parser_of
 
 # A chunk is what a worker gets at once: enough to hide the cost of sending it, little enough to keep progress smooth.
 CHUNK_DOCUMENTS = 256
@@ -514,45 +514,85 @@ def _check_keys_fit_format(config: PreprocessConfig, files: list[Path]) -> None:
         )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="preprocess_data.py", description="Tokenize JSONL or plain text into .bin/.idx files for --data-path."
+@dataclass(frozen=True, kw_only=True)
+class PreprocessFlags:
+    """Tokenize JSONL or plain text into .bin/.idx files for --data-path."""
+
+    input: tuple[str, ...]
+    """files, pipes, quoted patterns or folders, also .gz"""
+
+    output_prefix: str
+    """output is PREFIX_KEY_document.bin and .idx"""
+
+    tokenizer_type: TokenizerType = DataConfig.tokenizer_type
+    tokenizer_model: str | None = None
+    """folder (Hugging Face) or .model file (SentencePiece)"""
+
+    vocab_size: int | None = None
+    """number of ids, for NullTokenizer"""
+
+    json_keys: tuple[str, ...] = ("text",)
+    """keys to tokenize, each into files of its own"""
+
+    chat: bool = False
+    """lines hold conversations, {"messages": [{"role": "user", "content": "..."}, ...]}: the loss is on the answers
+    alone; output is PREFIX_messages_document.bin, .idx, .mask.bin and .mask.idx"""
+
+    chat_template: Path | None = None
+    """Jinja template, with --chat; default: the tokenizer's"""
+
+    append_eod: bool = False
+    """end every document with the end-of-document id"""
+
+    input_format: InputFormat = "auto"
+    """default: by content"""
+
+    split_by: SplitBy = "file"
+    """documents in a text file"""
+
+    workers: int = 1
+    """processes that tokenize"""
+
+    overwrite: bool = False
+    """replace existing output"""
+
+    log_interval_sec: float = 5.0
+    """seconds between progress lines"""
+
+
+def build_parser() -> Parser:
+    return parser_of(PreprocessFlags, "preprocess_data.py")
+
+
+def preprocess_config(flags: PreprocessFlags) -> PreprocessConfig:
+    """What the flags say. Raises ValueError or OSError."""
+    return PreprocessConfig(
+        input=flags.input,
+        output_prefix=flags.output_prefix,
+        data=DataConfig(
+            tokenizer_type=flags.tokenizer_type, tokenizer_model=flags.tokenizer_model, vocab_size=flags.vocab_size
+        ),
+        json_keys=flags.json_keys,
+        append_eod=flags.append_eod,
+        chat=flags.chat,
+        chat_template=None if flags.chat_template is None else read_chat_template(flags.chat_template),
+        input_format=flags.input_format,
+        split_by=flags.split_by,
+        workers=flags.workers,
+        overwrite=flags.overwrite,
+        log_interval_sec=flags.log_interval_sec,
     )
-    parser.add_argument("--input", nargs="+", required=True, help="files, pipes, quoted patterns or folders, also .gz")
-    parser.add_argument("--output-prefix", required=True, help="output is PREFIX_KEY_document.bin and .idx")
-    parser.add_argument("--tokenizer-type", default=DataConfig.tokenizer_type, choices=_tokenizer_types())
-    parser.add_argument("--tokenizer-model", help="folder (Hugging Face) or .model file (SentencePiece)")
-    parser.add_argument("--vocab-size", type=int, help="number of ids, for NullTokenizer")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys to tokenize, each into files of its own")
-    parser.add_argument(
-        "--chat", action="store_true",
-        help='lines hold conversations, {"messages": [{"role": "user", "content": "..."}, ...]}: the loss is on the '
-        "answers alone; output is PREFIX_messages_document.bin, .idx, .mask.bin and .mask.idx",
-    )  # fmt: skip
-    parser.add_argument("--chat-template", type=Path, help="Jinja template, with --chat; default: the tokenizer's")
-    parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document id")
-    parser.add_argument("--input-format", choices=get_args(InputFormat), default="auto", help="default: by content")
-    parser.add_argument("--split-by", choices=get_args(SplitBy), default="file", help="documents in a text file")
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
-    parser.add_argument("--log-interval-sec", type=float, default=5.0, help="seconds between progress lines")
-    add_verbose_flag(parser)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit status."""
-    args = vars(build_parser().parse_args(argv))
+    flags = parse_flags(build_parser(), PreprocessFlags, argv)
     # These become exceptions, so that temporary files are removed; nohup has SIGHUP ignored, and it stays so.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-    tokenizer_flags = {name: args.pop(name) for name in ("tokenizer_type", "tokenizer_model", "vocab_size")}
-    args |= {"input": tuple(args["input"]), "json_keys": tuple(args["json_keys"])}
     try:
-        if args["chat_template"] is not None:
-            args["chat_template"] = read_chat_template(args["chat_template"])
-        results = preprocess(PreprocessConfig(data=DataConfig(**tokenizer_flags), **args))
+        results = preprocess(preprocess_config(flags))
     except OSError as error:
         print(f"error: {in_words(error)}", file=sys.stderr)
         return 1
@@ -569,5 +609,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _tokenizer_types() -> tuple[Any, ...]:
-    return get_args(get_type_hints(DataConfig)["tokenizer_type"])
+def run() -> int:
+    """The console command `early-exit-preprocess`."""
+    return run_program(main)

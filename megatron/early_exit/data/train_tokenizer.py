@@ -5,15 +5,14 @@ Run as `tools/train_tokenizer.py`. Byte-level: every text can be encoded, there 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 from megatron.early_exit.data.documents import (
     InputFormat,
@@ -22,7 +21,8 @@ from megatron.early_exit.data.documents import (
     find_input_files,
     read_documents,
 )
-from megatron.early_exit.platform.command_line import add_verbose_flag
+from megatron.early_exit.platform.command_line import run_program
+from megatron.early_exit.platform.program_flags import Parser, parse_flags, parser_of
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB_SIZE = 257  # 256 bytes and the end of text
@@ -107,37 +107,65 @@ def _write_folder(tokenizer_json: str, output: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train_tokenizer.py", description="Train a byte-level BPE tokenizer and write it as a Hugging Face folder."
-    )
-    parser.add_argument("--input", nargs="+", required=True, help="files, pipes, quoted patterns or folders, also .gz")
-    parser.add_argument("--output", required=True, help="folder to write, for --tokenizer-model")
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, at least 257")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys of the JSON objects to train on")
-    parser.add_argument("--input-format", choices=get_args(InputFormat), default="auto", help="default: by content")
-    parser.add_argument("--split-by", choices=get_args(SplitBy), default="file", help="documents in a text file")
-    parser.add_argument("--overwrite", action="store_true", help="replace files in the output folder")
-    add_verbose_flag(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerFlags:
+    """Train a byte-level BPE tokenizer and write it as a Hugging Face folder."""
+
+    input: tuple[str, ...]
+    """files, pipes, quoted patterns or folders, also .gz"""
+
+    output: str
+    """folder to write, for --tokenizer-model"""
+
+    vocab_size: int
+    """number of ids, at least 257"""
+
+    json_keys: tuple[str, ...] = ("text",)
+    """keys of the JSON objects to train on"""
+
+    input_format: InputFormat = "auto"
+    """default: by content"""
+
+    split_by: SplitBy = "file"
+    """documents in a text file"""
+
+    overwrite: bool = False
+    """replace files in the output folder"""
+
+
+def build_parser() -> Parser:
+    return parser_of(TrainTokenizerFlags, "train_tokenizer.py")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit status."""
-    args = vars(build_parser().parse_args(argv))
-    asked = args["vocab_size"]
+    flags = parse_flags(build_parser(), TrainTokenizerFlags, argv)
     try:
-        sources, output, size = args.pop("input"), args.pop("output"), args.pop("vocab_size")
-        got = train_tokenizer(sources, output, size, show_progress=sys.stderr.isatty(), **args)
+        got = train_tokenizer(
+            flags.input,
+            flags.output,
+            flags.vocab_size,
+            json_keys=flags.json_keys,
+            input_format=flags.input_format,
+            split_by=flags.split_by,
+            overwrite=flags.overwrite,
+            show_progress=sys.stderr.isatty(),
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    if got < asked:
+    if got < flags.vocab_size:
         print(
-            f"warning: the corpus gave {got} of {asked} ids; use more text or a smaller --vocab-size", file=sys.stderr
+            f"warning: the corpus gave {got} of {flags.vocab_size} ids; use more text or a smaller --vocab-size",
+            file=sys.stderr,
         )
     print(f"{got} ids, {END_OF_TEXT} ends documents")
     return 0
+
+
+def run() -> int:
+    """The console command `early-exit-train-tokenizer`."""
+    return run_program(main)

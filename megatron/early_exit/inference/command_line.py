@@ -15,7 +15,7 @@ from megatron.early_exit.data.text_files import replace_surrogates, split_lines
 from megatron.early_exit.inference.model_flags import add_model_flags, check_torchrun, engine_settings
 from megatron.early_exit.inference.params import EXIT_SCORES
 from megatron.early_exit.inference.prompt_file import prompts_of_file
-from megatron.early_exit.platform.command_line import add_verbose_flag
+from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.world import world_size
 
@@ -148,6 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ExecutorError as error:
         print(f"generate.py: {error}", file=sys.stderr, flush=True)
         return 1
+
+
+def run() -> int:
+    """The console command `early-exit-generate`."""
+    return run_program(main)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.early_exit.config.errors import ConfigError
-from megatron.early_exit.platform.command_line import add_verbose_flag
+from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.schedules.cases import CASES, case_named, given_number, setup_from_flags
 from megatron.early_exit.schedules.comparison import (
     FILLED,
@@ -90,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"plan_pipeline.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def run() -> int:
+    """The console command `early-exit-plan`."""
+    return run_program(main)
 
 
 def _run(args: argparse.Namespace, flags: list[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.early_exit.inference.params import EXIT_SCORES
 from megatron.early_exit.inference.prompt_file import prompts_of_file
-from megatron.early_exit.platform.command_line import add_verbose_flag
+from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.server.client import Client, RequestFailed, ServerUnavailable
 from megatron.early_exit.server.client_sessions import MegatronSession, OpenAISession
@@ -88,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ServerUnavailable, ValueError) as error:
         print(f"{PROGRAM}: {in_words(error)}", file=sys.stderr, flush=True)
         return 2
+
+
+def run() -> int:
+    """The console command `early-exit-client`."""
+    return run_program(main)
 
 
 def _check(args: argparse.Namespace) -> None:
