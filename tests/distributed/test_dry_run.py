@@ -46,6 +46,10 @@ def built(cfg: RunConfig) -> tuple[int, list[int], int, int]:
     (2, {**PP2, **HEADS["untied_norm"]}),
     (2, {**PP2, "untie_embeddings_and_output_weights": True}),
     (2, {**PP2, "num_layers_per_virtual_pipeline_stage": 1}),
+    (2, {**PP2, "decoder_first_pipeline_num_layers": 1, **HEADS["untied_norm"]}),
+    (2, {**PP2, "num_layers": 7, "pipeline_model_parallel_layout": "Ett|t|t*3|tL", "exit_layer_nums": (3, 6)}),
+    (2, {"tune_exit": True, "pipeline_model_parallel_size": 3, "num_layers": 7, "pipeline_model_parallel_layout":
+         "Et|ttt|t*3L", **HEADS["untied_norm"]}),
     (1, {"tune_exit": True, **HEADS["mlp"]}),
     (2, {"tune_exit": True, **PP2, **HEADS["untied_norm"]}),
     (3, {"tune_exit": True, "pipeline_model_parallel_size": 4, "use_exit_norm": True}),

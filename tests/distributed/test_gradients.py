@@ -68,6 +68,47 @@ def test_layouts(layout: str) -> None:
     check(world_size, **settings)
 
 
+UNEVEN = {
+    # An exit that ends a stage, and one behind it on the same stage as the final head.
+    "pp2_first": (2, {**PP2, "decoder_first_pipeline_num_layers": 1, "exit_layer_nums": (1, 3)}),
+    "pp2_last": (2, {**PP2, "num_layers": 5, "decoder_last_pipeline_num_layers": 2, "exit_layer_nums": (1, 3)}),
+    # Both exits of one stage, which they begin.
+    "pp2_pre_exit": (2, {**PP2, "decoder_first_pipeline_num_layers": 1, "exit_layer_nums": (2, 3), "pre_exit": True}),
+    "pp4_ends": (4, {"pipeline_model_parallel_size": 4, "num_layers": 7, "decoder_first_pipeline_num_layers": 2,
+                     "decoder_last_pipeline_num_layers": 1, "exit_layer_nums": (2, 4, 7)}),
+    "pp4_layout": (4, {"pipeline_model_parallel_size": 4, "num_layers": 8, "exit_layer_nums": (1, 4, 5),
+                       "pipeline_model_parallel_layout": "Et|t*3|t|tttL"}),
+    "pp2_vp2": (2, {**PP2, "num_layers": 7, "exit_layer_nums": (2, 3, 6),
+                    "pipeline_model_parallel_layout": "Ett|t|t*3|tL"}),
+    "pp2_vp2_pre_exit": (2, {**PP2, "num_layers": 7, "exit_layer_nums": (3, 4, 7), "pre_exit": True,
+                             "pipeline_model_parallel_layout": "Ett|t|t*3|tL"}),
+    "tp2_pp2": (4, {**SP2, **PP2, "num_layers": 5, "decoder_first_pipeline_num_layers": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ["tied", "mixed_heads"])
+@pytest.mark.parametrize("layout", UNEVEN)
+def test_stages_of_different_sizes(layout: str, head: str) -> None:
+    world_size, settings = UNEVEN[layout]
+    count = len(settings.get("exit_layer_nums", (2, 3)))
+    heads = {} if head == "tied" else {
+        "use_exit_norm": (True, *(False,) * (count - 1)), "untie_exit_output_weights": (*(False,) * (count - 1), True),
+        "use_exit_block": (*(False,) * (count - 1), True),
+    }  # fmt: skip
+    check(world_size, **settings, **heads, exit_layer_weight=(0.3, 0.6, 0.2)[:count])
+
+
+@pytest.mark.parametrize("settings", [
+    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
+    {"overlap_grad_reduce": True},
+    {"calculate_per_token_loss": True, "untie_embeddings_and_output_weights": True},
+], ids=str)  # fmt: skip
+def test_stages_of_different_sizes_with_recomputation_and_reduction(settings: dict) -> None:
+    check(2, **UNEVEN["pp2_vp2"][1], **settings, exit_layer_weight=(0.3, 0.6, 0.2))
+    check(2, **UNEVEN["pp2_last"][1], **settings)
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("layout", ["single", "sp2", "pp2_vp2"])
 def test_head_types(layout: str, head: str) -> None:

@@ -53,8 +53,10 @@ def test_the_same_losses_and_weights_to_the_last_bit(
     assert file.stat().st_size == 48 * 12 * 32 * (2 if settings.get("bf16") else 4)
 
 
-@pytest.mark.parametrize(("world_size", "layout"), [(1, {}), (2, {}), (2, {"pipeline_model_parallel_size": 2})],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(("world_size", "layout"), [
+    (1, {}), (2, {}), (2, {"pipeline_model_parallel_size": 2}),
+    (2, {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1}),
+], ids=str)  # fmt: skip
 def test_a_number_of_samples_that_no_batch_divides(data: str, tmp_path: Path, world_size: int, layout: dict) -> None:
     base = base_model(data, tmp_path / "base", **HEADS["norm"])
     cache = {"cache_hidden_states": str(tmp_path / "cache")}

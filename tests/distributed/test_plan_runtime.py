@@ -25,11 +25,14 @@ from tests.distributed.workers import run_distributed
 from tests.reference import ReferenceBatch, ReferenceModel, make_batches
 
 
+def stages_of_layers(cfg: RunConfig) -> list[int]:
+    """The stage, chunks of ranks included, of every layer."""
+    return [stage for stage, count in enumerate(cfg.layers_per_stage) for _ in range(count)]
+
+
 def exit_stages(cfg: RunConfig) -> list[int]:
     """Stages, chunks of ranks included, that own exits."""
-    num_chunks = cfg.parallel.num_model_chunks(cfg.model.num_layers)
-    per_stage = cfg.model.num_layers // cfg.parallel.pipeline_model_parallel_size // num_chunks
-    return sorted({(layer - 1) // per_stage for layer in cfg.exits.exit_layer_nums})
+    return sorted({stages_of_layers(cfg)[layer - 1] for layer in cfg.exits.exit_layer_nums})
 
 
 class ReferenceWithCopies(ReferenceModel):
@@ -49,8 +52,8 @@ def expected_gradients(
 ) -> dict[str, Tensor]:
     """The objective of each stage's parameters, term by term: every microbatch and head that the plan brings there,
     each with the weight that makes the sum a mean."""
-    per_stage = cfg.model.num_layers // plan.num_stages
-    stage_of_head = [(layer - 1) // per_stage for layer in cfg.exits.exit_layer_nums] + [plan.num_stages - 1]
+    stages = stages_of_layers(cfg)
+    stage_of_head = [stages[layer - 1] for layer in cfg.exits.exit_layer_nums] + [plan.num_stages - 1]
     backwards = [set(plan.microbatches(stage, Kind.BACKWARD)) for stage in range(plan.num_stages)]
     fill_warmup = set(range(plan.num_microbatches, plan.num_microbatches + plan.num_fill_warmup))
     other = [len(numbers - fill_warmup) for numbers in backwards]  # N + C_s
@@ -72,7 +75,7 @@ def expected_gradients(
         objectives, _ = reference.losses(batch, iteration)
         for head, (objective, weight) in enumerate(zip(objectives, (*weights, 1.0), strict=True)):
             objective = objective * weight / batch.loss_mask.sum().clamp(min=1)
-            named = {name: (parameter, stage_of_parameter(name, per_stage, plan.num_stages)) for name, parameter in
+            named = {name: (parameter, stage_of_parameter(name, stages)) for name, parameter in
                      reference.params.items()}  # fmt: skip
             is_last = head == len(objectives) - 1
             if is_last or not cfg.exits.head_of(head).untied_output:
@@ -89,10 +92,10 @@ def expected_gradients(
     return gradients
 
 
-def stage_of_parameter(name: str, per_stage: int, num_stages: int) -> int:
+def stage_of_parameter(name: str, stages_of_layers: list[int]) -> int:
     if name.startswith("decoder.layers."):
-        return int(name.split(".")[2]) // per_stage
-    return 0 if name.startswith("embedding") else num_stages - 1
+        return stages_of_layers[int(name.split(".")[2])]
+    return 0 if name.startswith("embedding") else stages_of_layers[-1]
 
 
 def run_plan(cfg: RunConfig, plan: Plan, iterations: int = 1) -> None:
@@ -198,6 +201,19 @@ def test_interleaved(in_idle_time: bool) -> None:
     plan = interleaved(2, 2, 4)
     if in_idle_time:
         plan = with_exits_in_bubbles(plan, exit_stages(cfg))
+    run_distributed(2, run_plan, cfg=cfg, plan=plan, iterations=2)
+
+
+def test_stages_of_different_sizes() -> None:
+    """Exits in idle time and filled bubbles with one, three, one and two layers; and interleaved."""
+    cfg = config(4, num_layers=7, pipeline_model_parallel_layout="Et|ttt|t|ttL", exit_layer_nums=(1, 4),
+                 use_exit_norm=True)  # fmt: skip
+    times = PassTimes.by_layers(cfg.layers_per_stage, 3.0)
+    plan = with_exits_in_bubbles(with_filled_bubbles(4, 6, exit_stages(cfg), times), exit_stages(cfg))
+    assert plan.num_fill and exit_stages(cfg) == [0, 1] == list(cfg.exit_stages)
+    run_distributed(4, run_plan, cfg=cfg, plan=plan, iterations=2)
+    cfg = config(2, num_layers=7, pipeline_model_parallel_layout="Ett|t|t*3|tL", exit_layer_nums=(3, 6))
+    plan = with_exits_in_bubbles(interleaved(2, 2, 4), exit_stages(cfg))
     run_distributed(2, run_plan, cfg=cfg, plan=plan, iterations=2)
 
 

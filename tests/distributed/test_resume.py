@@ -17,6 +17,8 @@ from tests.distributed.workers import run_distributed
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 VP2 = {**PP2, "num_layers_per_virtual_pipeline_stage": 1}
+FIRST = {**PP2, "decoder_first_pipeline_num_layers": 1}
+LAST = {**PP2, "decoder_last_pipeline_num_layers": 1}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 BF16 = {"bf16": True}
 UNTIED = {"untie_embeddings_and_output_weights": True}
@@ -54,6 +56,21 @@ def test_same_layout_is_bit_equal(data: str, tmp_path: Path, settings: dict) -> 
     assert [r["iteration"] for r in expected] == [4, 5, 6]
 
 
+@pytest.mark.parametrize(("settings", "same"), [
+    ({**PP2, "decoder_first_pipeline_num_layers": 2}, PP2),
+    ({**PP2, "pipeline_model_parallel_layout": "Ett|ttL"}, PP2),
+    ({**PP2, "pipeline_model_parallel_layout": "Et|t|t|tL"}, VP2),
+], ids=str)  # fmt: skip
+def test_as_many_layers_on_every_stage_are_the_default(data: str, tmp_path: Path, settings: dict, same: dict) -> None:
+    digests = [
+        run_distributed(2, training_run, cfg=make_training_config(data, tmp_path / name, hidden_dropout=0.1, **layout))
+        for name, layout in (("given", settings), ("default", same))
+    ]
+    assert digests[0] == digests[1]
+    given, default = ([comparable(one) for one in records(tmp_path / name)] for name in ("given", "default"))
+    assert given == default
+
+
 @pytest.mark.parametrize(("common", "saved", "loaded"), [
     ({}, (2, PP2), (1, {})),
     ({}, (2, PP2), (2, TP2)),
@@ -64,6 +81,10 @@ def test_same_layout_is_bit_equal(data: str, tmp_path: Path, settings: dict) -> 
     (MIXED_HEADS, (2, TP2), (2, PP2)),
     (UNTIED, (2, TP2), (2, VP2)),
     (DISTRIBUTED, (2, {}), (2, PP2)),
+    ({"use_exit_norm": True}, (2, FIRST), (2, PP2)),
+    (MIXED_HEADS, (2, FIRST), (1, {})),
+    ({**UNTIED, "use_exit_norm": True}, (1, {}), (2, LAST)),
+    (DISTRIBUTED, (4, LAST), (2, FIRST)),
     (DISTRIBUTED, (4, PP2), (2, TP2)),
     (DISTRIBUTED, (2, VP2), (4, {**PP2})),
 ], ids=str)  # fmt: skip

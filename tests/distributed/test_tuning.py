@@ -42,6 +42,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one of two stages": (1, {"pipeline_model_parallel_size": 2, "exit_layer_nums": (1, 2)}),
     "two of two stages": (2, {"pipeline_model_parallel_size": 2}),
     "two of four stages": (2, {"pipeline_model_parallel_size": 4, "exit_layer_nums": (1, 2)}),
+    "two of two stages, the first with one layer": (
+        2,
+        {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1},
+    ),
+    "two of three stages, the last of them cut": (
+        2,
+        {"pipeline_model_parallel_size": 3, "num_layers": 7, "pipeline_model_parallel_layout": "Et|ttt|tttL"},
+    ),
     "three stages, two without exits": (3, {"pipeline_model_parallel_size": 4, "exit_layer_nums": (3,)}),
     "tp 2, two stages": (4, {**TP2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}),
     "two stages, dp 2": (4, {"pipeline_model_parallel_size": 2}),

@@ -188,18 +188,20 @@ REFUSED = (
     *_refuse("the data loader is Megatron's `single` one", "--dataloader-type", harmless_values=("single",)),
     *_refuse("the name is --num-layers-per-virtual-pipeline-stage", "--num-layers-per-stage"),
     *_refuse(
-        "give the layers of one chunk with --num-layers-per-virtual-pipeline-stage",
+        "give the layers of one chunk with --num-layers-per-virtual-pipeline-stage, or of every chunk with"
+        " --pipeline-model-parallel-layout",
         "--num-virtual-stages-per-pipeline-rank",
     ),
     *_refuse(
-        "all stages own equally many layers",
-        "--decoder-first-pipeline-num-layers",
-        "--decoder-last-pipeline-num-layers",
-        "--pipeline-model-parallel-layout",
+        "the embedding and the loss count as no layers; give fewer layers to the first or the last stage with"
+        " --decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers",
         "--account-for-*",
-        "--standalone-embedding-stage",
-        "--pipeline-model-parallel-split-rank",
     ),
+    *_refuse(
+        "every stage has a layer: the first one has the embedding, the last one the loss",
+        "--standalone-embedding-stage",
+    ),
+    *_refuse("a GPT has one stack of layers, without an encoder", "--pipeline-model-parallel-split-rank"),
     *_refuse(
         "parameters are gathered after the optimizer step: core waits for a gather when a module runs, and exits use"
         " output weights in the backward pass without running their module",

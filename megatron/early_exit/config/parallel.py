@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from megatron.early_exit.config.layer_split import split_layers
 from megatron.early_exit.config.ranges import Bound, PositiveInt
 
 _MINUTES_OF_A_YEAR = 366 * 24 * 60
@@ -33,6 +34,16 @@ class ParallelConfig:
 
     num_layers_per_virtual_pipeline_stage: PositiveInt | None = None
     """Layers of one model chunk: more than one chunk per rank gives the interleaved schedule."""
+
+    decoder_first_pipeline_num_layers: PositiveInt | None = None
+    """Layers of the first pipeline stage. The stages between the first and the last share the rest equally."""
+
+    decoder_last_pipeline_num_layers: PositiveInt | None = None
+    """Layers of the last pipeline stage. The stages between the first and the last share the rest equally."""
+
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of every pipeline stage, or with several model chunks per rank of every chunk: such as Et*7|(t*8|)*2t*7L,
+    in which | divides stages, E is the embedding, t a layer, L the loss, and *8 repeats."""
 
     sequence_parallel: bool = False
     """Share norms and dropout along the sequence among tensor-parallel ranks."""
@@ -67,10 +78,26 @@ class ParallelConfig:
         return self.tune_exit_pipeline_parallel_size or self.pipeline_model_parallel_size
 
     def num_model_chunks(self, num_layers: int) -> int:
-        """Model chunks on each pipeline rank (1 without interleaving)."""
-        if self.num_layers_per_virtual_pipeline_stage is None:
-            return 1
-        return num_layers // self.pipeline_model_parallel_size // self.num_layers_per_virtual_pipeline_stage
+        """Model chunks on each pipeline rank (1 without interleaving). Errors as of `layers_per_stage`."""
+        return len(self.layers_per_stage(num_layers)) // self.pipeline_model_parallel_size
+
+    def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of every stage (of every model chunk, in the order of the layers) of a model of `num_layers`.
+
+        Raises ValueError with the flags that do not fit."""
+        return split_layers(
+            num_layers, self.pipeline_model_parallel_size, per_chunk=self.num_layers_per_virtual_pipeline_stage,
+            first=self.decoder_first_pipeline_num_layers, last=self.decoder_last_pipeline_num_layers,
+            layout=self.pipeline_model_parallel_layout,
+        )  # fmt: skip
+
+    def split_problem(self, num_layers: int) -> str | None:
+        """Why layers cannot be split over the stages as these settings say; None if they can."""
+        try:
+            self.layers_per_stage(num_layers)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model in a world of `world_size` ranks."""

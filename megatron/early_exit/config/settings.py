@@ -10,6 +10,7 @@ from megatron.early_exit.config.checkpoint import CheckpointConfig
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.layer_split import layer_numbers
 from megatron.early_exit.config.logging import LoggingConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.optimization import Dtype, OptimizerConfig, TrainingConfig
@@ -49,9 +50,13 @@ class BuildConfig:
         return not self.tunes_exits or (self.distillation_share > 0 and runs_all_stages)
 
     @property
-    def layers_per_stage(self) -> int:
-        """Layers of each pipeline stage; of the last one that is tuned, at most so many."""
-        return self.model.num_layers // self.parallel.pipeline_model_parallel_size
+    def stage_layers(self) -> tuple[range, ...]:
+        """Numbers, from 1, of the layers of every stage that is built; with interleaving of every model chunk. Under
+        tuning the last one ends with the last exit."""
+        numbers = layer_numbers(self.parallel.layers_per_stage(self.model.num_layers))
+        num_stages = self.parallel.num_stages * self.parallel.num_model_chunks(self.model.num_layers)
+        last = self.num_built_layers
+        return tuple(range(layers.start, min(layers.stop, last + 1)) for layers in numbers[:num_stages])
 
 
 @dataclass(frozen=True)
@@ -87,14 +92,16 @@ class RunSettings:
         return self.model.max_position_embeddings or self.training.seq_length
 
     @property
-    def layers_per_stage(self) -> int:
-        """Layers of each pipeline stage; of the last one that is tuned, at most so many."""
-        return self.build.layers_per_stage
+    def layers_per_stage(self) -> tuple[int, ...]:
+        """Layers of every pipeline stage (with interleaving of every model chunk), in order. Raises ValueError if they
+        cannot be split as the settings say, which `RunConfig` has checked; so do the properties that follow."""
+        return self.parallel.layers_per_stage(self.model.num_layers)
 
     @property
     def num_stages_with_exits(self) -> int:
         """Pipeline stages up to the one with the last exit."""
-        return -(-self.exits.exit_layer_nums[-1] // self.layers_per_stage)
+        last = self.exits.exit_layer_nums[-1]
+        return sum(layers.start <= last for layers in layer_numbers(self.layers_per_stage))
 
     @property
     def num_tuning_stages(self) -> int:
@@ -105,8 +112,8 @@ class RunSettings:
     @property
     def exit_stages(self) -> tuple[int, ...]:
         """Pipeline stages that own exits, counted from 0; with interleaving those of model chunks."""
-        per_stage = self.layers_per_stage // self.parallel.num_model_chunks(self.model.num_layers)
-        return tuple(sorted({(layer - 1) // per_stage for layer in self.exits.exit_layer_nums}))
+        stages = enumerate(layer_numbers(self.layers_per_stage))
+        return tuple(stage for stage, layers in stages if set(layers) & set(self.exits.exit_layer_nums))
 
     def describe(self, vocab_size: int, present: ModelDescription | None = None) -> ModelDescription:
         """The model of this run. vocab_size: ids of its tokenizer. present: the model that it starts from, whose number
@@ -146,6 +153,6 @@ def normalised(cfg: Settings, warn: Callable[[str], None]) -> Settings:
 def with_tuned_stages(cfg: Settings) -> Settings:
     """`cfg`, which has --tune-exit, with the number of stages that run filled in where it is left open."""
     given = cfg.parallel.tune_exit_pipeline_parallel_size
-    if given is not None or not cfg.exits.num_exits or cfg.layers_per_stage < 1:
+    if given is not None or not cfg.exits.num_exits or cfg.parallel.split_problem(cfg.model.num_layers):
         return cfg
     return replace(cfg, parallel=replace(cfg.parallel, tune_exit_pipeline_parallel_size=cfg.num_tuning_stages))

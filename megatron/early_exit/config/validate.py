@@ -16,7 +16,7 @@ from megatron.early_exit.config.checks.data import data_problems
 from megatron.early_exit.config.checks.exits import exit_problems, exit_warnings
 from megatron.early_exit.config.checks.files import missing_inputs, output_problems
 from megatron.early_exit.config.checks.layout import (
-    has_equal_stages,
+    has_stages,
     layout_problems,
     layout_warnings,
     stage_problems,
@@ -40,9 +40,9 @@ def check(cfg: RunSettings) -> None:
     """Raise ConfigError with what contradicts itself in `cfg`, whatever the number of ranks, files and data."""
     found = list(range_problems(cfg))
     if not found:  # what follows divides by sizes
-        found += model_problems(cfg)
-        if has_equal_stages(cfg):
-            found += [*stage_problems(cfg), *plan_problems(cfg)]
+        found += [*model_problems(cfg), *stage_problems(cfg)]
+        if has_stages(cfg):
+            found += plan_problems(cfg)
     _raise_if([*found, *exit_problems(cfg), *precision_problems(cfg), *logging_problems(cfg)])
 
 
@@ -64,9 +64,9 @@ def problems(cfg: RunSettings, world_size: int) -> list[str]:
         *logging_problems(cfg),
     ]
     if not ranges:  # what follows divides by sizes
-        found += [*model_problems(cfg), *layout_problems(cfg, world_size)]
-        if has_equal_stages(cfg):
-            found += [*stage_problems(cfg), *plan_problems(cfg), *tuning_problems(cfg, world_size)]
+        found += [*model_problems(cfg), *layout_problems(cfg, world_size), *stage_problems(cfg)]
+        if has_stages(cfg):
+            found += [*plan_problems(cfg), *tuning_problems(cfg, world_size)]
         found += [*batch_problems(cfg, world_size), *schedule_problems(cfg)]
     return found
 

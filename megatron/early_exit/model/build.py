@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron.early_exit.config.layer_split import layout_text
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.optimization import Dtype
 from megatron.early_exit.config.run import RunConfig
@@ -69,14 +70,10 @@ def params_dtype(config: RunConfig) -> torch.dtype:
 def transformer_config(config: BuildConfig) -> TransformerConfig:
     """Core's config for these settings on this machine."""
     model, parallel, dtype = config.model, config.parallel, TORCH_DTYPES[config.dtype]
-    num_chunks = parallel.num_model_chunks(model.num_layers)
-    num_layers, cuda = config.num_built_layers, use_cuda()
-    # Under tuning the last stage ends with the last exit.
-    in_last_stage = num_layers - (parallel.num_stages - 1) * config.layers_per_stage
-    is_uneven = parallel.num_stages > 1 and in_last_stage != config.layers_per_stage
+    num_chunks, cuda = parallel.num_model_chunks(model.num_layers), use_cuda()
     return TransformerConfig(
-        num_layers=num_layers,
-        num_layers_in_last_pipeline_stage=in_last_stage if is_uneven else None,
+        num_layers=config.num_built_layers,
+        pipeline_model_parallel_layout=_layout([len(layers) for layers in config.stage_layers]),
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_size,
         num_attention_heads=model.num_attention_heads,
@@ -116,6 +113,11 @@ def transformer_config(config: BuildConfig) -> TransformerConfig:
         bias_dropout_fusion=cuda,
         masked_softmax_fusion=False,
     )
+
+
+def _layout(layers_per_stage: Sequence[int]) -> str | None:
+    """Core's text for stages of different sizes; None where all are alike."""
+    return layout_text(layers_per_stage) if len(set(layers_per_stage)) > 1 else None
 
 
 def _activation(model: ModelConfig) -> Callable[[Tensor], Tensor]:

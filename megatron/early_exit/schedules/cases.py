@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.flags import parse_run_config
+from megatron.early_exit.config.layer_split import layout_text
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.config.settings import with_tuned_stages
 from megatron.early_exit.config.yaml_files import read_yaml
@@ -44,15 +44,23 @@ class Case:
     """Training's flags."""
     world_size: int
     gpu: str
-    layers_per_stage: tuple[int, ...] | None = None
-    """Layers of every stage; default: as training splits them."""
+    split: str = ""
+    """Flags for other layers on some stages; left out where other layers or stages are asked for."""
 
     def flags_with(self, more: Sequence[str]) -> list[str]:
         """The case's flags and more, which win. Other exit layers are taken without the case's --pre-exit."""
-        own = self.flags.split()
-        if any(flag.partition("=")[0] == "--exit-layer-nums" for flag in more):
+        given = {flag.partition("=")[0] for flag in more}
+        own = [] if given & _OTHER_SPLIT else self.split.split()
+        own += self.flags.split()
+        if "--exit-layer-nums" in given:
             own = [flag for flag in own if flag != "--pre-exit"]
         return [*own, *more]
+
+
+_OTHER_SPLIT = {
+    "--num-layers", "--pipeline-model-parallel-size", "--pipeline-model-parallel-layout",
+    "--num-layers-per-virtual-pipeline-stage",
+}  # fmt: skip
 
 
 CASES = {
@@ -88,7 +96,7 @@ CASES = {
         f"{_LLAMA3} --num-layers 126 --hidden-size 16384 --ffn-hidden-size 53248 --num-attention-heads 128 "
         "--pipeline-model-parallel-size 16 --global-batch-size 256 --exit-layer-nums 32 64 "
         "--recompute-granularity full --recompute-method block --recompute-num-layers 5",
-        1024, "H100-80GB", (7,) + (8,) * 14 + (7,),
+        1024, "H100-80GB", "--decoder-first-pipeline-num-layers 7 --decoder-last-pipeline-num-layers 7",
     ),
 }  # fmt: skip
 
@@ -104,7 +112,7 @@ def case_named(name: str) -> Case:
 def setup_of_case(name: str, more_flags: Sequence[str] = ()) -> Setup:
     """more_flags: of training; they win over the case's."""
     case = case_named(name)
-    return setup_from_flags(case.flags_with(more_flags), case.world_size, case.gpu, case.layers_per_stage)
+    return setup_from_flags(case.flags_with(more_flags), case.world_size, case.gpu)
 
 
 def setup_from_flags(
@@ -116,15 +124,19 @@ def setup_from_flags(
 ) -> Setup:
     """The setup that training's flags describe; those for data, length and learning rate can be left out.
 
-    layers_per_stage: default as training splits them, evenly. Raises ValueError (ConfigError for flags)."""
+    layers_per_stage: default as the flags split them. Raises ValueError (ConfigError for flags)."""
     words = [*_unneeded(flags), *flags]
-    given = tuple(layers_per_stage) if layers_per_stage is not None else None
-    warnings: list[str] = []
-    if given is None:
-        config = parse_run_config(words, world_size=world_size, warn=warnings.append)
-    else:
-        config = _with_layers(words, world_size, given)
-    return Setup.of(_with_vocabulary(config), world_size, gpu_named(gpu), given, assumptions)
+    if layers_per_stage is not None:
+        words += layout_flags(layers_per_stage)
+    config = parse_run_config(words, world_size=world_size, warn=_ignore)
+    return Setup.of(_with_vocabulary(config), world_size, gpu_named(gpu), assumptions)
+
+
+def layout_flags(layers_per_stage: Sequence[int]) -> list[str]:
+    """Flags of training for these layers of every stage. Raises ValueError for a stage without layers."""
+    if min(layers_per_stage) < 1:
+        raise ValueError(f"layers per stage {' '.join(map(str, layers_per_stage))}: every stage needs a layer")
+    return ["--pipeline-model-parallel-layout", layout_text(layers_per_stage)]
 
 
 def _unneeded(flags: Sequence[str]) -> list[str]:
@@ -153,38 +165,6 @@ def _flags_of_file(flags: Sequence[str]) -> set[str]:
     return {"--" + name.replace("_", "-") for name in found}
 
 
-def _with_layers(words: list[str], world_size: int, layers_per_stage: tuple[int, ...]) -> RunConfig:
-    """Settings of an uneven pipeline: checked as an even one with as many layers on every stage as the largest has."""
-    total, stages = sum(layers_per_stage), len(layers_per_stage)
-    shown = f"--layers-per-stage {_words(layers_per_stage)}"
-    num_ranks, num_layers = (
-        given_number(words, f"--{name}") for name in ("pipeline-model-parallel-size", "num-layers")
-    )
-    problems = []
-    if num_layers and num_layers != total:
-        problems.append(f"{shown}: {total} layers, not --num-layers {num_layers}")
-    if stages % (num_ranks or 1):
-        problems.append(f"{shown}: {stages} stages, no multiple of --pipeline-model-parallel-size {num_ranks}")
-    if min(layers_per_stage) < 1:
-        problems.append(f"{shown}: every stage needs a layer")
-    if problems:
-        raise ConfigError(problems)
-    stand_in = max(layers_per_stage) * stages
-    unchecked = parse_run_config([*words, "--num-layers", str(stand_in)], world_size=world_size, warn=_ignore)
-    chunks = unchecked.parallel.num_model_chunks(stand_in)
-    if stages != unchecked.parallel.pipeline_model_parallel_size * chunks:
-        problems.append(
-            f"{shown}: {stages} stages, not --pipeline-model-parallel-size "
-            f"{unchecked.parallel.pipeline_model_parallel_size} x {chunks} chunks on a rank"
-        )
-    outside = [layer for layer in unchecked.exits.exit_layer_nums if layer > total]
-    if outside:
-        problems.append(f"--exit-layer-nums: no layer {_words(outside)}; there are {total}")
-    if problems:
-        raise ConfigError(problems)
-    return replace(unchecked, model=replace(unchecked.model, num_layers=total))
-
-
 def given_number(words: Sequence[str], flag: str) -> int | None:
     """The last value of a flag, if it is given here and is a number."""
     values = [value for name, value in itertools.pairwise(words) if name == flag]
@@ -195,10 +175,6 @@ def given_number(words: Sequence[str], flag: str) -> int | None:
 def _with_vocabulary(config: RunConfig) -> ResolvedConfig:
     size = (config.data.vocab_size or VOCAB_SIZE - 1) + 1  # NullTokenizer has an id beyond, for the end of a document
     return (with_tuned_stages(config) if config.training.tune_exit else config).resolved(size)
-
-
-def _words(values: Sequence[int]) -> str:
-    return " ".join(map(str, values))
 
 
 def _ignore(message: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.layer_split import layer_numbers, layout_text
 from megatron.early_exit.config.pipeline import PipelineConfig
 from megatron.early_exit.config.run import ResolvedConfig
 from megatron.early_exit.schedules.builders import (
@@ -19,9 +20,7 @@ from megatron.early_exit.schedules.cost_model import (
     DEFAULT_ASSUMPTIONS,
     Assumptions,
     Gpu,
-    even_layers,
     model_costs,
-    stage_layers,
     stages_with_early_exits,
 )
 from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
@@ -41,8 +40,6 @@ class Setup:
     world_size: int
     """GPUs."""
     gpu: Gpu
-    layers_per_stage: tuple[int, ...]
-    """Layers of every stage (model chunk), in order."""
     num_microbatches: int
     """Microbatches of one iteration, on each replica of the model."""
     assumptions: Assumptions = DEFAULT_ASSUMPTIONS
@@ -53,26 +50,30 @@ class Setup:
         config: ResolvedConfig,
         world_size: int,
         gpu: Gpu,
-        layers_per_stage: Sequence[int] | None = None,
         assumptions: Assumptions = DEFAULT_ASSUMPTIONS,
     ) -> Setup:
-        """The setup of a run, by default with layers split as training splits them. Raises ValueError."""
+        """The setup of a run."""
         training, replicas = config.training, config.parallel.data_parallel_size(world_size)
         batch = training.global_batch_size or training.micro_batch_size * replicas
-        layers = tuple(layers_per_stage) if layers_per_stage is not None else even_layers(config)
-        return cls(config, world_size, gpu, layers, batch // (training.micro_batch_size * replicas), assumptions)
+        return cls(config, world_size, gpu, batch // (training.micro_batch_size * replicas), assumptions)
 
     @property
     def num_ranks(self) -> int:
         return self.config.parallel.pipeline_model_parallel_size
 
     @property
-    def stage_layers(self) -> list[tuple[int, ...]]:
-        return stage_layers(self.layers_per_stage)
+    def layers_per_stage(self) -> tuple[int, ...]:
+        """Layers of every stage (model chunk), in order."""
+        return self.config.layers_per_stage
+
+    @property
+    def stage_layers(self) -> tuple[range, ...]:
+        """Numbers, from 1, of the layers of every stage."""
+        return layer_numbers(self.layers_per_stage)
 
     @cached_property
     def costs(self) -> tuple[StageCosts, ...]:
-        return tuple(model_costs(self.config, self.world_size, self.gpu, self.layers_per_stage, self.assumptions))
+        return tuple(model_costs(self.config, self.world_size, self.gpu, self.assumptions))
 
     @cached_property
     def plain_costs(self) -> tuple[StageCosts, ...]:
@@ -83,7 +84,16 @@ class Setup:
     @property
     def early_exit_stages(self) -> list[int]:
         """Stages whose exits can run before the backward."""
-        return stages_with_early_exits(self.config, self.layers_per_stage)
+        return stages_with_early_exits(self.config)
+
+    def with_layers(self, layers_per_stage: Sequence[int]) -> Setup:
+        """The same with other layers on every stage. Raises ConfigError if training cannot have them so."""
+        parallel = replace(
+            self.config.parallel, pipeline_model_parallel_layout=layout_text(layers_per_stage),
+            num_layers_per_virtual_pipeline_stage=None, decoder_first_pipeline_num_layers=None,
+            decoder_last_pipeline_num_layers=None,
+        )  # fmt: skip
+        return replace(self, config=replace(self.config, parallel=parallel))
 
     def with_num_microbatches(self, num_microbatches: int) -> Setup:
         return replace(self, num_microbatches=num_microbatches)

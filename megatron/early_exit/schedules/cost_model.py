@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron.early_exit.config.layer_split import layer_numbers
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.model import sizes
 from megatron.early_exit.schedules.stage_costs import StageCosts
@@ -80,30 +81,12 @@ def gpu_named(name: str) -> Gpu:
     return by_name[name.lower()]
 
 
-def even_layers(config: RunConfig) -> tuple[int, ...]:
-    """Layers of every stage as training splits them. Raises ValueError if they cannot be split evenly."""
-    num_layers, num_ranks = config.model.num_layers, config.parallel.pipeline_model_parallel_size
-    per_stage = config.parallel.num_layers_per_virtual_pipeline_stage or num_layers // num_ranks
-    if num_layers % num_ranks or (num_layers // num_ranks) % per_stage:
-        raise ValueError(
-            f"{num_layers} layers cannot be split evenly over {num_ranks} ranks in chunks of {per_stage or 'any'} "
-            "layers; give the layers of every stage"
-        )
-    return (per_stage,) * (num_layers // per_stage)
-
-
-def stage_layers(layers_per_stage: Sequence[int]) -> list[tuple[int, ...]]:
-    """Numbers of the layers of every stage, from 1."""
-    ends = [sum(layers_per_stage[: stage + 1]) for stage in range(len(layers_per_stage))]
-    return [tuple(range(end - count + 1, end + 1)) for end, count in zip(ends, layers_per_stage)]
-
-
-def stages_with_early_exits(config: RunConfig, layers_per_stage: Sequence[int]) -> list[int]:
+def stages_with_early_exits(config: RunConfig) -> list[int]:
     """Stages whose exits can all run before the backward: their hidden states exist after the forward.
 
     Inside recomputed layers they do not; at either end of a stage they always do."""
     found = []
-    for stage, layers in enumerate(stage_layers(layers_per_stage)):
+    for stage, layers in enumerate(layer_numbers(config.layers_per_stage)):
         exits = [layer for layer in layers if layer in config.exits.exit_layer_nums]
         num_recomputed = sizes.num_recomputed_layers(config, len(layers))
         is_kept = [
@@ -117,24 +100,11 @@ def stages_with_early_exits(config: RunConfig, layers_per_stage: Sequence[int]) 
 
 
 def model_costs(
-    config: ResolvedConfig,
-    world_size: int,
-    gpu: Gpu,
-    layers_per_stage: Sequence[int] | None = None,
-    assumptions: Assumptions = DEFAULT_ASSUMPTIONS,
+    config: ResolvedConfig, world_size: int, gpu: Gpu, assumptions: Assumptions = DEFAULT_ASSUMPTIONS
 ) -> list[StageCosts]:
-    """Costs of every stage (model chunk) of `config`.
-
-    world_size: GPUs. layers_per_stage: default as training splits them. Raises ValueError."""
-    counts = tuple(layers_per_stage) if layers_per_stage is not None else even_layers(config)
-    num_ranks = config.parallel.pipeline_model_parallel_size
-    if sum(counts) != config.model.num_layers or min(counts) < 0 or len(counts) % num_ranks:
-        raise ValueError(
-            f"layers per stage {' '.join(map(str, counts))}: must be {config.model.num_layers} together, on a multiple "
-            f"of {num_ranks} stages"
-        )
+    """Costs of every stage (model chunk) of `config`. world_size: GPUs."""
     model = _CostModel(config, world_size, gpu, assumptions)
-    layers = stage_layers(counts)
+    layers = layer_numbers(config.layers_per_stage)
     return [model.stage(own, stage == 0, stage == len(layers) - 1) for stage, own in enumerate(layers)]
 
 

@@ -62,6 +62,13 @@ class PassTimes:
         return cls((1.0,) * num_stages, (float(backward_forward_ratio),) * num_stages)
 
     @classmethod
+    def by_layers(cls, layers_per_stage: Sequence[int], backward_forward_ratio: float = 2.0) -> PassTimes:
+        """Stages whose times go with their layers; a forward takes 1 on the average."""
+        mean = sum(layers_per_stage) / len(layers_per_stage)
+        forward = tuple(count / mean for count in layers_per_stage)
+        return cls(forward, tuple(time * backward_forward_ratio for time in forward))
+
+    @classmethod
     def from_costs(cls, costs: Sequence[StageCosts]) -> PassTimes:
         """Times from the costs of all stages, exits in the backward."""
         return cls(

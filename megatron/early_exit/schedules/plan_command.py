@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
-from megatron.early_exit.schedules.cases import CASES, case_named, given_number, setup_from_flags
+from megatron.early_exit.schedules.cases import CASES, case_named, given_number, layout_flags, setup_from_flags
 from megatron.early_exit.schedules.comparison import (
     FILLED,
     IN_BACKWARD,
@@ -24,7 +24,7 @@ from megatron.early_exit.schedules.comparison import (
 )
 from megatron.early_exit.schedules.cost_model import GPUS, Assumptions
 from megatron.early_exit.schedules.draw import check_outputs, draw_timelines
-from megatron.early_exit.schedules.planner import choose
+from megatron.early_exit.schedules.planner import Choice, choose
 from megatron.early_exit.schedules.stage_costs import StageCosts, exit_stages, read_costs, write_costs
 
 GIB = 2**30
@@ -127,6 +127,7 @@ def _plan_model(args: argparse.Namespace, flags: list[str]) -> None:
             "fullest rank, against plain GPT with the layers that were given; the table is against plain GPT with the "
             "chosen ones."
         )
+        print(f"\nTo train it so: {' '.join(choice.training_flags)}{_not_in_training(choice)}")
     print("\n" + rank_table(variants[-1], setup))
     print("\n" + variant_table(variants))
     full = max(variants[-1].peak_bytes)
@@ -140,16 +141,21 @@ def _plan_model(args: argparse.Namespace, flags: list[str]) -> None:
     )
 
 
+def _not_in_training(choice: Choice) -> str:
+    """What of a choice training cannot do yet."""
+    if not choice.exits_in_idle_time or choice.trains_exits_in_idle_time:
+        return ""
+    return "\n(Training runs exits in the backward, not in idle time, with --recompute-granularity full.)"
+
+
 def _drawn(setup: Setup) -> list[Variant]:
     return [tuning_variant(setup)] if setup.config.training.tune_exit else compare(setup)
 
 
 def _setup(args: argparse.Namespace, flags: list[str]) -> Setup:
     case = case_named(args.case) if args.case else None
-    given_layers = args.layers_per_stage or (case.layers_per_stage if case else None)
-    is_overridden = any(word.startswith(("--num-layers", "--pipeline-model-parallel-size")) for word in flags)
-    if case and is_overridden and not args.layers_per_stage:
-        given_layers = None
+    if args.layers_per_stage:
+        flags = [*flags, *layout_flags(args.layers_per_stage)]
     words = case.flags_with(flags) if case else flags
     needed = {"--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length"}
     missing = sorted(needed - {word.partition("=")[0] for word in words})
@@ -157,9 +163,8 @@ def _setup(args: argparse.Namespace, flags: list[str]) -> Setup:
         raise ValueError(f"no {', '.join(missing)}: describe the model with flags of training, or name a --case")
     world_size = args.world_size or (case.world_size if case else _one_replica(words))
     assumptions = Assumptions(**{name: getattr(args, name) for name in vars(Assumptions())})
-    setup = setup_from_flags(
-        words, world_size, args.gpu or (case.gpu if case else "H100-80GB"), given_layers, assumptions
-    )
+    gpu = args.gpu or (case.gpu if case else "H100-80GB")
+    setup = setup_from_flags(words, world_size, gpu, assumptions=assumptions)
     return setup.with_num_microbatches(args.num_microbatches) if args.num_microbatches else setup
 
 

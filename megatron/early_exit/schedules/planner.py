@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from megatron.early_exit.config.layer_split import split_flags
 from megatron.early_exit.schedules.comparison import (
     FREE,
     Setup,
@@ -48,6 +49,21 @@ class Choice:
     def memory_overhead(self) -> float:
         """Memory of the rank that needs most, against plain GPT's that needs most."""
         return max(self.variant.peak_bytes) / max(self.plain.peak_bytes) - 1
+
+    @property
+    def training_flags(self) -> list[str]:
+        """Flags of training that differ with the choice: exits, layers of every stage, and what runs in idle time."""
+        config, num_ranks = self.setup.config, self.setup.num_ranks
+        exits = ["--exit-layer-nums", *map(str, config.exits.exit_layer_nums)]
+        exits.append("--pre-exit" if config.exits.pre_exit else "--no-pre-exit")
+        idle = ["--exits-in-bubbles"] if self.exits_in_idle_time and self.trains_exits_in_idle_time else []
+        fill = ["--fill-explicit-bubbles"] if self.num_fill_warmup + self.num_fill_cooldown else []
+        return [*exits, *split_flags(self.setup.layers_per_stage, num_ranks), *idle, *fill]
+
+    @property
+    def trains_exits_in_idle_time(self) -> bool:
+        """Whether training can run the exits in idle time; it does not where all layers may be recomputed."""
+        return self.setup.config.parallel.recompute_granularity != "full"
 
 
 def choose(setup: Setup, is_uneven_allowed: bool = True) -> Choice:
@@ -149,8 +165,8 @@ def _choose_layers(setup: Setup) -> tuple[Setup, str]:
     improved = True
     while improved:
         improved = False
-        for counts in _one_layer_moved(best.setup):
-            candidate = _Candidate.of(replace(setup, layers_per_stage=counts))
+        for counts in _layers_moved(best.setup):
+            candidate = _Candidate.of(setup.with_layers(counts))
             fits = candidate.peak_bytes <= max(start.peak_bytes, setup.gpu.memory_bytes)
             if fits and candidate.iteration_sec < best.iteration_sec * (1 - 1e-6):
                 best, improved = candidate, True
@@ -188,17 +204,19 @@ class _Candidate:
         return cls(setup, seconds, max(more.peak_bytes))
 
 
-def _one_layer_moved(setup: Setup) -> Iterator[tuple[int, ...]]:
-    """Splits with one layer less on the slowest stage, the least busy stage's first."""
-    counts = setup.layers_per_stage
+def _layers_moved(setup: Setup) -> Iterator[tuple[int, ...]]:
+    """Splits with one layer less on the slowest stage (or one recomputed group, which is not divided), the least busy
+    stage's first."""
+    counts, parallel = setup.layers_per_stage, setup.config.parallel
     by_busy = sorted(range(len(counts)), key=lambda stage: _busy_sec(setup, stage))
     source = by_busy[-1]
-    if counts[source] < 2:
+    step = parallel.recompute_num_layers or 1 if parallel.recompute_method == "uniform" else 1
+    if counts[source] <= step:
         return
     for target in by_busy[:-1]:
         moved = list(counts)
-        moved[source] -= 1
-        moved[target] += 1
+        moved[source] -= step
+        moved[target] += step
         yield tuple(moved)
 
 

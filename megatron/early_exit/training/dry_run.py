@@ -36,11 +36,8 @@ class StageEstimate:
 
 def stages(config: ResolvedConfig, world_size: int) -> list[StageEstimate]:
     """Estimates of all stages."""
-    num_chunks, num_stages = config.parallel.num_model_chunks(config.model.num_layers), config.parallel.num_stages
-    per_chunk = config.layers_per_stage // num_chunks
-    starts = range(1, config.build.num_built_layers + 1, per_chunk)
-    chunks = [tuple(range(start, min(start + per_chunk, config.build.num_built_layers + 1))) for start in starts]
-    return [_stage(config, world_size, stage, chunks) for stage in range(num_stages)]
+    chunks = [tuple(layers) for layers in config.build.stage_layers]
+    return [_stage(config, world_size, stage, chunks) for stage in range(config.parallel.num_stages)]
 
 
 def _stage(config: ResolvedConfig, world_size: int, stage: int, chunks: list[tuple[int, ...]]) -> StageEstimate:

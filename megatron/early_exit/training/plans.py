@@ -80,9 +80,9 @@ def _build_plan(config: RunConfig, num_microbatches: int, costs: Sequence[StageC
 
 
 def _given_times(config: RunConfig) -> PassTimes | None:
-    """What the flags say of the stages' times, all equal."""
+    """What the flags say of the stages' times: as their layers."""
     ratio = config.pipeline.given_ratio
-    return None if ratio is None else PassTimes.uniform(config.parallel.num_stages, ratio)
+    return None if ratio is None else PassTimes.by_layers(config.layers_per_stage, ratio)
 
 
 def plan_text(config: RunConfig, num_microbatches: int) -> str | None:
@@ -103,8 +103,10 @@ def check_plan(config: RunConfig, world_size: int) -> None:
     """Raise ValueError if no plan can be as the settings say, before anything is built."""
     training = config.training
     unit = training.micro_batch_size * config.parallel.data_parallel_size(world_size)
-    num_stages = config.parallel.num_stages * config.parallel.num_model_chunks(config.model.num_layers)
-    usual = [StageCosts(forward_sec=1.0, backward_sec=USUAL_BACKWARD_FORWARD_RATIO)] * num_stages
+    usual = [
+        StageCosts(forward_sec=len(layers), backward_sec=USUAL_BACKWARD_FORWARD_RATIO * len(layers))
+        for layers in config.build.stage_layers
+    ]
     # Few microbatches have little room for fill: of a ramp-up, the first batch is looked at as well.
     for batch_size in {*training.rampup_batch_size[:1], training.global_batch_size or unit}:
         build_plan(config, batch_size // unit, usual)

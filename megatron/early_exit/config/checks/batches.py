@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron.early_exit.config.checks.layout import num_chunks
+from megatron.early_exit.config.checks.layout import asked_interleaving, num_chunks
 from megatron.early_exit.config.fields import words_of
 from megatron.early_exit.config.settings import RunSettings
 
@@ -39,7 +39,7 @@ def batch_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
             yield (
                 f"a global batch of {unfit[0]} gives {unfit[0] // unit} microbatches: the interleaved schedule needs a"
                 f" multiple of --pipeline-model-parallel-size {pp_size}; change --global-batch-size, or drop"
-                " --num-layers-per-virtual-pipeline-stage"
+                f" {asked_interleaving(cfg)}"
             )
     if training.train_samples is not None and training.train_samples < first_sizes[0]:
         yield f"--train-samples {training.train_samples} is less than one global batch of {first_sizes[0]}"

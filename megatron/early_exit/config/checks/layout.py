@@ -13,11 +13,9 @@ LARGEST_SEED = 2**32 - 1
 
 
 def layout_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
-    """Numbers of ranks, stages and layers that do not fit."""
-    parallel, num_layers = cfg.parallel, cfg.model.num_layers
-    tp_size, pp_size, num_stages = (
-        parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.num_stages
-    )  # fmt: skip
+    """Numbers of ranks and stages that do not fit."""
+    parallel = cfg.parallel
+    tp_size, num_stages = parallel.tensor_model_parallel_size, parallel.num_stages
     if world_size % (tp_size * num_stages):
         stages = "stages that are tuned" if cfg.training.tune_exit else "--pipeline-model-parallel-size"
         yield (
@@ -32,11 +30,6 @@ def layout_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
             f"--seq-length {cfg.training.seq_length} is not divisible by --tensor-model-parallel-size {tp_size}, as"
             " --sequence-parallel needs"
         )
-    if not has_equal_stages(cfg):
-        yield (
-            f"--num-layers {num_layers} is not divisible by --pipeline-model-parallel-size {pp_size}: every stage owns"
-            " equally many layers"
-        )
     largest_seed = LARGEST_SEED - SEED_STEP * (num_stages - 1)
     if cfg.training.seed > largest_seed:
         yield (
@@ -45,34 +38,19 @@ def layout_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
         )
 
 
-def has_equal_stages(cfg: RunSettings) -> bool:
-    """Whether the layers can be shared out at all, which is what checks of stages take for granted."""
-    return cfg.model.num_layers % cfg.parallel.pipeline_model_parallel_size == 0
+def has_stages(cfg: RunSettings) -> bool:
+    """Whether the layers can be shared out at all, which is what other checks of stages take for granted."""
+    return cfg.parallel.split_problem(cfg.model.num_layers) is None
 
 
 def stage_problems(cfg: RunSettings) -> Iterator[str]:
-    """Model chunks and recomputed groups that the layers of a stage cannot be divided into."""
-    yield from _interleaving_problems(cfg)
-    yield from _recompute_problems(cfg)
-
-
-def _interleaving_problems(cfg: RunSettings) -> Iterator[str]:
-    parallel = cfg.parallel
-    per_chunk = parallel.num_layers_per_virtual_pipeline_stage
-    if per_chunk is None:
-        return
-    pp_size = parallel.pipeline_model_parallel_size
-    per_stage = cfg.model.num_layers // pp_size
-    if pp_size == 1:
-        yield (
-            f"--num-layers-per-virtual-pipeline-stage {per_chunk} with --pipeline-model-parallel-size 1: there is no"
-            " pipeline to interleave; drop it"
-        )
-    elif per_stage % per_chunk:
-        yield (
-            f"--num-layers-per-virtual-pipeline-stage {per_chunk} does not divide the {per_stage} layers of a stage"
-            f" (--num-layers {cfg.model.num_layers} / --pipeline-model-parallel-size {pp_size})"
-        )
+    """Layers that cannot be split over the stages, and recomputed groups that the layers of a stage cannot be divided
+    into."""
+    problem = cfg.parallel.split_problem(cfg.model.num_layers)
+    if problem is not None:
+        yield problem
+    else:
+        yield from _recompute_problems(cfg)
 
 
 def _recompute_problems(cfg: RunSettings) -> Iterator[str]:
@@ -85,10 +63,10 @@ def _recompute_problems(cfg: RunSettings) -> Iterator[str]:
                 " (uniform 1 saves most memory)"
             )
             return
-        chunk_layers = cfg.model.num_layers // parallel.pipeline_model_parallel_size // num_chunks(cfg)
-        if method == "uniform" and chunk_layers % count:
+        undivided = [layers for layers in cfg.layers_per_stage if layers % count]
+        if method == "uniform" and undivided:
             yield (
-                f"--recompute-num-layers {count} does not divide the {chunk_layers} layers of a model chunk, as"
+                f"--recompute-num-layers {count} does not divide the {undivided[0]} layers of a model chunk, as"
                 " --recompute-method uniform needs"
             )
     elif method is not None or count is not None:
@@ -101,8 +79,15 @@ def _recompute_problems(cfg: RunSettings) -> Iterator[str]:
 
 
 def num_chunks(cfg: RunSettings) -> int:
-    """Model chunks of a stage; 1 where they are larger than it."""
-    return max(cfg.parallel.num_model_chunks(cfg.model.num_layers), 1)
+    """Model chunks of a rank; 1 where layers cannot be split, which is another problem."""
+    return cfg.parallel.num_model_chunks(cfg.model.num_layers) if has_stages(cfg) else 1
+
+
+def asked_interleaving(cfg: RunSettings) -> str | None:
+    """The flag that asks for interleaving, if one does."""
+    if cfg.parallel.num_layers_per_virtual_pipeline_stage is not None:
+        return "--num-layers-per-virtual-pipeline-stage"
+    return "--pipeline-model-parallel-layout with several stages on a rank" if num_chunks(cfg) > 1 else None
 
 
 def layout_warnings(cfg: RunSettings) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron.early_exit.config.checks.layout import asked_interleaving
 from megatron.early_exit.config.fields import flag_of
 from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED
 from megatron.early_exit.config.settings import RunSettings
@@ -42,10 +43,10 @@ def plan_problems(cfg: RunSettings) -> Iterator[str]:
 
 
 def _fill_problems(cfg: RunSettings) -> Iterator[str]:
-    if cfg.parallel.num_layers_per_virtual_pipeline_stage is not None:
+    if asked := asked_interleaving(cfg):
         yield (
-            "--fill-explicit-bubbles with --num-layers-per-virtual-pipeline-stage: interleaving makes the bubbles small"
-            " in another way, and both together are not supported; drop one of them"
+            f"--fill-explicit-bubbles with {asked}: interleaving makes the bubbles small in another way, and both"
+            " together are not supported; drop one of them"
         )
     if cfg.parallel.calculate_per_token_loss:
         yield (

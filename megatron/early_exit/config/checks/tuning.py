@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron.early_exit.config.checks.layout import asked_interleaving
 from megatron.early_exit.config.exits import exit_kind_problems
 from megatron.early_exit.config.fields import flag_of
 from megatron.early_exit.config.settings import RunSettings
@@ -45,15 +46,21 @@ def tuning_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
     elif given is not None and given != needed:
         yield (
             f"--tune-exit-pipeline-parallel-size {given}: of {parallel.pipeline_model_parallel_size} stages with"
-            f" {cfg.layers_per_stage} layers each, the last exit (layer {exits.exit_layer_nums[-1]}) is on stage"
-            f" {needed}; give {needed}, or leave it out"
+            f" {_layers_of_stages(cfg)}, the last exit (layer {exits.exit_layer_nums[-1]}) is on stage {needed}; give"
+            f" {needed}, or leave it out"
         )
-    if parallel.num_layers_per_virtual_pipeline_stage is not None:
-        yield "--tune-exit with --num-layers-per-virtual-pipeline-stage: forward passes need no interleaving; drop it"
+    if asked := asked_interleaving(cfg):
+        yield f"--tune-exit with {asked}: forward passes need no interleaving; drop it"
     if parallel.calculate_per_token_loss:
         yield "--tune-exit with --calculate-per-token-loss is not supported; drop it"
     if checkpoint.load is None and checkpoint.pretrained_checkpoint is None:
         yield "--tune-exit needs a model: --pretrained-checkpoint, or --load to go on"
+
+
+def _layers_of_stages(cfg: RunSettings) -> str:
+    """Such as `2 layers each`, or `3, 5 layers`."""
+    counts = cfg.layers_per_stage
+    return f"{counts[0]} layers each" if len(set(counts)) == 1 else f"{', '.join(map(str, counts))} layers"
 
 
 def _cache_problems(cfg: RunSettings, world_size: int) -> Iterator[str]:
