@@ -91,6 +91,7 @@ def test_flags_of_a_split_ask_for_it(case: tuple[int, tuple[int, ...]]) -> None:
     ((8, 7, 9, 8), 4, "--pipeline-model-parallel-layout Et*8|t*7|t*9|t*8L"),
     ((2, 2, 2, 2), 2, "--num-layers-per-virtual-pipeline-stage 2"),
     ((2, 1, 2, 2), 2, "--pipeline-model-parallel-layout Et*2|t|t*2|t*2L"),
+    ((7, *(8,) * 5, 7, 8), 8, "--pipeline-model-parallel-layout Et*7|(t*8|)*5t*7|t*8L"),
 ])  # fmt: skip
 def test_the_simplest_flags_that_say_a_split(counts: tuple[int, ...], num_ranks: int, flags: str) -> None:
     assert " ".join(split_flags(counts, num_ranks)) == flags

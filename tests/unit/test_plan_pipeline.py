@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from megatron.early_exit.schedules.plan_command import main
 from megatron.early_exit.schedules.planner import choose
 from megatron.early_exit.schedules.simulate import Timeline
 from megatron.early_exit.schedules.stage_costs import StageCosts, read_costs, write_costs
+from megatron.early_exit.training.plans import check_plan
 from megatron.early_exit.training.summary import flops_per_token
 
 SMALL = (
@@ -230,6 +232,33 @@ def test_the_planner_takes_layers_from_the_slowest_stage() -> None:
     assert choice.variant.iteration_sec < min(one.iteration_sec for one in compare(setup)[1:3])
     assert any(reason.startswith("Layers ") and "shorter" in reason for reason in choice.reasons)
     assert choose(setup, is_uneven_allowed=False).setup.layers_per_stage == (4, 4, 4, 4)
+
+
+def test_what_the_planner_proposes_can_be_trained(capsys: pytest.CaptureFixture) -> None:
+    """The flags that it prints, in place of the given ones, are the chosen setup."""
+    words = [word for word in SMALL if word != "--pre-exit"]
+    words += "--num-layers 17 --exit-layer-nums 5 6 7 8 --padded-vocab-size 4096".split()
+    words += ["--decoder-first-pipeline-num-layers", "5"]
+    assert main([*words, "--choose"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("To train it so: "))
+    flags = shlex.split(line.removeprefix("To train it so: "))
+    choice = choose(setup_from_flags(words, 4, "H100-80GB"))
+    assert flags == choice.training_flags and "--exits-in-bubbles" in flags
+    without_split = words[: words.index("--decoder-first-pipeline-num-layers")]
+    trained = setup_from_flags([*without_split, *flags], 4, "H100-80GB")
+    assert trained.config.pipeline.exits_in_bubbles and trained.config.exits == choice.setup.config.exits
+    assert trained.layers_per_stage == choice.setup.layers_per_stage != (5, 4, 4, 4)
+    check_plan(trained.config, 4)
+
+
+def test_recomputed_groups_are_not_divided() -> None:
+    """Layers move by whole groups; exits in idle time are no proposal where training recomputes all layers."""
+    flags = "--num-layers 16 --exit-layer-nums 5 6 7 8 --no-pre-exit --padded-vocab-size 4096".split()
+    recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2".split()
+    choice = choose(small(*flags, *recompute))
+    assert choice.setup.layers_per_stage != (4, 4, 4, 4)
+    assert all(count % 2 == 0 for count in choice.setup.layers_per_stage)
+    assert "--exits-in-bubbles" not in choice.training_flags
 
 
 def test_the_planner_says_what_does_not_fit() -> None:

@@ -153,8 +153,13 @@ def _written_out(text: str) -> str:
 
 def layout_text(layers_per_stage: Sequence[int]) -> str:
     """The text of a split: `parse_layout` reads it."""
-    stages = ["t" if count == 1 else f"t*{count}" for count in layers_per_stage]
-    return f"E{'|'.join(stages)}L"
+    letters = lambda count: "t" if count == 1 else f"t*{count}"
+    *before, last = layers_per_stage
+    parts = []
+    for count, equal in itertools.groupby(before):
+        stage, times = f"{letters(count)}|", len(list(equal))
+        parts.append(f"({stage})*{times}" if times > 2 else stage * times)
+    return f"E{''.join(parts)}{letters(last)}L"
 
 
 def layer_numbers(layers_per_stage: Sequence[int]) -> tuple[range, ...]:

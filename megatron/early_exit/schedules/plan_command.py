@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--case", metavar="NAME", help=f"{', '.join(CASES)}; flags of training win over it")
     group.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; default: the case's, or H100-80GB")
     group.add_argument("--world-size", type=int, metavar="N", help="GPUs; default: the case's, or one replica")
-    group.add_argument("--layers-per-stage", type=int, nargs="+", metavar="N", help="default: evenly")
+    group.add_argument(
+        "--layers-per-stage", type=int, nargs="+", metavar="N", help="default: as the flags of training split them"
+    )
     group.add_argument(
         "--costs", type=Path, metavar="FILE", help="costs of all stages instead of a model, as --costs-output has them"
     )
@@ -127,7 +130,7 @@ def _plan_model(args: argparse.Namespace, flags: list[str]) -> None:
             "fullest rank, against plain GPT with the layers that were given; the table is against plain GPT with the "
             "chosen ones."
         )
-        print(f"\nTo train it so: {' '.join(choice.training_flags)}{_not_in_training(choice)}")
+        print(f"\nTo train it so: {shlex.join(choice.training_flags)}{_not_in_training(choice)}")
     print("\n" + rank_table(variants[-1], setup))
     print("\n" + variant_table(variants))
     full = max(variants[-1].peak_bytes)
