@@ -118,7 +118,7 @@ class Built:
     def __init__(self, settings: Settings, num_stages: int, name: str, pipeline: PipelineConfig | None) -> None:
         from megatron.early_exit.model.build import build_model
         from megatron.early_exit.training.core_config import connect_core_config
-        from megatron.early_exit.training.plans import PlannedPipeline
+        from megatron.early_exit.training.planned_pipeline import PlannedPipeline
 
         self.settings = settings
         self.config = run_config(settings, num_stages, name != "plain", pipeline)

@@ -95,7 +95,8 @@ class Built:
         from megatron.early_exit.model.build import build_model
         from megatron.early_exit.training.core_config import connect_core_config
         from megatron.early_exit.training.optimizer import build_optimizer
-        from megatron.early_exit.training.plans import PlannedPipeline, follows_plan
+        from megatron.early_exit.training.planned_pipeline import PlannedPipeline
+        from megatron.early_exit.training.plans import follows_plan
 
         has_exits = num_exits > 0
         self.config = RunConfig(

@@ -99,7 +99,7 @@ def test_stages_after_the_last_exit_need_not_run_again(data: str, tmp_path: Path
 
 def first_rank_waits(cfg: RunConfig, second_rank: str) -> tuple[float, str]:
     """(seconds, stack) of the error on a stage that waits for the final head's input, which does not come."""
-    from megatron.early_exit.training import plans
+    from megatron.early_exit.training.planned_pipeline import PlannedPipeline
     from tests.distributed.parallel_model import build_with_reference_parameters, iterators, layout
     from tests.reference import make_batches
 
@@ -107,7 +107,7 @@ def first_rank_waits(cfg: RunConfig, second_rank: str) -> tuple[float, str]:
         model = build_with_reference_parameters(cfg)
         shared, torch.distributed.new_group = torch.distributed.new_group, torch.distributed.distributed_c10d.new_group
         try:
-            planned = plans.PlannedPipeline(cfg, model, print)
+            planned = PlannedPipeline(cfg, model, print)
         finally:
             torch.distributed.new_group = shared
         batches = iterators(model, make_batches(cfg, VOCAB_SIZE, 2))

@@ -14,7 +14,8 @@ from megatron.early_exit.config.validate import problems, warnings
 from megatron.early_exit.schedules.plan import Kind, Plan
 from megatron.early_exit.schedules.simulate import Timeline, simulate
 from megatron.early_exit.schedules.stage_costs import StageCosts
-from megatron.early_exit.training.plans import build_plan, check_plan, measured_costs, most_fill
+from megatron.early_exit.training.planned_pipeline import measured_costs
+from megatron.early_exit.training.plans import build_plan, check_plan, most_fill
 from tests.configs import VOCAB_SIZE, make_config, make_settings, make_training_config
 from tests.data_files import write_token_files
 from tests.distributed.training_runs import training_run

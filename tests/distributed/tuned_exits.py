@@ -46,7 +46,7 @@ def compare_with_reference(cfg: RunConfig, num_microbatches: int = 4, checkpoint
     checkpoint: folder to load the reference's parameters from; otherwise they are set."""
     from megatron.early_exit.model.build import build_model
     from megatron.early_exit.training.loading import load_checkpoint
-    from megatron.early_exit.training.plans import PlannedPipeline
+    from megatron.early_exit.training.planned_pipeline import PlannedPipeline
     from megatron.early_exit.training.step import accumulate_gradients
     from tests.distributed.parallel_model import (
         build_with_reference_parameters,

@@ -118,6 +118,18 @@ def hidden_states_bytes(config: RunConfig) -> int:
     return training.seq_length * training.micro_batch_size * config.model.hidden_size * width
 
 
+def cached_samples(config: RunConfig, num_drawn: int) -> int:
+    """Samples that --cache-hidden-states holds. num_drawn: that training draws in all."""
+    return min(config.training.cache_samples or num_drawn, num_drawn)
+
+
+def cache_bytes(config: RunConfig, num_drawn: int) -> int:
+    """What the files of --cache-hidden-states take. num_drawn: samples that training draws in all."""
+    num_points = config.exits.num_exits + (config.training.tune_exit_distillation > 0)
+    width = config.model.hidden_size * (2 if _is_half(config) else 4)
+    return num_points * cached_samples(config, num_drawn) * config.training.seq_length * width
+
+
 def activation_bytes(config: RunConfig, num_layers: int) -> int:
     """What the layers of one model chunk keep of one microbatch from its forward to its backward.
 

@@ -12,6 +12,7 @@ from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.config.saved_description import read_description
 from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.model import sizes
+from megatron.early_exit.training.plans import plan_text
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def follows_live_teacher(config: RunConfig) -> bool:
 def describe(config: RunConfig, world_size: int) -> str:
     """The run in a few lines. Raises ValueError or OSError if the checkpoint that it would start from cannot be
     loaded."""
-    from megatron.early_exit.checkpoint.start import find_start, loads_optimizer
+    from megatron.early_exit.checkpoint.start import find_start, loads_optimizer  # PyTorch, which takes seconds
 
     config, start = find_start(config)
     training, parallel = config.training, config.parallel
@@ -118,16 +119,13 @@ def describe(config: RunConfig, world_size: int) -> str:
     estimates = stages(config, world_size)
     gib = lambda count: f"{count / 2**30:.2f}"
     if training.cache_hidden_states is not None:
-        from megatron.early_exit.training.hidden_state_caching import cache_bytes, cached_samples
-
         drawn = iterations * batch
+        cached = sizes.cached_samples(config, drawn)
         lines.append(
-            f"cache       {cached_samples(config, drawn):,} samples in {training.cache_hidden_states}, "
-            f"{gib(cache_bytes(config, drawn))} GiB on disk, drawn {drawn / cached_samples(config, drawn):.1f} times"
+            f"cache       {cached:,} samples in {training.cache_hidden_states}, "
+            f"{gib(sizes.cache_bytes(config, drawn))} GiB on disk, drawn {drawn / cached:.1f} times"
         )
     if config.pipeline.is_planned:
-        from megatron.early_exit.training.plans import plan_text
-
         lines.append(f"plan        {plan_text(config, batch // (training.micro_batch_size * dp))}")
     for number, one in enumerate(estimates):
         exits = f"; exits {', '.join(map(str, one.exits))}" if one.exits else ""

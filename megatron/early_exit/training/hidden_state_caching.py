@@ -17,6 +17,7 @@ from megatron.early_exit.data.hidden_states import CacheContent, CachedSamples, 
 from megatron.early_exit.model.build import Model, params_dtype
 from megatron.early_exit.model.exit_losses import FINAL
 from megatron.early_exit.model.exit_strategies import Capture
+from megatron.early_exit.model.sizes import cached_samples
 from megatron.early_exit.platform.device import device
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.training.step import run_schedule
@@ -143,18 +144,6 @@ class HiddenStateCaching:
             for point in self.capture_points:
                 self.cache.mark(point, [start + index for start in starts for index in range(size)])
         torch.distributed.barrier()
-
-
-def cached_samples(config: RunConfig, num_samples: int) -> int:
-    """Samples that the cache holds. num_samples: that training draws in all."""
-    return min(config.training.cache_samples or num_samples, num_samples)
-
-
-def cache_bytes(config: RunConfig, num_samples: int) -> int:
-    """What the files take. num_samples: that training draws in all."""
-    num_points = config.exits.num_exits + (config.training.tune_exit_distillation > 0)
-    width = config.model.hidden_size * params_dtype(config).itemsize
-    return num_points * cached_samples(config, num_samples) * config.training.seq_length * width
 
 
 def _smallest(value: int) -> int:

@@ -28,6 +28,7 @@ from megatron.early_exit.data.tokenizer_comparison import check_tokenizer_of_che
 from megatron.early_exit.model.build import Model, build_model
 from megatron.early_exit.model.exit_losses import ExitLosses
 from megatron.early_exit.model.exit_strategies import Evaluation
+from megatron.early_exit.model.sizes import cached_samples
 from megatron.early_exit.platform.device import device
 from megatron.early_exit.platform.distributed import (
     destroy_distributed,
@@ -38,13 +39,14 @@ from megatron.early_exit.platform.distributed import (
 from megatron.early_exit.platform.world import world_size
 from megatron.early_exit.training.core_config import connect_core_config
 from megatron.early_exit.training.divergence import check_gradients, check_loss_scale, check_losses
-from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching, cached_samples
+from megatron.early_exit.training.hidden_state_caching import HiddenStateCaching
 from megatron.early_exit.training.loading import load_checkpoint
 from megatron.early_exit.training.memory import check_memory
 from megatron.early_exit.training.metrics import collect_losses
 from megatron.early_exit.training.microbatches import Microbatches
 from megatron.early_exit.training.optimizer import build_optimizer, build_scheduler
-from megatron.early_exit.training.plans import PlannedPipeline, check_plan, follows_plan, most_fill
+from megatron.early_exit.training.planned_pipeline import PlannedPipeline
+from megatron.early_exit.training.plans import check_plan, follows_plan, most_fill
 from megatron.early_exit.training.reporting import Reporter, evaluation_line, training_line
 from megatron.early_exit.training.saving import CheckpointSaver, SaveFolder
 from megatron.early_exit.training.state import TrainingState

@@ -18,6 +18,7 @@ from megatron.early_exit.config.validate import check_outputs
 from megatron.early_exit.platform.command_line import STATUS_INTERRUPTED, output_is_closed, run_program
 from megatron.early_exit.platform.failures import in_words, lost_loader, lost_peer
 from megatron.early_exit.platform.processes import die_with_torchrun
+from megatron.early_exit.training.plans import check_plan
 
 # More than ranks that start together on a busy host lag behind each other.
 SECONDS_FOR_RANK_0 = 15
@@ -32,8 +33,6 @@ def main() -> int:
         if rank == 0 and not config.training.dry_run:
             check_outputs(config)
         if config.pipeline.is_planned:
-            from megatron.early_exit.training.plans import check_plan
-
             check_plan(config, world_size)
     except (ValueError, OSError) as error:
         let_rank_zero_report_first(rank)

@@ -14,7 +14,7 @@ from megatron.early_exit.model.build import Model
 from megatron.early_exit.model.exit_losses import ExitStrategy
 from megatron.early_exit.model.exit_strategies import Deferred, Tuning
 from megatron.early_exit.training.forward_step import forward_step
-from megatron.early_exit.training.plans import PlannedPipeline
+from megatron.early_exit.training.planned_pipeline import PlannedPipeline
 
 
 class StepResult(NamedTuple):

@@ -4,6 +4,7 @@ command that goes on where it stopped."""
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import sys
 import time
@@ -220,8 +221,6 @@ def _prepare(recipe: Recipe, redo: bool) -> None:
 
 
 def _remove(path: Path) -> None:
-    import shutil
-
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron.early_exit.checkpoint.commands.exits import wanted_exits
+from megatron.early_exit.config.fields import build_settings
+from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.model import sizes
 
 if TYPE_CHECKING:
-    from megatron.early_exit.config.run import ResolvedConfig
     from megatron.early_exit.tuning.recipe import Recipe
     from megatron.early_exit.tuning.training_words import TrainingPlan
 
@@ -146,10 +148,6 @@ def _num_samples(recipe: Recipe, rows: int) -> tuple[int, int]:
 
 def resolved(recipe: Recipe) -> ResolvedConfig:
     """Settings of a training of this model with these exits, for the arithmetic of `model.sizes`."""
-    from megatron.early_exit.checkpoint.commands.exits import wanted_exits
-    from megatron.early_exit.config.fields import build_settings
-    from megatron.early_exit.config.run import RunConfig
-
     description, _ = recipe.model
     exits = wanted_exits(recipe.args) if recipe.args.exit_layer_nums else description.exits
     args = recipe.args

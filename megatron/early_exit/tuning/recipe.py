@@ -9,7 +9,7 @@
     FOLDER/tuned             checkpoints, metrics
     FOLDER/exits.json        the exits on held-out answers, before and after
 
-The expensive modules are imported by the steps that need them."""
+Modules that need NumPy, PyTorch or transformers, which take seconds, are imported by the steps that need them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron.early_exit.checkpoint.commands.exits import add, wanted_exits
+from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
+from megatron.early_exit.config.checkpoint_files import LATEST_FILE, iteration_of, names_latest
+from megatron.early_exit.config.data import TokenizerConfig
+from megatron.early_exit.config.description import ModelDescription
+from megatron.early_exit.config.exits import ExitConfig
+from megatron.early_exit.config.flags import parse_run_config
+from megatron.early_exit.config.saved_description import read_description
+from megatron.early_exit.evaluation.prompts import EvalPrompt, load_prompts
+from megatron.early_exit.inference.model_flags import engine_settings
+from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
+from megatron.early_exit.inference.protocol import WorkerDescription
+from megatron.early_exit.platform.command_line import is_main_rank
 from megatron.early_exit.platform.world import world_size
+from megatron.early_exit.tuning.answer_progress import AnswerProgress
 from megatron.early_exit.tuning.manifest import Facts, Manifest, Step
+from megatron.early_exit.tuning.training_process import TrainingStopped, run_training
 from megatron.early_exit.tuning.training_words import LEARNING_RATE_OF_OUTPUTS, TrainingPlan
 
 if TYPE_CHECKING:
-    from megatron.early_exit.config.description import ModelDescription
     from megatron.early_exit.data.tokenizer import Tokenizer
-    from megatron.early_exit.evaluation.prompts import EvalPrompt
     from megatron.early_exit.inference.llm import LLM
-    from megatron.early_exit.inference.params import GenerationParams
 
 _HEAD_BYTES = 1 << 20
 """Of each file of another's weights that its digest is of, with its size: whole files take minutes to read."""
@@ -124,8 +136,6 @@ class Recipe:
         """What the model is, and its tokenizer, also before it is our checkpoint."""
         from megatron.early_exit.checkpoint.commands.hugging_face import tokenizer_folder
         from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
-        from megatron.early_exit.config.data import TokenizerConfig
-        from megatron.early_exit.config.description import ModelDescription
         from megatron.early_exit.data.tokenizer import build_tokenizer
 
         if self.is_ours or self.manifest.state("base") == "done":
@@ -158,8 +168,6 @@ class Recipe:
     def answer_params(self, number: int) -> GenerationParams:
         """How the model gives answer `number`: the prompt's number x answers to each + which one it is. Nobody reads
         log-probs, so its head may be one that gives none."""
-        from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
-
         args = self.args
         sampling = SamplingSettings(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
         return GenerationParams(max_tokens=args.answer_tokens, sampling=sampling.of_sample(number), log_probs=False)
@@ -178,15 +186,12 @@ class Recipe:
         return {}
 
     def add_exits(self) -> Facts:
-        from megatron.early_exit.checkpoint.commands.exits import add
-
         flags = vars(self.args) | {"load": self.base, "save": self.exits, "force": True}
         add(argparse.Namespace(**flags))
         return {}
 
     def answer(self) -> Facts:
         from megatron.early_exit.evaluation.own_answers import AnswersFolder, take_answers
-        from megatron.early_exit.tuning.answer_progress import AnswerProgress
 
         args, folder = self.args, AnswersFolder(self.answers_folder)
         if not folder.prompts_path.exists():
@@ -228,11 +233,6 @@ class Recipe:
         return facts
 
     def train(self) -> Facts:
-        from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
-        from megatron.early_exit.config.checkpoint_files import iteration_of
-        from megatron.early_exit.platform.command_line import is_main_rank
-        from megatron.early_exit.tuning.training_process import TrainingStopped, run_training
-
         cache = self._cache_folder()
         if is_main_rank() and cache.parent.exists():  # of other samples or precision
             for other in cache.parent.iterdir():
@@ -258,8 +258,6 @@ class Recipe:
     def check_training(self) -> None:
         """Raise ValueError for settings that the training would refuse, as soon as the exits are there: the answers may
         take hours."""
-        from megatron.early_exit.config.flags import parse_run_config
-
         parse_run_config(self._words(1000, 100), world_size=world_size(), warn=lambda _: None)
 
     def _words(self, num_train: int, num_held_out: int) -> list[str]:
@@ -277,7 +275,6 @@ class Recipe:
         from megatron.early_exit.evaluation.commands.exits import evaluated_heads
         from megatron.early_exit.evaluation.documents import content_digest, result_document, write_document
         from megatron.early_exit.evaluation.own_answers import AnswersFolder
-        from megatron.early_exit.evaluation.prompts import EvalPrompt
         from megatron.early_exit.inference.engine_loading import load_engine
         from megatron.early_exit.inference.llm import LLM
         from megatron.early_exit.tuning.samples import marked_answers
@@ -318,8 +315,6 @@ class Recipe:
 
     def _engine_settings(self, longest: int) -> dict[str, Any]:
         """longest: sequence that is run; for shorter ones more requests fit into memory."""
-        from megatron.early_exit.inference.model_flags import engine_settings
-
         settings = engine_settings(self.args) | {"worker_timeout": self.args.worker_timeout}
         settings["max_length"] = min(self.args.max_length or longest, longest)
         return settings if self.is_ours else settings | {"iteration": None}
@@ -327,9 +322,6 @@ class Recipe:
     def _drawn_prompts(self) -> list[EvalPrompt]:
         """Of both sources, mixed, so that the last ones are a sample of all."""
         import numpy as np
-
-        from megatron.early_exit.evaluation.prompts import load_prompts
-        from megatron.early_exit.inference.protocol import WorkerDescription
 
         args, (description, tokenizer) = self.args, self.model
         num_positions = min(args.max_length or description.max_position_embeddings, description.max_position_embeddings)
@@ -353,9 +345,6 @@ class Recipe:
 
     def description_of_base(self) -> ModelDescription:
         """Of the model as our checkpoint, when it is one."""
-        from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
-        from megatron.early_exit.config.saved_description import read_description
-
         return read_description(checkpoint_folder(self.base, self.args.load_iteration if self.is_ours else None))
 
 
@@ -382,8 +371,6 @@ def _alone() -> Iterator[None]:
 
 def _is_ours(path: Path) -> bool:
     """Whether a folder holds our checkpoints, not a model of transformers. Raises ValueError if it is neither."""
-    from megatron.early_exit.config.checkpoint_files import LATEST_FILE, names_latest
-
     if not path.exists():
         raise ValueError(f"--load {path} does not exist; give a folder of checkpoints, or of a Hugging Face model")
     if names_latest(path):
@@ -401,9 +388,6 @@ def _check_iteration(args: argparse.Namespace) -> None:
     wanted, source = args.load_iteration, Path(args.load)
     if wanted is None:
         return
-    from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
-    from megatron.early_exit.config.checkpoint_files import iteration_of
-
     if not _is_ours(source):
         raise ValueError(f"--load-iteration {wanted}: {source} is another's model, which has none; leave it out")
     last = iteration_of(checkpoint_folder(source))
@@ -418,7 +402,6 @@ def _check_iteration(args: argparse.Namespace) -> None:
 def _digest_of_model(path: Path, is_ours: bool, iteration: int | None) -> str:
     if is_ours:
         from megatron.early_exit.checkpoint.read_model import fingerprint
-        from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 
         return fingerprint(checkpoint_folder(path, iteration))
     files = [path] if path.is_file() else sorted(one for one in path.iterdir() if one.is_file())
@@ -434,9 +417,6 @@ def _digest_of_files(paths: Sequence[Path]) -> str:
 
 
 def _exit_settings(args: argparse.Namespace) -> dict[str, Any]:
-    from megatron.early_exit.checkpoint.commands.exits import wanted_exits
-    from megatron.early_exit.config.exits import ExitConfig
-
     # Those that are not the default: a setting that a later version adds changes nothing.
     default, wanted = asdict(ExitConfig()), asdict(wanted_exits(args))
     given = {name: value for name, value in wanted.items() if value != default[name]}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron.early_exit.config.data import parse_blend
+
 LEARNING_RATE, LEARNING_RATE_OF_OUTPUTS = 5e-3, 1e-3
 """Which bring most in the study of docs/tuning.md; the latter for exits with output projections of their own."""
 
@@ -50,8 +52,6 @@ class TrainingPlan:
     @classmethod
     def of(cls, args: argparse.Namespace) -> TrainingPlan:
         """Raises ValueError for numbers that cannot be, and for a blend that is none."""
-        from megatron.early_exit.config.data import parse_blend
-
         outputs = args.untie_exit_output_weights  # no value: of all exits
         has_outputs = outputs is not None and (not outputs or any(outputs))
         rate = LEARNING_RATE_OF_OUTPUTS if has_outputs else LEARNING_RATE
