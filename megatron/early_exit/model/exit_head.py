@@ -195,7 +195,10 @@ class ExitHead(MegatronModule):
         return sums._replace(objective=sums.objective * tokens.weight)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
     ) -> ShardedStateDict:
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if not self.is_tied:

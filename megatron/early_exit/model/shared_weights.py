@@ -8,7 +8,7 @@ one copy per rank, of its first or last chunk; here a rank may hold several (int
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -83,7 +83,7 @@ def _ranks_with_copies(
     The group is None if this rank holds no copy or is the only one that does."""
     mine = (torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()),
             num_local_copies, is_owner)  # fmt: skip
-    everyone: list = [None] * torch.distributed.get_world_size()
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     my_group = None
     # new_group must be called by all ranks for all groups, in one order.

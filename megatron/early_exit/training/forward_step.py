@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.early_exit.data.datasets import Batch
 
-def forward_step(data_iterator: Iterator | None, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+
+def forward_step(data_iterator: Iterator[Batch] | None, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
     """Core's forward-step function. data_iterator: batches (`data.datasets.Batch`), or None on a stage that neither
     embeds, nor computes a loss, nor needs a mask.
 
@@ -25,5 +27,5 @@ def forward_step(data_iterator: Iterator | None, chunk: torch.nn.Module) -> tupl
     return output, partial(_loss_and_tokens, batch.loss_mask)
 
 
-def _loss_and_tokens(loss_mask: Tensor, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict]:
+def _loss_and_tokens(loss_mask: Tensor, loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return loss_sum, loss_mask.sum().int(), {}

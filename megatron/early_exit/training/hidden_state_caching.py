@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -46,7 +47,7 @@ class HiddenStateCaching:
             samples=_digests(dataset, cached_samples(config, num_samples)),
         )
         self.cache = HiddenStateCache(folder, content, cached_samples(config, num_samples))
-        everywhere: list = [None] * torch.distributed.get_world_size()
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everywhere, (self.capture_points, self.tuning_points))
         made, read = ({point for one in everywhere for point in one[kind]} for kind in (0, 1))
         on_rank_zero(lambda: self.cache.create(sorted(made | read)))
@@ -68,7 +69,7 @@ class HiddenStateCaching:
         )  # fmt: skip
         return self._iterator(samples, consumed_samples)
 
-    def _iterator(self, samples: torch.utils.data.Dataset, consumed_samples: int) -> Iterator[Batch]:
+    def _iterator(self, samples: torch.utils.data.Dataset[Batch], consumed_samples: int) -> Iterator[Batch]:
         return build_iterator(
             samples,
             consumed_samples=consumed_samples,

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 
 from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED
 from megatron.early_exit.config.run import RunConfig
+from megatron.early_exit.data.datasets import Batch
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.schedules.fill import PassTimes
@@ -74,7 +76,7 @@ class PlannedPipeline:
         )  # fmt: skip
 
     def run(
-        self, iterators: list[Iterator | None], *, num_microbatches: int, micro_batch_size: int, seq_length: int
+        self, iterators: list[Iterator[Batch] | None], *, num_microbatches: int, micro_batch_size: int, seq_length: int
     ) -> None:
         """All passes of one iteration and the reduction of its gradients."""
         runtime = self._runtime(num_microbatches)
@@ -96,7 +98,7 @@ class PlannedPipeline:
     def _gather(self, plan: Plan, trace: list[TimedAction]) -> Timeline:
         """The timeline of this rank's pipeline."""
         group = parallel_state.get_pipeline_model_parallel_group()
-        everywhere: list = [None] * group.size()
+        everywhere: list[Any] = [None] * group.size()
         torch.distributed.all_gather_object(everywhere, trace, group=group)
         return Timeline.of(plan.name, [row for rows in everywhere for row in rows])
 

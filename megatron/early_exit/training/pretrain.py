@@ -314,7 +314,7 @@ def _one_iteration(run: Run, iterators: list[Iterator[Batch] | None]) -> StepRes
 
 def _iterators(
     run: Run, dataset: TokenDataset, consumed_samples: int, is_cyclic: bool = False
-) -> list[Iterator | None]:
+) -> list[Iterator[Batch] | None]:
     """One iterator per chunk; every chunk that embeds, computes a loss or needs a mask draws the same batches."""
     return [
         build_iterator(

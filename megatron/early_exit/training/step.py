@@ -10,6 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron.early_exit.data.datasets import Batch
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.model.exit_losses import ExitStrategy
 from megatron.early_exit.model.exit_strategies import Deferred, Tuning
@@ -27,7 +28,7 @@ class StepResult(NamedTuple):
 
 def run_schedule(
     model: Model,
-    iterators: list[Iterator | None],
+    iterators: list[Iterator[Batch] | None],
     strategy: ExitStrategy,
     *,
     num_microbatches: int,
@@ -50,7 +51,7 @@ def run_schedule(
         )
 
 
-def tune_on_hidden_states(model: Model, iterator: Iterator | None, num_microbatches: int) -> None:
+def tune_on_hidden_states(model: Model, iterator: Iterator[Batch] | None, num_microbatches: int) -> None:
     """All microbatches of one iteration through the exits of this rank, whose inputs come with the batches."""
     if iterator is None:  # no exits here
         return
@@ -63,7 +64,7 @@ def tune_on_hidden_states(model: Model, iterator: Iterator | None, num_microbatc
 
 def accumulate_gradients(
     model: Model,
-    iterators: list[Iterator | None],
+    iterators: list[Iterator[Batch] | None],
     *,
     exit_weights: tuple[float, ...],
     num_microbatches: int,
@@ -97,7 +98,7 @@ def accumulate_gradients(
 def train_step(
     model: Model,
     optimizer: MegatronOptimizer,
-    iterators: list[Iterator | None],
+    iterators: list[Iterator[Batch] | None],
     *,
     exit_weights: tuple[float, ...],
     num_microbatches: int,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 
@@ -98,7 +100,7 @@ def _stages(model: Model) -> list[str]:
         copies = sum(c.exit_output_layer.weight.numel() for c in model.chunks if c.exit_output_layer is not None)
     mine = (layers, count, in_exits, copies, exits)
     group = parallel_state.get_pipeline_model_parallel_group()
-    stages: list = [None] * group.size()
+    stages: list[Any] = [None] * group.size()
     torch.distributed.all_gather_object(stages, mine, group=group)
     return [_stage_text(*stage) for stage in stages]
 
