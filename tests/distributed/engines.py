@@ -17,6 +17,7 @@ from megatron.early_exit.inference.costs import StepCosts
 from megatron.early_exit.inference.engine.audit import ExitAudit
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.engine.generation import RunningGeneration
+from megatron.early_exit.inference.engine.speculation import DraftingThenVerifying, RunningSpeculation
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
@@ -244,9 +245,11 @@ def check_invariants(engine: Engine) -> None:
             continue  # the workers have not heard of it, or have run nothing for it
         state = worker_of(engine).slots[request.slot]
         assert (state.request.request_id, state.request.generation) == (request.request_id, request.generation)
-        tokens = request.tokens + request.drafts
-        assert 0 <= request.num_rows < len(tokens) <= engine.description.num_positions + 1 + len(request.drafts)
-        is_waiting = request.num_rows == len(request.tokens) - 1 and not request.is_drafting  # with drafts from text
+        drafts = drafts_of(request)
+        tokens = request.tokens + drafts
+        assert 0 <= request.num_rows < len(tokens) <= engine.description.num_positions + 1 + len(drafts)
+        is_drafting = isinstance(request, DraftingThenVerifying) and request.is_drafting
+        is_waiting = request.num_rows == len(request.tokens) - 1 and not is_drafting  # with drafts from text
         assert request.is_prefilling or request.num_rows == len(tokens) - 1 or is_waiting
         assert state.ids[: request.num_rows] == tokens[: request.num_rows]
         assert len(request.generated) < request.request.max_tokens or request.request.max_tokens == 0
@@ -255,7 +258,12 @@ def check_invariants(engine: Engine) -> None:
         assert [rows.first for rows in deferred[1:]] == stops[:-1]
         assert not deferred or stops[-1] == request.num_rows
         assert request.complete_to == (deferred[0].first if deferred else request.num_rows)
-        assert state.num_deferred <= max(request.params.max_deferred, len(request.drafts))
+        assert state.num_deferred <= max(request.params.max_deferred, len(drafts))
+
+
+def drafts_of(request: RunningGeneration) -> list[int]:
+    """Tokens behind the answer that are not verified."""
+    return request.drafts if isinstance(request, RunningSpeculation) else []
 
 
 def cached_rows(engine: Engine, request: RunningGeneration, layer_number: int) -> int:
@@ -271,7 +279,7 @@ def check_caches(cfg: RunConfig, engine: Engine) -> None:
     for request in engine._running.values():
         if request.num_rows == request.num_shared:
             continue
-        tokens = (request.tokens + request.drafts)[: request.num_rows]
+        tokens = (request.tokens + drafts_of(request))[: request.num_rows]
         reference, _ = reference_over(cfg, tokens)
         caches = [
             (layer - 1, f"decoder.layers.{layer - 1}", cached_rows(engine, request, layer))

@@ -156,7 +156,7 @@ def test_exits_that_do_not_draft_are_asked_beside_verifications() -> None:
     engine.add([17, 80, 3], params)
     (result,) = run_all(engine).values()
     assert any(asked) and all(len(token.predictions) == 1 for token in result.tokens)
-    rates = engine._draft_rates(params)
+    rates = engine._planner.draft_rates(params)
     spent = sum(map(len, asked)) * rates.observed_exit_seconds
     assert spent <= 0.02 * rates.step_seconds(1) * (len(asked) + 51)
 

@@ -17,8 +17,8 @@ import torch
 
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.engine.engine import QueueFull
-from megatron.early_exit.inference.engine.generation import RunningGeneration
 from megatron.early_exit.inference.engine.request import Progress
+from megatron.early_exit.inference.engine.speculation import DraftingThenVerifying
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.protocol import DrawnToken
 from megatron.early_exit.inference.results import RequestResult
@@ -316,18 +316,18 @@ def test_speculation_stops_where_the_full_model_does() -> None:
         assert short.token_ids == full.token_ids[:max_tokens]
 
 
-def accept_all(request: RunningGeneration, drawn: Sequence[DrawnToken]) -> Progress:
+def accept_all(request: DraftingThenVerifying, drawn: Sequence[DrawnToken]) -> Progress:
     """A wrong rule: what the exit drafted is taken, whatever all layers draw."""
     wrong = [msgspec.structs.replace(one, token=draft) for one, draft in zip(drawn, request.drafts)]
     return VERIFY(request, [*wrong, *drawn[len(wrong) :]])
 
 
-VERIFY = RunningGeneration._verify
+VERIFY = DraftingThenVerifying._verify
 
 
 def first_tokens(cfg: RunConfig, params: GenerationParams, draws: int, wrong_rule: bool = False) -> Counter:
     """How often each pair of first and second token was drawn over many seeds."""
-    with mock.patch.object(RunningGeneration, "_verify", accept_all if wrong_rule else VERIFY):
+    with mock.patch.object(DraftingThenVerifying, "_verify", accept_all if wrong_rule else VERIFY):
         requests = [(PROMPT, replace(params, sampling=replace(params.sampling, seed=seed))) for seed in range(draws)]
         results = answer(cfg, requests, num_slots=16)
     return Counter(tuple(result.token_ids) for result in results)

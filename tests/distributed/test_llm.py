@@ -56,7 +56,7 @@ def generate(cfg: RunConfig, prompts: object, params: object, **changes: object)
     with layout(cfg):
         llm = make_llm(cfg, **changes)
         answers = llm.generate(prompts, params)
-        assert not llm.engine.has_work and not llm._mailboxes
+        assert not llm.engine.has_work and not llm._outputs and not llm._scores
         check_invariants(llm.engine)
         return answers
 
@@ -204,7 +204,7 @@ def text_fails_by_itself(cfg: RunConfig) -> None:
         assert (broken.finish_reason, broken.error) == ("error", "its text could not be made (RuntimeError: no text)")
         while llm.engine.has_work:
             llm.engine.step()
-        assert not llm._mailboxes
+        assert not llm._outputs and not llm._scores
         check_invariants(llm.engine)
         with mock.patch.object(Characters, "encode_prompt", side_effect=TypeError("TextEncodeInput must be ...")):
             (refused,) = llm.generate("hello", SAMPLED)
@@ -304,7 +304,7 @@ def two_streams(cfg: RunConfig) -> None:
                 else:
                     texts["world".startswith(chr(33 + delta.output.prompt_ids[0]))] += delta.text
         assert texts == expected
-        assert not llm.engine.has_work and not llm._mailboxes
+        assert not llm.engine.has_work and not llm._outputs and not llm._scores
 
 
 def test_two_streams_at_once() -> None:
@@ -320,7 +320,7 @@ def score(cfg: RunConfig) -> None:
         params = ScoreParams(exit_layers=(1, 3), top_log_probs=3, logits=True, score_from=1)
         first, *refused, second = llm.score(["world", "", "x" * 41, [1, 95], [5], [6, 7]], params)
         assert text + "".join(delta.text for delta in stream) == expected.text
-        assert not llm.engine.has_work and not llm._mailboxes
+        assert not llm.engine.has_work and not llm._outputs and not llm._scores
         check_invariants(llm.engine)
         for result, ids in ((first, Characters().tokenize("world")), (second, [6, 7])):
             _, logits = reference_over(cfg, ids)
@@ -370,7 +370,7 @@ def many_scores(cfg: RunConfig) -> None:
         scores = llm.stream_scores(prompts, params)
         assert len({index for index, _ in itertools.islice(scores, 5)}) == 5
         scores.close()
-        assert not llm.engine.has_work and not llm._mailboxes
+        assert not llm.engine.has_work and not llm._outputs and not llm._scores
 
 
 def test_many_scores() -> None:

@@ -242,7 +242,7 @@ def test_costs_are_measured_on_the_workers(pair: Pair) -> None:
     _, engine = pair.engines(costs=None)
     engine.add([1, 2, 3], GenerationParams(max_tokens=4))
     engine.prepare(GenerationParams(mode="self_speculative"))
-    assert engine._measured_costs is None  # not while somebody waits
+    assert engine._planner.measured_costs is None  # not while somebody waits
     run_all(engine)
     engine.prepare(GenerationParams(mode="self_speculative"))
-    assert min(engine._measured_costs.layer_seconds) > 0
+    assert min(engine._planner.measured_costs.layer_seconds) > 0

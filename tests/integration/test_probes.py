@@ -151,7 +151,7 @@ def test_certified_exits_are_planned(trained: Path) -> None:
         (none, dear, dear, True, set()),
         (none, dear, dear, False, {2}),
     ):
-        llm.engine._measured_costs = replace(
+        llm.engine._planner.measured_costs = replace(
             costs, layer_seconds=flat(1e-3), exit_head_seconds=head, final_head_seconds=none, probe_seconds=probe,
             batch_seconds=0.0, exit_saved_seconds=saved,
         )  # fmt: skip

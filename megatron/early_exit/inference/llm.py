@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.data.tokenizer import Tokenizer
@@ -37,6 +37,7 @@ _QUEUED_PER_SLOT = 16
 through in every step, of any number."""
 
 Params = TypeVar("Params", GenerationParams, ScoreParams)
+News = TypeVar("News", OutputDelta, ScoreResult)
 
 
 class LLM:
@@ -45,7 +46,8 @@ class LLM:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, exits: ExitConfig) -> None:
         self.engine, self.tokenizer, self.exits = engine, tokenizer, exits
         self._text_engine = LocalTextEngine(engine, tokenizer)
-        self._mailboxes: list[_Mailbox] = []
+        self._outputs: list[_Mailbox[OutputDelta]] = []
+        self._scores: list[_Mailbox[ScoreResult]] = []
 
     @classmethod
     def load(
@@ -134,7 +136,7 @@ class LLM:
         """As `generate`, step by step. Leaving the loop early cancels what is unfinished."""
         prompts = as_list(prompts)
         each = self._for_each(prompts, params)
-        with self._mailbox() as mailbox:
+        with self._opened(self._outputs) as mailbox:
             for index, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
                 for sample_index in range(settings.n):
                     try:
@@ -142,7 +144,11 @@ class LLM:
                     except Exception as error:  # whatever it is, it is this prompt's
                         output = RequestOutput(None, [], sample_index, index, error=request_error(error))
                         yield OutputDelta(output, (), (), is_finished=True)
-            yield from self._collect(mailbox)
+            while mailbox.open or mailbox.news:
+                if not mailbox.news:
+                    self._step()
+                while mailbox.news:
+                    yield mailbox.news.popleft()[1]
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], params: ScoreParams | Sequence[ScoreParams] = DEFAULT_SCORES
@@ -167,7 +173,7 @@ class LLM:
         waiting = deque(enumerate(zip(prompts, each, strict=True)))
         most = _QUEUED_PER_SLOT * self.engine.description.num_slots
         place: dict[int, int] = {}
-        with self._mailbox() as mailbox:
+        with self._opened(self._scores) as mailbox:
             while waiting or mailbox.open or mailbox.news:
                 while waiting and len(mailbox.open) < most:
                     index, (prompt, settings) = waiting.popleft()
@@ -181,8 +187,8 @@ class LLM:
                 if mailbox.open and not mailbox.news:
                     self._step()
                 while mailbox.news:
-                    result = mailbox.news.popleft()
-                    yield place.pop(result.request_id), result
+                    request_id, result = mailbox.news.popleft()
+                    yield place.pop(request_id), result
 
     def finish_audits(self) -> tuple[AuditReport, ...]:
         """Check the answers that were drawn (`audit_share`) and have ended; nothing else waits for that. Returns what
@@ -192,24 +198,16 @@ class LLM:
         return self.engine.audit.reports()
 
     @contextmanager
-    def _mailbox(self) -> Iterator[_Mailbox]:
-        """A mailbox; requests that are still open when it is closed are cancelled."""
-        mailbox = _Mailbox()
-        self._mailboxes.append(mailbox)
+    def _opened(self, mailboxes: list[_Mailbox[News]]) -> Iterator[_Mailbox[News]]:
+        """A new mailbox; requests that are still open when it is closed are cancelled."""
+        mailbox: _Mailbox[News] = _Mailbox()
+        mailboxes.append(mailbox)
         try:
             yield mailbox
         finally:
-            self._mailboxes.remove(mailbox)
+            mailboxes.remove(mailbox)
             for request_id in mailbox.open:
                 self._text_engine.cancel(request_id)
-
-    def _collect(self, mailbox: _Mailbox) -> Iterator[OutputDelta | ScoreResult]:
-        """What comes for its requests, until all have ended."""
-        while mailbox.open or mailbox.news:
-            if not mailbox.news:
-                self._step()
-            while mailbox.news:
-                yield mailbox.news.popleft()
 
     def __enter__(self) -> LLM:
         return self
@@ -242,17 +240,26 @@ class LLM:
 
     def _sort(self, news: list[OutputDelta | ScoreResult]) -> None:
         for one in news:
-            mailbox = next(mailbox for mailbox in self._mailboxes if one.request_id in mailbox.open)
-            mailbox.news.append(one)
-            if one.is_finished:
-                mailbox.open.remove(one.request_id)
+            if isinstance(one, OutputDelta):
+                _put(one, self._outputs)
+            else:
+                _put(one, self._scores)
+
+
+def _put(one: News, mailboxes: list[_Mailbox[News]]) -> None:
+    """Put news into the mailbox of its request."""
+    assert one.request_id is not None, "what is refused is never in the engine"
+    mailbox = next(mailbox for mailbox in mailboxes if one.request_id in mailbox.open)
+    mailbox.news.append((one.request_id, one))
+    if one.is_finished:
+        mailbox.open.remove(one.request_id)
 
 
 def _one_for_each(prompts: list[Prompt], params: Params | Sequence[Params], kind: type[Params]) -> list[Params]:
     """The settings of each prompt. Raises ValueError unless they are of this kind, one for all or one for each."""
     if not isinstance(params, kind | Sequence):
         raise ValueError(f"params is {params!r}; it must be {kind.__name__}(...), or a list of them")
-    each = [params] * len(prompts) if isinstance(params, kind) else list(params)
+    each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
     if len(each) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(each)} settings; give one for all, or one for each")
     for settings in each:
@@ -262,12 +269,13 @@ def _one_for_each(prompts: list[Prompt], params: Params | Sequence[Params], kind
 
 
 @dataclass(eq=False)
-class _Mailbox:
+class _Mailbox(Generic[News]):
     """What is new for the requests of one call. Several may be open: a step of one brings news of the others."""
 
     open: set[int] = field(default_factory=set)
     """Requests that have not ended."""
-    news: deque[OutputDelta | ScoreResult] = field(default_factory=deque)
+    news: deque[tuple[int, News]] = field(default_factory=deque)
+    """With the ids of their requests."""
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -20,7 +20,7 @@ from megatron.early_exit.inference.certificates import Certificate
 from megatron.early_exit.inference.engine.generation import GenerationRequest
 from megatron.early_exit.inference.engine.risk_monitor import RiskMonitor
 from megatron.early_exit.inference.engine.scoring import RunningScoring, ScoringRequest
-from megatron.early_exit.inference.engine.slots import Slots
+from megatron.early_exit.inference.engine.slots import Assignment, Slots
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.protocol import FINAL_HEAD
 from megatron.early_exit.inference.results import RequestResult, ScoreResult
@@ -102,6 +102,15 @@ class AuditRequest(ScoringRequest):
             return float(any(differ))
         return sum(differ) / len(differ)
 
+    def start(self, assignment: Assignment) -> RunningAudit:
+        return RunningAudit(self, assignment)
+
+
+class RunningAudit(RunningScoring):
+    """A check that has a slot."""
+
+    request: AuditRequest
+
 
 def _label(certificate: Certificate | None) -> str:
     return NO_PROMISE if certificate is None else f"{certificate.level:g}"
@@ -124,12 +133,11 @@ class _Findings:
     num_not_auditable: int = 0
     num_dropped: int = 0
 
-    def add(self, loss: float) -> bool:
-        """Count a loss. Returns whether the promise is now known to be broken."""
+    def add(self, loss: float) -> None:
+        """Count a loss."""
         self.num_audited += 1
         self.loss_sum += loss
         self.loss_counts[bisect_left(LOSS_BUCKETS, loss)] += 1
-        return self.monitor is not None and self.monitor.observe(loss)
 
     def report(self, promise: str) -> AuditReport:
         return AuditReport(
@@ -151,7 +159,7 @@ class ExitAudit:
             raise ValueError(f"audit_share is {share}; it must lie between 0 (no audits) and 1 (all requests)")
         self.waiting: dict[int, AuditRequest] = {}
         """By request id, in the order in which their answers ended."""
-        self.running: dict[int, RunningScoring] = {}
+        self.running: dict[int, RunningAudit] = {}
         self._random, self._max_waiting = random.Random(seed), max_waiting
         self._findings: dict[str, _Findings] = {}
 
@@ -179,6 +187,12 @@ class ExitAudit:
         if len(self.waiting) > self._max_waiting:
             self._drop(self.waiting.pop(next(iter(self.waiting))))
 
+    def start(self, request: AuditRequest, assignment: Assignment) -> RunningAudit:
+        """A check that has waited gets a slot."""
+        del self.waiting[request.request_id]
+        running = self.running[request.request_id] = request.start(assignment)
+        return running
+
     def put_back(self, request: AuditRequest) -> None:
         """Let a check whose slot others need wait again, before those that came later."""
         self.waiting = {request.request_id: request, **self.waiting}
@@ -188,11 +202,13 @@ class ExitAudit:
         if result.error is not None:
             self._drop(request)
             return
-        findings = self._findings_of(request.certificate)
-        if findings.add(request.loss(result)):
-            _warn(request.certificate, findings.monitor)
+        certificate, loss = request.certificate, request.loss(result)
+        findings = self._findings_of(certificate)
+        findings.add(loss)
+        if certificate is not None and findings.monitor is not None and findings.monitor.observe(loss):
+            _warn(certificate, findings.monitor)
 
-    def drop_all(self) -> list[RunningScoring]:
+    def drop_all(self) -> list[RunningAudit]:
         """Give up all checks. Returns those that have a slot."""
         running = list(self.running.values())
         for request in [*(one.request for one in running), *self.waiting.values()]:

@@ -78,7 +78,8 @@ def _search(
     finished: list[Beam] = []
     length = 0
     while True:
-        parents, survivors = [], []
+        parents: list[int] = []
+        survivors: list[tuple[tuple[int, ...], float]] = []
         for rank, (parent, token, log_prob) in enumerate(_extend(beams, top, rows.num_candidates)):
             tokens = (*beams[parent][0], token)
             if token in ends:
@@ -133,10 +134,9 @@ class _BeamRows:
         self._engine.give_back(len(self._generations))
 
     def _rows(self, slot: int, first: int, tokens: Sequence[int], num_candidates: int) -> Rows:
-        wanted = {"score_heads": (FINAL_HEAD,), "score_top": num_candidates} if num_candidates else {}
         return Rows(
             request_id=-1, slot=slot, generation=self._generations[slot], epoch=0, phase="prefill", first=first,
-            tokens=tuple(tokens), **wanted,
+            tokens=tuple(tokens), score_heads=(FINAL_HEAD,) if num_candidates else (), score_top=num_candidates,
         )  # fmt: skip
 
     def _run(self, operations: Sequence[SlotOperation], rows: Sequence[Rows]) -> list[list[TokenLogProb]]:

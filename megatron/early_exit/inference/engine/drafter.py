@@ -109,14 +109,16 @@ class Drafter:
         """What promises most tokens in a second. room: tokens that may be drafted at most."""
         settings = self.settings
         self._draft = None
-        self._match = self._index.find() if settings.uses_ngrams else None
+        self._match = match = self._index.find() if settings.uses_ngrams else None
         longest = min(settings.longest, room)
         if longest < 1:
             return NO_DRAFT
         sources = self._that_may_pay(longest, load)
         if not sources:
             return self._trial(load)
-        best_promise, best_rate, best = self._rate_of_nothing(load), 0.0, NO_DRAFT
+        best_promise, best_rate = self._rate_of_nothing(load), 0.0
+        best_exit: int | None = None
+        best_length = 0
         for one in sources:
             kind, number = one.source
             expected, rates = one.expected_tokens(longest), self._rates
@@ -127,18 +129,22 @@ class Drafter:
             promise = rate / (1.0 + _LEAST_GAIN_OF_EXITS) if of_exit else rate
             if length and promise > best_promise:
                 best_promise, best_rate = promise, rate
-                best = DraftChoice(exit=number if of_exit else None, length=length)
-        if best is NO_DRAFT:
+                best_exit, best_length = number if of_exit else None, length
+        if best_exit is not None:
+            if settings.fixed_length is None and settings.min_confidence is None:
+                best_length = longest  # it ends where it does not pay, see `goes_on`
+            return self._begin(best_exit, best_length, best_rate, load)
+        if match is None or best_length == 0:
             return self._trial(load)
-        if best.exit is None:
-            load.extra_rows += best.length
-            load.num_longer += 1
-            load.extra_tokens += self._expected_of_match(best.length)
-            return DraftChoice(tuple(self._index.following(self._match, best.length)))
-        self._draft = _ExitDraft(best.exit, best_rate, load)
-        if settings.fixed_length is None and settings.min_confidence is None:
-            return DraftChoice(exit=best.exit, length=longest)  # it ends where it does not pay, see `goes_on`
-        return best
+        load.extra_rows += best_length
+        load.num_longer += 1
+        load.extra_tokens += self.acceptance(Source("ngram", match.size)).expected_tokens(best_length)[-1] - 1.0
+        return DraftChoice(tuple(self._index.following(match, best_length)))
+
+    def _begin(self, index: int, length: int, rate: float, load: StepLoad) -> DraftChoice:
+        """Let an exit draft. rate: tokens a second that it is expected to bring."""
+        self._draft = _ExitDraft(index, rate, load)
+        return DraftChoice(exit=index, length=length)
 
     def _that_may_pay(self, longest: int, load: StepLoad) -> list[Acceptance]:
         """Of the sources whose drafts are accepted often enough to pay at some length: in a large batch none, mostly.
@@ -162,8 +168,7 @@ class Drafter:
         if not self._tries_again(load):
             return NO_DRAFT
         index = max(self.settings.exits, key=lambda one: self.acceptance(Source("exit", one)).first.value)
-        self._draft = _ExitDraft(index, math.inf, load)
-        return DraftChoice(exit=index, length=1)
+        return self._begin(index, 1, math.inf, load)
 
     def _rate_of_nothing(self, load: StepLoad) -> float:
         """Tokens a second without a draft; below all others if the length is fixed."""
@@ -175,10 +180,6 @@ class Drafter:
             return rates[-1], len(rates) - 1
         length = max(range(len(rates)), key=rates.__getitem__)  # the shortest of equals
         return rates[length], length
-
-    def _expected_of_match(self, length: int) -> float:
-        """Drafts that are accepted on average."""
-        return self.acceptance(Source("ngram", self._match.size)).expected_tokens(length)[-1] - 1.0
 
     def _tries_again(self, load: StepLoad) -> bool:
         """Whether an exit drafts one token though it does not pay: now and then, where exits cannot be asked, that
@@ -215,7 +216,8 @@ class Drafter:
 
     def goes_on(self, confidence: float | None) -> bool:
         """Whether another token is to be drafted behind one of this confidence; None: it is not known."""
-        draft, settings, load = self._draft, self.settings, self._draft.load
+        draft, settings = self._draft, self.settings
+        assert draft is not None, "`choose` has not let an exit draft"
         draft.confidences.append(confidence)
         if settings.min_confidence is not None:
             return confidence is None or confidence >= settings.min_confidence
@@ -225,6 +227,7 @@ class Drafter:
         later = self.acceptance(source).later.value
         draft.chance *= later if confidence is None else self._at_confidence(draft.exit, confidence).value
         length, one = len(draft.confidences), self._exits[draft.exit]
+        load = draft.load
         more = self._rates.round_seconds(one, length + 1, load) - self._rates.round_seconds(one, length, load)
         gain = load.num_drafting * draft.chance * later + load.num_requests - load.num_drafting
         return gain > draft.best_rate * more
@@ -256,13 +259,13 @@ class Drafter:
     def observe(self, num_drafted: int, num_accepted: int, tokens: Sequence[int], newest: DrawnToken) -> None:
         """Learn from what was verified. tokens: all that was added to the answer. newest: what all layers drew behind
         the newest row, with what exits that were asked predicted there."""
-        if self._draft is not None:
+        draft, self._draft = self._draft, None
+        if draft is not None:
             num_tried = min(num_accepted + 1, num_drafted)
-            self.acceptance(Source("exit", self._draft.exit)).observe(num_tried, num_accepted)
-            for number, confidence in enumerate(self._draft.confidences[:num_tried]):
+            self.acceptance(Source("exit", draft.exit)).observe(num_tried, num_accepted)
+            for number, confidence in enumerate(draft.confidences[:num_tried]):
                 if confidence is not None:
-                    self._at_confidence(self._draft.exit, confidence).observe(number < num_accepted)
-            self._draft = None
+                    self._at_confidence(draft.exit, confidence).observe(number < num_accepted)
         if self._is_asked:
             for one in newest.predictions:
                 if one.exit != FINAL_HEAD:

@@ -9,31 +9,30 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.inference.certificates import NO_CERTIFICATES, Certificates
-from megatron.early_exit.inference.costs import MEASURED_SLOTS, StepCosts, guessed_costs
-from megatron.early_exit.inference.engine.audit import ExitAudit
-from megatron.early_exit.inference.engine.draft_acceptance import Experience, Source
-from megatron.early_exit.inference.engine.draft_length import DraftRates, DraftWindow, StepLoad
-from megatron.early_exit.inference.engine.drafter import Drafter, DraftSettings
-from megatron.early_exit.inference.engine.exit_selection import ExitSelector
+from megatron.early_exit.inference.costs import MEASURED_SLOTS, StepCosts
+from megatron.early_exit.inference.engine.audit import ExitAudit, RunningAudit
+from megatron.early_exit.inference.engine.draft_length import StepLoad
 from megatron.early_exit.inference.engine.generation import GenerationRequest, RunningGeneration
 from megatron.early_exit.inference.engine.request import Progress, Request, Result, RunningRequest
 from megatron.early_exit.inference.engine.request_checks import RequestChecks
-from megatron.early_exit.inference.engine.scoring import RunningScoring, ScoringRequest
-from megatron.early_exit.inference.engine.slots import Slots
+from megatron.early_exit.inference.engine.request_planner import RequestPlanner
+from megatron.early_exit.inference.engine.scoring import ScoringRequest
+from megatron.early_exit.inference.engine.slots import Assignment, Slots
+from megatron.early_exit.inference.engine.speculation import DraftingThenVerifying, RunningSpeculation
 from megatron.early_exit.inference.executor.base import Executor, ExecutorError
-from megatron.early_exit.inference.params import ExitScore, GenerationParams, SamplingSettings, ScoreParams
+from megatron.early_exit.inference.params import ExitScore, GenerationParams, ScoreParams
 from megatron.early_exit.inference.protocol import (
     FINAL_HEAD,
     CopyPrefix,
-    ExitThreshold,
     Free,
     Rows,
     RowsOutput,
@@ -46,10 +45,11 @@ log = logging.getLogger(__name__)
 
 _NO_SCORES: Mapping[ExitScore, np.ndarray] = MappingProxyType({})
 
-_USUAL_DRAFT = 4
-"""Tokens, of the draft by which exits are compared before a request begins."""
 _ROWS_OF_AUDITS = 32
 """In a step that users wait for."""
+
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
 
 
 class QueueFull(RuntimeError):
@@ -100,8 +100,7 @@ class Engine:
         self.checks = RequestChecks(
             self.description, exits, self.ends, tuple(exit_scores), certificates=certificates, no_probes=no_probes
         )
-        self._selector = ExitSelector(self.description, exit_scores)
-        self._measured_costs = costs
+        self._planner = RequestPlanner(self.description, self.checks, exit_scores, costs)
         self._request_ids, self._step_numbers = itertools.count(), itertools.count()
         self._queue: dict[int, Request] = {}
         self._running: dict[int, RunningRequest] = {}
@@ -111,9 +110,6 @@ class Engine:
         self._operations: list[SlotOperation] = []
         """For the next step."""
         self._num_planned_for = 0
-        self._experience = Experience()
-        """Of drafts."""
-        self._rates: dict[StepCosts, DraftRates] = {}
         self.failure: str | None = None
         """Why the workers have ended; None while they live."""
 
@@ -124,33 +120,16 @@ class Engine:
 
         Raises ValueError if the model cannot do what is asked, QueueFull if too many requests wait, ExecutorError if
         the workers have ended."""
-        model, prompt_ids = self.description, list(prompt_ids)
+        prompt_ids = list(prompt_ids)
         self.checks.check_generation(prompt_ids, params)
-        draft_exits = self.checks.draft_exits(params)
         self._check_room()
-        thresholds = self.checks.thresholds(params)
-        planning = self.checks.planning(params)
-        if planning != "off":
-            num_requests = min(len(self._running) + len(self._queue) + 1, model.num_slots)
-            thresholds = self._selector.select(
-                thresholds, num_requests, self._costs_of(params, thresholds), planning == "all or none"
-            )
-        across_stages = self.checks.speculates_across_stages(params, draft_exits)
-        sampling = params.sampling.of_sample(seed_offset)
-        draft_exits = self._candidates(draft_exits, params, across_stages)
         return self._enqueue(
-            GenerationRequest(
-                request_id=next(self._request_ids),
-                prompt=self.slots.prepare(prompt_ids),
-                params=params,
-                sampling=sampling,
-                model=model,
-                ends=self.ends,
-                thresholds=thresholds,
-                draft_exits=draft_exits,
-                drafter=self._drafter(params, sampling, draft_exits) if params.mode == "self_speculative" else None,
-                draft_window=DraftWindow(params.draft_length, model.num_stages, self._costs) if across_stages else None,
-                certificate=self.checks.certificate(params),
+            self._planner.request(
+                next(self._request_ids),
+                self.slots.prepare(prompt_ids),
+                params,
+                seed_offset=seed_offset,
+                num_requests=min(len(self._running) + len(self._queue) + 1, self.description.num_slots),
                 is_audited=self.audit.draws(params),
             )
         )
@@ -193,26 +172,22 @@ class Engine:
         nothing is running.
 
         Until then a guess does: rows are free, a head costs what it reads. If the workers have ended, `add` says so."""
-        plans = params.plan_exits or (params.plan_exits is None and params.certified_level is not None)
-        adapts_drafts = params.draft_length is None or params.draft_source == "both"
-        adapts_drafts |= len(self.checks.draft_exits(params)) > 1
-        adapts = plans or (params.mode == "self_speculative" and adapts_drafts)
-        if adapts and not self.has_work:
+        if self._planner.needs_costs(params) and not self.has_work:
             self.measure_costs()
 
     def measure_costs(self) -> StepCosts:
         """What layers and heads cost, measured once; the engine must be idle. A guess if the workers have ended."""
-        if self._measured_costs is None:
+        if self._planner.measured_costs is None:
             num_slots = min(self.description.num_slots, MEASURED_SLOTS)
             self.borrow(num_slots)  # which are overwritten
             try:
-                self._measured_costs = self.executor.measure_costs()
+                self._planner.measured_costs = self.executor.measure_costs()
             except ExecutorError as error:
                 self.failure = str(error)
             finally:
                 for slot in range(num_slots):
                     self.slots.free(slot, is_clean=False)
-        return self._costs
+        return self._planner.costs
 
     def forget_prefixes(self) -> None:
         """Drop the rows that slots keep for later requests to share, so that the next ones compute their prompts; the
@@ -254,56 +229,6 @@ class Engine:
         num_rows = sum(request.num_rows for request in self._running.values())
         return num_rows / (self.description.num_slots * self.description.num_positions)
 
-    @property
-    def _costs(self) -> StepCosts:
-        return self._measured_costs or guessed_costs(self.description)
-
-    def _costs_of(self, params: GenerationParams, thresholds: Sequence[ExitThreshold] = ()) -> StepCosts:
-        """Of a request that may leave at `thresholds`: greedy tokens alone may cost less. Of drafts nothing else is
-        needed."""
-        is_argmax = params.sampling.is_plain_argmax
-        tokens_only = is_argmax and not params.log_probs
-        return self._costs.for_tokens(
-            of_drafts=is_argmax and params.mode == "self_speculative",
-            of_probed=tokens_only and any(one.score == "probe" for one in thresholds),
-            of_final=tokens_only,
-        )
-
-    def _candidates(self, exits: tuple[int, ...], params: GenerationParams, across_stages: bool) -> tuple[int, ...]:
-        """Of the exits that may draft, those among which a request chooses. The block of an exit must have seen all of
-        its rows and costs a layer in each of them: of these exits only one is a candidate, if it is the best so far.
-        Across stages one exit drafts all along."""
-        if len(exits) < 2:
-            return exits
-        if across_stages:
-            return exits[:1]
-        rates, load, is_greedy = self._draft_rates(params), StepLoad(), params.sampling.is_plain_argmax
-
-        def promise(index: int) -> float:
-            expected = self._experience.of(Source("exit", index), is_greedy).expected_tokens(_USUAL_DRAFT)
-            return max(rates.of_exit(self.description.exits[index], expected, load))
-
-        best = max(exits, key=promise)
-        return tuple(index for index in exits if index == best or not self.description.exits[index].has_block)
-
-    def _drafter(self, params: GenerationParams, sampling: SamplingSettings, exits: tuple[int, ...]) -> Drafter:
-        settings = DraftSettings(
-            exits=exits,
-            uses_ngrams=params.draft_source != "exit",
-            is_greedy=sampling.is_plain_argmax,
-            fixed_length=params.draft_length,
-            longest=params.max_draft_length if params.draft_length is None else params.draft_length,
-            min_confidence=params.draft_min_confidence,
-        )
-        return Drafter(settings, self.description.exits, self._draft_rates(params), self._experience)
-
-    def _draft_rates(self, params: GenerationParams) -> DraftRates:
-        """Requests of equal costs share them."""
-        costs = self._costs_of(params)
-        if costs not in self._rates:
-            self._rates[costs] = DraftRates(costs, self.description.num_layers)
-        return self._rates[costs]
-
     def _check_room(self) -> None:
         if self.failure is not None:
             raise ExecutorError(self.failure)
@@ -324,6 +249,7 @@ class Engine:
     ) -> Result | None:
         """End a request, queued or running. After an error its slot's rows are of no use to others. num_tokens: of the
         answer that count; None: all."""
+        result: Result
         request = self._queue.pop(request_id, None)
         if request is not None:
             result = request.result(reason, error)
@@ -333,10 +259,11 @@ class Engine:
             request, result = running.request, running.result(reason, error)
         else:
             return None
-        if num_tokens is not None and isinstance(result, RequestResult):
-            result = result.stopped_after(num_tokens)
-        if isinstance(request, GenerationRequest) and request.is_audited:
-            self.audit.take(request, result, next(self._request_ids), self.slots)
+        if isinstance(result, RequestResult):
+            if num_tokens is not None:
+                result = result.stopped_after(num_tokens)
+            if isinstance(request, GenerationRequest) and request.is_audited:
+                self.audit.take(request, result, next(self._request_ids), self.slots)
         return result
 
     def _leave(self, running: RunningRequest, is_clean: bool) -> None:
@@ -391,44 +318,45 @@ class Engine:
     def _admit(self, events: dict[int, Event]) -> None:
         if len(self._queue) > self.slots.num_free:
             self._interrupt_audits()
-        self._admit_from(self._queue, self._running, events)
+        for request, assignment in self._with_slots(self._queue.values()):
+            del self._queue[request.request_id]
+            running = self._running[request.request_id] = request.start(assignment)
+            self._announce(running, assignment)
+            reason = running.finished_without_rows()
+            if reason is not None:
+                events[request.request_id] = Event(request.request_id, [], self._end(request.request_id, reason))
         if not self._queue:
-            self._admit_from(self.audit.waiting, self.audit.running, events)
+            for audit, assignment in self._with_slots(self.audit.waiting.values()):
+                self._announce(self.audit.start(audit, assignment), assignment)
 
-    def _admit_from(
-        self, queue: dict[int, Request], running: dict[int, RunningRequest], events: dict[int, Event]
-    ) -> None:
-        for request in list(queue.values()):
+    def _with_slots(self, requests: Iterable[AnyRequest]) -> Iterator[tuple[AnyRequest, Assignment]]:
+        """Those that get a slot now, and which, as long as there are free ones."""
+        for request in list(requests):
             if not self.slots.num_free:
                 return
             has_block = lambda index: self.description.exits[index].has_block
             assignment = self.slots.assign(
                 request.prompt, request.max_shared, frozenset(filter(has_block, request.enabled_exits))
             )
-            if assignment is None:
-                continue  # another request is about to have computed what this one needs
-            del queue[request.request_id]
-            one = running[request.request_id] = request.start(assignment)
-            if assignment.copy_from is not None:
-                self._operations.append(CopyPrefix(assignment.copy_from, assignment.slot, assignment.num_shared))
-            self._operations.append(one.admission())
-            reason = one.finished_without_rows()
-            if reason is not None:
-                events[request.request_id] = Event(request.request_id, [], self._end(request.request_id, reason))
+            if assignment is not None:  # else another request is about to have computed what this one needs
+                yield request, assignment
+
+    def _announce(self, running: RunningRequest, assignment: Assignment) -> None:
+        """Have the workers know of a request before its first rows."""
+        if assignment.copy_from is not None:
+            self._operations.append(CopyPrefix(assignment.copy_from, assignment.slot, assignment.num_shared))
+        self._operations.append(running.admission())
 
     def _select_exits_again(self) -> None:
         """What pays for one request may not pay for many. The block of an exit must have seen all rows, so what was not
         enabled at first cannot be later. What holds for all exits or none is chosen once for an answer."""
-        num_running, exits = len(self._running), self.description.exits
+        num_running = len(self._running)
         if self._num_planned_for == num_running:
             return
         self._num_planned_for = num_running
         for request in self._running.values():
-            if isinstance(request, RunningGeneration) and self.checks.planning(request.params) == "subsets":
-                candidates = self.checks.thresholds(request.params)
-                if not any(exits[one.exit].has_block for one in candidates):
-                    costs = self._costs_of(request.params, candidates)
-                    request.thresholds = self._selector.select(candidates, num_running, costs)
+            if isinstance(request, RunningGeneration) and self._planner.may_plan_again(request.params):
+                request.thresholds = self._planner.thresholds(request.params, num_running)
 
     @property
     def _all_running(self) -> list[RunningRequest]:
@@ -436,30 +364,28 @@ class Engine:
 
     def _load(self) -> StepLoad:
         """What the step will be of, once all requests have chosen what to draft."""
-        speculating = [
-            one
-            for one in self._running.values()
-            if isinstance(one, RunningGeneration) and one.request.drafter is not None
-        ]
+        speculating = [one for one in self._running.values() if isinstance(one, RunningSpeculation)]
         drafting = sum(len(one.request.draft_exits) > 0 for one in speculating)
+        in_rounds = [one for one in speculating if isinstance(one, DraftingThenVerifying)]
         load = StepLoad(max(len(self._running), 1), max(drafting, 1))
         if self.description.num_stages > 1:  # requests that wait would leave other stages idle
-            for one in speculating:
+            for one in in_rounds:
                 one.choose_draft(load)
             return load
-        load.is_verifying = any(one.has_finished_draft for one in speculating)
-        load.is_drafting = any(one.is_drafting for one in speculating)
+        load.is_verifying = any(one.has_finished_draft for one in in_rounds)
+        load.is_drafting = any(one.is_drafting for one in in_rounds)
         if not load.is_drafting:  # else those who would begin wait as well
-            for one in speculating:
+            for one in in_rounds:
                 one.choose_draft(load)
-            load.is_drafting = any(one.is_drafting for one in speculating)
+            load.is_drafting = any(one.is_drafting for one in in_rounds)
         return load
 
     def _submit(self) -> bool:
         """Submit a step. False if no request has rows to run now."""
         in_flight = sum(request.num_prompt_rows_in_flight for request in self._all_running)
         most = (self.description.num_stages + 1) * self.prefill_chunk
-        budget, rows = min(self.prefill_chunk, max(most - in_flight, 0)), []
+        budget = min(self.prefill_chunk, max(most - in_flight, 0))
+        rows: list[Rows] = []
         load = self._load()
         for request in self._all_running:
             if request.request_id in self.audit.running and self._running:
@@ -474,7 +400,8 @@ class Engine:
         return bool(rows)
 
     def _receive(self, output: RowsOutput, events: dict[int, Event]) -> None:
-        request = self._running.get(output.request_id) or self.audit.running.get(output.request_id)
+        audit = self.audit.running.get(output.request_id)
+        request = audit or self._running.get(output.request_id)
         if request is None or output.generation != request.generation:
             return  # it has ended since
         try:
@@ -485,8 +412,8 @@ class Engine:
             progress = Progress(finish_reason="error", error=message)
         if progress.error is None:  # else it may be in no state to say
             self.slots.advance(request.slot, request.tokens, request.complete_to)
-        if output.request_id in self.audit.running:
-            self._receive_audit(request, progress)
+        if audit is not None:
+            self._receive_audit(audit, progress)
             return
         result = None
         if progress.finish_reason is not None:
@@ -497,7 +424,7 @@ class Engine:
             event.tokens.extend(progress.tokens)
             event.result = result
 
-    def _receive_audit(self, running: RunningScoring, progress: Progress) -> None:
+    def _receive_audit(self, running: RunningAudit, progress: Progress) -> None:
         if progress.finish_reason is not None:
             del self.audit.running[running.request_id]
             self._leave(running, is_clean=progress.error is None)
