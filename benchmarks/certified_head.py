@@ -127,7 +127,7 @@ def compared(speeds: dict[str, Speeds], name: str, baseline: str) -> dict[str, A
 
 
 def certified_head_of(llm: LLM) -> CertifiedHead:
-    head = llm.engine.executor.worker.decoder.weights.certified_output
+    head = llm.engine.executor.worker.decoder.weights.final.certified
     if head is None:
         raise ValueError("this model's output weight has no certified form on this machine")
     return head
@@ -136,9 +136,9 @@ def certified_head_of(llm: LLM) -> CertifiedHead:
 def head_seconds(llm: LLM) -> dict[int, dict[str, float]]:
     """What the plain head and the certified one take alone, by the number of rows, as loading measures it."""
     weights = llm.engine.executor.worker.decoder.weights
-    argmax = weights.certified_output._argmax
+    argmax = weights.final.certified._argmax
     counts = argmax.counts
-    measured = _measured(argmax, weights.output)
+    measured = _measured(argmax, weights.final.output)
     argmax.counts = counts
     return {rows: {"plain": plain, "certified": certified} for rows, (plain, certified) in measured.items()}
 

@@ -31,7 +31,7 @@ from megatron.early_exit.inference.exit_probes import AboutProbes, ExitProbes, P
 from megatron.early_exit.inference.fingerprint import ExitFingerprint
 from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.weights import decoder_weights
+from megatron.early_exit.inference.worker.weight_reading import decoder_weights
 from megatron.early_exit.platform.command_line import show_progress
 from megatron.early_exit.platform.device import device
 
@@ -121,7 +121,7 @@ class Model:
         if self.exit.certified is not None:
             actions["certified head"] = lambda: decoder.exit_output(index, read, tokens_only=True)
             actions["probe and certified head"] = lambda: behind_probe(tokens_only=True)
-        if decoder.weights.certified_output is not None:
+        if decoder.weights.final.certified is not None:
             actions["certified final head"] = lambda: decoder.final_output(last, tokens_only=True)
         return actions
 

@@ -154,7 +154,7 @@ def measure_overhead(model: SmolLM2, settings: argparse.Namespace) -> list[dict[
             waiting = {engine.add(prompt, GenerationParams(max_tokens=400)) for prompt in smollm2_prompts(model, batch)}
             while waiting:
                 waiting -= {event.request_id for event in engine.step() if event.tokens}
-            narrow = torch.randn(batch, weights.embedding.size(1), dtype=weights.dtype, device=weights.device)
+            narrow = torch.randn(batch, weights.embedding.words.size(1), dtype=weights.dtype, device=weights.device)
             wide = torch.randn(batch, model.config.model.ffn_size, dtype=weights.dtype, device=weights.device)
             attention = torch.randn(
                 batch, model.config.model.num_attention_heads, model.config.model.head_size,
@@ -165,7 +165,7 @@ def measure_overhead(model: SmolLM2, settings: argparse.Namespace) -> list[dict[
                 started = now()
                 for layer in weights.layers:
                     layer.qkv(narrow), layer.projection(narrow), layer.mlp.fc1(narrow), layer.mlp.fc2(wide)
-                weights.output(narrow)
+                weights.final.output(narrow)
                 return now() - started
 
             def attend() -> float:

@@ -25,7 +25,7 @@ from megatron.early_exit.inference.params import ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_linear
-from megatron.early_exit.inference.worker.weights import decoder_weights
+from megatron.early_exit.inference.worker.weight_reading import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from megatron.early_exit.platform.device import device
 

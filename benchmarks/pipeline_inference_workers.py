@@ -32,7 +32,7 @@ from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.head_output import HeadOutput
 from megatron.early_exit.inference.worker.placement import Placement
 from megatron.early_exit.inference.worker.stage import Stage
-from megatron.early_exit.inference.worker.weights import decoder_weights
+from megatron.early_exit.inference.worker.weight_reading import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 
 VOCAB_SIZE, NUM_POSITIONS = 4096, 1024
@@ -95,7 +95,7 @@ class SleepingDecoder(Decoder):
         self._times, self._script = times, script
 
     def embed(self, tokens: Sequence[int], attention: AttentionMetadata) -> Tensor:
-        hidden = torch.zeros(len(tokens), self.weights.embedding.size(1))
+        hidden = torch.zeros(len(tokens), self.weights.description.model.hidden_size)
         hidden[:, 0], hidden[:, 1] = torch.tensor(tokens), attention.positions
         return hidden
 

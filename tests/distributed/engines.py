@@ -25,7 +25,8 @@ from megatron.early_exit.inference.protocol import ExitThreshold, Rows, Step
 from megatron.early_exit.inference.results import RequestResult, ScoreResult
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
-from megatron.early_exit.inference.worker.weights import DecoderWeights, decoder_weights
+from megatron.early_exit.inference.worker.weight_reading import decoder_weights
+from megatron.early_exit.inference.worker.weights import DecoderWeights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
 from tests.distributed.parallel_model import layout
@@ -285,12 +286,12 @@ def check_caches(cfg: RunConfig, engine: Engine) -> None:
             (layer - 1, f"decoder.layers.{layer - 1}", cached_rows(engine, request, layer))
             for layer in range(1, cfg.model.num_layers + 1)
         ]
-        for index, cache_index in decoder_of(engine)._block_cache.items():
+        for index, block in decoder_of(engine)._blocks.items():
             if index in request.request.enabled_exits:
                 exit_ = decoder_of(engine).exits[index]
                 # Rows that wait at the exit have been through its block.
                 seen = cached_rows(engine, request, exit_.depth)
-                caches.append((cache_index, f"decoder.layers.{exit_.layer_number - 1}.exit_head.block", seen))
+                caches.append((block.cache_index, f"decoder.layers.{exit_.layer_number - 1}.exit_head.block", seen))
         for cache_index, name, count in (one for one in caches if one[2]):
             ours = cached(cfg, engine, cache_index, request.slot, count)
             for mine, theirs in zip(ours, reference.keys_and_values(name), strict=True):

@@ -10,7 +10,7 @@ from megatron.early_exit.inference.stage_layers import layer_ranges
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.placement import Placement
 from megatron.early_exit.inference.worker.stage import FlowControl, Stage
-from megatron.early_exit.inference.worker.weights import decoder_weights
+from megatron.early_exit.inference.worker.weight_reading import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
 from tests.reference_checkpoint import (

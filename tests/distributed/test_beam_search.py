@@ -83,7 +83,7 @@ def compare_with_transformers(beam_width: int) -> None:
     from megatron.early_exit.inference.engine.engine import Engine
     from megatron.early_exit.inference.executor.local import LocalExecutor
     from megatron.early_exit.inference.worker.decoder import Decoder
-    from megatron.early_exit.inference.worker.weights import decoder_weights
+    from megatron.early_exit.inference.worker.weight_reading import decoder_weights
     from megatron.early_exit.inference.worker.worker import Worker
     from tests.distributed.test_transformers import SIZES
 

@@ -96,7 +96,7 @@ def run_parts(cfg: RunConfig) -> None:
         for _ in range(40):
             segments = random_segments(9, random.choice([1, 4, 16]))
             first, last = sorted(random.sample(depths, 2))
-            hidden = torch.randn(sum(one.count for one in segments), cfg.model.hidden_size)
+            hidden = torch.randn(sum(one.num_rows for one in segments), cfg.model.hidden_size)
             outputs = []
             for one in (decoder, plain):
                 metadata = one.attention_metadata(segments)
@@ -125,7 +125,7 @@ def run_what_no_graph_holds(cfg: RunConfig) -> None:
         decoder, plain = two_decoders(cfg, num_slots=2)
         with mock.patch.object(graphs.ModelGraphs, "_describe", side_effect=AssertionError("runs as a graph")):
             for segment, first, last in ((Segment(1, 0, 17), 0, 3), (Segment(1, 5, 1), 0, 2)):
-                hidden = torch.randn(segment.count, cfg.model.hidden_size)
+                hidden = torch.randn(segment.num_rows, cfg.model.hidden_size)
                 outputs = [
                     torch.stack(one.run_layers(hidden, one.attention_metadata([segment]), first, last))
                     for one in (decoder, plain)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.early_exit.inference.params import SamplingSettings
-from megatron.early_exit.inference.worker.head_output import HeadOutput
+from megatron.early_exit.inference.worker.head_output import HeadOutput, ShortlistColumns
 from megatron.early_exit.inference.worker.sampling import Draw
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 from tests.distributed.workers import run_distributed
@@ -46,7 +46,7 @@ def head(tp: TensorParallel, dtype: torch.dtype, shortlist: bool) -> HeadOutput:
     longest = int(torch.bincount(ids // columns).max())
     mine = ids[ids // columns == tp.rank]
     filled = torch.cat([mine, mine.new_full((longest - len(mine),), tp.rank * columns)])
-    return HeadOutput(padded[:, filled], vocab_size=VOCABULARY, tp=tp, ids=filled, num_ids=len(mine))
+    return HeadOutput(padded[:, filled], vocab_size=VOCABULARY, tp=tp, shortlist=ShortlistColumns(filled, len(mine)))
 
 
 def draws() -> list[Draw]:
@@ -116,7 +116,7 @@ def of_an_excluded_shortlist() -> list[tuple[int, float]]:
     """Both of its ids are the second rank's; the first one has columns of padding alone."""
     tp = TensorParallel(torch.distributed.group.WORLD)
     ids = torch.tensor([[0, 0], [60, 70]][tp.rank])
-    output = HeadOutput(torch.tensor([[1.0, 2.0]]), vocab_size=100, tp=tp, ids=ids, num_ids=2 * tp.rank)
+    output = HeadOutput(torch.tensor([[1.0, 2.0]]), vocab_size=100, tp=tp, shortlist=ShortlistColumns(ids, 2 * tp.rank))
     settings = [SamplingSettings(), SamplingSettings(1.0), SamplingSettings(1.0, top_p=0.5), SamplingSettings(2.0, 9)]
     return [output.draw([Draw(0, one, 0, (), 0, (60, 70))])[0] for one in settings]
 

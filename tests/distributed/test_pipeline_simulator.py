@@ -27,10 +27,10 @@ from megatron.early_exit.inference.protocol import FINAL_HEAD, Admit, ExitThresh
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.inbox import Inbox
+from megatron.early_exit.inference.worker.scheduled_rows import ScheduledRows
 from megatron.early_exit.inference.worker.slot_state import SlotState
 from megatron.early_exit.inference.worker.stage import FlowControl, Stage
-from megatron.early_exit.inference.worker.stage_runner import ScheduledRows
-from megatron.early_exit.inference.worker.weights import decoder_weights
+from megatron.early_exit.inference.worker.weight_reading import decoder_weights
 from megatron.early_exit.inference.worker.worker import Worker
 from tests.configs import VOCAB_SIZE
 from tests.distributed.engines import COSTS, check_against_reference, reference_over, run_all

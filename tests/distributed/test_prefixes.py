@@ -173,7 +173,7 @@ def poisoned_prompt(cfg: RunConfig, poison: int) -> list[tuple[int, str]]:
     not finite."""
     with layout(cfg):
         engine = make_engine(cfg, num_slots=2, prefill_chunk=CHUNK)
-        decoder_of(engine).weights.embedding[poison] = torch.nan
+        decoder_of(engine).weights.embedding.words[poison] = torch.nan
         first = engine.add([poison] * 30, params_of("full"))
         engine.step()
         engine.step()

@@ -28,7 +28,7 @@ def compare(kind: str, **changes: object) -> None:
     from megatron.early_exit.inference.engine.engine import Engine
     from megatron.early_exit.inference.executor.local import LocalExecutor
     from megatron.early_exit.inference.worker.decoder import Decoder
-    from megatron.early_exit.inference.worker.weights import decoder_weights
+    from megatron.early_exit.inference.worker.weight_reading import decoder_weights
     from megatron.early_exit.inference.worker.worker import Worker
 
     torch.manual_seed(0)

@@ -20,13 +20,8 @@ from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.linear import DenseLinear
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
-from megatron.early_exit.inference.worker.weights import (
-    DecoderWeights,
-    check_can_decode,
-    decoder_weights,
-    num_ids_with_rows,
-    shapes_of_layers,
-)
+from megatron.early_exit.inference.worker.weight_reading import check_can_decode, decoder_weights, shapes_of_layers
+from megatron.early_exit.inference.worker.weights import DecoderWeights, num_ids_with_rows
 from tests.configs import VOCAB_SIZE
 from tests.reference_checkpoint import HEADS, STYLES, decoding_config, reference_description, reference_tensors
 
@@ -241,7 +236,7 @@ def test_ranks_have_the_parts_of_the_whole(style: str, size: int) -> None:
 def test_parts_do_not_keep_the_whole_in_memory() -> None:
     cfg = decoding_config(num_query_groups=4)
     weights = read(cfg, tp=Rank(1, 2))
-    tensors = [weights.embedding, weights.output._transposed]
+    tensors = [weights.embedding.words, weights.final.output._transposed]
     for layer in weights.layers:
         linears = (layer.qkv, layer.projection, layer.mlp.fc1, layer.mlp.fc2)
         tensors += [linear._transposed for linear in linears]
@@ -280,7 +275,7 @@ def test_ids_of_which_the_model_knows_nothing() -> None:
 def test_heads_that_share_a_weight_share_its_rows_of_the_shortlist() -> None:
     weights = read(decoding_config(use_exit_norm=True), shortlist=(90, 1, 2, 40))
     first, *others = (one.approximate for one in weights.exits)
-    assert all(one is first for one in others) and first.ids.tolist() == [1, 2, 40, 90]
+    assert all(one is first for one in others) and first.columns.ids.tolist() == [1, 2, 40, 90]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -290,7 +285,7 @@ def test_types_are_converted(dtype: torch.dtype) -> None:
     default = decoder_weights(tensors, reference_description(cfg), make_linear=DenseLinear)
     assert default.dtype == torch.bfloat16
     weights = decoder_weights(tensors, reference_description(cfg), make_linear=DenseLinear, dtype=dtype)
-    assert weights.dtype == weights.embedding.dtype == weights.output._transposed.dtype == dtype
+    assert weights.dtype == weights.embedding.words.dtype == weights.final.output._transposed.dtype == dtype
     assert weights.layers[0].attention_norm.weight.dtype == dtype
 
 

@@ -35,7 +35,7 @@ def test_the_smallest_shape_holds_the_rows(data: st.DataObject) -> None:
         one
         for one in shapes
         if len(segments) <= one.num_slots
-        and all(s.count <= one.rows_per_slot and s.stop <= one.num_keys for s in segments)
+        and all(s.num_rows <= one.rows_per_slot and s.stop <= one.num_keys for s in segments)
     ]
     assert shape == (min(holding) if holding else None)
 

@@ -13,7 +13,7 @@ import torch
 
 from megatron.early_exit.inference.params import SamplingSettings
 from megatron.early_exit.inference.worker import sampling
-from megatron.early_exit.inference.worker.head_output import HeadOutput
+from megatron.early_exit.inference.worker.head_output import HeadOutput, ShortlistColumns
 from megatron.early_exit.inference.worker.sampling import Draw
 from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
 
@@ -21,9 +21,9 @@ PROBS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
 LOGITS = PROBS.log()
 
 
-def head(logits: torch.Tensor, **columns: object) -> HeadOutput:
+def head(logits: torch.Tensor) -> HeadOutput:
     logits = logits[None] if logits.dim() == 1 else logits
-    return HeadOutput(logits.clone(), vocab_size=logits.size(1), tp=TensorParallel(), **columns)
+    return HeadOutput(logits.clone(), vocab_size=logits.size(1), tp=TensorParallel())
 
 
 def draw(
@@ -213,7 +213,9 @@ def pairs_fit(name: str, count: int = 3000) -> float:
         ones = [PAIRS[name](i)[side] for i in range(count)]
         first = ones[0][2]
         ids = torch.arange(first, first + 12)
-        output = HeadOutput(torch.zeros(1, 12), vocab_size=2**17, tp=TensorParallel(), ids=ids, num_ids=12)
+        output = HeadOutput(
+            torch.zeros(1, 12), vocab_size=2**17, tp=TensorParallel(), shortlist=ShortlistColumns(ids, 12)
+        )
         draws = [Draw(0, SamplingSettings(1.0, seed=seed), index, (), 0) for seed, index, _ in ones]
         sides.append(torch.tensor([token - first for token, _ in output.draw(draws)]))
     counts = torch.bincount(sides[0] * 12 + sides[1], minlength=144)
@@ -479,7 +481,7 @@ def test_biases_change_what_is_drawn_and_not_the_log_probability() -> None:
 def test_of_a_shortlist_that_is_excluded_a_token_is_drawn_all_the_same(settings: dict) -> None:
     """A draft, which is then rejected."""
     columns = torch.tensor([1, 3, 0, 0])  # two of padding
-    short = HeadOutput(LOGITS[columns][None], vocab_size=5, tp=TensorParallel(), ids=columns, num_ids=2)
+    short = HeadOutput(LOGITS[columns][None], vocab_size=5, tp=TensorParallel(), shortlist=ShortlistColumns(columns, 2))
     ((token, _),) = short.draw([Draw(0, SamplingSettings(**settings), 0, (), 0, (1, 3))])
     assert token in (1, 3)
 
@@ -536,7 +538,9 @@ def test_a_shortlist_draws_as_the_head_whose_other_ids_have_no_probability() -> 
     logits = torch.randn(4, 2000, generator=torch.Generator().manual_seed(0)) * 2
     chosen = torch.arange(3, 2000, 3)
     columns = torch.cat([chosen, torch.zeros(5, dtype=torch.int64)])  # padding of other ranks' lists
-    short = HeadOutput(logits[:, columns], vocab_size=2000, tp=TensorParallel(), ids=columns, num_ids=len(chosen))
+    short = HeadOutput(
+        logits[:, columns], vocab_size=2000, tp=TensorParallel(), shortlist=ShortlistColumns(columns, len(chosen))
+    )
     others = torch.ones(2000, dtype=torch.bool).index_fill_(0, chosen, False)
     whole = head(logits.masked_fill(others, -torch.inf))
     draws = mixed_draws()

@@ -61,7 +61,7 @@ def test_rows_see_their_own_slot_however_slots_are_put_together(
     attention: Attention, segments: list[Segment], products: int
 ) -> None:
     queries = torch.randn(
-        sum(one.count for one in segments), HEADS, SIZE, generator=torch.Generator().manual_seed(len(segments))
+        sum(one.num_rows for one in segments), HEADS, SIZE, generator=torch.Generator().manual_seed(len(segments))
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_PRODUCTS_OF_A_CALL", products)

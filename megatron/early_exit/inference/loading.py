@@ -40,13 +40,13 @@ from megatron.early_exit.inference.worker.kv_cache import CacheSize, bytes_per_t
 from megatron.early_exit.inference.worker.linear import Int8Linear, fastest_linear
 from megatron.early_exit.inference.worker.placement import AlonePlacement, Placement
 from megatron.early_exit.inference.worker.stage import FlowControl, Stage
-from megatron.early_exit.inference.worker.weights import (
+from megatron.early_exit.inference.worker.weight_reading import (
     check_can_decode,
     decoder_weights,
-    num_ids_with_rows,
     num_output_weights,
     shapes_of_layers,
 )
+from megatron.early_exit.inference.worker.weights import num_ids_with_rows
 from megatron.early_exit.inference.worker.worker import Worker
 from megatron.early_exit.platform.device import claim_device, device, free_memory_bytes, use_cuda
 

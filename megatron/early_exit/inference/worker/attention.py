@@ -20,15 +20,15 @@ from megatron.early_exit.platform.device import to_device
 
 
 class Segment(NamedTuple):
-    """Positions first, first + 1, ..., first + count - 1 of a slot."""
+    """Positions first, first + 1, ..., first + num_rows - 1 of a slot."""
 
     slot: int
     first: int
-    count: int
+    num_rows: int
 
     @property
     def stop(self) -> int:
-        return self.first + self.count
+        return self.first + self.num_rows
 
 
 class RotaryTable:
@@ -117,7 +117,7 @@ class _Span(NamedTuple):
     @classmethod
     def of(cls, segments: tuple[Segment, ...]) -> _Span:
         num_slots = segments[-1].slot + 1 - segments[0].slot
-        return cls(segments, num_slots, max(one.count for one in segments))
+        return cls(segments, num_slots, max(one.num_rows for one in segments))
 
     @property
     def num_computed(self) -> int:
@@ -126,7 +126,7 @@ class _Span(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        return sum(one.count for one in self.segments)
+        return sum(one.num_rows for one in self.segments)
 
     @property
     def num_keys(self) -> int:
@@ -169,7 +169,7 @@ class AttentionMetadata:
 
     def __init__(self, segments: Sequence[Segment], attention: Attention) -> None:
         self.segments = tuple(segments)
-        self.num_rows = sum(segment.count for segment in self.segments)
+        self.num_rows = sum(segment.num_rows for segment in self.segments)
         self._attention = attention
         self._is_one_segment = len(self.segments) == 1
 
@@ -206,7 +206,8 @@ class AttentionMetadata:
         cache = self._attention.cache
         positions = [position for s in self.segments for position in range(s.first, s.stop)]
         cache_rows = [row for s in self.segments for row in cache.row_numbers(s.slot)[s.first : s.stop]]
-        return to_device([*positions, *cache_rows], cache.device).view(2, -1).unbind(0)
+        both = to_device([*positions, *cache_rows], cache.device).view(2, -1)
+        return both[0], both[1]
 
     @cached_property
     def _groups(self) -> list[_Group]:
@@ -235,7 +236,7 @@ class AttentionMetadata:
         start = 0
         for index, segment in enumerate(self.segments):
             following = self.segments[index + 1] if index + 1 < len(self.segments) else None
-            if following is None or following.slot != segment.slot + 1 or following.count != segment.count:
+            if following is None or following.slot != segment.slot + 1 or following.num_rows != segment.num_rows:
                 yield _Span.of(self.segments[start : index + 1])
                 start = index + 1
 
@@ -285,12 +286,13 @@ class AttentionMetadata:
 
 def _padded(span: _Span, device: torch.device) -> tuple[Tensor, Tensor]:
     """`_Group.computed` and `_Group.wanted` of segments that leave places of their span empty."""
-    computed, wanted, row = [0] * span.num_computed, [], 0
+    computed, row = [0] * span.num_computed, 0
+    wanted: list[int] = []
     for segment in span.segments:
         place = (segment.slot - span.segments[0].slot) * span.rows_per_slot
-        computed[place : place + segment.count] = range(row, row + segment.count)
-        wanted += range(place, place + segment.count)
-        row += segment.count
+        computed[place : place + segment.num_rows] = range(row, row + segment.num_rows)
+        wanted += range(place, place + segment.num_rows)
+        row += segment.num_rows
     both = to_device([*computed, *wanted], device)
     return both[: len(computed)], both[len(computed) :]
 

@@ -82,7 +82,7 @@ def can_certify(weight: Tensor, plain: Linear) -> bool:
     return weight.dtype in (torch.float32, torch.bfloat16) and torch.get_float32_matmul_precision() == "highest"
 
 
-def certified_bytes(shape: tuple[int, int], dtype: torch.dtype, setting: CertifiedHeadSetting) -> int:
+def certified_bytes(shape: Sequence[int], dtype: torch.dtype, setting: CertifiedHeadSetting) -> int:
     """Memory that the certified form of a weight [vocabulary / tp, h] of this type may take: its int8 form and two
     norms for each row. (The weight itself, if it is not kept as the embedding as well, is counted by the caller.)"""
     weight_bytes = math.prod(shape) * dtype.itemsize
@@ -97,7 +97,7 @@ def certified_head(
     """The certified form of a weight [vocabulary / tp, h]; None if it cannot have one, or it would not pay.
 
     plain: what computes logits from it. All tensor-parallel ranks call it together."""
-    is_wanted = certified_bytes(tuple(weight.shape), weight.dtype, setting) > 0
+    is_wanted = certified_bytes(weight.shape, weight.dtype, setting) > 0
     if not is_wanted or not can_certify(weight, plain):
         return None
     argmax = ExactArgmax(weight, tp)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,10 @@ from megatron.early_exit.inference.protocol import Admit, Rows, StageRows
 from megatron.early_exit.inference.worker.attention import AttentionMetadata, Segment
 from megatron.early_exit.inference.worker.certified_head import CertifiedHead
 from megatron.early_exit.inference.worker.decoder import Decoder
-from megatron.early_exit.inference.worker.head_output import AnyOutput
+from megatron.early_exit.inference.worker.head_output import HeadOutput
+from megatron.early_exit.inference.worker.scheduled_rows import ScheduledRows
 from megatron.early_exit.inference.worker.slot_state import SlotState
-from megatron.early_exit.inference.worker.stage_runner import ScheduledRows, StageRunner
+from megatron.early_exit.inference.worker.stage_runner import StageRunner
 
 _ROWS_BEFORE = 64
 """That the rows which are timed attend to, where sequences may be so long."""
@@ -70,7 +70,7 @@ def measure_costs(decoder: Decoder, repetitions: int = 5) -> StepCosts:
         has_approximate_heads=decoder.has_approximate_heads,
         probe_seconds=of("probe"),
         exit_saved_seconds=_saved(decoder.exits[0].certified if decoder.exits else None),
-        final_saved_seconds=_saved(decoder.weights.certified_output),
+        final_saved_seconds=_saved(None if decoder.weights.final is None else decoder.weights.final.certified),
     )
     of_slots = found["slots", num_slots] / num_layers - costs.layer(num_slots)
     costs = replace(costs, slot_seconds=further(of_slots, num_slots - 1))
@@ -94,7 +94,7 @@ def _of_rows(decoder: Decoder, rows: int) -> dict[str, Action]:
         actions["exit head"] = lambda: decoder.exit_output(exits[0], hidden)
     if probed:
         actions["probe"] = lambda: decoder.probe_scores(probed[0], hidden)
-    if decoder.weights.output is not None:
+    if decoder.weights.final is not None:
         actions["final head"] = lambda: decoder.final_output(hidden)
     return actions
 
@@ -128,7 +128,7 @@ def _layers(decoder: Decoder, counts: Sequence[int]) -> Action:
 def _host(decoder: Decoder, num_slots: int) -> Action:
     """Steps with a row of each slot that gives a token, without layers and heads."""
     hidden = _hidden(decoder, _attention(decoder, [1] * num_slots))
-    output = None if decoder.weights.output is None else decoder.final_output(hidden)
+    output = None if decoder.weights.final is None else decoder.final_output(hidden)
     runner = StageRunner(_WithoutLayers(decoder, output))
     first = _segments(decoder, [1])[0].first
     slots = [
@@ -142,28 +142,32 @@ def _host(decoder: Decoder, num_slots: int) -> Action:
             slot.begin(first, one.tokens)
         scheduled = [ScheduledRows(StageRows.of(one), slot) for one, slot in zip(rows, slots, strict=True)]
         runner.run(scheduled, None if decoder.weights.embedding is not None else hidden)
-        for one in scheduled:
-            one.output(one.answers)
+        for each in scheduled:
+            each.output(each.answers)
 
-    return lambda: [step() for _ in range(_HOST_STEPS)]
+    def steps() -> None:
+        for _ in range(_HOST_STEPS):
+            step()
+
+    return steps
 
 
-class _WithoutLayers:
-    """A decoder whose layers and final head take no time."""
+class _WithoutLayers(Decoder):
+    """A decoder whose layers and final head take no time. Everything else is that of another one."""
 
-    def __init__(self, decoder: Decoder, output: AnyOutput | None) -> None:
-        self._decoder, self._output = decoder, output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._decoder, name)
+    def __init__(self, decoder: Decoder, output: HeadOutput | None) -> None:
+        """output: of the final head, if it is here."""
+        vars(self).update(vars(decoder))
+        self._final_output = output
 
     def run_layers(self, hidden: Tensor, attention: AttentionMetadata, first: int, last: int) -> tuple[Tensor, Tensor]:
-        if self._decoder.graphs is None:
+        if self.graphs is None:
             attention.prepare()
         return hidden, hidden
 
-    def final_output(self, hidden: Tensor, *, tokens_only: bool = False) -> AnyOutput | None:
-        return self._output
+    def final_output(self, hidden: Tensor, *, tokens_only: bool = False) -> HeadOutput:
+        assert self._final_output is not None, "the last layer of the model is not here"
+        return self._final_output
 
 
 def _seconds(action: Action, clock: Callable[[], float]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -19,11 +19,25 @@ from torch.nn import functional as F
 from megatron.early_exit.inference.worker.attention import Attention, AttentionMetadata, Segment, rotate
 from megatron.early_exit.inference.worker.certified_head import CertifiedHead
 from megatron.early_exit.inference.worker.graphs import FixedAttentionMetadata, Launch, ModelGraphs, Part
-from megatron.early_exit.inference.worker.head_output import AnyOutput, ArgmaxOutput, HeadOutput
+from megatron.early_exit.inference.worker.head_output import AnyOutput, ArgmaxOutput, HeadOutput, ShortlistColumns
 from megatron.early_exit.inference.worker.kv_cache import KVCache
 from megatron.early_exit.inference.worker.linear import Linear
-from megatron.early_exit.inference.worker.weights import DecoderWeights, ExitWeights, LayerWeights, MlpWeights
+from megatron.early_exit.inference.worker.weights import (
+    DecoderWeights,
+    ExitWeights,
+    HeadNorms,
+    LayerWeights,
+    MlpWeights,
+)
 from megatron.early_exit.platform.device import to_device
+
+
+class _Block(NamedTuple):
+    """The transformer block of an exit."""
+
+    weights: LayerWeights
+    cache_index: int
+    """Its keys and values, behind those of the layers."""
 
 
 class Decoder:
@@ -58,9 +72,11 @@ class Decoder:
         self._num_heads = model.num_attention_heads // weights.tp.size
         self._num_kv_heads = model.num_kv_heads // weights.tp.size
         self._swiglu, self._gelu = model.swiglu, "tanh" if model.openai_gelu else "none"
-        # A block exit attends to what it has seen itself: its keys and values lie behind those of the layers.
-        indices = [one.index for one in self.exits if one.block is not None]
-        self._block_cache = {index: len(weights.layers) + number for number, index in enumerate(indices)}
+        # A block exit attends to what it has seen itself.
+        blocks = [(one.index, one.block) for one in self.exits if one.block is not None]
+        self._blocks = {
+            index: _Block(block, len(weights.layers) + number) for number, (index, block) in enumerate(blocks)
+        }
         if weights.device.type == "cpu":
             # Numbers so small that processors are slow with them are zeros, as in a GPU's matrix products.
             torch.set_flush_denormal(True)
@@ -72,7 +88,7 @@ class Decoder:
             use_graphs = weights.device.type == "cuda" and weights.tp.size == 1
         # Rows that only fill the batch of a graph need a position where they write.
         self.cache = KVCache(
-            len(weights.layers) + len(self._block_cache), num_slots, self.num_positions + use_graphs,
+            len(weights.layers) + len(self._blocks), num_slots, self.num_positions + use_graphs,
             self._num_kv_heads, model.head_size, dtype=weights.dtype, device=weights.device,
         )  # fmt: skip
         self._attention = Attention(self.cache, self._num_heads, weights.rotary_frequencies)
@@ -85,9 +101,12 @@ class Decoder:
 
     def _graph_parts(self) -> dict[Part, Launch]:
         """What runs as graphs: the layers between two exits by (first, last), and the blocks of exits by exit index."""
-        layers = {one: functools.partial(self._launch_layers, first=one[0], last=one[1]) for one in self._ranges}
-        blocks = {index: functools.partial(self._launch_exit_block, exit_index=index) for index in self._block_cache}
-        return layers | blocks
+        parts: dict[Part, Launch] = {}
+        for first, last in self._ranges:
+            parts[first, last] = functools.partial(self._launch_layers, first=first, last=last)
+        for index in self._blocks:
+            parts[index] = functools.partial(self._launch_exit_block, exit_index=index)
+        return parts
 
     def exit(self, exit_index: int) -> ExitWeights:
         """An exit of these layers, by its index among all exits of the model."""
@@ -99,8 +118,9 @@ class Decoder:
 
     def embed(self, tokens: Sequence[int], attention: AttentionMetadata) -> Tensor:
         """[rows, h]: what the first layer of the model, which must be here, reads."""
-        ids = to_device(tokens, self.weights.device)
-        table = self.weights.embedding
+        embedding = self.weights.embedding
+        assert embedding is not None, "the first layer of the model is not here"
+        ids, table = to_device(tokens, self.weights.device), embedding.words
         if self.weights.tp.size == 1:
             hidden = F.embedding(ids, table)
         else:
@@ -108,8 +128,8 @@ class Decoder:
             is_mine = (local >= 0) & (local < table.size(0))
             hidden = F.embedding(local * is_mine, table) * is_mine[:, None]
             self.weights.tp.sum(hidden)
-        if self.weights.positions is not None:
-            hidden = hidden + self.weights.positions[attention.positions]
+        if embedding.positions is not None:
+            hidden = hidden + embedding.positions[attention.positions]
         return hidden
 
     def run_layers(self, hidden: Tensor, attention: AttentionMetadata, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -144,14 +164,20 @@ class Decoder:
     def _launch_exit_block(
         self, hidden: Tensor, attention: AttentionMetadata | FixedAttentionMetadata, exit_index: int
     ) -> tuple[Tensor, Tensor]:
-        block = self.exit(exit_index).block
-        residual, hidden = self._run_layer(block, self._block_cache[exit_index], hidden, attention)
+        block = self._blocks[exit_index]
+        residual, hidden = self._run_layer(block.weights, block.cache_index, hidden, attention)
         return hidden, residual
 
     @property
     def has_approximate_heads(self) -> bool:
         """Whether `approximate_output` is cheaper, and says less, than `exit_output`, here and on other stages."""
         return self.weights.has_approximate_heads
+
+    @overload
+    def approximate_output(self, exit_index: int, hidden: Tensor) -> HeadOutput: ...
+
+    @overload
+    def approximate_output(self, exit_index: int, hidden: Tensor, *, tokens_only: bool) -> AnyOutput: ...
 
     def approximate_output(self, exit_index: int, hidden: Tensor, *, tokens_only: bool = False) -> AnyOutput:
         """What decides whether an exit may be taken, or is drafted from: its approximate head, or its own.
@@ -163,7 +189,7 @@ class Decoder:
             return self.exit_output(exit_index, hidden, tokens_only=tokens_only)
         logits = approximate.linear(self._exit_hidden(exit_index, hidden))
         temperature = self.exit(exit_index).temperature
-        return self._output(logits, temperature, ids=approximate.ids, num_ids=approximate.num_ids)
+        return self._output(logits, temperature, approximate.columns)
 
     @property
     def has_probes(self) -> bool:
@@ -172,9 +198,17 @@ class Decoder:
 
     def probe_scores(self, exit_index: int, hidden: Tensor) -> list[float]:
         """What the exit's probe says of rows, the same on all ranks. Arguments as of `exit_output`."""
-        scores = self.exit(exit_index).probe(hidden)
+        probe = self.exit(exit_index).probe
+        assert probe is not None, "requests that ask probes which are not there are refused"
         # Ranks may have added up the hidden states in other orders, and must decide alike.
-        return self.weights.tp.gather(scores)[0].tolist()
+        scores: list[float] = self.weights.tp.gather(probe(hidden))[0].tolist()
+        return scores
+
+    @overload
+    def exit_output(self, exit_index: int, hidden: Tensor) -> HeadOutput: ...
+
+    @overload
+    def exit_output(self, exit_index: int, hidden: Tensor, *, tokens_only: bool) -> AnyOutput: ...
 
     def exit_output(self, exit_index: int, hidden: Tensor, *, tokens_only: bool = False) -> AnyOutput:
         """What the exit's own head says about rows.
@@ -190,17 +224,24 @@ class Decoder:
         """[rows, h]: what an exit's output projection reads. hidden: as of `exit_output`"""
         head = self.exit(exit_index)
         if head.mlp is not None:
-            hidden = self._add_mlp(head.mlp, head.mlp_norm(hidden), hidden)
+            hidden = self._add_mlp(head.mlp.mlp, head.mlp.norm(hidden), hidden)
         if head.norm is not None:
             hidden = head.norm(hidden)
         return hidden
+
+    @overload
+    def final_output(self, hidden: Tensor) -> HeadOutput: ...
+
+    @overload
+    def final_output(self, hidden: Tensor, *, tokens_only: bool) -> AnyOutput: ...
 
     def final_output(self, hidden: Tensor, *, tokens_only: bool = False) -> AnyOutput:
         """What the final head, which must be here, says about rows that have run all layers.
 
         hidden: [rows, h]. tokens_only: as of `exit_output`"""
-        certified = self.weights.certified_output if tokens_only else None
-        return self._certified_or_exact(certified, self.weights.output, self.weights.final_norm(hidden))
+        final = self.weights.final
+        assert final is not None, "the last layer of the model is not here"
+        return self._certified_or_exact(final.certified if tokens_only else None, final.output, final.norm(hidden))
 
     def _certified_or_exact(
         self, certified: CertifiedHead | None, linear: Linear, hidden: Tensor, temperature: float = 1.0
@@ -209,10 +250,10 @@ class Decoder:
         tokens = None if certified is None else certified.tokens(hidden, self.vocab_size, temperature)
         return self._output(linear(hidden), temperature) if tokens is None else ArgmaxOutput(tokens)
 
-    def _output(self, logits: Tensor, temperature: float, **columns: Any) -> HeadOutput:
+    def _output(self, logits: Tensor, temperature: float, shortlist: ShortlistColumns | None = None) -> HeadOutput:
         if temperature != 1.0:
             logits = logits.float() / temperature
-        return HeadOutput(logits, vocab_size=self.vocab_size, tp=self.weights.tp, **columns)
+        return HeadOutput(logits, vocab_size=self.vocab_size, tp=self.weights.tp, shortlist=shortlist)
 
     def _run_layer(
         self,
@@ -226,8 +267,8 @@ class Decoder:
         if heads.dtype != self.weights.dtype:
             heads = heads.to(self.weights.dtype)
         heads = heads.view(attention.num_rows, -1, self._head_size)
-        if layer.query_norm is not None:
-            heads = self._norm_heads(layer, heads)
+        if layer.head_norms is not None:
+            heads = self._norm_heads(layer.head_norms, heads)
         if attention.rotation is not None:
             heads = rotate(heads, attention.rotation)
         queries, keys_and_values = heads.split((self._num_heads, 2 * self._num_kv_heads), 1)
@@ -236,11 +277,11 @@ class Decoder:
         residual = self._add(layer.projection, context, layer.projection_bias, hidden)
         return residual, self._add_mlp(layer.mlp, layer.mlp_norm(residual), residual)
 
-    def _norm_heads(self, layer: LayerWeights, heads: Tensor) -> Tensor:
+    def _norm_heads(self, norms: HeadNorms, heads: Tensor) -> Tensor:
         """Queries and keys, each head normalised. heads: [rows, heads, d], values last"""
         kinds = heads.split((self._num_heads, self._num_kv_heads, self._num_kv_heads), 1)
-        norms = (layer.query_norm, layer.key_norm)
-        normed = [norm(kind.reshape(-1, self._head_size)).view(kind.shape) for norm, kind in zip(norms, kinds)]
+        both = zip((norms.query, norms.key), kinds)
+        normed = [norm(kind.reshape(-1, self._head_size)).view(kind.shape) for norm, kind in both]
         return torch.cat([*normed, kinds[2]], 1)
 
     def _add_mlp(self, mlp: MlpWeights, normed: Tensor, residual: Tensor) -> Tensor:

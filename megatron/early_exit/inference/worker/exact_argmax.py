@@ -123,10 +123,11 @@ class ExactArgmax:
         intervals = self._intervals(hidden, num_ids, temperature)
         local = torch.tensor(intervals, dtype=torch.float64)  # [rows, 4]
         ranks = [[_Interval(*row) for row in one.tolist()] for one in self.tp.gather(local)]
-        tokens = [_winner(of_row) for of_row in zip(*ranks, strict=True)]
+        winners = [_winner(of_row) for of_row in zip(*ranks, strict=True)]
         self.counts.batches += 1
-        self.counts.rows += len(tokens)
-        if any(token is None for token in tokens):
+        self.counts.rows += len(winners)
+        tokens = [token for token in winners if token is not None]
+        if len(tokens) < len(winners):
             self.counts.refused += 1
             return None
         return tokens

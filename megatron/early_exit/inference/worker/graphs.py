@@ -89,7 +89,7 @@ def smallest_shape(shapes: Sequence[GraphShape], segments: Sequence[Segment]) ->
     """The first of `shapes`, in the order of `graph_shapes`, that holds the rows of `segments`, if one does."""
     needed = GraphShape(
         len(segments),
-        max(segment.count for segment in segments),
+        max(segment.num_rows for segment in segments),
         max(segment.stop for segment in segments),
     )
     return next((shape for shape in shapes if shape.holds(needed)), None)
@@ -145,8 +145,9 @@ class FixedAttentionMetadata:
     def update(self) -> None:
         """Make what layers share."""
         positions = self._numbers.positions
-        if self.rotation is not None:
-            self.rotation.copy_(self._attention.rotary.at(positions))
+        rotary = self._attention.rotary
+        if self.rotation is not None and rotary is not None:
+            self.rotation.copy_(rotary.at(positions))
         per_slot = positions.view(self._shape.num_slots, -1)
         self._mask.copy_(attention_mask(self._attention, per_slot, self._shape.num_keys))
 
@@ -271,22 +272,23 @@ class ModelGraphs:
         slots = [segment.slot for segment in segments]
         slots = list(range(shape.num_slots)) if shape.num_slots == cache.num_slots else slots
         slots += slots[:1] * (shape.num_slots - len(slots))
-        positions, copied, step_rows = [self._filler_position] * shape.num_rows, [0] * shape.num_rows, []
+        positions, copied = [self._filler_position] * shape.num_rows, [0] * shape.num_rows
+        step_rows: list[int] = []
         cache_rows = [cache.row_numbers(slot)[self._filler_position] for slot in slots for _ in range(count)]
         for segment in segments:
             start = slots.index(segment.slot) * count
-            used = slice(start, start + segment.count)
+            used = slice(start, start + segment.num_rows)
             positions[used] = range(segment.first, segment.stop)
             cache_rows[used] = cache.row_numbers(segment.slot)[segment.first : segment.stop]
-            copied[used] = range(len(step_rows), len(step_rows) + segment.count)
-            step_rows += range(start, start + segment.count)
+            copied[used] = range(len(step_rows), len(step_rows) + segment.num_rows)
+            step_rows += range(start, start + segment.num_rows)
         numbers = to_device([*positions, *cache_rows, *copied, *slots, *step_rows], cache.device)
         self._buffers.numbers[: numbers.numel()].copy_(numbers)
         self._graphs[shape].update()
 
 
 class _CudaCapture(NamedTuple):
-    pool: tuple[int, int]
+    pool: torch.cuda._POOL_HANDLE
     """The memory that graphs share, although they run in any order: what outlives one is in the buffers."""
     stream: torch.cuda.Stream
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,15 @@ from megatron.early_exit.platform.device import to_device
 _SMALLEST = -80.0
 
 
+class ShortlistColumns(NamedTuple):
+    """The ids of the columns of a head that has not one for every id."""
+
+    ids: Tensor
+    """[columns] ascending"""
+    num_ids: int
+    """Columns from here on are padding."""
+
+
 class HeadOutput:
     """softmax(logits) over the tokenizer's ids, or over a shortlist of them, for each of some rows.
 
@@ -39,19 +49,18 @@ class HeadOutput:
         *,
         vocab_size: int,
         tp: TensorParallel,
-        ids: Tensor | None = None,
-        num_ids: int | None = None,
+        shortlist: ShortlistColumns | None = None,
     ) -> None:
-        """logits: [rows, padded vocabulary / tp], any float type; vocab_size: ids of the tokenizer. Over a shortlist:
-        [rows, shortlist / tp], and the ascending ids of the columns; columns from `num_ids` on are padding."""
-        self._tp, self._vocab_size, self._shortlist = tp, vocab_size, ids
+        """logits: [rows, padded vocabulary / tp], any float type; over a shortlist [rows, shortlist / tp]. vocab_size:
+        ids of the tokenizer."""
+        self._tp, self._vocab_size, self._shortlist = tp, vocab_size, shortlist
         self._local_logits = logits.float()
         self._first_id = tp.rank * logits.size(1)
-        self._num_ids = max(vocab_size - self._first_id, 0) if ids is None else num_ids
+        self._num_ids = max(vocab_size - self._first_id, 0) if shortlist is None else shortlist.num_ids
         if self._num_ids < logits.size(1):
             self._local_logits[:, self._num_ids :] = -torch.inf
         max_logit, column = self._local_logits.max(1)
-        token = column + self._first_id if ids is None else ids[column]
+        token = column + self._first_id if shortlist is None else shortlist.ids[column]
         # A rank of padding only has no finite logit. Numbers below the clamp add nothing, but would make exp return
         # denormal numbers, with which processors are slow.
         shifted = self._local_logits - max_logit.clamp(min=torch.finfo(torch.float32).min)[:, None]
@@ -127,7 +136,7 @@ class HeadOutput:
         if self._full_logits is None:
             logits = torch.cat(self._tp.gather(self._local_logits), 1).cpu()
             if self._shortlist is not None:
-                ids = torch.cat(self._tp.gather(self._shortlist)).cpu().clamp(max=self._vocab_size - 1)
+                ids = torch.cat(self._tp.gather(self._shortlist.ids)).cpu().clamp(max=self._vocab_size - 1)
                 # Padding columns say -inf of any id; another column may know more about it.
                 logits = logits.new_full((len(logits), self._vocab_size), -torch.inf).scatter_reduce_(
                     1, ids.expand(len(logits), -1), logits, "amax"
@@ -140,8 +149,9 @@ class HeadOutput:
         """[columns] ascending: the id of each column, of padding one that is no token."""
         if self._shortlist is None:
             return torch.arange(self._first_id, self._first_id + self._num_columns, device=self._local_logits.device)
-        is_padding = torch.arange(self._num_columns, device=self._shortlist.device) >= self._num_ids
-        return self._shortlist.masked_fill(is_padding, _NO_ID)
+        ids = self._shortlist.ids
+        is_padding = torch.arange(self._num_columns, device=ids.device) >= self._num_ids
+        return ids.masked_fill(is_padding, _NO_ID)
 
     @property
     def _num_columns(self) -> int:

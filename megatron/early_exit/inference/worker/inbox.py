@@ -151,5 +151,5 @@ def _merged(entries: Sequence[_Entry]) -> tuple[StageRows, Tensor | None]:
         layer_passes=sum(one.layer_passes for one in each),
         layer_runs=newest.layer_runs,
     )
-    hidden = [entry.hidden for entry in entries]
-    return rows, None if hidden[0] is None else torch.cat(hidden)
+    hidden = [entry.hidden for entry in entries if entry.hidden is not None]
+    return rows, torch.cat(hidden) if hidden else None

@@ -85,10 +85,12 @@ class PackedLinear:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self.bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self.bias, "none", [], "")
+        return y
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
+        return y
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -96,7 +98,7 @@ def can_pack(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return weight.dtype == torch.float32
 
 
@@ -154,11 +156,11 @@ def fastest_kinds(shape: tuple[int, int], dtype: torch.dtype, num_threads: int) 
         for rows in _FEW_ROWS:
             x = torch.full((rows, shape[1]), 0.01, dtype=dtype)
             best[rows].append((_seconds(forms, x), kind))
-    kinds = []
+    kinds: list[type[Linear]] = []
     for times in best.values():
         packed = times[0][0]
-        seconds, kind = min(times, key=lambda one: one[0])
-        kinds.append(kind if seconds < _MUCH_FASTER * packed else PackedLinear)
+        seconds, fastest = min(times, key=lambda one: one[0])
+        kinds.append(fastest if seconds < _MUCH_FASTER * packed else PackedLinear)
     return tuple(kinds)
 
 
@@ -190,6 +192,7 @@ class Int8Linear:
             self._wide_type = torch.bfloat16
 
     def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor
         if x.size(0) <= MAX_INT8_ROWS:
             y = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self._weight, self._scales)
         else:

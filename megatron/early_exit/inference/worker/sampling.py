@@ -65,7 +65,7 @@ def draw_tokens(logits: Tensor, ids: Tensor, draws: Sequence[Draw], tp: TensorPa
     _bias(logits, ids, draws)
     _penalise(logits, ids, draws)
     logits = _temper(logits, draws, tp)
-    is_limited = [_Limits.of(draw) is not None for draw in draws]
+    is_limited = [_Limits.of(draw).leave_out_some for draw in draws]
     if len(set(is_limited)) == 1:  # as nearly always
         return (_draw_among_largest if is_limited[0] else _draw_among_all)(logits, ids, draws, tp)
     tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
@@ -122,10 +122,9 @@ def _bias(logits: Tensor, ids: Tensor, draws: Sequence[Draw]) -> None:
     biases += [(row, token, -math.inf) for row, draw in enumerate(draws) for token in draw.excluded]
     if not biases:
         return
-    rows, tokens, values = zip(*biases, strict=True)
-    rows, tokens = to_device(rows, logits.device), to_device(tokens, logits.device)
-    columns, is_here = columns_of(tokens, ids)
-    values = torch.tensor(values, device=logits.device)
+    rows = to_device([row for row, _, _ in biases], logits.device)
+    columns, is_here = columns_of(to_device([token for _, token, _ in biases], logits.device), ids)
+    values = torch.tensor([bias for _, _, bias in biases], device=logits.device)
     logits.index_put_((rows[is_here], columns[is_here]), values[is_here], accumulate=True)
 
 
@@ -198,13 +197,17 @@ class _Limits:
     top_p: float
     """inf: all of the mass."""
 
-    @staticmethod
-    def of(draw: Draw) -> _Limits | None:
-        """None if all tokens may be drawn."""
+    @classmethod
+    def of(cls, draw: Draw) -> _Limits:
+        if draw.settings.is_greedy:
+            return cls(math.inf, math.inf)
         top_k, top_p = draw.settings.top_k, draw.settings.top_p_at(draw.index)
-        if draw.settings.is_greedy or not (top_k or 0.0 < top_p < 1.0):
-            return None
-        return _Limits(float(top_k or math.inf), top_p if 0.0 < top_p < 1.0 else math.inf)
+        return cls(float(top_k or math.inf), top_p if 0.0 < top_p < 1.0 else math.inf)
+
+    @property
+    def leave_out_some(self) -> bool:
+        """Whether not all tokens may be drawn."""
+        return self.top_k < math.inf or self.top_p < math.inf
 
 
 def _largest_kept(
@@ -213,7 +216,7 @@ def _largest_kept(
     """[n, any] each: the largest logits of all ranks from the largest on, -inf outside of the top-k largest and then of
     the fewest that reach top-p; and their ids. [n]: whether the `count` largest of each rank decide these.
 
-    logits: [n, c], the largest of all ranks is 0. It always stays."""
+    logits: [n, c], the largest of all ranks is 0. It always stays. draws: those with limits."""
     count = min(count, len(ids))
     limits = [_Limits.of(draw) for draw in draws]
     keys = ordered_keys(logits, ids).topk(count).values
@@ -226,25 +229,25 @@ def _largest_kept(
         if count < len(ids):
             keys = keys[:, :count]  # the others may be smaller than some that were not sent
     values, candidates = values_and_ids(keys)
-    is_kept = is_settled = None
-    top_k = [limit.top_k for limit in limits]
-    if min(top_k) < math.inf:
-        limit = _column(top_k, values)
-        is_kept = torch.arange(keys.size(1), device=keys.device) < limit
-        is_settled = limit <= count
-    if mass is not None:
-        weights = values.clamp(min=_SMALLEST_LOG).exp_().double()
-        if is_kept is not None:
-            weights *= is_kept
-        sums = weights.cumsum(1)
-        if is_kept is not None:
-            mass = torch.where(limit.isinf(), mass, sums[:, -1:])
-        needed = _column([limit.top_p for limit in limits], mass) * mass
-        reaches = sums[:, -1:] >= needed
-        is_settled = reaches if is_settled is None else is_settled | limit.isinf() & reaches
-        within = sums.sub_(weights) < needed  # what comes before it does not reach top-p
-        is_kept = within if is_kept is None else is_kept.logical_and_(within)
-        is_kept[:, 0] = True
+    has_top_k = any(limit.top_k < math.inf for limit in limits)
+    if has_top_k:
+        top_k = _column([limit.top_k for limit in limits], values)
+        within_top_k = torch.arange(keys.size(1), device=keys.device) < top_k
+    if mass is None:
+        return values.masked_fill_(within_top_k.logical_not_(), -torch.inf), candidates, top_k[:, 0] <= count
+    weights = values.clamp(min=_SMALLEST_LOG).exp_().double()
+    if has_top_k:
+        weights *= within_top_k
+    sums = weights.cumsum(1)
+    if has_top_k:
+        mass = torch.where(top_k.isinf(), mass, sums[:, -1:])
+    needed = _column([limit.top_p for limit in limits], mass) * mass
+    is_settled = sums[:, -1:] >= needed
+    is_kept = sums.sub_(weights) < needed  # what comes before it does not reach top-p
+    if has_top_k:
+        is_settled = (top_k <= count) | top_k.isinf() & is_settled
+        is_kept.logical_and_(within_top_k)
+    is_kept[:, 0] = True
     return values.masked_fill_(is_kept.logical_not_(), -torch.inf), candidates, is_settled[:, 0]
 
 
@@ -321,7 +324,7 @@ def _gumbel(starts: Tensor, ids: Tensor) -> Tensor:
 
 def _random_bits(starts: Bits, numbers: Bits) -> Bits:
     """int64: of the random numbers that begin at `starts`, those with these numbers. Products are modulo 2^64."""
-    state = (numbers + 1) * _STEP + starts
+    state: Bits = (numbers + 1) * _STEP + starts
     for shift, factor in _SHIFTS_AND_FACTORS:
         high = state >> shift
         high &= 2 ** (64 - shift) - 1  # zeros come in, not the sign

@@ -21,7 +21,7 @@ from megatron.early_exit.inference.protocol import (
     WorkerDescription,
 )
 from megatron.early_exit.inference.worker.inbox import Inbox
-from megatron.early_exit.inference.worker.stage_runner import ScheduledRows
+from megatron.early_exit.inference.worker.scheduled_rows import ScheduledRows
 from megatron.early_exit.inference.worker.worker import Worker
 
 
@@ -100,9 +100,8 @@ class Stage:
         if not self.is_last:
             self._operations += message.operations
         offset = 0
-        for rows in message.rows:
-            if isinstance(message, Step):
-                rows = StageRows.of(rows)
+        arrived = [StageRows.of(rows) for rows in message.rows] if isinstance(message, Step) else message.rows
+        for rows in arrived:
             mine = None if hidden is None else hidden[offset : offset + rows.num_rows]
             self._dropped_fill_rows += self._inbox.add(rows, mine)
             offset += rows.num_rows
@@ -131,7 +130,8 @@ class Stage:
         credit, self._dropped_fill_rows = num_fill_rows + self._dropped_fill_rows, 0
         taken = [one for one in taken if not self.worker.slots[one[0].rows.slot].has_failed]
         scheduled = [self.worker.schedule(rows) for rows, _ in taken]
-        hidden = torch.cat([one for _, one in taken]) if taken and self.stage > 0 else None
+        parts = [one for _, one in taken if one is not None]  # of the first stage there are none
+        hidden = torch.cat(parts) if parts else None
         budget = 0 if self.is_last else chosen.fill_budget - sum(rows.num_fill_rows for rows, _ in taken)
         num_rows = sum(one.num_rows for one in scheduled)
         reached: list[ScheduledRows] = []

@@ -20,8 +20,9 @@ from megatron.early_exit.inference.protocol import (
 from megatron.early_exit.inference.worker.cost_measurement import measure_costs
 from megatron.early_exit.inference.worker.decoder import Decoder
 from megatron.early_exit.inference.worker.kv_cache import largest_bytes_per_token
+from megatron.early_exit.inference.worker.scheduled_rows import ScheduledRows
 from megatron.early_exit.inference.worker.slot_state import SlotState
-from megatron.early_exit.inference.worker.stage_runner import ScheduledRows, StageRunner
+from megatron.early_exit.inference.worker.stage_runner import StageRunner
 from megatron.early_exit.platform.device import to_device
 
 
