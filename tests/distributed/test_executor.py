@@ -31,12 +31,7 @@ from megatron.early_exit.inference.executor.channels import (
     RankUnreachable,
     WorkerChannel,
 )
-from megatron.early_exit.inference.executor.distributed import (
-    DistributedExecutor,
-    Limits,
-    _environment_of,
-    start_workers,
-)
+from megatron.early_exit.inference.executor.distributed import DistributedExecutor, start_workers
 from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.messages import (
     FromWorker,
@@ -49,6 +44,7 @@ from megatron.early_exit.inference.executor.messages import (
     ToWorker,
     WorkerFactory,
 )
+from megatron.early_exit.inference.executor.worker_ranks import Limits, _environment_of
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.protocol import (
     Admit,

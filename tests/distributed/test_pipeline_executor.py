@@ -26,7 +26,7 @@ from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor import hidden_states
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.executor.channels import ConnectionInfo, MessageTooLarge
-from megatron.early_exit.inference.executor.distributed import DistributedExecutor, Limits, join_torchrun, start_workers
+from megatron.early_exit.inference.executor.distributed import DistributedExecutor, join_torchrun, start_workers
 from megatron.early_exit.inference.executor.layout import Layout
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.executor.messages import (
@@ -46,6 +46,7 @@ from megatron.early_exit.inference.executor.messages import (
 )
 from megatron.early_exit.inference.executor.peer_channel import PeerChannel
 from megatron.early_exit.inference.executor.stage_loop import StageLoop
+from megatron.early_exit.inference.executor.worker_ranks import Limits
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.protocol import (
     Admit,

@@ -17,6 +17,7 @@ from megatron.early_exit.inference.executor import distributed
 from megatron.early_exit.inference.executor.base import Executor
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.executor.messages import WorkerFactory
+from megatron.early_exit.inference.executor.worker_ranks import DEFAULT_LIMITS, Limits
 from megatron.early_exit.inference.exit_records import recorded_scores
 from megatron.early_exit.inference.fingerprint import text_digest
 from megatron.early_exit.inference.loading import InferenceCheckpoint, LoadConfig, default_fill_min_rows, load_worker
@@ -43,7 +44,7 @@ def load_engine(
     chat_template: str | None = None,
     audit_share: float = 0.0,
     join_torchrun: bool = False,
-    worker_timeout: float = distributed.DEFAULT_LIMITS.hang,
+    worker_timeout: float = DEFAULT_LIMITS.hang,
     **settings: Any,
 ) -> LoadedEngine:
     """Load a training checkpoint of any layout and start its workers. Arguments and errors are those of `LLM.load`.
@@ -52,7 +53,7 @@ def load_engine(
     settings: fields of `LoadConfig`"""
     config = LoadConfig(path=str(path), **settings)
     audit = ExitAudit(audit_share)
-    limits = distributed.Limits(hang=checked.number("worker_timeout", worker_timeout))
+    limits = Limits(hang=checked.number("worker_timeout", worker_timeout))
     joins_torchrun = join_torchrun and world_size() > 1
     if joins_torchrun:
         names = ("tensor_parallel_size", "pipeline_parallel_size")
@@ -80,9 +81,7 @@ def load_engine(
     return LoadedEngine(engine, tokenizer, checkpoint)
 
 
-def _start_executor(
-    checkpoint: InferenceCheckpoint, num_ids: int, limits: distributed.Limits, joins_torchrun: bool
-) -> Executor:
+def _start_executor(checkpoint: InferenceCheckpoint, num_ids: int, limits: Limits, joins_torchrun: bool) -> Executor:
     """The worker in this process, or workers in processes of their own."""
     if checkpoint.config.layout.num_ranks == 1:
         return LocalExecutor(Worker(checkpoint.load_decoder(num_ids)))

@@ -20,7 +20,7 @@ from megatron.early_exit.inference import checked
 from megatron.early_exit.inference.engine.audit import AuditReport
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.engine_loading import load_engine
-from megatron.early_exit.inference.executor import distributed
+from megatron.early_exit.inference.executor.worker_ranks import DEFAULT_LIMITS
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import ScoreResult
 from megatron.early_exit.inference.text_engine import LocalTextEngine, OutputDelta, Prompt, RequestOutput, request_error
@@ -71,7 +71,7 @@ class LLM:
         certified_head: CertifiedHeadSetting = "auto",
         cuda_graphs: bool = True,
         join_torchrun: bool = False,
-        worker_timeout: float = distributed.DEFAULT_LIMITS.hang,
+        worker_timeout: float = DEFAULT_LIMITS.hang,
     ) -> LLM:
         """Load a training checkpoint of any layout.
 

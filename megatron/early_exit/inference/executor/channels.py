@@ -85,7 +85,7 @@ class EngineChannel:
         except zmq.ZMQError as error:
             self.close()
             raise OSError(f"{address} cannot be bound ({error.strerror})") from error
-        self.info = ConnectionInfo(self._socket.last_endpoint.decode(), self._token)
+        self.info = ConnectionInfo(own_endpoint(self._socket), self._token)
 
     @property
     def known_ranks(self) -> Collection[int]:
@@ -174,7 +174,7 @@ class WorkerChannel:
         threading.Thread(target=self._watch, args=(monitor, on_lost), daemon=True).start()
         self._socket.connect(info.endpoint)
 
-    def _watch(self, monitor: zmq.Socket, on_lost: Callable[[], object]) -> None:
+    def _watch(self, monitor: zmq.Socket[bytes], on_lost: Callable[[], object]) -> None:
         with monitor:
             try:
                 recv_monitor_message(monitor)
@@ -191,17 +191,29 @@ class WorkerChannel:
         """Have `poller` wake when something has come."""
         poller.register(self._socket, zmq.POLLIN)
 
-    def receive(self, waits: bool = True) -> ToWorker | None:
-        """The next message; None if there is none and it shall not wait. Raises msgspec.DecodeError if it cannot be
-        read."""
-        while True:
-            try:
-                frames = self._socket.recv_multipart(0 if waits else zmq.NOBLOCK)
-            except zmq.Again:
-                return None
-            if len(frames) == 2 and has_token(frames[0], self._token):
-                return self._decoder.decode(frames[1])
-            log.warning("a message without the token of this run was dropped")
+    def receive(self) -> ToWorker:
+        """The next message; waits for it. Raises msgspec.DecodeError if it cannot be read."""
+        while (message := self._receive(flags=0)) is None:
+            pass
+        return message
+
+    def receive_if_any(self) -> ToWorker | None:
+        """As `receive`, but None if there is none."""
+        try:
+            while (message := self._receive(zmq.NOBLOCK)) is None:
+                pass
+        except zmq.Again:
+            return None
+        return message
+
+    def _receive(self, flags: int) -> ToWorker | None:
+        """The next message, or None in place of one of a stranger."""
+        frames = self._socket.recv_multipart(flags)
+        if len(frames) == 2 and has_token(frames[0], self._token):
+            message: ToWorker = self._decoder.decode(frames[1])
+            return message
+        log.warning("a message without the token of this run was dropped")
+        return None
 
     def close(self, last: FromWorker, linger_seconds: float = 2.0) -> None:
         """Send a last message, if there is still somebody to read it."""
@@ -213,7 +225,12 @@ class WorkerChannel:
         self._context.term()
 
 
-def new_socket(context: zmq.Context, kind: int, address: str) -> zmq.Socket:
+def own_endpoint(socket: zmq.Socket[bytes]) -> str:
+    """Where a socket that was bound can be reached, with the port that was chosen."""
+    return socket.get_string(zmq.LAST_ENDPOINT)
+
+
+def new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str) -> zmq.Socket[bytes]:
     """A socket for an address, with the limits of this module."""
     socket = context.socket(kind)
     socket.linger = 0
@@ -236,7 +253,7 @@ def own_host(endpoint: str) -> str:
     family, kind, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(address)  # sends nothing
-        return probe.getsockname()[0]
+        return str(probe.getsockname()[0])
 
 
 def plain_endpoint(endpoint: str) -> str:

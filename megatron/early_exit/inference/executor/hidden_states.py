@@ -25,7 +25,8 @@ def to_bytes(hidden: Tensor) -> tuple[HiddenStates, Any]:
 
     if hidden.is_cuda:
         hidden = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True).copy_(hidden)
-    described = HiddenStates(*hidden.shape, str(hidden.dtype).removeprefix("torch."))
+    num_rows, hidden_size = hidden.shape
+    described = HiddenStates(num_rows, hidden_size, str(hidden.dtype).removeprefix("torch."))
     return described, hidden.contiguous().view(torch.uint8).numpy()
 
 

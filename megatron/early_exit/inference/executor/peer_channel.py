@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
@@ -23,11 +24,15 @@ from megatron.early_exit.inference.executor.channels import (
     encode_checked,
     has_token,
     new_socket,
+    own_endpoint,
     own_host,
     plain_endpoint,
     tcp_address,
 )
 from megatron.early_exit.inference.executor.messages import LinkOpened, PeerMessage
+
+if TYPE_CHECKING:  # it is in collections.abc from Python 3.12 on
+    from typing_extensions import Buffer
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +65,9 @@ class PeerChannel:
         self._inbox = new_socket(self._context, zmq.PULL, address)
         self._inbox.setsockopt(zmq.RCVHWM, 0)
         self._inbox.bind(f"{address}:*" if is_tcp else address)
-        self.address: str = plain_endpoint(self._inbox.last_endpoint.decode())
-        self._links: dict[int, zmq.Socket] = {}
-        self._monitors: dict[int, zmq.Socket] = {}
+        self.address = plain_endpoint(own_endpoint(self._inbox))
+        self._links: dict[int, zmq.Socket[bytes]] = {}
+        self._monitors: dict[int, zmq.Socket[bytes]] = {}
         self._addresses: Sequence[str] = ()
         self._broken: dict[int, float] = {}
         """Since when, by rank."""
@@ -86,11 +91,11 @@ class PeerChannel:
         for socket in (self._inbox, *self._monitors.values()):
             poller.register(socket, zmq.POLLIN)
 
-    def send(self, message: PeerMessage, ranks: Collection[int], hidden: object | None = None) -> None:
+    def send(self, message: PeerMessage, ranks: Collection[int], hidden: Buffer | None = None) -> None:
         """hidden: bytes of hidden states. Raises MessageTooLarge."""
         if not ranks:
             return
-        frames = [self._token, encode_checked(message)]
+        frames: list[Buffer] = [self._token, encode_checked(message)]
         if hidden is not None:
             size = memoryview(hidden).nbytes
             if size > LARGEST_MESSAGE:

@@ -70,11 +70,11 @@ class StageLoop:
 
     def _wait(self) -> None:
         seconds = self._peers.seconds_until_failure()
-        self._poller.poll(None if seconds is None else 1000 * seconds + 1)
+        self._poller.poll(None if seconds is None else int(1000 * seconds) + 1)
 
     def _take_in(self) -> None:
         """All that has come."""
-        while (message := self._engine.receive(waits=False)) is not None:
+        while (message := self._engine.receive_if_any()) is not None:
             self._take_from_engine(message)
         while (received := self._peers.receive()) is not None:
             self._take_from_peer(*received)

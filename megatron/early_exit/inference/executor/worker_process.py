@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import msgspec
 import zmq
@@ -32,6 +32,7 @@ from megatron.early_exit.inference.executor.messages import (
     Goodbye,
     Hello,
     InboxOpened,
+    LinkOpened,
     LinksOpened,
     Load,
     MeasureCosts,
@@ -50,6 +51,7 @@ from megatron.early_exit.inference.executor.messages import (
 from megatron.early_exit.inference.executor.peer_channel import PeerChannel, PeerUnreachable
 from megatron.early_exit.inference.executor.stage_loop import StageLoop, send_outputs
 from megatron.early_exit.inference.executor.stage_meter import StageMeter
+from megatron.early_exit.inference.protocol import RowsOutput
 from megatron.early_exit.platform.command_line import configure_output
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.processes import die_with_parent, die_with_torchrun
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron.early_exit.inference.worker.tensor_parallel import TensorParallel
+    from megatron.early_exit.inference.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +106,9 @@ def torchrun_store() -> tuple[torch.distributed.Store, int, int]:
     """(the store that the processes of a torchrun job share, rank, number of ranks)"""
     import torch
 
-    return next(torch.distributed.rendezvous("env://", timeout=_COLLECTIVE_TIMEOUT))
+    found: tuple[torch.distributed.Store, int, int]
+    found = next(torch.distributed.rendezvous("env://", timeout=_COLLECTIVE_TIMEOUT))
+    return found
 
 
 def serve(connection: ConnectionInfo, rank: int) -> int:
@@ -144,6 +149,7 @@ class _RankProcess:
                 self._peers = PeerChannel(self.channel.info, self.rank)
                 self.channel.send(InboxOpened(self._peers.address))
             elif isinstance(message, OpenLinks):
+                assert self._peers is not None, "links are opened behind inboxes"
                 self._open_links(self._peers, message)
                 self.channel.send(LinksOpened())
         if isinstance(message, Load):
@@ -171,10 +177,12 @@ class _RankProcess:
         self.channel.register(poller)
         peers.register(poller)
         while missing:
-            poller.poll(1000 * max(0.0, min(deadline - time.monotonic(), 1.0)))
+            poller.poll(int(1000 * max(0.0, min(deadline - time.monotonic(), 1.0))))
             while (received := peers.receive()) is not None:
-                missing.discard(received[0].rank)
-            while (other := self.channel.receive(waits=False)) is not None:
+                hello, _ = received
+                assert isinstance(hello, LinkOpened), hello
+                missing.discard(hello.rank)
+            while (other := self.channel.receive_if_any()) is not None:
                 self._answer_or_end(other)
             if missing and time.monotonic() >= deadline:
                 raise PeerUnreachable(min(missing), self.rank, peers.address, message.seconds)
@@ -184,7 +192,7 @@ class _RankProcess:
             raise RuntimeError("the engine ended while ranks connected to each other")
         self.channel.send(Pong())
 
-    def _run_steps(self, worker: Any) -> None:
+    def _run_steps(self, worker: Worker) -> None:
         """Of a model that is not spread over pipeline stages."""
         while not isinstance(message := self._receive(), Shutdown):
             if isinstance(message, RunStep):
@@ -192,12 +200,14 @@ class _RankProcess:
                 outputs = worker.execute(message.step)
                 self._meter.add(started, message.step.num_rows)
                 if self.rank == 0:
-                    number = message.step.number
-                    send_outputs(outputs, lambda those, number=number: self.channel.send(StepDone(number, those)))
+                    self._answer(message.step.number, outputs)
             elif isinstance(message, MeasureCosts):
                 costs = worker.measure_costs()
                 if self.rank == 0:
                     self.channel.send(CostsMeasured(costs))
+
+    def _answer(self, number: int, outputs: list[RowsOutput]) -> None:
+        send_outputs(outputs, lambda those: self.channel.send(StepDone(number, those)))
 
     def _receive(self) -> ToWorker:
         while isinstance(message := self.channel.receive(), Ping):
