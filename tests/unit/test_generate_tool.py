@@ -6,7 +6,10 @@ import io
 import json
 import os
 import re
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,11 +17,13 @@ from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.data.tokenizer import build_tokenizer
 from megatron.early_exit.evaluation import command_line as evaluation
 from megatron.early_exit.inference import report
-from megatron.early_exit.inference.command_line import _print_json, _typed_lines, main
-from megatron.early_exit.inference.prompt_file import prompts_of_file
+from megatron.early_exit.inference.answer_display import AnswerDisplay, _print_json
+from megatron.early_exit.inference.command_line import main
+from megatron.early_exit.inference.params import GenerationParams
+from megatron.early_exit.inference.prompt_input import prompts_of_file, typed_prompts
 from megatron.early_exit.inference.results import GeneratedToken, HeadPrediction, PromptToken, RequestResult, Statistics
 from megatron.early_exit.inference.text import pieces
-from megatron.early_exit.inference.text_engine import RequestOutput
+from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
 from megatron.early_exit.platform.world import check_num_ranks, check_world_size
 
 BYTES = build_tokenizer(DataConfig(tokenizer_type="ByteLevelTokenizer"))
@@ -252,4 +257,79 @@ def test_prompts_from_files_pipes_and_standard_input_are_lines_of_text(tmp_path,
     os.close(reading)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content + b"\ngr\xfcn\n")))
     # What is not UTF-8 comes as in arguments, and is refused by the tokenizer, alone.
-    assert list(_typed_lines()) == ["one \u2028 prompt \x0c in all", "last", "gr\udcfcn"]
+    assert list(typed_prompts()) == ["one \u2028 prompt \x0c in all", "last", "gr\udcfcn"]
+
+
+class ScriptedLLM:
+    """Gives its answers token by token; at the tokens named in `interrupts`, Ctrl-C is pressed."""
+
+    def __init__(self, answers: Sequence[str], interrupts: Sequence[tuple[int, int]]) -> None:
+        self.engine = SimpleNamespace(failure=None, description=SimpleNamespace(num_layers=4, num_stages=1))
+        self.tokenizer = SimpleNamespace(chat=lambda turn: self.turns.append(turn) or [0])
+        self.turns: list[list[dict[str, str]]] = []
+        self._answers, self._interrupts = list(answers), interrupts
+        self.num_closed = 0
+
+    def stream(self, prompt: list[int], params: GenerationParams) -> Iterator[OutputDelta]:
+        number = len(self.turns) - 1
+        output = RequestOutput(number, prompt)
+        try:
+            for index, piece in enumerate(self._answers[number]):
+                if (number, index) in self._interrupts:
+                    signal.raise_signal(signal.SIGINT)
+                output.tokens.append(token(ord(piece)))
+                output.pieces.append(piece)
+                is_last = index + 1 == len(self._answers[number])
+                output.result = replace(RESULT, tokens=tuple(output.tokens)) if is_last else None
+                yield OutputDelta(output, (piece,), (output.tokens[-1],), is_last)
+        finally:
+            self.num_closed += 1
+
+
+def converse(llm: ScriptedLLM, typed: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> bool:
+    lines = list(typed)
+
+    def read(_: str) -> str:
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", read)
+    display = AnswerDisplay(llm, GenerationParams(), "never", chat=True, as_json=False, predictions=False)
+    return display.converse()
+
+
+def test_an_interrupt_stops_the_answer_and_the_chat_goes_on(monkeypatch, capsys):
+    llm = ScriptedLLM(["abcd", "xyz"], interrupts=[(0, 1)])
+    assert converse(llm, ["one", "", "two"], monkeypatch)
+    shown = capsys.readouterr()
+    assert shown.out.startswith("ab\nxyz") and shown.err == "generate.py: stopped\n" and llm.num_closed == 2
+    assert llm.turns[1] == [
+        {"role": "user", "content": "one"}, {"role": "assistant", "content": "ab"}, {"role": "user", "content": "two"},
+    ]  # fmt: skip
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_answer_that_does_not_stop_is_interrupted(monkeypatch, capsys):
+    class Hanging(ScriptedLLM):
+        def stream(self, prompt: list[int], params: GenerationParams) -> Iterator[OutputDelta]:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            yield from super().stream(prompt, params)
+
+    with pytest.raises(KeyboardInterrupt):
+        converse(Hanging(["abc"], []), ["one"], monkeypatch)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_at_the_prompt_ends_the_chat(monkeypatch):
+    def interrupted(_: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        AnswerDisplay(
+            ScriptedLLM([], []), GenerationParams(), "never", chat=True, as_json=False, predictions=False
+        ).converse()

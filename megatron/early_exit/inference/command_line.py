@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import codecs
-import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron.early_exit.data.text_files import replace_surrogates, split_lines
 from megatron.early_exit.inference.model_flags import add_model_flags, check_torchrun, engine_settings
 from megatron.early_exit.inference.params import EXIT_SCORES
-from megatron.early_exit.inference.prompt_file import prompts_of_file
+from megatron.early_exit.inference.prompt_input import prompts_of_file
 from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.platform.world import world_size
@@ -22,8 +19,7 @@ from megatron.early_exit.platform.world import world_size
 # What needs core is imported in the functions: --help and wrong flags should not wait for it.
 if TYPE_CHECKING:
     from megatron.early_exit.inference.llm import LLM
-    from megatron.early_exit.inference.params import CertifiedThresholds, GenerationParams
-    from megatron.early_exit.inference.text_engine import OutputDelta, RequestOutput
+    from megatron.early_exit.inference.params import CertifiedThresholds, GenerationParams, Mode
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -170,21 +166,17 @@ def _run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"generate.py: {in_words(error)}", file=sys.stderr, flush=True)
         return 2
+    from megatron.early_exit.inference.answer_display import AnswerDisplay
+
     try:
-        all_answered = _answer(args, prompts, params, llm)
-        _check_workers(llm)
+        display = AnswerDisplay(
+            llm, params, args.color, chat=args.chat, as_json=args.json, predictions=args.print_max_prob
+        )
+        all_answered = display.converse() if _is_interactive(args) else display.answer(prompts)
+        display.check_workers()
         return 0 if all_answered else 1
     finally:  # also when interrupted, or when nobody reads the output any more (see `run_program`)
         llm.close()
-
-
-def _answer(args: argparse.Namespace, prompts: list[str], params: GenerationParams, llm: LLM) -> bool:
-    """Whether all prompts were answered."""
-    if _is_interactive(args):
-        return _converse(args, params, llm)
-    if len(prompts) == 1 and args.samples == 1 and not args.json:
-        return _show_live(args, prompts[0], prompts[0], params, llm) is not None
-    return _answer_all(args, prompts, params, llm)
 
 
 def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
@@ -245,9 +237,9 @@ def _prepare(args: argparse.Namespace) -> tuple[GenerationParams, LLM]:
     return params, llm
 
 
-def _checked_mode(args: argparse.Namespace) -> str:
+def _checked_mode(args: argparse.Namespace) -> Mode:
     problems = []
-    mode = args.mode or ("early_exit" if args.use_early_exit or args.certified is not None else "full")
+    mode: Mode = args.mode or ("early_exit" if args.use_early_exit or args.certified is not None else "full")
     if args.use_early_exit and mode != "early_exit":
         problems.append(f"--use-early-exit contradicts --mode {mode}")
     needs = {
@@ -293,140 +285,3 @@ def _thresholds(args: argparse.Namespace) -> tuple[float, ...] | CertifiedThresh
 
 def _is_interactive(args: argparse.Namespace) -> bool:
     return not args.prompt and args.prompt_file is None
-
-
-def _converse(args: argparse.Namespace, params: GenerationParams, llm: LLM) -> bool:
-    """Answer one prompt a line until standard input ends. Returns whether all were answered."""
-    messages: list[dict[str, str]] = []
-    all_answered = True
-    for line in _typed_lines():
-        if not args.chat:
-            all_answered &= _show_live(args, line, line, params, llm) is not None
-            continue
-        turn = [*messages, {"role": "user", "content": line}]
-        try:
-            prompt_ids = llm.tokenizer.chat(turn)
-        except ValueError as error:
-            _refuse(line, str(error), llm)
-            all_answered = False
-            continue
-        output = _show_live(args, line, prompt_ids, params, llm)
-        if output is None:
-            all_answered = False
-        else:
-            messages = [*turn, {"role": "assistant", "content": output.text}]
-    return all_answered
-
-
-def _typed_lines() -> Iterator[str]:
-    """The lines of standard input but empty ones. Bytes that are not UTF-8 become what Python makes of them in
-    arguments, and the prompt is refused like those."""
-    try:
-        if sys.stdin.isatty():
-            sys.stdin.reconfigure(errors="surrogateescape")
-            while True:
-                if line := input("prompt> "):
-                    yield line
-        for line in split_lines(sys.stdin.buffer, "standard input"):
-            if not line.is_blank:
-                yield line.content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
-    except EOFError:
-        return
-
-
-def _show_live(
-    args: argparse.Namespace,
-    typed: str,
-    prompt: str | list[int],
-    params: GenerationParams,
-    llm: LLM,
-) -> RequestOutput | None:
-    """Answer one prompt and show the text as it comes, after what was typed unless it is a chat. None if the prompt was
-    refused."""
-    from megatron.early_exit.inference import report
-
-    in_colour, num_layers = report.in_colour(args.color), llm.engine.description.num_layers
-    before = "" if args.chat else typed
-    delta: OutputDelta | None = None
-    for delta in llm.stream(prompt, params):
-        if delta.output.result is None and delta.output.error is not None:
-            _check_workers(llm)
-            _refuse(typed, delta.output.error, llm)
-            return None
-        if args.json:
-            continue
-        if before:
-            print(before, end="", flush=True)
-            before = ""
-        text = report.coloured_text(delta.pieces, delta.tokens, num_layers) if in_colour else delta.text
-        print(text, end="", flush=True)
-    output = delta.output
-    if output.error is not None:
-        _check_workers(llm)
-        _refuse(typed, output.error, llm)
-        return None
-    if args.json:
-        _print_json(typed, output)
-    else:
-        print("\n")
-        _print_tables(args, output, llm, in_colour)
-    return output
-
-
-def _print_tables(args: argparse.Namespace, output: RequestOutput, llm: LLM, in_colour: bool) -> None:
-    from megatron.early_exit.inference import report
-
-    if len(output.result.usage) > 1 and not in_colour:
-        print(report.marked(output.pieces, output.tokens) + "\n")
-    if args.print_max_prob:
-        print(report.predictions_table(output.pieces, output.tokens, llm.tokenizer) + "\n")
-    print(report.usage_table(output, llm.engine.description.num_stages) + "\n", flush=True)
-
-
-def _answer_all(args: argparse.Namespace, prompts: list[str], params: GenerationParams, llm: LLM) -> bool:
-    """Answer all prompts at once and show each when it and those before it are done. False if one was refused."""
-    from megatron.early_exit.inference import report
-
-    in_colour, num_layers = report.in_colour(args.color), llm.engine.description.num_layers
-    expected = iter([(prompt, sample) for prompt in range(len(prompts)) for sample in range(params.n)])
-    done: dict[tuple[int, int], RequestOutput] = {}
-    following, all_answered = next(expected), True
-    for delta in llm.stream(prompts, params):
-        if delta.is_finished:
-            done[delta.output.prompt_index, delta.output.sample_index] = delta.output
-        while following in done:
-            output, prompt = done.pop(following), prompts[following[0]]
-            following = next(expected, None)
-            if output.error is not None:
-                all_answered = False
-                _refuse(prompt, output.error, llm)
-            if args.json:
-                _print_json(prompt, output)
-            elif output.error is None:
-                text = report.coloured_text(output.pieces, output.tokens, num_layers) if in_colour else output.text
-                print(f"{prompt}{text}\n")
-                _print_tables(args, output, llm, in_colour)
-    return all_answered
-
-
-def _print_json(prompt: str, output: RequestOutput) -> None:
-    from megatron.early_exit.inference import report
-
-    # A prompt that was refused may be no text.
-    document = report.as_json(replace_surrogates(prompt), output)
-    is_utf_8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print(json.dumps(document, ensure_ascii=not is_utf_8), flush=True)
-
-
-def _check_workers(llm: LLM) -> None:
-    """Raise ExecutorError if they have ended."""
-    from megatron.early_exit.inference.executor.base import ExecutorError
-
-    if llm.engine.failure is not None:
-        raise ExecutorError(llm.engine.failure)
-
-
-def _refuse(prompt: str, error: str, llm: LLM) -> None:
-    """Say so, unless the workers have ended, which is said once for all prompts (`_check_workers`)."""
-    if llm.engine.failure is None:
-        print(f"generate.py: prompt {prompt[:40]!r} was refused: {error}", file=sys.stderr, flush=True)

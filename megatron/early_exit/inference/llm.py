@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -132,7 +132,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: GenerationParams | Sequence[GenerationParams] = DEFAULT_PARAMS,
-    ) -> Iterator[OutputDelta]:
+    ) -> Generator[OutputDelta, None, None]:
         """As `generate`, step by step. Leaving the loop early cancels what is unfinished."""
         prompts = as_list(prompts)
         each = self._for_each(prompts, params)

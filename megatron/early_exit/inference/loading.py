@@ -79,7 +79,8 @@ class LoadConfig:
     max_requests: int | None = None
     """Slots, each with keys and values: at most so many, default 16."""
     max_length: int | None = None
-    """Longest prompt and answer together (tokens), default what the model takes, at most 4,096."""
+    """Positions of the longest sequence, default what the model takes, at most 4,096: a prompt and its answer but for
+    the answer's last token, which is never fed back."""
     kv_cache_gib: float | None = None
     """Memory of each rank for keys and values (GiB); default: 90% of what a GPU has free beside the weights; on the CPU
     4, or half of what is free."""

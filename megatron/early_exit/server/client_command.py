@@ -6,11 +6,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.early_exit.inference.params import EXIT_SCORES
-from megatron.early_exit.inference.prompt_file import prompts_of_file
+from megatron.early_exit.inference.prompt_input import prompts_of_file, typed_prompts
 from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
 from megatron.early_exit.platform.failures import in_words
 from megatron.early_exit.server.client import Client, RequestFailed, ServerUnavailable
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         client = Client(args.url, args.api_key, args.wait, args.busy, args.timeout)
         session = (MegatronSession if args.api == "megatron" else OpenAISession)(args, client)
         all_answered = True
-        for prompt in prompts or _typed_lines():
+        for prompt in prompts or typed_prompts():
             try:
                 session.ask(prompt)
             except RequestFailed as error:
@@ -125,13 +125,3 @@ def _text_field(line: str, path: Path) -> str:
         return text
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--prompt-file {path}: {line[:40]!r} is no JSON object with the field text") from error
-
-
-def _typed_lines() -> Iterator[str]:
-    try:
-        while True:
-            line = input("prompt> ") if sys.stdin.isatty() else input()
-            if line.strip():
-                yield line
-    except EOFError:
-        return
