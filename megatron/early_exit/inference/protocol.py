@@ -67,7 +67,7 @@ class WorkerDescription(msgspec.Struct, frozen=True):
     num_slots: int
     """Requests that run at once."""
     num_positions: int
-    """Longest prompt and answer together."""
+    """Of the longest sequence: a prompt and its answer but for the answer's last token, which is never fed back."""
     bytes_per_token: int = 0
     """Memory for the keys and values of one position, on each rank; `num_slots` times `num_positions` of them are
     taken."""
