@@ -48,4 +48,4 @@ def test_costs_are_measured_without_exits_too(tmp_path: Path, monkeypatch: pytes
     )
     assert engine_process._run(settings) == 0
     assert sent == [Pong, Ready]
-    assert engines[0]._measured_costs is not None
+    assert engines[0]._planner.measured_costs is not None

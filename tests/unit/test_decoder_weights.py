@@ -140,7 +140,7 @@ def test_a_stage_has_what_it_needs_and_nothing_else(is_tied: bool, has_own_outpu
     exits = [[(one.index, one.layer_number, one.depth) for one in stage.exits] for stage in (first, middle, last)]
     assert exits == [[(0, 1, 1), (1, 2, 2)], [], [(2, 4, 4)]]
     assert [one.embedding is not None for one in (first, middle, last)] == [True, False, False]
-    assert [one.final_norm is not None for one in (first, middle, last)] == [False, False, True]
+    assert [one.final is not None for one in (first, middle, last)] == [False, False, True]
     assert [one.output is not None for one in (first, middle, last)] == [False, False, True]
     assert (first.exits[0].output is first.exits[1].output) != has_own_outputs
     assert (last.exits[0].output is last.output) != has_own_outputs
