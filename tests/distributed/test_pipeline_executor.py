@@ -259,8 +259,10 @@ class Wire:
     def __init__(self, *came: object, rank: int = 0) -> None:
         self.rank, self._came, self.sent = rank, list(came), []
 
-    def receive(self, waits: bool = False) -> object | None:
+    def receive(self) -> object | None:
         return self._came.pop(0) if self._came else None
+
+    receive_if_any = receive
 
     def send(self, message: object, ranks: Collection[int] | None = None, hidden: object = None) -> None:
         if ranks is None or ranks:
