@@ -58,6 +58,7 @@ def tune_on_hidden_states(model: Model, iterator: Iterator[Batch] | None, num_mi
     (chunk,) = model.chunks
     for _ in range(num_microbatches):
         batch = next(iterator)
+        assert batch.hidden_states is not None, "samples of a cache come with hidden states"
         hidden_states = {name: value.transpose(0, 1).contiguous() for name, value in batch.hidden_states.items()}
         chunk.tune_exits(hidden_states, batch.labels, batch.loss_mask, batch.attention_mask)
 
