@@ -184,9 +184,9 @@ class _CostModel:
         rows = config.description.padded_vocab_size // config.parallel.tensor_model_parallel_size
         num_chunks = -(-num_tokens // sizes.chunk_size(rows, is_gpu=True))
         weight = sizes.output_parameters(config)
-        # 50 bytes for each logit over all steps from bf16 logits to their bf16 gradients. Every chunk's weight gradient
+        # 32 bytes for each logit over all steps from bf16 logits to their bf16 gradients. Every chunk's weight gradient
         # is made (2 bytes), read, and added to the sum (read and written, 4 bytes each).
-        moved = 50 * num_tokens * rows + 12 * weight * num_chunks
+        moved = 32 * num_tokens * rows + 12 * weight * num_chunks
         flops = sizes.output_flops_per_token(config, config.description.padded_vocab_size) * num_tokens / self._tokens
         return self._matmul_sec(flops) + self._memory_sec(moved) + self._accumulation_sec(weight)
 
