@@ -1,4 +1,4 @@
-"""Hidden states as bytes, on their way from a stage to the next. (The path over CUDA has not run on a GPU.)"""
+"""Hidden states as bytes, on their way from a stage to the next."""
 
 from __future__ import annotations
 
