@@ -1,4 +1,5 @@
-"""Worker processes that stay alive between tests: importing core takes seconds a process.
+"""Worker processes that stay alive between tests: importing core takes seconds a process, so one process imports it and
+all ranks are its forks.
 
 A pool per world size runs functions on all its ranks at once. A case that fails or hangs ends its pool, with the stacks
 of all ranks in the error; the next case starts a new one.
@@ -12,16 +13,20 @@ import gc
 import importlib
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from typing import Any
+from unittest import mock
 
-from megatron.early_exit.platform.processes import die_with_parent
 from tests.ports import free_port
 
 COLLECTIVE_TIMEOUT_SECONDS = 60
@@ -29,12 +34,31 @@ _CASE_TIMEOUT_SECONDS = 480  # one case has a real model, and a machine may be b
 _ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Layouts are tested over gloo, also on a machine with a GPU."""
+
+
+def _start_fork_server() -> None:
+    """Start the process whose forks all ranks are, unless it runs. It imports what cases need, and ends with the tests.
+
+    (Ranks have the same hash seed so, unlike those of a program: tests/integration/ starts programs.)"""
+    forkserver.set_forkserver_preload(["megatron.early_exit.training.pretrain"])
+    with mock.patch.dict(os.environ, _NO_GPU):
+        forkserver.ensure_running()
+
+
+def _end_with(tests: int) -> None:
+    """End this process when that of the tests has ended, in whatever way. The fork server would wait for its forks."""
+    with suppress(ProcessLookupError):
+        select.select([os.pidfd_open(tests)], [], [])
+    os._exit(1)
+
+
 def _serve(rank: int, world_size: int, port: int, stack_file: str, tests: int, connection: Any) -> None:
-    die_with_parent(tests)
+    threading.Thread(target=_end_with, args=(tests,), daemon=True).start()
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "CUDA_VISIBLE_DEVICES": "",  # layouts are tested over gloo, also on a machine with a GPU
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **_NO_GPU,
     }  # fmt: skip
     sys.path.insert(0, _ROOT)
     with open(stack_file, "w") as stacks:
@@ -88,7 +112,8 @@ class WorkerPool:
     """`world_size` processes in one gloo world."""
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        _start_fork_server()
+        context = multiprocessing.get_context("forkserver")
         self.folder = tempfile.TemporaryDirectory()
         port = free_port()
         self.connections, self.processes = [], []
