@@ -4,6 +4,7 @@ first, and all layers cache what the reference computes."""
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -343,6 +344,8 @@ FLOWS = [
     FlowControl(), FlowControl(fill_credit=3), FlowControl(fill_credit=1, max_rows=2), FlowControl(fill_credit=0),
     FlowControl(fill_min_rows=4), FlowControl(fill_credit=3, fill_min_rows=4, max_rows=4),
 ]  # fmt: skip
+ORDERS = float(os.environ.get("ORDERS", 1))
+"""Tries this many times as many orders, where the engine or the stages have changed: ORDERS=5 pytest ..."""
 MANY = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
@@ -368,7 +371,7 @@ def finish(of: Model, engine: Engine, pipeline: SimulatedPipeline) -> None:
 @pytest.mark.parametrize(("head", "style"), [
     *((head, "llama") for head in HEADS), ("tied", "gpt2"), ("block", "rotary_percent"), ("mlp", "qkv_bias")
 ])  # fmt: skip
-@settings(MANY, max_examples=120)
+@settings(MANY, max_examples=round(40 * ORDERS))
 @given(choices=st.randoms(use_true_random=False))
 def test_in_any_order_requests_are_answered_as_by_one_process(head: str, style: str, choices: Random) -> None:
     run_at_random(model(head, style), choices)
@@ -407,7 +410,7 @@ def test_random_orders_meet_everything_that_is_to_be_shown() -> None:
     assert not seldom, met
 
 
-@settings(MANY, max_examples=100)
+@settings(MANY, max_examples=round(30 * ORDERS))
 @given(choices=st.randoms(use_true_random=False))
 def test_followers_that_get_their_inputs_late_do_the_same(choices: Random) -> None:
     """The second rank of each stage is a copy of the first."""
@@ -417,7 +420,7 @@ def test_followers_that_get_their_inputs_late_do_the_same(choices: Random) -> No
     finish(of, engine, pipeline)
 
 
-@settings(MANY, max_examples=40)
+@settings(MANY, max_examples=round(20 * ORDERS))
 @given(choices=st.randoms(use_true_random=False))
 def test_beams(choices: Random) -> None:
     of = model("untied_norm")
@@ -516,7 +519,7 @@ def count_errors(do: Callable, choices: Random) -> int:
 
 
 @pytest.mark.parametrize("do", [spoil, lose])
-@settings(MANY, max_examples=100)
+@settings(MANY, max_examples=round(30 * ORDERS))
 @given(choices=st.randoms(use_true_random=False))
 def test_what_fails_in_a_stage_ends_the_requests_that_it_meets(do: Callable, choices: Random) -> None:
     """Rows of a token are not finite behind a layer of some stage, or their pass raises: the engine goes on, and what
@@ -529,7 +532,7 @@ def test_something_does_fail(do: Callable) -> None:
     assert sum(count_errors(do, Random(seed)) for seed in range(20)) >= 10
 
 
-@settings(MANY, max_examples=40)
+@settings(MANY, max_examples=round(20 * ORDERS))
 @given(choices=st.randoms(use_true_random=False))
 def test_an_exit_that_is_not_finite_ends_requests_that_draft_or_score_with_it(choices: Random) -> None:
     of = model("untied_norm")
