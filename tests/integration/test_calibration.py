@@ -55,6 +55,14 @@ def certified(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def recorded(certified: Path, tmp_path: Path) -> Path:
+    """A copy to write into, with the records of all answers, and no certificates."""
+    shutil.copytree(certified, tmp_path / "model")
+    (iteration(tmp_path / "model") / "exit_certificates.json").unlink()
+    return tmp_path / "model"
+
+
 def test_records_are_what_every_exit_says_along_the_full_answer(certified: Path, made: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -224,13 +232,13 @@ def test_a_shortlist_stays_only_with_the_certificates_that_were_made_with_it(
 
 
 def test_a_level_that_exits_cannot_keep_is_refused_with_the_reason(
-    made: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    made: Path, recorded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--levels", "0.9", "--delta", "0.2", "--rounding-prompts", "0", "--grid", "0.0"]
-    assert calibrate(made, folder, *words) == 0
+    assert calibrate(made, recorded, *words) == 0
     assert "certified:0.9 (A-max, delta 0.2): refused: the safest thresholds have a risk of" in capsys.readouterr().out
     with pytest.raises(ValueError, match="certified:0.9 is not to be had for this model: the safest thresholds"):
-        LLM.load(str(folder)).generate(
+        LLM.load(str(recorded)).generate(
             [1, 2], GenerationParams(max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.9")
         )
 
@@ -240,27 +248,27 @@ def test_a_level_that_exits_cannot_keep_is_refused_with_the_reason(
     ("C", RoundingFloor(16, 3, 1000, 0.11), "11.00% of the full model's answers' words"),
 ])  # fmt: skip
 def test_rounding_is_counted_as_the_risk_is(
-    made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, risk: str, floor: RoundingFloor, what: str
+    made: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch, risk: str, floor: RoundingFloor, what: str
 ) -> None:
     """What is rare among decisions may be frequent among answers."""
     monkeypatch.setattr(calibration, "rounding_floor", lambda *_: floor)
-    assert calibrate(made, folder, "--levels", "0.9", "--delta", "0.2", "--risk", risk, "--grid", "1.0") == 0
-    (one,) = read_certificates(iteration(folder))
+    assert calibrate(made, recorded, "--levels", "0.9", "--delta", "0.2", "--risk", risk, "--grid", "1.0") == 0
+    (one,) = read_certificates(iteration(recorded))
     assert f"rounding alone changes {what}" in one.refusal
 
 
 @pytest.mark.parametrize("risk", ["B", "C"])
-def test_other_risks(made: Path, folder: Path, risk: str) -> None:
+def test_other_risks(made: Path, recorded: Path, risk: str) -> None:
     words = ["--levels", "0.9", "--delta", "0.2", "--rounding-prompts", "0", "--risk", risk, "--grid", "1.0"]
-    assert calibrate(made, folder, *words) == 0
-    (one,) = read_certificates(iteration(folder))
+    assert calibrate(made, recorded, *words) == 0
+    (one,) = read_certificates(iteration(recorded))
     assert one.risk == risk and one.calibration_risk is not None
     if risk == "C" and one.refusal is None:
         params = GenerationParams(
             max_tokens=ANSWER, mode="early_exit", exit_thresholds="certified:0.9", exit_layers=(NUM_LAYERS,)
         )
         with pytest.raises(ValueError, match="holds with all exits enabled"):
-            LLM.load(str(folder)).generate([1, 2], params)
+            LLM.load(str(recorded)).generate([1, 2], params)
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -192,11 +192,7 @@ def test_a_disk_that_takes_no_more_ends_all_ranks_and_keeps_the_last_checkpoint(
 
 
 @pytest.mark.parametrize(("world_size", "flags", "message"), [
-    (2, ["--exit-layer-nums", "2", "9"], "9"),
-    (2, ["--exit-layer-weight", "0.5"], "--exit-layer-weight"),
-    (2, ["--pipeline-model-parallel-size", "3"], "3"),
-    (2, ["--context-parallel-size", "2"], "--context-parallel-size"),
-    (2, ["--no-such-flag", "1"], "--no-such-flag"),
+    (2, ["--pipeline-model-parallel-size", "3"], "3"),  # more of this kind: tests/unit/test_validate.py
     (2, ["--data-path", "/nowhere/prefix"], "/nowhere/prefix"),
     (1, ["--load", "/nowhere/checkpoints"], "/nowhere/checkpoints"),
     (2, ["--pipeline-model-parallel-size", "2", "--fill-explicit-bubbles", "--num-fill-warmup-microbatches", "1",
