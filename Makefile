@@ -20,6 +20,9 @@ DEMO_FOLDER ?= runs/demo
 DEMO_TUNE_FOLDER ?= runs/demo-tune
 BIN = $(VENV)/bin
 
+# Images of containers set it. The tests start hundreds of programs, each of which would compile the package for itself.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: setup demo demo-tune test test-fast coverage lint hooks docs bench clean
 
 setup: $(VENV)/.installed
@@ -40,7 +43,8 @@ test-fast: setup
 
 # The tests of a file share what they build. In the order of their names, many small files come last.
 test: setup
-	$(BIN)/python -m pytest tests --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+		--durations 20
 
 # Of the processes of pytest alone: what programs, ranks, engines and servers run that a test starts is not counted, so
 # the truth is higher, above all in training/, inference/worker/ and server/. The report ends with the files least run.
