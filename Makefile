@@ -1,7 +1,7 @@
 # make demo       set up, then train and run a small early-exit model on two CPU cores (some minutes, no GPU, no data needed)
 # make demo-tune  add exits to a real model (SmolLM2-135M), tune them, compare before and after (some minutes, no GPU)
 # make test-fast  set up, then run what takes no more than minutes: unit tests, and every program once
-# make test       set up, then run all tests, two files at a time (TEST_PROCESSES=2)
+# make test       set up, then run all tests; like the fast ones, two files at a time (TEST_PROCESSES=2)
 # make coverage   set up, then say which lines the fast tests run (COVERAGE_TESTS=tests for all); see below
 # make lint       formatting, imports, spelling
 # make hooks      set up, then have git run the checks of `make lint` before every commit (.pre-commit-config.yaml)
@@ -38,20 +38,21 @@ demo: setup
 demo-tune: setup
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/demo_tune.sh $(DEMO_TUNE_FOLDER)
 
-test-fast: setup
-	$(BIN)/python -m pytest tests/smoke tests/unit -m "not slow" --durations 5
-
 # The tests of a file share what they build. In the order of their names, many small files come last.
+SHARED_OUT = --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+test-fast: setup
+	$(BIN)/python -m pytest tests/smoke tests/unit -m "not slow" $(SHARED_OUT) --durations 5
+
 test: setup
-	$(BIN)/python -m pytest tests --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
-		--durations 20
+	$(BIN)/python -m pytest tests $(SHARED_OUT) --durations 20
 
 # Of the processes of pytest alone: what programs, ranks, engines and servers run that a test starts is not counted, so
 # the truth is higher, above all in training/, inference/worker/ and server/. The report ends with the files least run.
 coverage: export COVERAGE_FILE = $(abspath $(COVERAGE_FOLDER))/data
 coverage: setup
 	mkdir -p $(COVERAGE_FOLDER)
-	$(BIN)/python -m pytest $(COVERAGE_TESTS) -m "not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile --cov --cov-report=
+	$(BIN)/python -m pytest $(COVERAGE_TESTS) -m "not slow" $(SHARED_OUT) --cov --cov-report=
 	$(BIN)/python -m coverage html --quiet --directory $(COVERAGE_FOLDER)/html
 	$(BIN)/python -m coverage report --skip-covered --sort=-cover | tail -n 25
 	@echo "all files, line by line: $(COVERAGE_FOLDER)/html/index.html"
