@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.flags import parse_run_config
-from megatron.early_exit.schedules.plan_command import build_parser as build_plan_parser
+from megatron.early_exit.schedules.plan_flags import build_parser as build_plan_parser
 from tests.shell_blocks import Command
 
 ROOT = Path(__file__).resolve().parents[1]

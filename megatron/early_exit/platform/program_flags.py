@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser_of(flags: type, prog: str, **options: Any) -> Parser:
     """The parser of a program whose flags are the fields of `flags`. options: of ArgumentParser."""
-    parser = Parser(**{"prog": prog, "description": flags.__doc__, **options})
+    parser = Parser(prog=prog, description=" ".join((flags.__doc__ or "").split()), **options)
     add_flags(parser, flags)
     add_verbose_flag(parser)
     return parser
@@ -65,19 +65,31 @@ def parser_of(flags: type, prog: str, **options: Any) -> Parser:
 
 def add_flags(parser: argparse.ArgumentParser, flags: type) -> None:
     """Add the fields of `flags` and, as groups, of the classes that it inherits from."""
+    for owner, fields in _fields_by_owner(flags).items():
+        _add_fields(parser if owner is flags else parser.add_argument_group(_title(owner)), flags, fields)
+
+
+def add_group(parser: argparse.ArgumentParser, flags: type) -> None:
+    """Add the fields of `flags` as a group."""
+    _add_fields(parser.add_argument_group(_title(flags)), flags, dataclasses.fields(flags))
+
+
+def _title(owner: type) -> str:
+    return (owner.__doc__ or "").strip()
+
+
+def _add_fields(group: argparse._ActionsContainer, flags: type, fields: Iterable[dataclasses.Field[Any]]) -> None:
+    hints = typing.get_type_hints(flags, include_extras=True)
     docs: dict[str, str] = {}
     for owner in reversed(_owners(flags)):
         docs |= field_docs(owner)
     exclusive: dict[str, argparse._MutuallyExclusiveGroup] = {}
-    for owner, fields in _fields_by_owner(flags).items():
-        group = parser if owner is flags else parser.add_argument_group((owner.__doc__ or "").strip())
-        hints = typing.get_type_hints(flags, include_extras=True)
-        for field in fields:
-            options = _options(field, hints[field.name], docs.get(field.name))
-            place: argparse._ActionsContainer = group
-            if name := options.pop("group", None):
-                exclusive[name] = place = exclusive.get(name) or group.add_mutually_exclusive_group()
-            place.add_argument(*options.pop("names"), **options)
+    for field in fields:
+        options = _options(field, hints[field.name], docs.get(field.name))
+        place = group
+        if name := options.pop("group", None):
+            exclusive[name] = place = exclusive.get(name) or group.add_mutually_exclusive_group()
+        place.add_argument(*options.pop("names"), **options)
 
 
 def parse_flags(parser: argparse.ArgumentParser, flags: type[T], argv: Sequence[str] | None = None) -> T:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import shlex
 import sys
@@ -10,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.early_exit.config.errors import ConfigError
-from megatron.early_exit.platform.command_line import add_verbose_flag, run_program
-from megatron.early_exit.schedules.cases import CASES, case_named, given_number, layout_flags, setup_from_flags
+from megatron.early_exit.platform.command_line import run_program
+from megatron.early_exit.platform.program_flags import flags_of
+from megatron.early_exit.schedules.cases import case_named, given_number, layout_flags, setup_from_flags
 from megatron.early_exit.schedules.comparison import (
     FILLED,
     IN_BACKWARD,
@@ -23,65 +23,20 @@ from megatron.early_exit.schedules.comparison import (
     compare_costs,
     tuning_variant,
 )
-from megatron.early_exit.schedules.cost_model import GPUS, Assumptions
+from megatron.early_exit.schedules.cost_model import Assumptions
 from megatron.early_exit.schedules.draw import check_outputs, draw_timelines
+from megatron.early_exit.schedules.plan_flags import PlanFlags, build_parser
 from megatron.early_exit.schedules.planner import Choice, choose
 from megatron.early_exit.schedules.stage_costs import StageCosts, exit_stages, read_costs, write_costs
 
 GIB = 2**30
 PLANS = {"plain": PLAIN, "backward": IN_BACKWARD, "idle": IN_IDLE_TIME, "filled": FILLED}
-_DRAWN_MICROBATCHES = 8
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="plan_pipeline.py",
-        usage="plan_pipeline.py [--case NAME] [FLAGS OF TRAINING] [--gpu NAME] [--world-size N] [--output FILE ...]",
-        description="Simulate one training iteration of a pipeline with early exits: with the exits in the backward, "
-        "in idle time, and with bubbles filled, against plain GPT. The model is a named case, flags of training "
-        "(docs/flags.md; those for data and learning rate can be left out), or measured costs. No GPU is needed.",
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group("what")
-    group.add_argument("--case", metavar="NAME", help=f"{', '.join(CASES)}; flags of training win over it")
-    group.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}; default: the case's, or H100-80GB")
-    group.add_argument("--world-size", type=int, metavar="N", help="GPUs; default: the case's, or one replica")
-    group.add_argument(
-        "--layers-per-stage", type=int, nargs="+", metavar="N", help="default: as the flags of training split them"
-    )
-    group.add_argument(
-        "--costs", type=Path, metavar="FILE", help="costs of all stages instead of a model, as --costs-output has them"
-    )
-    group.add_argument("--num-microbatches", type=int, metavar="N", help="of an iteration; default: from the batch")
-    for name, where in (("warmup", "warmup"), ("cooldown", "cooldown")):
-        group.add_argument(
-            f"--num-fill-{name}-microbatches", type=int, metavar="N",
-            help=f"further microbatches in the bubbles of the {where}; default: as many as cost no time",
-        )  # fmt: skip
-    group.add_argument(
-        "--choose", action="store_true", help="choose exits' side, layers per stage and fill, and say why"
-    )
-    for name, default in vars(Assumptions()).items():
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=float, default=default, metavar="F",
-            help=f"share of the data sheet that is reached; default {default}",
-        )  # fmt: skip
-    group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, nargs="+", default=[], metavar="FILE", help="picture: .png, .svg, .pdf")
-    group.add_argument(
-        "--draw-microbatches", type=int, default=_DRAWN_MICROBATCHES, metavar="N",
-        help=f"of the batch, in the picture; default {_DRAWN_MICROBATCHES}",
-    )  # fmt: skip
-    group.add_argument("--plan-output", type=Path, metavar="FILE", help="text of the plan that --plan says")
-    group.add_argument("--plan", choices=PLANS, help="default: the last of the table")
-    group.add_argument("--costs-output", type=Path, metavar="FILE", help="costs of all stages as JSON")
-    add_verbose_flag(parser)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for bad settings."""
-    args, flags = build_parser().parse_known_args(argv)
+    known, flags = build_parser().parse_known_args(argv)
+    args = flags_of(PlanFlags, known)
     try:
         _run(args, flags)
     except BrokenPipeError:  # the reader of the output has ended: `run_program` deals with it
@@ -100,13 +55,13 @@ def run() -> int:
     return run_program(main)
 
 
-def _run(args: argparse.Namespace, flags: list[str]) -> None:
+def _run(args: PlanFlags, flags: list[str]) -> None:
     check_outputs(args.output)
     for name in ("num_microbatches", "draw_microbatches", "world_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.costs is not None:
-        _plan_costs(args, flags)
+        _plan_costs(args, args.costs, flags)
     else:
         _plan_model(args, flags)
 
@@ -114,7 +69,7 @@ def _run(args: argparse.Namespace, flags: list[str]) -> None:
 # A model
 
 
-def _plan_model(args: argparse.Namespace, flags: list[str]) -> None:
+def _plan_model(args: PlanFlags, flags: list[str]) -> None:
     setup = _setup(args, flags)
     headline = _headline(setup)
     is_tuning = setup.config.training.tune_exit
@@ -155,7 +110,7 @@ def _drawn(setup: Setup) -> list[Variant]:
     return [tuning_variant(setup)] if setup.config.training.tune_exit else compare(setup)
 
 
-def _setup(args: argparse.Namespace, flags: list[str]) -> Setup:
+def _setup(args: PlanFlags, flags: list[str]) -> Setup:
     case = case_named(args.case) if args.case else None
     if args.layers_per_stage:
         flags = [*flags, *layout_flags(args.layers_per_stage)]
@@ -195,21 +150,19 @@ def _headline(setup: Setup) -> str:
 # Measured costs
 
 
-def _plan_costs(args: argparse.Namespace, flags: list[str]) -> None:
-    num_ranks = _only_flag(flags, "--pipeline-model-parallel-size", args.costs)
+def _plan_costs(args: PlanFlags, path: Path, flags: list[str]) -> None:
+    num_ranks = _only_flag(flags, "--pipeline-model-parallel-size", path)
     for name in ("case", "layers_per_stage", "gpu", "world_size"):
         if getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} with --costs {args.costs}: costs are given; drop one")
+            raise ValueError(f"--{name.replace('_', '-')} with --costs {path}: costs are given; drop one")
     if args.choose:
-        raise ValueError(f"--choose with --costs {args.costs}: to move layers a model is needed; drop one")
+        raise ValueError(f"--choose with --costs {path}: to move layers a model is needed; drop one")
     if not args.num_microbatches:
-        raise ValueError(f"--costs {args.costs} needs --num-microbatches")
-    costs = read_costs(args.costs)
+        raise ValueError(f"--costs {path} needs --num-microbatches")
+    costs = read_costs(path)
     num_ranks = num_ranks or len(costs)
     if len(costs) % num_ranks:
-        raise ValueError(
-            f"{args.costs}: {len(costs)} stages, no multiple of --pipeline-model-parallel-size {num_ranks}"
-        )
+        raise ValueError(f"{path}: {len(costs)} stages, no multiple of --pipeline-model-parallel-size {num_ranks}")
     fill = (args.num_fill_warmup_microbatches, args.num_fill_cooldown_microbatches)
 
     def variants_of(num_microbatches: int, fill: tuple[int | None, int | None] = (None, None)) -> list[Variant]:
@@ -217,7 +170,7 @@ def _plan_costs(args: argparse.Namespace, flags: list[str]) -> None:
         return compare_costs(costs, plain, num_ranks, num_microbatches, exit_stages(costs), *fill)
 
     variants = variants_of(args.num_microbatches, fill)
-    print(f"costs of {args.costs}: {num_ranks} ranks, {len(costs)} stages, {args.num_microbatches} microbatches")
+    print(f"costs of {path}: {num_ranks} ranks, {len(costs)} stages, {args.num_microbatches} microbatches")
     print("\n" + rank_table(variants[-1]))
     print("\n" + variant_table(variants))
     _write(args, variants, variants_of, args.num_microbatches, costs)
@@ -291,7 +244,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _write(
-    args: argparse.Namespace,
+    args: PlanFlags,
     variants: Sequence[Variant],
     again: Callable[[int], list[Variant]],
     num_microbatches: int,

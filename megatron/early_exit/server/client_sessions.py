@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from megatron.early_exit.inference import report
 from megatron.early_exit.inference.results import GeneratedToken
 from megatron.early_exit.server.client import Client, RequestFailed
+from megatron.early_exit.server.client_flags import ClientFlags
 
 
 class OpenAISession:
     """Answers as they come, from the OpenAI API."""
 
-    def __init__(self, args: argparse.Namespace, client: Client) -> None:
-        self._args, self._client = args, client
-        self._in_colour = report.in_colour(args.color)
+    def __init__(self, flags: ClientFlags, client: Client) -> None:
+        self._flags, self._client = flags, client
+        self._in_colour = report.in_colour(flags.color)
         self._messages: list[dict[str, str]] = []
 
     def ask(self, prompt: str) -> None:
         """Show the answer. Raises as `Client`."""
         turn = [*self._messages, {"role": "user", "content": prompt}]
-        path = "/v1/chat/completions" if self._args.chat else "/v1/completions"
-        body = {**self._settings(), **({"messages": turn} if self._args.chat else {"prompt": prompt})}
-        text = self._as_json(path, body, prompt) if self._args.json else self._live(path, body, prompt)
-        if self._args.chat:
+        path = "/v1/chat/completions" if self._flags.chat else "/v1/completions"
+        body = {**self._settings(), **({"messages": turn} if self._flags.chat else {"prompt": prompt})}
+        text = self._as_json(path, body, prompt) if self._flags.json else self._live(path, body, prompt)
+        if self._flags.chat:
             self._messages = [*turn, {"role": "assistant", "content": text}]
 
     @cached_property
@@ -36,15 +37,15 @@ class OpenAISession:
         return num_layers
 
     def _settings(self) -> dict[str, Any]:
-        args = self._args
+        flags = self._flags
         exits = {
-            "mode": args.mode or _implied_mode(args), "exit_thresholds": _thresholds(args),
-            "exit_layers": args.exit_layers, "exit_score": args.exit_score, "draft_source": args.draft_source,
-            "draft_exit": args.draft_exit, "draft_length": args.draft_length,
+            "mode": flags.mode or _implied_mode(flags), "exit_thresholds": _thresholds(flags),
+            "exit_layers": flags.exit_layers, "exit_score": flags.exit_score, "draft_source": flags.draft_source,
+            "draft_exit": flags.draft_exit, "draft_length": flags.draft_length,
         }  # fmt: skip
         return {
-            **_length(args, "max_tokens"), "temperature": args.temperature, "top_k": args.top_k,
-            "top_p": args.top_p or 1.0, "seed": args.seed, "stop": args.stop or None, "return_exit_details": True,
+            **_length(flags, "max_tokens"), "temperature": flags.temperature, "top_k": flags.top_k,
+            "top_p": flags.top_p or 1.0, "seed": flags.seed, "stop": flags.stop or None, "return_exit_details": True,
             **{name: value for name, value in exits.items() if value is not None},
         }  # fmt: skip
 
@@ -55,7 +56,7 @@ class OpenAISession:
         return _text_of(choice)
 
     def _live(self, path: str, body: dict[str, Any], prompt: str) -> str:
-        num_layers, before = self._num_layers, "" if self._args.chat else prompt
+        num_layers, before = self._num_layers, "" if self._flags.chat else prompt
         pieces: list[str] = []
         tokens: list[GeneratedToken] = []
         usage: dict[str, Any] | None = None
@@ -85,13 +86,13 @@ class OpenAISession:
 class MegatronSession:
     """Whole answers, from PUT /api."""
 
-    def __init__(self, args: argparse.Namespace, client: Client) -> None:
-        self._args, self._client = args, client
+    def __init__(self, flags: ClientFlags, client: Client) -> None:
+        self._flags, self._client = flags, client
 
     def ask(self, prompt: str) -> None:
         """Show the answer. Raises as `Client`."""
         answer = self._client.send("PUT", "/api", self._body(prompt))
-        if self._args.json:
+        if self._flags.json:
             print(json.dumps({"prompt": prompt, **answer}, ensure_ascii=False), flush=True)
             return
         print(answer["text"][0] + "\n")
@@ -99,44 +100,45 @@ class MegatronSession:
         exits, log_probs = answer["exit_layers"][0], answer["logprobs"][0]
         for segment, exit_layer, log_prob in zip(answer["segments"][0], exits, log_probs, strict=True):
             rows.append((repr(segment), str(exit_layer), f"{log_prob:.3f}"))
-        if self._args.print_max_prob:
+        if self._flags.print_max_prob:
             heads = [_predictions(one) for one in answer["predictions"][0]]
             rows = [(*row, more) for row, more in zip(rows, ["predictions of the heads", *heads], strict=True)]
         print(report.aligned(rows) + f"\n\n{answer['request_time']:.2f} s; stopped by {answer['finish_reasons'][0]}\n")
 
     def _body(self, prompt: str) -> dict[str, Any]:
-        args = self._args
-        mode = args.mode or _implied_mode(args)
-        body = {
-            "prompts": [prompt], **_length(args, "tokens_to_generate"), "temperature": args.temperature,
-            "top_k": args.top_k, "top_p": args.top_p, "random_seed": args.seed, "logprobs": True,
-            "print_max_prob": args.print_max_prob, "exit_layers": args.exit_layers or [], "stop_sequences": args.stop,
+        flags = self._flags
+        mode = flags.mode or _implied_mode(flags)
+        body: dict[str, Any] = {
+            "prompts": [prompt], **_length(flags, "tokens_to_generate"), "temperature": flags.temperature,
+            "top_k": flags.top_k, "top_p": flags.top_p, "random_seed": flags.seed, "logprobs": True,
+            "print_max_prob": flags.print_max_prob, "exit_layers": flags.exit_layers or [],
+            "stop_sequences": flags.stop,
         }  # fmt: skip
         if mode is not None:
             body["use_early_exit"] = mode == "early_exit"
-        if args.certified is not None:
-            body["early_exit_thres"] = _thresholds(args)
-        elif args.early_exit_thres is not None:
-            body["early_exit_thres"] = args.early_exit_thres[0]
+        if flags.certified is not None:
+            body["early_exit_thres"] = _thresholds(flags)
+        elif flags.early_exit_thres is not None:
+            body["early_exit_thres"] = flags.early_exit_thres[0]
         return body
 
 
-def _thresholds(args: argparse.Namespace) -> list[float] | str | None:
-    return args.early_exit_thres if args.certified is None else f"certified:{args.certified:g}"
+def _thresholds(flags: ClientFlags) -> Sequence[float] | str | None:
+    return flags.early_exit_thres if flags.certified is None else f"certified:{flags.certified:g}"
 
 
-def _length(args: argparse.Namespace, field: str) -> dict[str, int]:
+def _length(flags: ClientFlags, field: str) -> dict[str, int]:
     """Without it the server takes what was certified."""
-    if args.tokens_to_generate is None and args.certified is not None:
+    if flags.tokens_to_generate is None and flags.certified is not None:
         return {}
-    return {field: 64 if args.tokens_to_generate is None else args.tokens_to_generate}
+    return {field: 64 if flags.tokens_to_generate is None else flags.tokens_to_generate}
 
 
-def _implied_mode(args: argparse.Namespace) -> str | None:
-    leaving = (args.early_exit_thres, args.certified, args.exit_layers, args.exit_score)
+def _implied_mode(flags: ClientFlags) -> str | None:
+    leaving = (flags.early_exit_thres, flags.certified, flags.exit_layers, flags.exit_score)
     if any(one is not None for one in leaving):
         return "early_exit"
-    drafts = (args.draft_source, args.draft_exit, args.draft_length)
+    drafts = (flags.draft_source, flags.draft_exit, flags.draft_length)
     return "self_speculative" if any(one is not None for one in drafts) else None
 
 

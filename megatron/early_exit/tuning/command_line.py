@@ -9,12 +9,14 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from megatron.early_exit.checkpoint.commands.exits import add_exit_flags
 from megatron.early_exit.evaluation.prompts import add_prompt_flags
 from megatron.early_exit.inference.executor.base import ExecutorError
-from megatron.early_exit.inference.model_flags import add_model_flags
+from megatron.early_exit.inference.model_flags import ModelFlags, add_model_flags
 from megatron.early_exit.platform.command_line import (
     STATUS_INTERRUPTED,
     add_verbose_flag,
@@ -43,6 +45,17 @@ over several GPUs (steps for one process run on the first rank):
   torchrun --nproc_per_node 8 tools/tune_exits.py ... -- --tensor-model-parallel-size 2"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartFlags(ModelFlags):
+    """model"""
+
+    load: Annotated[str, "DIR"]
+    """folder of checkpoints, or of a Hugging Face model"""
+
+    max_requests: Annotated[int, "N"] | None = DEFAULT_MAX_REQUESTS
+    """prompts that run at once; default: at most 16"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tune_exits.py", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_EXAMPLE,
@@ -51,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "interruption.",
     )  # fmt: skip
     add_verbose_flag(parser)
-    add_model_flags(parser, load="folder of checkpoints, or of a Hugging Face model")
+    add_model_flags(parser, StartFlags)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for all that is made")
     exits = parser.add_argument_group("exits; without --exit-layer-nums those that the checkpoint has")
     add_exit_flags(exits, is_required=False)
@@ -111,7 +124,6 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--redo", action="store_true", help="with other settings than before: do again the steps that depend on them"
     )
-    parser.set_defaults(max_requests=DEFAULT_MAX_REQUESTS)
     return parser
 
 

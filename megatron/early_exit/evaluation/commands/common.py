@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.early_exit.inference.model_flags import add_model_flags, engine_settings
+from megatron.early_exit.inference.model_flags import ModelFlags, add_model_flags, engine_settings
+from megatron.early_exit.platform.program_flags import flags_of
 
 if TYPE_CHECKING:
     from megatron.early_exit.inference.engine_loading import LoadedEngine
@@ -44,7 +45,7 @@ def load(args: argparse.Namespace, **overrides: Any) -> tuple[LLM, LoadedEngine]
     from megatron.early_exit.inference.llm import LLM
 
     check_output(args.output or _default_output(args, checkpoint_folder(args.load, args.load_iteration)))
-    settings = engine_settings(args) | {"worker_timeout": args.worker_timeout}
+    settings = engine_settings(flags_of(ModelFlags, args)) | {"worker_timeout": args.worker_timeout}
     template = getattr(args, "chat_template", None)  # of commands that read prompts
     if template is not None:  # certificates may depend on it
         settings["chat_template"] = read_chat_template(template)
