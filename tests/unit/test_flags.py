@@ -15,7 +15,8 @@ from megatron.early_exit.config.description import ModelDescription, architectur
 from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.fields import config_fields, field_docs, flag_of, inverse_flag_of, section_classes
 from megatron.early_exit.config.flag_notes import ALIASES, IGNORED, REFUSED
-from megatron.early_exit.config.flags import build_parser, known_flags, parse_run_config
+from megatron.early_exit.config.flag_parser import build_parser, known_flags
+from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.overlay import overlay_architecture
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.saved_description import checkpoint_description, save_description

@@ -11,7 +11,7 @@ import pytest
 
 from megatron.early_exit.checkpoint.convert_command import build_parser as converter
 from megatron.early_exit.config.flag_notes import note_of
-from megatron.early_exit.config.flags import known_flags
+from megatron.early_exit.config.flag_parser import known_flags
 from megatron.early_exit.data.preprocess import build_parser as preprocessing
 from megatron.early_exit.server.command_line import build_parser as server
 from megatron.early_exit.server.megatron_api import GenerateRequest, GenerateResponse

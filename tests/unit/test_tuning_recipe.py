@@ -224,7 +224,7 @@ def test_exits_that_were_tuned_on_some_tokens_are_tuned_on_all(tmp_path: Path) -
 
 
 def test_the_words_are_flags_of_the_training_program() -> None:
-    from megatron.early_exit.config.flags import known_flags
+    from megatron.early_exit.config.flag_parser import known_flags
 
     words = words_of(plan("--blend", "0.5", "text", "--bf16"))
     assert {word for word in words if word.startswith("--")} <= set(known_flags())

@@ -18,7 +18,7 @@ docstrings are titles. A field without a default is required. `X | None` may be 
 values, `Literal` choices; `bool` is a switch, `bool | None` one that can be turned off (`--no-...`). In `Annotated`, a
 text names the value in the help, a bound of `config/ranges.py` says its range, and `Spelling` has what argparse can do
 beyond that. Imports neither torch nor core. The training program's flags, which are keys of YAML files too, are made in
-`config/flags.py`.
+`config/flag_parser.py`.
 """
 
 from __future__ import annotations
