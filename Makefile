@@ -69,7 +69,7 @@ docs: setup
 	$(BIN)/python tools/make_api_docs.py --output $(DOCS_FOLDER)
 
 bench: setup
-	$(BIN)/python benchmarks/training_overhead.py --quick
+	$(BIN)/python -m benchmarks.training_overhead --quick
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -314,7 +314,7 @@ def print_tables(results: dict[str, Any], verdicts: dict[str, Any]) -> None:
     print("\nPower of the certificate\n")
     names = list(results["power"][0])
     print(common.format_table(names, [[str(row[name]) for name in names] for row in results["power"]]))
-    print("\nGoals\n\n" + common.format_table(["goal", "met"], [[name, one["met"]] for name, one in verdicts.items()]))
+    print("\nGoals\n\n" + common.goals_table(verdicts))
 
 
 def _violations_table(rows: list[dict[str, Any]]) -> str:

@@ -9,7 +9,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def result_document(
         "benchmark": benchmark,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "machine": machine,
         "versions": versions(),
         "settings": settings,
@@ -45,6 +45,12 @@ def result_document(
         "results": results,
         "goals": goals,
     }
+
+
+def _program() -> str:
+    """Its file, or the folder of one that is a package."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def default_result_path(document: dict[str, Any]) -> Path:
@@ -93,6 +99,16 @@ def mean_ratio(values: Sequence[float], baselines: Sequence[float]) -> dict[str,
     return {"ratio": ratio, **interval._asdict()}
 
 
+def all_met(checks: Sequence[Mapping[str, Any]]) -> bool | None:
+    """Whether each check is met; None: there are none, as this run did not measure them."""
+    return all(check["met"] for check in checks) if checks else None
+
+
+def verdict(checks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A goal that is met if all of its checks are."""
+    return {"met": all_met(checks), "checks": checks}
+
+
 def cell(value: Any) -> str:
     """One cell of a table: `-` for None, yes/no for truths, three decimals for fractions."""
     if value is None:
@@ -112,3 +128,14 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | Sequence[str]) -> str:
+    """A table of some values of each row. columns: their keys by how they are headed, or the keys alone."""
+    keys = columns.values() if isinstance(columns, Mapping) else columns
+    return format_table(list(columns), [[row[key] for key in keys] for row in rows])
+
+
+def goals_table(verdicts: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which goals are met."""
+    return format_table(["goal", "met"], [[name.replace("_", " "), goal["met"]] for name, goal in verdicts.items()])

@@ -217,7 +217,7 @@ def print_report(results: dict[str, list[dict[str, Any]]], verdicts: dict[str, A
              shown(row["steps"]), shown(row["layer_runs"]), row["same_tokens"]]
             for row in rows
         ]))  # fmt: skip
-    print("\nGoals\n\n" + common.format_table(["goal", "met"], [[name, one["met"]] for name, one in verdicts.items()]))
+    print("\nGoals\n\n" + common.goals_table(verdicts))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,6 @@ with exits and without; a confidence needs the exact head."""
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,8 @@ import numpy as np
 import torch
 
 from benchmarks import common
+from benchmarks.rounds import in_turn
+from benchmarks.timing import seconds_of
 from megatron.early_exit.checkpoint.read_model import read_model
 from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
@@ -126,15 +127,6 @@ class Model:
         return actions
 
 
-def _seconds(action: Callable[[], object]) -> tuple[float, float]:
-    """(by the clock, of CPU time)"""
-    started = time.perf_counter(), time.process_time()
-    action()
-    if device().type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started[0], time.process_time() - started[1]
-
-
 def in_layers(pairs: list[tuple[float, float]], num_layers: int) -> dict[str, Any]:
     """The median of what something cost, and half of the turns around it. pairs: (seconds of all layers, of what ran
     behind them) of each turn"""
@@ -148,15 +140,11 @@ def measure(model: Model, rows: int, rounds: int) -> dict[str, Any]:
     """What everything costs for so many rows."""
     run_layers, read, last = model.states(rows)
     actions, num_layers = model.actions(read, last), model.decoder.num_layers
-    names = list(actions)
-    turns: dict[str, list[tuple[tuple[float, float], tuple[float, float]]]] = {name: [] for name in names}
-    show = show_progress(f"{rows} rows, turns")
-    for turn in range(rounds + 1):  # the first one warms up
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            pair = _seconds(run_layers), _seconds(actions[name])
-            if turn > 0:
-                turns[name].append(pair)
-        show(turn, rounds)
+    turns = in_turn(
+        {name: (lambda a=action: (seconds_of(run_layers), seconds_of(a))) for name, action in actions.items()},
+        rounds,
+        show=show_progress(f"{rows} rows, turns"),
+    )
     by_clock, by_cpu = (
         {name: [(layers[kind], own[kind]) for layers, own in pairs] for name, pairs in turns.items()}
         for kind in range(2)
@@ -170,7 +158,7 @@ def measure(model: Model, rows: int, rounds: int) -> dict[str, Any]:
         # A GPU's work is not the CPU's.
         "in_layers_by_cpu": costs(by_cpu) if device().type == "cpu" else None,
         # What certified heads left to the exact ones, whose time is in theirs.
-        "refused": {name: _refused(model, actions[name]) for name in names if name.startswith("certified")},
+        "refused": {name: _refused(model, actions[name]) for name in actions if name.startswith("certified")},
         "raw_seconds": by_clock,
         "raw_cpu_seconds": by_cpu,
     }

@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.ranks import run_on_ranks
-from benchmarks.training_overhead import Batch, gather, progress, random_batches
+from benchmarks.batches import Batch, random_batches
+from benchmarks.ranks import gather, run_on_ranks, timed
+from benchmarks.rounds import in_turn, progress
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
@@ -181,13 +182,8 @@ def measure(settings: Settings, num_stages: int, pictures: str | None) -> dict[s
     for one in built.values():
         for _ in range(11):  # warm up, measure stages, and profile the plan that follows
             one.iteration(batches)
-    seconds: dict[str, list[float]] = {name: [] for name in built}
-    for _ in range(settings.rounds):
-        for name, one in built.items():
-            torch.distributed.barrier()
-            start = time.perf_counter()
-            one.iteration(batches)
-            seconds[name].append(max(gather(time.perf_counter() - start)))
+    slowest = lambda one: max(gather(timed(one.iteration, batches)[0]))
+    seconds = in_turn({name: (lambda one=one: slowest(one)) for name, one in built.items()}, settings.rounds, warmup=0)
     plans = {name: one.planned.plan(settings.num_microbatches) for name, one in built.items() if one.planned}
     return {
         "seconds": seconds,

@@ -123,7 +123,7 @@ def main() -> int:
     ]  # fmt: skip
     print(common.format_table(header, table))
     verdicts = goals(rows)
-    print("\n" + common.format_table(["goal", "met"], [[name, one["met"]] for name, one in verdicts.items()]))
+    print("\n" + common.goals_table(verdicts))
     for name, one in verdicts.items():
         missed = [f"{check['case']}" for check in one["checks"] if not check["met"]]
         if missed:

@@ -1,4 +1,4 @@
-"""Runs one function on all ranks of a world on this machine and brings its result back."""
+"""Runs one function on all ranks of a world on this machine and brings its result back; what ranks do together."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import multiprocessing
 
+from benchmarks.batches import Batch
+from benchmarks.timing import now, seconds_of
 from megatron.early_exit.platform.processes import die_with_parent
+
+T = TypeVar("T")
 
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, threads_per_rank: int = 1) -> Any:
@@ -33,6 +37,20 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any,
             start_method="spawn",
         )
         return pickle.loads(result.read_bytes())
+
+
+def gather(value: T) -> list[T]:
+    """The values of all ranks, in their order."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def timed(action: Callable[[list[Batch]], object], batches: list[Batch]) -> tuple[float, float]:
+    """(wall seconds, CPU seconds) on this rank of one `action` that all ranks start together."""
+    now()
+    torch.distributed.barrier()
+    return seconds_of(action, batches)
 
 
 def _free_port() -> int:

@@ -83,7 +83,7 @@ def main() -> None:
     rows = run(args.repeats, args.population, MOST_AUDITS, args.seed)
     verdicts = goals(rows)
     print(common.format_table(list(rows[0]), [[common.cell(value) for value in row.values()] for row in rows]))
-    print("\nGoals\n\n" + common.format_table(["goal", "met"], [[name, one["met"]] for name, one in verdicts.items()]))
+    print("\nGoals\n\n" + common.goals_table(verdicts))
     settings = {
         "repeats": args.repeats, "population": args.population, "delta": DELTA, "most_audits": MOST_AUDITS,
         "decisions": DECISIONS,

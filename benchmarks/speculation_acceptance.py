@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.decode_models import Checkpoint, SmolLM2, make_decoder
+from benchmarks.decode.models import Checkpoint, SmolLM2, make_decoder
 from megatron.early_exit.inference.params import SamplingSettings
 from megatron.early_exit.inference.worker.attention import Segment
 from megatron.early_exit.inference.worker.decoder import Decoder
@@ -157,7 +157,7 @@ def main() -> int:
             rows += measure(name, decoder, [tokenize(prompt) for prompt in PROMPTS], temperature, settings)
     print(common.format_table(list(rows[0]), [list(row.values()) for row in rows]))
     verdicts = goals(rows)
-    print("\n" + common.format_table(["goal", "met"], [[name, one["met"]] for name, one in verdicts.items()]))
+    print("\n" + common.goals_table(verdicts))
     described = {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()}
     described["device"] = device().type
     document = common.result_document(

@@ -31,8 +31,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.ranks import run_on_ranks
-from benchmarks.training_overhead import Batch, gather, peak_bytes, progress, random_batches, timed
+from benchmarks.batches import Batch, random_batches
+from benchmarks.ranks import gather, run_on_ranks, timed
+from benchmarks.rounds import in_turn, progress
+from benchmarks.timing import peak_bytes
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
@@ -222,10 +224,10 @@ def measure_layout(settings: Settings, num_stages: int) -> list[dict[str, Any]]:
             name: gather({"peak_bytes": peak_bytes(action, batches), **built[name].standing_bytes()})
             for name, action in actions.items()
         }
-        seconds: dict[str, list[float]] = {name: [] for name in actions}
-        for _ in range(settings.iterations):
-            for name, action in actions.items():
-                seconds[name].append(max(gather(timed(action, batches)[0])))
+        slowest = lambda action: max(gather(timed(action, batches)[0]))
+        seconds = in_turn(
+            {name: (lambda a=action: slowest(a)) for name, action in actions.items()}, settings.iterations, warmup=0
+        )
         rows.append({
             "num_stages": num_stages, "num_exits": num_exits,
             "exit_layers": list(tune.config.exits.exit_layer_nums),
@@ -290,10 +292,9 @@ def goals(comparisons: list[dict[str, Any]]) -> dict[str, Any]:
          "met": one["tune_peak_mib"] - one["forward_peak_mib"] <= one["chunk_mib"]}
         for one in comparisons
     ]  # fmt: skip
-    verdict = lambda checks: {"met": all(c["met"] for c in checks) if checks else None, "checks": checks}
     return {
-        "one exit at a quarter: less than 0.45 of a forward pass beside its head": verdict(time_checks),
-        "memory beyond a forward pass is at most one chunk": verdict(memory_checks),
+        "one exit at a quarter: less than 0.45 of a forward pass beside its head": common.verdict(time_checks),
+        "memory beyond a forward pass is at most one chunk": common.verdict(memory_checks),
     }
 
 
@@ -332,8 +333,8 @@ def main() -> int:
         "tune_peak_mib", "distil_peak_mib", "distil_kept_peak_mib", "train_peak_mib",
         "standing_mib", "train_standing_mib",
     ]  # fmt: skip
-    print(common.format_table(names, [[one[name] for name in names] for one in comparisons]))
-    print("\n" + common.format_table(["goal", "met"], [[name, one["met"]] for name, one in verdicts.items()]))
+    print(common.table_of(comparisons, names))
+    print("\n" + common.goals_table(verdicts))
     results = {"comparisons": comparisons, "raw": rows}
     document = common.result_document("tuning_cost", machine, asdict(settings), settings.seed, results, verdicts)
     common.finish(document, args.output, is_written=not args.no_write)

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from benchmarks import common
-from benchmarks.decode import in_turn, quality, run_requests, their_seconds
-from benchmarks.decode_models import TwinModel, make_engine, score
+from benchmarks.decode.models import TwinModel, make_engine, score
+from benchmarks.decode.runs import quality, run_requests, their_seconds
 from benchmarks.gpu.record import Record
+from benchmarks.rounds import in_turn
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
 from megatron.early_exit.inference.results import RequestResult

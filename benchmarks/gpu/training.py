@@ -14,15 +14,12 @@ from typing import Any
 import torch
 
 from benchmarks import common, flops
+from benchmarks.batches import random_batches
 from benchmarks.gpu.record import Record
-from benchmarks.training_overhead import (
-    BuiltVariant,
-    Settings,
-    Variant,
-    peak_bytes,
-    random_batches,
-    timed,
-)
+from benchmarks.ranks import timed
+from benchmarks.timing import peak_bytes
+from benchmarks.training_overhead.measure import BuiltVariant
+from benchmarks.training_overhead.settings import Settings, Variant
 from megatron.early_exit.config.parallel import ParallelConfig
 from megatron.early_exit.platform.device import use_cuda
 

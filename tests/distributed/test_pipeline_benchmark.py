@@ -1,8 +1,9 @@
-"""`benchmarks/pipeline_inference.py` with real processes: two stages, short passes."""
+"""`benchmarks/pipeline_inference` with real processes: two stages, short passes."""
 
 from __future__ import annotations
 
-from benchmarks.pipeline_inference import Setup, measure, summarise
+from benchmarks.pipeline_inference.compare import summarise
+from benchmarks.pipeline_inference.measure import Setup, measure
 
 
 def test_two_stages_that_sleep() -> None:

@@ -47,7 +47,7 @@ def folder() -> Path:
 def compare(folder: Path) -> None:
     import torch
 
-    from benchmarks.decode_models import SmolLM2
+    from benchmarks.decode.models import SmolLM2
     from megatron.early_exit.inference.params import GenerationParams
     from tests.distributed.engines import run_all
 

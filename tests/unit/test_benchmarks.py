@@ -13,12 +13,17 @@ from benchmarks import (
     deciding_cost,
     flops,
     loading,
+    rounds,
     stage_memory,
-    token_fraction,
-    training_overhead,
     tuning_cost,
 )
 from benchmarks.memory_tracker import TensorMemoryTracker
+from benchmarks.token_fraction import compare as token_fraction
+from benchmarks.token_fraction import settings as token_fraction_settings
+from benchmarks.training_overhead import compare as training_overhead
+from benchmarks.training_overhead.__main__ import parse_arguments
+from benchmarks.training_overhead.settings import Settings as OverheadSettings
+from benchmarks.training_overhead.settings import exit_layer_nums
 from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind
 from megatron.early_exit.config.model import ModelConfig
 
@@ -176,6 +181,23 @@ def test_median_of_pairs_cancels_a_slow_moment() -> None:
     assert common.ratio(None, 2.0) is None
 
 
+def test_rounds_take_turns() -> None:
+    order: list[str] = []
+    actions = {name: (lambda name=name: order.append(name) or len(order)) for name in "abc"}
+    shown: list[tuple[int, int]] = []
+    given = rounds.in_turn(actions, 2, show=lambda *round: shown.append(round))
+    assert "".join(order) == "abcbcacab"
+    assert given == {"a": [6, 8], "b": [4, 9], "c": [5, 7]}  # the first round warms up
+    assert shown == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_goals_are_met_if_all_checks_are() -> None:
+    good, bad = {"met": True}, {"met": False}
+    assert [common.verdict(checks)["met"] for checks in ([good, good], [good, bad], [])] == [True, False, None]
+    assert common.goals_table({"some_goal": good, "other": bad}).splitlines()[2].split() == ["some", "goal", "yes"]
+    assert common.table_of([{"a": 1, "b": 2}], {"second": "b", "first": "a"}).split()[-2:] == ["2", "1"]
+
+
 def test_table_aligns_and_shows_unknown_values() -> None:
     lines = common.format_table(["name", "x"], [["a", 0.5], ["long name", None], ["b", True]]).splitlines()
     assert lines[0] == "name           x"
@@ -202,15 +224,15 @@ def test_document_has_a_place_and_is_json(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
-        training_overhead.parse_arguments(["--device", "auto", *arguments])
+        parse_arguments(["--device", "auto", *arguments])
     assert message in capsys.readouterr().err
 
 
 def test_exits_sit_at_quarters_of_the_model() -> None:
-    settings = training_overhead.Settings(num_layers=8)
-    assert training_overhead.exit_layer_nums(settings, 3) == (2, 4, 6)
-    pre_exit = training_overhead.Settings(num_layers=8, pre_exit=True)
-    assert training_overhead.exit_layer_nums(pre_exit, 3) == (3, 5, 7)
+    settings = OverheadSettings(num_layers=8)
+    assert exit_layer_nums(settings, 3) == (2, 4, 6)
+    pre_exit = OverheadSettings(num_layers=8, pre_exit=True)
+    assert exit_layer_nums(pre_exit, 3) == (3, 5, 7)
 
 
 def make_case(num_stages: int, ee_wall: list[float], ee_peak: int, losses: list[float]) -> dict:
@@ -233,7 +255,7 @@ def make_case(num_stages: int, ee_wall: list[float], ee_peak: int, losses: list[
 
 @pytest.mark.parametrize("num_stages", [1, 2])
 def test_verdicts(num_stages: int) -> None:
-    settings = training_overhead.Settings(hidden_size=64, exits=(1,))
+    settings = OverheadSettings(hidden_size=64, exits=(1,))
 
     def verdicts(ee_wall: list[float], ee_peak: int) -> dict:
         case = make_case(num_stages, ee_wall, ee_peak, [2.0])
@@ -282,7 +304,7 @@ def test_what_tuning_costs_is_compared_by_hand() -> None:
 
 
 def test_what_token_fractions_save_is_compared_by_hand() -> None:
-    settings = token_fraction.Settings(hidden_size=8, num_attention_heads=1, vocab_size=100, seeds=(1, 2))
+    settings = token_fraction_settings.Settings(hidden_size=8, num_attention_heads=1, vocab_size=100, seeds=(1, 2))
     seconds = {
         "plain": [1.0, 2.0, 4.0],
         "norm 1": [2.0, 4.0, 8.0], "norm 0.5": [1.5, 3.2, 6.0], "norm 0.25": [1.2, 2.6, 5.2],
@@ -313,7 +335,7 @@ def test_what_token_fractions_save_is_compared_by_hand() -> None:
     assert [goal["met"] for goal in token_fraction.goals(settings, {}).values()] == [None, None, None]
 
 
-def settings_ffn(settings: token_fraction.Settings) -> int:
+def settings_ffn(settings: token_fraction_settings.Settings) -> int:
     return ModelConfig(settings.num_layers, settings.hidden_size, settings.num_attention_heads, swiglu=True).ffn_size
 
 

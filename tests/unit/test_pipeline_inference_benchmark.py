@@ -1,4 +1,4 @@
-"""The workers of `benchmarks/pipeline_inference.py`, which sleep, and what it makes of measurements."""
+"""The workers of `benchmarks/pipeline_inference/`, which sleep, and what it makes of measurements."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import common, pipeline_inference
-from benchmarks.pipeline_inference import Run, Setup, decode, expect, goals, summarise
-from benchmarks.pipeline_inference_formulas import Costs, full_token, tensor_parallel
-from benchmarks.pipeline_inference_workers import VOCAB_SIZE, PassTimes, Script, exit_config, make_worker
+from benchmarks.pipeline_inference import compare, measure
+from benchmarks.pipeline_inference.compare import goals, summarise
+from benchmarks.pipeline_inference.formulas import Costs, full_token, tensor_parallel
+from benchmarks.pipeline_inference.measure import Run, Setup, decode, expect
+from benchmarks.pipeline_inference.report import print_report
+from benchmarks.pipeline_inference.workers import VOCAB_SIZE, PassTimes, Script, exit_config, make_worker
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor.local import LocalExecutor
 from megatron.early_exit.inference.params import GenerationParams
@@ -27,7 +29,7 @@ COSTS = Costs(alpha=0.02, beta=0.0004, head=0.001, hop=0.001, turn=0.001)
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Any:
-    """As `pipeline_inference.Ranks`, in this process."""
+    """As `measure.Ranks`, in this process."""
     times = PassTimes(str(tmp_path / "times"))
     times.write(0.0, 0.0, 0.0)
     worker, _ = make_worker(
@@ -128,19 +130,21 @@ def test_goals(speed: float, is_met: bool) -> None:
 
 
 def test_answers_that_differ_are_an_error() -> None:
-    pipeline_inference._check_equal({"full": [[1, 2, 3]], "across_stages": [[1, 2]]})
+    measure._check_equal({"full": [[1, 2, 3]], "across_stages": [[1, 2]]})
     with pytest.raises(RuntimeError, match="across_stages does not give"):
-        pipeline_inference._check_equal({"full": [[1, 2, 3]], "across_stages": [[1, 3]]})
+        measure._check_equal({"full": [[1, 2, 3]], "across_stages": [[1, 3]]})
 
 
 def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline_inference, "SIMULATED_TOKENS", 40)
+    monkeypatch.setattr(compare, "SIMULATED_TOKENS", 40)
     rows = rows_of("full", [1 / full_token(COSTS, 4)]) + rows_of(
         "tp_full", [20.0], simulated=None, simulated_pausing=None
     )
-    document = pipeline_inference.report(Setup(), rows, common.machine_info())
-    json.dumps(document, allow_nan=False)
-    assert len(document["results"]["simulated_pipelines"]) == 9
+    results = compare.compare(Setup(), rows)
+    verdicts = goals(results["summary"], results["simulated_speculation"])
+    json.dumps([results, verdicts], allow_nan=False)
+    assert len(results["simulated_pipelines"]) == 9
+    print_report(results, verdicts)
     assert "over formula" in capsys.readouterr().out
 
 

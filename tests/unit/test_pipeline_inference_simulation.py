@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.pipeline_inference_formulas import (
+from benchmarks.pipeline_inference.formulas import (
     Costs,
     drafted_token,
     exit_throughput,
@@ -16,7 +16,7 @@ from benchmarks.pipeline_inference_formulas import (
     speculation_token,
     tensor_parallel,
 )
-from benchmarks.pipeline_inference_simulation import Setting, simulate
+from benchmarks.pipeline_inference.simulation import Setting, simulate
 
 COSTS = Costs(alpha=10.0, beta=0.2, head=0.5, hop=0.3, turn=0.6)
 SHARES = (0.6, 0.2, 0.1, 0.1)

@@ -3,7 +3,7 @@
 Decoding reads every weight once a step, so a step over a few rows should cost what one row costs. On CPUs that depends
 on which path of the matrix library is taken: PyTorch's plain path costs twice as much from a few rows on, oneDNN over
 packed weights does not, and which is fastest for one row depends on the processor (`docs/decisions.md`,
-`benchmarks/decode.py`). Weight-only int8 reads a quarter of the bytes.
+`benchmarks/decode`). Weight-only int8 reads a quarter of the bytes.
 """
 
 from __future__ import annotations

@@ -1,41 +1,20 @@
-"""What pipeline stages, early exits and speculation bring in decoding, measured with real processes beside formulas.
-
-    python -m benchmarks.pipeline_inference            (from the root of the repository)
-
-The package's engine, executor and stages, a process for each rank, over a model of which only time is real
-(`pipeline_inference_workers.py`): a pass of a stage sleeps for `alpha + beta * rows`, a head for `head`. Ranks that
-sleep do not compete for cores, so what is measured is how passes, messages and decisions overlap. In each round, in
-turn, with 1, 4 and 16 requests:
-- full: all stages for every token, the baseline;
-- early_exit: tokens leave at the stages with given shares;
-- draft_then_verify, across_stages: drafts of the exit on stage 0, accepted with a given probability;
-- tp_full, tp_early_exit: the same layers on as many tensor-parallel ranks, by a stated model: one process that sleeps
-  as long as they would take.
-What carrying a token costs beside its passes is measured with short passes before every round, and used in the formulas
-and in the event simulation (`pipeline_inference_simulation.py`), which also shows pipelines of other lengths. The last
-line is one JSON document.
-"""
+"""Decodes in all ways, in turn, with ranks that sleep, and expects of each what formulas and simulation say."""
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
-import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common
-from benchmarks import pipeline_inference_formulas as formulas
-from benchmarks.pipeline_inference_formulas import Costs
-from benchmarks.pipeline_inference_simulation import Mode, Outcome, Setting, simulate, window
-from benchmarks.pipeline_inference_workers import (
+from benchmarks.pipeline_inference import formulas
+from benchmarks.pipeline_inference.formulas import Costs
+from benchmarks.pipeline_inference.simulation import Setting, simulate, window
+from benchmarks.pipeline_inference.workers import (
     NUM_POSITIONS,
     THRESHOLD,
     VOCAB_SIZE,
@@ -44,6 +23,7 @@ from benchmarks.pipeline_inference_workers import (
     exit_config,
     factory,
 )
+from benchmarks.rounds import progress
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.inference.executor.distributed import start_workers
 from megatron.early_exit.inference.executor.layout import Layout
@@ -53,8 +33,6 @@ from megatron.early_exit.inference.results import RequestResult
 SHORT_PASS = 0.002
 """Seconds of a pass of a stage when the rest of a token is measured."""
 NUM_SLOTS = 16
-SIMULATED_TOKENS = 1000
-"""Of one request; of more, a third of it each."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +246,7 @@ def measure(setup: Setup) -> list[dict[str, Any]]:
             for requests in setup.num_requests:
                 tokens: dict[str, list[list[int]]] = {}
                 for case in all_cases(setup):
-                    _progress(f"round {number + 1}: {case.name}, {requests} requests")
+                    progress(f"round {number + 1}: {case.name}, {requests} requests")
                     row = _measure_case(setup, case, requests, number, pipeline, one, costs, tp_costs, tokens)
                     rows.append(row)
                 answers = {name: tokens[name] for name in tokens if not name.endswith("early_exit")}
@@ -314,214 +292,3 @@ def _check_equal(answers: dict[str, list[list[int]]]) -> None:
             length = min(len(one), len(other))
             if list(one[:length]) != list(other[:length]):
                 raise RuntimeError(f"{name} does not give the tokens of full passes")
-
-
-def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-# What comes of it.
-
-
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over rounds, by case and requests; ratios are of one round's pair."""
-    by_key: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        by_key.setdefault((row["requests"], row["case"]), {})[row["round"]] = row
-    summary = []
-    for (requests, case), mine in by_key.items():
-        baseline = by_key[requests, "full"]
-        over_full = [row["tokens_per_second"] / baseline[number]["tokens_per_second"] for number, row in mine.items()]
-        over_formula = [row["tokens_per_second"] / row["formula"] for row in mine.values()]
-        over = lambda name: common.median([row["tokens_per_second"] / row[name] for row in mine.values() if row[name]])
-        summary.append({
-            "case": case, "requests": requests,
-            "tokens_per_second": common.median([row["tokens_per_second"] for row in mine.values()]),
-            "over_full": common.median(over_full), "over_full_range": [min(over_full), max(over_full)],
-            "over_formula": common.median(over_formula), "over_formula_range": [min(over_formula), max(over_formula)],
-            "is_bound": next(iter(mine.values()))["is_bound"],
-            "over_simulated": over("simulated"), "over_simulated_pausing": over("simulated_pausing"),
-            "acceptance": statistics.fmean(row["acceptance"] for row in mine.values()),
-        })  # fmt: skip
-    return summary
-
-
-def simulate_pipelines(setup: Setup, costs: Costs) -> list[dict[str, Any]]:
-    """Pipelines of 2, 4 and 8 stages, with the costs of one stage as measured."""
-    return [
-        _simulated_row(setup, costs, stages, requests) for stages in (2, 4, 8) for requests in (1, 4, 16)
-    ]  # fmt: skip
-
-
-def simulate_row_costs(setup: Setup, costs: Costs) -> list[dict[str, Any]]:
-    """Four stages, by what a row costs beside a pass: from where weights are read to where arithmetic counts."""
-    return [
-        {"beta_over_alpha": share} | _simulated_row(setup, replace(costs, beta=share * costs.alpha), 4, requests)
-        for share in (0.005, 0.1, 0.5, 2.0)
-        for requests in (4, 16)
-    ]
-
-
-def _simulated_row(setup: Setup, costs: Costs, stages: int, requests: int) -> dict[str, Any]:
-    """Tokens per second, over those of full passes."""
-    shares, num_tokens = _spread(setup.shares, stages), SIMULATED_TOKENS if requests == 1 else SIMULATED_TOKENS // 3
-
-    def run(mode: Mode, **changes: Any) -> Outcome:
-        setting = Setting(mode, stages, requests, costs, shares, setup.acceptance, setup.draft_length)
-        return simulate(replace(setting, **changes), num_tokens)
-
-    full, exits, pause = run("full").tokens_per_time, run("early_exit"), 1.1 * costs.turn
-    speeds = {
-        "early_exit": exits,
-        "early_exit_pausing": run("early_exit", pause=pause),
-        "draft_then_verify": run("draft_then_verify"),
-        "across_stages": run("across_stages"),
-        "across_stages_pausing": run("across_stages", pause=pause),
-    }
-    row: dict[str, Any] = {"stages": stages, "requests": requests, "full_tokens_per_second": full}
-    row["early_exit_bound"] = formulas.exit_throughput(costs, exits.shares, requests) / full
-    return row | {name: outcome.tokens_per_time / full for name, outcome in speeds.items()}
-
-
-def _spread(shares: Sequence[float], num_stages: int) -> tuple[float, ...]:
-    """The same shares by depth, with more or fewer stages."""
-    if num_stages >= len(shares):
-        each = num_stages // len(shares)
-        return tuple(share / each for share in shares for _ in range(each))
-    each = len(shares) // num_stages
-    return tuple(sum(shares[first : first + each]) for first in range(0, len(shares), each))
-
-
-def simulate_speculation(costs: Costs) -> list[dict[str, Any]]:
-    """One request beside P / (a + P (1 - a)): without hops and heads, and with those that were measured."""
-    rows = []
-    for stages, acceptance in ((2, 0.8), (4, 0.8), (8, 0.8), (8, 0.94)):
-        row: dict[str, Any] = {"stages": stages, "acceptance": acceptance}
-        for name, one in (("bare", Costs(costs.alpha, 0.0)), ("measured", costs)):
-            outcome = simulate(Setting("across_stages", stages, 1, one, acceptance=acceptance), 2 * SIMULATED_TOKENS)
-            full = formulas.full_token(one, stages)
-            expected = full / formulas.speculation_token(one, stages, outcome.acceptance)
-            if name == "bare":
-                expected = formulas.speculation_speedup(stages, outcome.acceptance)
-            row[f"{name}_speedup"], row[f"{name}_formula"] = outcome.tokens_per_time * full, expected
-        rows.append(row)
-    return rows
-
-
-def tensor_parallel_table(setup: Setup, costs: Costs, tp_costs: Costs) -> list[dict[str, float]]:
-    """Milliseconds of a token of one request, by what collectives cost: formulas alone."""
-    full, exits = formulas.full_token(costs, setup.num_stages), formulas.exit_token(costs, setup.shares)
-    rows = []
-    for collectives in (0.05, 0.2, 0.5, 1.0):
-        stated = formulas.tensor_parallel(Costs(setup.alpha, setup.beta, setup.head), setup.num_stages, collectives)
-        token = replace(stated, head=tp_costs.head, turn=tp_costs.turn).token(1)
-        rows.append({"collectives": collectives, "tp": token, "pipeline_full": full, "pipeline_early_exit": exits})
-    return rows
-
-
-def goals(summary: Sequence[dict[str, Any]], speculation: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    by_key = {(row["case"], row["requests"]): row for row in summary}
-    exits, across = by_key.get(("early_exit", 1)), by_key.get(("across_stages", 1))
-    exact = [row for row in summary if not row["is_bound"]]
-    beside = [{"case": row["case"], "requests": row["requests"], "over_formula": row["over_formula"]} for row in exact]
-    of_bounds = [
-        {name: row[name] for name in ("case", "requests", "over_simulated", "over_simulated_pausing")}
-        for row in summary if row["is_bound"]
-    ]  # fmt: skip
-    long = [row["bare_speedup"] / row["bare_formula"] for row in speculation if row["stages"] == 8]
-    return {
-        "early exits of one request at least 2.2 times as fast": {
-            "met": exits and exits["over_full"] >= 2.2, "over_full": exits and exits["over_full"],
-        },
-        "speculation across stages at least 0.9 of its formula": {
-            "met": across and across["over_formula"] >= 0.9, "over_formula": across and across["over_formula"],
-        },
-        "within 10% of the formula": {
-            "met": all(abs(row["over_formula"] - 1) <= 0.1 for row in beside), "checks": beside,
-        },
-        "where the formula is a bound, between the two simulations, within 10%": {
-            "met": all(row["over_simulated"] >= 0.9 and row["over_simulated_pausing"] <= 1.1 for row in of_bounds),
-            "checks": of_bounds,
-        },
-        "simulated speculation over 8 stages within 5% of the formula": {
-            "met": all(abs(one - 1) <= 0.05 for one in long), "over_formula": long,
-        },
-    }  # fmt: skip
-
-
-def _print(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    print(common.format_table(header, rows) + "\n")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options: list[tuple[str, Callable[[str], Any], str]] = [
-        ("num_stages", int, "pipeline stages"), ("alpha", float, "seconds of a pass"), ("beta", float, "and of a row"),
-        ("head", float, "seconds of a head"), ("acceptance", float, "of drafts"), ("rounds", int, "of all cases"),
-        ("seconds", float, "of a case"), ("collectives", float, "share of a layer's time on one device"),
-    ]  # fmt: skip
-    for name, kind, text in options:
-        default = getattr(Setup, name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{text}; default {default}"
-        )
-    parser.add_argument(
-        "--shares", type=float, nargs="+", default=Setup.shares, help="of tokens that leave at each stage"
-    )
-    parser.add_argument("--num-requests", type=int, nargs="+", default=Setup.num_requests)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: a file in benchmarks/results")
-    args = vars(parser.parse_args(argv))
-    output = args.pop("output")
-    args["shares"], args["num_requests"] = tuple(args["shares"]), tuple(args["num_requests"])
-    setup, machine = Setup(**args), common.machine_info()
-    rows = measure(setup)
-    document = report(setup, rows, machine)
-    common.finish(document, output)
-
-
-def _median_costs(measured: Sequence[dict[str, float]]) -> Costs:
-    return Costs(**{name: statistics.median(one[name] for one in measured) for name in measured[0]})
-
-
-def report(setup: Setup, rows: list[dict[str, Any]], machine: dict[str, Any]) -> dict[str, Any]:
-    """Print tables; returns the JSON document."""
-    summary = summarise(rows)
-    costs, tp_costs = (
-        _median_costs([row["costs"] for row in rows if row["case"] == case]) for case in ("full", "tp_full")
-    )
-    pipelines, row_costs = simulate_pipelines(setup, costs), simulate_row_costs(setup, costs)
-    speculation = simulate_speculation(costs)
-    tensor_parallel = tensor_parallel_table(setup, costs, tp_costs)
-    print("milliseconds beside passes: " + ", ".join(
-        f"{name} {1000 * getattr(costs, name):.2f}" for name in ("head", "hop", "turn")
-    ))  # fmt: skip
-    _print(
-        ["case", "requests", "tokens/s", "over full", "range", "over formula", "range", "bound", "over simulated",
-         "pausing"],
-        [
-            [row["case"], row["requests"], f"{row['tokens_per_second']:.1f}", row["over_full"],
-             "{:.2f}-{:.2f}".format(*row["over_full_range"]), row["over_formula"],
-             "{:.2f}-{:.2f}".format(*row["over_formula_range"]), row["is_bound"], row["over_simulated"],
-             row["over_simulated_pausing"]]
-            for row in summary
-        ],
-    )  # fmt: skip
-    print("simulated, over full passes")
-    _print(list(pipelines[0]), [list(row.values()) for row in pipelines])
-    _print(list(row_costs[0]), [list(row.values()) for row in row_costs])
-    _print(list(speculation[0]), [list(row.values()) for row in speculation])
-    print("seconds of a token of one request, by formula")
-    _print(list(tensor_parallel[0]), [list(row.values()) for row in tensor_parallel])
-    verdicts = goals(summary, speculation)
-    _print(["goal", "met"], [[name, one["met"]] for name, one in verdicts.items()])
-    results = {
-        "summary": summary, "raw": rows, "simulated_pipelines": pipelines, "simulated_row_costs": row_costs,
-        "simulated_speculation": speculation,
-        "tensor_parallel_by_formula": tensor_parallel,
-    }  # fmt: skip
-    settings = asdict(setup) | {"niceness": os.nice(0)}
-    return common.result_document("pipeline_inference", machine, settings, setup.seed, results, verdicts)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from benchmarks.pipeline_inference_formulas import Costs
+from benchmarks.pipeline_inference.formulas import Costs
 from megatron.early_exit.inference.costs import ROW_COUNTS, StepCosts
 from megatron.early_exit.inference.engine.draft_length import DraftWindow
 
