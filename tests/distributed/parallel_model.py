@@ -16,6 +16,7 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.model.build import Model, build_model
 from megatron.early_exit.model.exit_strategies import Deferred, Evaluation
 from megatron.early_exit.platform.distributed import initialize_model_parallel
+from megatron.early_exit.schedules.iteration import RankModel
 from megatron.early_exit.schedules.links import StageLinks
 from megatron.early_exit.schedules.plan import Plan
 from megatron.early_exit.schedules.runtime import PlanRuntime
@@ -98,17 +99,17 @@ def iterators(model: Model, batches: list[ReferenceBatch]) -> list[Iterator | No
     return [iter(batches) if needs_data(chunk) else None for chunk in model.chunks]
 
 
-def plan_runtime(model: Model, plan: Plan) -> PlanRuntime:
+def plan_runtime(cfg: RunConfig, model: Model, plan: Plan) -> PlanRuntime:
     """This rank's part of a plan over the model's chunks."""
     return PlanRuntime(
         plan,
         parallel_state.get_pipeline_model_parallel_rank(),
-        config=model.config,
-        chunks=model.wrapped,
-        exit_losses=model.exit_losses,
-        links=StageLinks(is_interleaved=plan.num_chunks > 1, timeout_minutes=1),
-        forward_step=forward_step,
-    )
+        RankModel(
+            model.config, model.wrapped, model.exit_losses,
+            StageLinks(is_interleaved=plan.num_chunks > 1, timeout_minutes=1), forward_step,
+        ),
+        cfg.exit_stages,
+    )  # fmt: skip
 
 
 def my_batches(batches: list[ReferenceBatch]) -> list[ReferenceBatch]:

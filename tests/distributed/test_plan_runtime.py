@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from megatron.early_exit.schedules.builders import (
 )
 from megatron.early_exit.schedules.fill import PassTimes, with_filled_bubbles
 from megatron.early_exit.schedules.plan import Kind, Plan
+from megatron.early_exit.schedules.rank_plan import RankPlan
 from tests.configs import VOCAB_SIZE, make_config
 from tests.distributed.test_tuning import tuning_config
 from tests.distributed.workers import run_distributed
@@ -113,7 +115,7 @@ def run_plan(cfg: RunConfig, plan: Plan, iterations: int = 1) -> None:
     weights = cfg.exits.weights_at(10**9)
     with layout(cfg):
         model = build_with_reference_parameters(cfg)
-        runtime = plan_runtime(model, plan)
+        runtime = plan_runtime(cfg, model, plan)
         for iteration in range(iterations):
             for chunk in model.wrapped:
                 chunk.zero_grad_buffer()
@@ -266,7 +268,7 @@ def compare_per_token(cfg: RunConfig, plan: Plan) -> None:
     weights = cfg.exits.weights_at(10**9)
     with layout(cfg):
         model = build_with_reference_parameters(cfg)
-        runtime = plan_runtime(model, plan)
+        runtime = plan_runtime(cfg, model, plan)
         for chunk in model.wrapped:
             chunk.zero_grad_buffer()
         batches = make_batches(cfg, VOCAB_SIZE, plan.num_microbatches)
@@ -277,19 +279,12 @@ def compare_per_token(cfg: RunConfig, plan: Plan) -> None:
 
 
 def sends_that_are_kept(plan: Plan) -> int:
-    """The most messages that this rank holds at the end of an iteration, with nothing but plans."""
-    from types import SimpleNamespace
-
-    from megatron.early_exit.schedules.runtime import PlanRuntime
-
+    """The most messages that a rank holds at the end of an iteration."""
     kept = 0
     for rank in range(plan.num_ranks):
-        runtime = PlanRuntime(
-            plan, rank, config=None, chunks=[], exit_losses=None, links=SimpleNamespace(), forward_step=None
-        )
         sends = (Kind.SEND_FORWARD, Kind.SEND_BACKWARD, Kind.SEND_TEACHER)
         sent = {action for action in plan.ranks[rank] if action.kind in sends}
-        shown = [message for messages in runtime._shown_by.values() for message in messages]
+        shown = [message for messages in RankPlan(plan, rank).shown_by.values() for message in messages]
         assert len(shown) == len(set(shown)) and set(shown) <= sent
         kept = max(kept, len(sent) - len(shown))
     return kept
@@ -302,6 +297,27 @@ def sends_that_are_kept(plan: Plan) -> int:
 def test_messages_are_known_to_have_arrived(plan: Plan) -> None:
     """What comes back shows nearly all; else they and their memory would stay until the end of the iteration."""
     assert sends_that_are_kept(plan) <= 2 * plan.num_ranks * plan.num_chunks
+
+
+def refused_plan(cfg: RunConfig, plan: Plan, message: str) -> None:
+    """A runtime is not made of a plan that is wrong, wherever it comes from."""
+    from megatron.early_exit.model.build import build_model
+    from tests.distributed.parallel_model import layout, plan_runtime
+
+    with layout(cfg):
+        model = build_model(cfg, VOCAB_SIZE)
+        with pytest.raises(ValueError, match=message):
+            plan_runtime(cfg, model, plan)
+
+
+def test_plans_are_checked_before_they_run() -> None:
+    good = one_f_one_b(2, 3)
+    without_last = replace(good, ranks=(good.ranks[0][:-1], good.ranks[1]))
+    run_distributed(2, refused_plan, cfg=config(2), plan=without_last, message="B2 is missing")
+    on_wrong_stage = with_exits_in_bubbles(good, [0])
+    cfg = config(2, exit_layer_nums=(3, 4))
+    run_distributed(2, refused_plan, cfg=cfg, plan=on_wrong_stage, message="stage 0 has no exit")
+    run_distributed(2, refused_plan, cfg=config(2), plan=interleaved(2, 2, 4), message="with 2 model chunks each")
 
 
 def tune_by_plan(cfg: RunConfig, plan: Plan) -> None:
@@ -325,7 +341,7 @@ def tune_by_plan(cfg: RunConfig, plan: Plan) -> None:
                 )
             else:
                 model.exit_losses.begin_iteration(plan.num_microbatches, weights)
-                runtime = plan_runtime(model, plan)
+                runtime = plan_runtime(cfg, model, plan)
                 runtime.run(iterators(model, batches), **sizes)
                 finalize_model_grads(model.wrapped)
             trained = {n: p for n, p in model.chunks[0].named_parameters() if p.requires_grad}

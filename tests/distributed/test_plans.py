@@ -197,7 +197,7 @@ def gradients_of_draws(
     most_fill: draw so many for fill, so that the batch is the same whether a plan has fill or not. one_divisor: every
     pass counts 1 / N, whichever stages it reaches (the original's weights)."""
 
-    from megatron.early_exit.schedules.runtime import PassCounts
+    from megatron.early_exit.schedules.rank_plan import PassCounts
     from tests.distributed.parallel_model import (
         build_with_reference_parameters,
         global_name,
@@ -209,9 +209,9 @@ def gradients_of_draws(
 
     with layout(cfg):
         model = build_with_reference_parameters(cfg)
-        runtime = plan_runtime(model, plan)
+        runtime = plan_runtime(cfg, model, plan)
         if one_divisor:
-            runtime._counts = [PassCounts(plan.num_microbatches, plan.num_microbatches, gradient_factor=1.0)]
+            runtime.rank_plan.counts = [PassCounts(plan.num_microbatches, plan.num_microbatches, gradient_factor=1.0)]
         batches = make_batches(cfg, VOCAB_SIZE, num_batches)
         generator = torch.Generator().manual_seed(5)
         draws: dict[str, list[torch.Tensor]] = {}

@@ -55,8 +55,9 @@ def draw_timelines(timelines: Sequence[Timeline], outputs: Sequence[str | Path],
     per_unit, unit = (1.0, "s") if longest >= 3 else (1e3, "ms") if longest >= 3e-3 else (1e6, "µs")
     row_inches = 0.36 if max(timeline.num_ranks for timeline in timelines) <= 8 else 0.2
     heights = [timeline.num_ranks * row_inches + 0.42 for timeline in timelines]
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "plan", "font.size": _FONT_SIZE, "hatch.linewidth": 0.6}
-    with pyplot.rc_context(settings):
+    with pyplot.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "plan", "font.size": _FONT_SIZE, "hatch.linewidth": 0.6}
+    ):
         figure, rows = pyplot.subplots(
             len(timelines), squeeze=False, sharex=True, layout="constrained", height_ratios=heights,
             figsize=(_INCHES_WIDE, sum(heights) + (1.25 if title else 0.95)),

@@ -276,7 +276,8 @@ class _FillBuilder:
     def _cooldown_ends(self, fill: _Fill, ends: _Ends) -> _Ends:
         """Times at which the passes after the last regular forwards end. ends: of all passes, without cooldown fill."""
         last = self.num_microbatches - 1
-        passes, known = [], {}
+        passes: _Passes = []
+        known: _Ends = {}
         for stage, actions in enumerate(self.passes(fill, skipped=max(0, self.num_microbatches - 2 * self.num_ranks))):
             start = actions.index(Action(Kind.FORWARD, last)) + 1
             known |= {(stage, a.kind, a.microbatch): ends[stage, a.kind, a.microbatch] for a in actions[:start]}

@@ -9,27 +9,22 @@ from __future__ import annotations
 
 from collections import deque
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron.early_exit.platform.device import device
+from megatron.early_exit.schedules.plan import Action
+from megatron.early_exit.schedules.rank_plan import Edge
+
+_Work = torch.distributed.Work
 
 
-class Edge(NamedTuple):
-    """One direction between two neighbouring stages."""
-
-    is_forward: bool
-    """Hidden states to the next stage, not gradients to the previous one."""
-    is_wrap: bool
-    """Between the last rank and the first one, whose chunks follow each other."""
-
-    @property
-    def tag(self) -> int:
-        """Tells messages of one direction from those of another where both share a process group (gloo)."""
-        return 1 + 2 * self.is_wrap + self.is_forward
+def _started(work: _Work | None) -> _Work:
+    """PyTorch answers with None where a rank is not in the group."""
+    assert work is not None, "this rank is not in the process group of its pipeline"
+    return work
 
 
 class StageLinks:
@@ -37,18 +32,18 @@ class StageLinks:
 
     def __init__(self, *, is_interleaved: bool, timeout_minutes: float) -> None:
         mine = torch.distributed.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-        everywhere: list = [None] * torch.distributed.get_world_size()
+        everywhere: list[list[int] | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everywhere, mine)
         self._ranks = mine
         self._groups: dict[Edge, torch.distributed.ProcessGroup] = {}
         wraps = (False, True) if is_interleaved else (False,)
-        for ranks in sorted(set(map(tuple, everywhere))):
+        for ranks in sorted({tuple(ranks) for ranks in everywhere if ranks is not None}):
             for edge in (Edge(is_forward, is_wrap) for is_forward in (True, False) for is_wrap in wraps):
                 group = torch.distributed.new_group(list(ranks), timeout=timedelta(minutes=timeout_minutes))
                 if list(ranks) == mine:
                     self._groups[edge] = group
-        self._sent: deque[tuple[object, torch.distributed.Work, Tensor]] = deque()
-        self._expected: dict[object, tuple[torch.distributed.Work, Tensor]] = {}
+        self._sent: deque[tuple[Action, _Work, Tensor]] = deque()
+        self._expected: dict[Action, tuple[_Work, Tensor]] = {}
         self._connect()
 
     def _connect(self) -> None:
@@ -64,32 +59,32 @@ class StageLinks:
             inside = [(rank, rank + step) for rank in range(last + 1) if 0 <= rank + step <= last]
             for sender, receiver in wrap if edge.is_wrap else inside:
                 if me == self._ranks[sender]:
-                    torch.distributed.isend(tensor, self._ranks[receiver], group=group, tag=edge.tag).wait()
+                    _started(torch.distributed.isend(tensor, self._ranks[receiver], group=group, tag=edge.tag)).wait()
                 elif me == self._ranks[receiver]:
-                    torch.distributed.irecv(tensor, self._ranks[sender], group=group, tag=edge.tag).wait()
+                    _started(torch.distributed.irecv(tensor, self._ranks[sender], group=group, tag=edge.tag)).wait()
 
-    def send(self, name: object, edge: Edge, tensor: Tensor, peer: int) -> None:
+    def send(self, name: Action, edge: Edge, tensor: Tensor, peer: int) -> None:
         """Start to send `tensor` to pipeline rank `peer`; it must not change until `arrived(name)`."""
         while self._sent and self._sent[0][1].is_completed():  # NCCL knows; gloo only after a wait
             self._sent.popleft()
-        work = torch.distributed.isend(tensor, self._ranks[peer], group=self._groups[edge], tag=edge.tag)
+        work = _started(torch.distributed.isend(tensor, self._ranks[peer], group=self._groups[edge], tag=edge.tag))
         self._sent.append((name, work, tensor))
 
-    def expect(self, name: object, edge: Edge, shape: tuple[int, ...], dtype: torch.dtype, peer: int) -> None:
+    def expect(self, name: Action, edge: Edge, shape: tuple[int, ...], dtype: torch.dtype, peer: int) -> None:
         """Start to receive the next message of this direction from pipeline rank `peer`."""
         tensor = torch.empty(shape, dtype=dtype, device=device())
-        work = torch.distributed.irecv(tensor, self._ranks[peer], group=self._groups[edge], tag=edge.tag)
+        work = _started(torch.distributed.irecv(tensor, self._ranks[peer], group=self._groups[edge], tag=edge.tag))
         self._expected[name] = (work, tensor)
 
-    def receive(self, name: object) -> Tensor:
+    def receive(self, name: Action) -> Tensor:
         """The message that was expected under this name, once it is there."""
         work, tensor = self._expected.pop(name)
         work.wait()
         return tensor
 
-    def arrived(self, names: set[object]) -> None:
+    def arrived(self, names: set[Action]) -> None:
         """Forget messages that are known to have arrived, so that their memory is free."""
-        kept = deque()
+        kept: deque[tuple[Action, _Work, Tensor]] = deque()
         for name, work, tensor in self._sent:
             if name in names:
                 work.wait()

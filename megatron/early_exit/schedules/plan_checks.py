@@ -52,8 +52,10 @@ class _Key(NamedTuple):
 
 
 class _Place(NamedTuple):
+    """Where an action stands."""
+
     rank: int
-    index: int
+    position: int
 
 
 class _Validator:
@@ -107,7 +109,7 @@ class _Validator:
             self._refuse(place, f"{'marked' if action.is_partial else 'not marked'} as partial, but only {numbers}")
         key = _Key(action.chunk * plan.num_ranks + place.rank, action.kind, action.microbatch)
         if key in self.places:
-            self._refuse(place, f"was there before, as action {self.places[key].index}")
+            self._refuse(place, f"was there before, as action {self.places[key].position}")
         self.places[key] = place
         self.stages[action.kind, action.microbatch].append(key.stage)
 
@@ -174,11 +176,11 @@ class _Validator:
         last = max(backwards, key=backwards.__getitem__)
         later = sorted(where for microbatch, where in backwards.items() if microbatch != last and where > place)
         if exit_key.microbatch == last and later:
-            action = self.plan.ranks[place.rank][later[0].index]
+            action = self.plan.ranks[place.rank][later[0].position]
             self._refuse(
                 place,
                 "gradients are synchronised from the exits of the stage's last backward on, so these must come after "
-                f"{action}, which is action {later[0].index}",
+                f"{action}, which is action {later[0].position}",
             )
 
     # -- Messages
@@ -222,11 +224,11 @@ class _Validator:
                 received = self._messages(receiver, channel.receive)
                 for (send, send_place), (receive, place) in zip(sent, received):
                     if send != (receive[0] - channel.step, receive[1]):
-                        action = self.plan.ranks[sender][send_place.index]
+                        action = self.plan.ranks[sender][send_place.position]
                         self._refuse(
                             place,
                             f"messages of rank {sender} arrive in the order in which they were sent, and this one is "
-                            f"{action} (action {send_place.index} there)",
+                            f"{action} (action {send_place.position} there)",
                         )
 
     def _messages(self, rank: int, kind: Kind) -> list[tuple[tuple[int, int], _Place]]:
@@ -245,8 +247,8 @@ class _Validator:
                 if key.kind == later:
                     other = self.places.get(key._replace(kind=earlier))
                     if other is not None and other > place:
-                        action = self.plan.ranks[other.rank][other.index]
-                        self._refuse(place, f"must come after {action}, which is action {other.index}")
+                        action = self.plan.ranks[other.rank][other.position]
+                        self._refuse(place, f"must come after {action}, which is action {other.position}")
 
     # -- Messages for people
 
@@ -268,8 +270,8 @@ class _Validator:
                 self._refuse(self.places[_Key(stage, kind, microbatch)], why)
 
     def _refuse(self, place: _Place, why: str) -> NoReturn:
-        action = self.plan.ranks[place.rank][place.index]
-        raise ValueError(f"{self.plan.name}: rank {place.rank}, action {place.index} ({action}): {why}")
+        action = self.plan.ranks[place.rank][place.position]
+        raise ValueError(f"{self.plan.name}: rank {place.rank}, action {place.position} ({action}): {why}")
 
 
 def _count(number: int, noun: str, plural: str = "s") -> str:

@@ -41,7 +41,7 @@ class Timeline:
     num_ranks: int
 
     @classmethod
-    def of(cls, name: str, rows: Iterable[TimedAction | tuple]) -> Timeline:
+    def of(cls, name: str, rows: Iterable[TimedAction | tuple[int, Action, float, float]]) -> Timeline:
         """Make a timeline of rows (rank, action, start_sec, end_sec), in any order, with any origin of time."""
         timed = [row if isinstance(row, TimedAction) else TimedAction(*row) for row in rows]
         origin = min((row.start_sec for row in timed), default=0.0)

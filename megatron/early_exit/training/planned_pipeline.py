@@ -20,6 +20,7 @@ from megatron.early_exit.data.datasets import Batch
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.schedules.fill import PassTimes
+from megatron.early_exit.schedules.iteration import RankModel
 from megatron.early_exit.schedules.links import StageLinks
 from megatron.early_exit.schedules.plan import Action, Kind, Plan
 from megatron.early_exit.schedules.runtime import PlanRuntime
@@ -71,9 +72,11 @@ class PlannedPipeline:
     def _make_runtime(self, num_microbatches: int) -> PlanRuntime:
         plan = build_plan(self._config, num_microbatches, self.costs)
         return PlanRuntime(
-            plan, self._rank, config=self._model.config, chunks=self._model.wrapped,
-            exit_losses=self._model.exit_losses, links=self._links, forward_step=forward_step,
-        )  # fmt: skip
+            plan,
+            self._rank,
+            RankModel(self._model.config, self._model.wrapped, self._model.exit_losses, self._links, forward_step),
+            self._config.exit_stages,
+        )
 
     def run(
         self, iterators: list[Iterator[Batch] | None], *, num_microbatches: int, micro_batch_size: int, seq_length: int
