@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron.early_exit.checkpoint.plain_forward import head_logits
+from megatron.early_exit.checkpoint.plain_forward import NO_EXITS, head_logits
 from megatron.early_exit.checkpoint.tensors import Tensors
 from megatron.early_exit.config.checkpoint_files import SENTENCEPIECE_FILE
 from megatron.early_exit.config.exits import ExitConfig
@@ -49,7 +49,7 @@ class Head:
 
     tensors: Tensors
     model: ModelConfig
-    exits: ExitConfig | None = None
+    exits: ExitConfig = NO_EXITS
     exit_layer: int | None = None
 
     def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -94,7 +94,9 @@ def compare_logits(
     free = free_main_memory_bytes()
     if needed > free:
         return f"logits not compared: that takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free"
-    tokens, positions = _sample(vocab_size, head.model.max_position_embeddings)
+    max_positions = head.model.max_position_embeddings
+    assert max_positions is not None, "a model that has weights has a length"
+    tokens, positions = _sample(vocab_size, max_positions)
     ours = head.logits(tokens, positions)[..., :vocab_size]
     theirs = _their_logits(folder, gguf, tokens, positions)[..., :vocab_size]
     if choices_only:
@@ -133,7 +135,9 @@ def _their_logits(folder: Path, gguf: tuple[str, PretrainedConfig] | None, token
         extra = {} if gguf is None else {"gguf_file": gguf[0], "config": gguf[1]}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **extra)
         mask = torch.ones_like(tokens)  # without it, jumps in positions are taken for borders of documents
-        return model.eval()(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits.float()
+        output = model.eval()(tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+        logits: Tensor = output.logits.float()
+        return logits
 
 
 @contextmanager

@@ -31,7 +31,8 @@ def load_sharded(sharded_state: dict[str, Any], folder: Path) -> dict[str, Any]:
         stored = read_metadata(folder).state_dict_metadata
         check_keys(stored, folder)
         dict_list_map_inplace(lambda value: _as_stored(value, stored), sharded_state)
-        return dist_checkpointing.load(sharded_state, str(folder))
+        loaded: dict[str, Any] = dist_checkpointing.load(sharded_state, str(folder))
+        return loaded
 
 
 def _as_stored(value: Any, stored: Container[str]) -> Any:
@@ -51,7 +52,8 @@ def load_common(folder: Path) -> dict[str, Any]:
         Checksums.read(folder).check_file(folder, COMMON_FILE)
         load_object(file.read_bytes(), file)
     with _core_reads_safely():
-        return dist_checkpointing.load_common_state_dict(str(folder))
+        common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(folder))
+        return common
 
 
 @contextmanager

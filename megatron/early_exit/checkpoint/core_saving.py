@@ -32,6 +32,7 @@ class ShardedSave:
         self._folder = folder
         strategy = _PlanningStrategy()
         dist_checkpointing.save(sharded_state, str(folder), strategy, content_metadata=content_metadata)
+        assert strategy.planned is not None, "core saves by its strategy"
         self._writer, self._plan = strategy.planned
         self._thread: threading.Thread | None = None
         self._checksums = Checksums()
@@ -73,7 +74,7 @@ class ShardedSave:
 
     def _write(self, buckets: list[Any]) -> None:
         transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
-        written: dict[int, list] = {}
+        written: dict[int, list[Any]] = {}
         try:
             for index, bucket in enumerate(buckets):
                 written[index] = _write_file(transforms, index, bucket)
@@ -87,8 +88,8 @@ class ShardedSave:
 
 def _write_file(transforms: list[Any], index: int, bucket: Any) -> list[Any]:
     """Write one file by core's function, which puts what it wrote, or its error, into a queue."""
-    results: queue.Queue = queue.Queue()
-    being_written: queue.Queue = queue.Queue()
+    results: queue.Queue[tuple[int, list[Any] | Exception]] = queue.Queue()
+    being_written: queue.Queue[int] = queue.Queue()
     being_written.put(index)
     FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, results, being_written, True)
     _, outcome = results.get_nowait()
@@ -117,7 +118,7 @@ class _PlanningStrategy(TorchDistSaveShardedStrategy):
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=1)
-        self.planned: tuple[FileSystemWriterAsync, tuple] | None = None
+        self.planned: tuple[FileSystemWriterAsync, tuple[Any, ...]] | None = None
         # Core would start a process that holds this queue.
         assert hasattr(filesystem_async, "_results_queue"), "this core passes its results in another way"
         filesystem_async._results_queue = queue.Queue()
@@ -128,6 +129,6 @@ class _PlanningStrategy(TorchDistSaveShardedStrategy):
         settings = {"async_strategy": "mcore"} if "async_strategy" in names else {}
         self.planned = self.async_save(sharded_state_dict, checkpoint_dir, **settings)
 
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, plan: tuple, *_: Any) -> Any:
+    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, plan: tuple[Any, ...], *_: Any) -> Any:
         """Called by `async_save` with the writer, which knows this rank's part, and what finishing needs."""
         return writer, plan

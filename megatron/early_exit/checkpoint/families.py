@@ -6,6 +6,7 @@ computed, so that there and back again gives the same bits.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -115,6 +116,11 @@ def _take(tensors: Mapping[str, LazyTensor], name: str) -> LazyTensor:
         raise KeyError(f"the model has no parameter {name}") from None
 
 
+def _chunk(tensor: Tensor, *, count: int, index: int) -> Tensor:
+    """One of so many equal parts of its rows."""
+    return tensor.chunk(count)[index]
+
+
 # Llama and what is like it
 
 
@@ -175,7 +181,8 @@ def llama3_factors(rope: Mapping[str, Any], head_size: int) -> torch.Tensor:
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1.0 / ((1 - smooth) / rope["factor"] + smooth)).float()
+    factors: Tensor = 1.0 / ((1 - smooth) / rope["factor"] + smooth)
+    return factors.float()
 
 
 def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
@@ -324,7 +331,7 @@ def _llama_theirs(ours: Tensors, model: ModelConfig) -> Tensors:
             split = by_kind(fused, model)
         else:
             half = (fused.shape[0] // 2, *fused.shape[1:])
-            split = [fused.then(half, lambda tensor, i=i: tensor.chunk(2)[i]) for i in range(2)]
+            split = [fused.then(half, functools.partial(_chunk, count=2, index=i)) for i in range(2)]
         theirs |= dict(zip(parts, split, strict=True))
     return theirs
 
@@ -347,10 +354,11 @@ def by_kind(fused: LazyTensor, model: ModelConfig) -> list[LazyTensor]:
 
     def take(tensor: Tensor, kind: int) -> Tensor:
         grouped = tensor.reshape(model.num_kv_heads, -1, *tensor.shape[1:])
-        return grouped.split(sizes, 1)[kind].flatten(0, 1)
+        part: Tensor = grouped.split(sizes, 1)[kind]
+        return part.flatten(0, 1)
 
     shapes = [(size * model.num_kv_heads, *fused.shape[1:]) for size in sizes]
-    return [fused.then(shape, lambda tensor, kind=kind: take(tensor, kind)) for kind, shape in enumerate(shapes)]
+    return [fused.then(shape, functools.partial(take, kind=kind)) for kind, shape in enumerate(shapes)]
 
 
 # GPT-2
@@ -462,7 +470,7 @@ def _gpt2_ours(theirs: Tensors, model: ModelConfig) -> Tensors:
         tensor = tensor.transposed() if is_transposed else tensor
         if "linear_qkv" in name:
             third = (tensor.shape[0] // 3, *tensor.shape[1:])
-            parts = [tensor.then(third, lambda value, i=i: value.chunk(3)[i]) for i in range(3)]
+            parts = [tensor.then(third, functools.partial(_chunk, count=3, index=i)) for i in range(3)]
             tensor = by_group(parts, model)
         ours[name] = tensor
     return ours

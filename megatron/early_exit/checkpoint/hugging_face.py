@@ -187,11 +187,8 @@ def write_hugging_face(
         _write_safetensors(partial, theirs, max_shard_bytes, progress)
         if exits is not None:
             write_exit_class(partial, exits, family)
-        for file in present_files(tokenizer) if tokenizer is not None else []:
-            if file.name != "config.json":
-                copied = partial / file.relative_to(tokenizer)
-                copied.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copied)
+        if tokenizer is not None:
+            _copy_tokenizer(tokenizer, partial)
         if check is not None:
             check(partial)
     return model_type
@@ -212,6 +209,15 @@ def _partial(output: Path) -> Iterator[Path]:
     partial.rename(output)
 
 
+def _copy_tokenizer(tokenizer: Path, target: Path) -> None:
+    """With what says how it generates, but without the model's config.json."""
+    for file in present_files(tokenizer):
+        if file.name != "config.json":
+            copied = target / file.relative_to(tokenizer)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copied)
+
+
 def _source_config(tokenizer: Path | None) -> dict[str, Any]:
     file = None if tokenizer is None else tokenizer / "config.json"
     return {} if file is None or not file.is_file() else json.loads(file.read_text(encoding="utf-8"))
@@ -219,7 +225,7 @@ def _source_config(tokenizer: Path | None) -> dict[str, Any]:
 
 def _target_family(model: ModelConfig, source: dict[str, Any]) -> tuple[Family, str]:
     standard, name = standard_model_type(model), source.get("model_type")
-    if {standard, name} <= {"llama", "mistral"}:  # they have one architecture
+    if name is not None and {standard, name} <= {"llama", "mistral"}:  # they have one architecture
         return family_of(name), name
     return family_of(standard), standard
 
@@ -263,7 +269,8 @@ def _write_safetensors(folder: Path, tensors: Tensors, max_shard_bytes: int, pro
             size = 0
         shards[-1].append(name)
         size += tensor.num_bytes
-    total, written, weight_map = sum(tensor.num_bytes for tensor in tensors.values()), 0, {}
+    total, written = sum(tensor.num_bytes for tensor in tensors.values()), 0
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         state = {name: tensors[name].read().to(tensors[name].dtype).contiguous().clone() for name in names}

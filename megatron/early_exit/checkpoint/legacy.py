@@ -18,7 +18,6 @@ import enum
 import pickle
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,15 +43,15 @@ class ModelType(enum.Enum):
     retro_decoder = 4
 
 
-def _known_classes() -> AbstractContextManager:
-    multiarray = np._core.multiarray
+def _known_classes() -> torch.serialization.safe_globals:
+    reconstruct: Any = np.empty(0).__reduce__()[0]  # a function of a module that NumPy has moved
     return torch.serialization.safe_globals([
         argparse.Namespace,
         (ModelType, "megatron.core.enums.ModelType"),
         (ModelType, "megatron.model.enums.ModelType"),
         (ModelType, "megatron.model.ModelType"),
-        (multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
-        (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+        (reconstruct, "numpy._core.multiarray._reconstruct"),
+        (reconstruct, "numpy.core.multiarray._reconstruct"),
         np.ndarray,
         np.dtype,
         *{type(np.dtype(kind)) for kind in ("uint8", "uint32", "int64", "float32", "float64")},
@@ -219,7 +218,8 @@ def _read_ranks(folder: Path) -> list[list[dict[str, Any]]]:
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         with _known_classes():
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return content
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than weights and settings, and is not read: {error}") from error
     except (OSError, RuntimeError, EOFError) as error:
@@ -237,7 +237,9 @@ _DERIVED = re.compile(r"word_embeddings_for_head\.weight|.*rotary_pos_emb\.inv_f
 
 
 def _model_config(args: argparse.Namespace) -> ModelConfig:
-    get = lambda name, default=None: getattr(args, name, default)
+    def get(name: str, default: Any = None) -> Any:
+        return getattr(args, name, default)
+
     others = [f"{name} {get(name)}" for name in _WITHOUT_LIKE if get(name)]
     if others:
         raise ValueError(f"settings of the checkpoint that are not supported: {', '.join(others)}")
@@ -342,7 +344,9 @@ class _Stage:
         names = {name for rank in self._ranks for name in rank}
         return sorted(name for name in names - self._taken if not _DERIVED.fullmatch(name))
 
-    def module(self, theirs: str, ours: str, split: int | None = None, merge: Callable | None = None) -> Tensors:
+    def module(
+        self, theirs: str, ours: str, split: int | None = None, merge: Callable[..., Tensor] | None = None
+    ) -> Tensors:
         """Weight and, if there is one, bias. The bias of a module with split columns is on every rank."""
         tensors = {f"{ours}.weight": self.take(f"{theirs}.weight", split, merge)}
         if f"{theirs}.bias" in self._ranks[0]:

@@ -129,7 +129,8 @@ def _layer_of(name: str) -> int | None:
 
 def _is_tuned(name: str, partial: PartialCheckpoint) -> bool:
     """Whether a parameter of the base is of an exit on the layers that `partial` has."""
-    return EXIT_HEAD in name and _layer_of(name) <= partial.num_layers
+    layer = _layer_of(name)
+    return EXIT_HEAD in name and layer is not None and layer <= partial.num_layers
 
 
 def _is_frozen(name: str, partial: PartialCheckpoint) -> bool:

@@ -20,7 +20,7 @@ _OPTIMIZER = "optimizer."
 """Begins the names of the optimizer's tensors in a checkpoint."""
 
 
-def sharded_weights(model: Model) -> dict[str, dict]:
+def sharded_weights(model: Model) -> dict[str, dict[str, Any]]:
     """This rank's parameters for core to save or load, with their places in the whole model."""
     return {
         f"model{index}": chunk.sharded_state_dict(metadata=dict(CONTENT_METADATA))
@@ -37,7 +37,7 @@ def check_tensors(sharded: dict[str, Any], folder: Path) -> None:
             if isinstance(tensor, ShardedTensor):
                 key = stored_key(tensor.key, metadata.state_dict_metadata)
                 wanted[key] = None if tensor.allow_shape_mismatch else tuple(tensor.global_shape)
-    everywhere: list = [None] * torch.distributed.get_world_size()
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everywhere, wanted)
     wanted = {name: shape for part in everywhere for name, shape in part.items()}
     of_model = {name: shape for name, shape in wanted.items() if not name.startswith(_OPTIMIZER)}

@@ -128,7 +128,8 @@ def read_megatron(folder: Path) -> MegatronCheckpoint:
 
 
 def _sharded_settings(folder: Path) -> argparse.Namespace:
-    if (args := _common_state(folder).get("args")) is not None:
+    args: argparse.Namespace | None = _common_state(folder).get("args")
+    if args is not None:
         return args
     if (folder / _BRIDGE_FILE).is_file():
         return bridge_settings(read_yaml(folder / _BRIDGE_FILE))
@@ -142,7 +143,8 @@ def _common_state(folder: Path) -> dict[str, Any]:
     """What is the same on all ranks."""
     common = folder / COMMON_FILE
     if common.is_file():
-        return load_file(common)
+        state: dict[str, Any] = load_file(common)
+        return state
     for index, info in read_metadata(folder).storage_data.items():
         if index.fqn == _COMMON_OBJECT:
             with (folder / info.relative_path).open("rb") as file:
@@ -191,13 +193,14 @@ def _with_gate_and_up(tensors: Tensors) -> Tensors:
 class _PartPlanner(DefaultLoadPlanner):
     """Reads a part of one tensor: the whole, or one layer of those that are stored in one tensor."""
 
-    def __init__(self, key: str, part: ChunkStorageMetadata, target: torch.Tensor) -> None:
+    def __init__(
+        self, key: str, stored: TensorStorageMetadata, part: ChunkStorageMetadata, target: torch.Tensor
+    ) -> None:
         super().__init__()
-        self._key, self._part, self._target = key, part, target
+        self._key, self._stored, self._part, self._target = key, stored, part, target
 
     def create_local_plan(self) -> LoadPlan:
-        stored = self.metadata.state_dict_metadata[self._key]
-        return LoadPlan(create_read_items_for_chunk_list(self._key, stored, [self._part]))
+        return LoadPlan(create_read_items_for_chunk_list(self._key, self._stored, [self._part]))
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self._target
@@ -216,7 +219,9 @@ def _part_of(
     def read() -> torch.Tensor:
         target = torch.empty(part.sizes, dtype=dtype)
         with reading(reader, key):
-            dcp.load({key: target}, storage_reader=reader, planner=_PartPlanner(key, part, target), no_dist=True)
+            dcp.load(
+                {key: target}, storage_reader=reader, planner=_PartPlanner(key, stored, part, target), no_dist=True
+            )
         return target.view(shape)
 
     return LazyTensor(shape, dtype, read)
@@ -333,7 +338,7 @@ class _PiecesPlanner(DefaultSavePlanner):
 
     def __init__(self, pieces: Iterable[_Piece], empty_objects: Iterable[str], progress: Progress | None) -> None:
         super().__init__(flatten_state_dict=False)
-        self._pieces = {(piece.key, piece.offset): piece for piece in pieces}
+        self._pieces = {MetadataIndex(piece.key, piece.offset): piece for piece in pieces}
         self._empty_objects, self._progress = list(empty_objects), progress
         self._total, self._written = sum(piece.tensor.num_bytes for piece in self._pieces.values()), 0
 
@@ -344,12 +349,11 @@ class _PiecesPlanner(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        index = write_item.index
         if write_item.type == WriteItemType.BYTE_IO:
             buffer = io.BytesIO()
             torch.save([None], buffer)
             return buffer
-        piece = self._pieces[index.fqn, index.offset]
+        piece = self._pieces[write_item.index]
         value = piece.tensor.read().to(piece.tensor.dtype).contiguous().view(piece.sizes)
         self._written += piece.tensor.num_bytes
         if self._progress is not None:

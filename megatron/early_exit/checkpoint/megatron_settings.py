@@ -12,7 +12,7 @@ import io
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -89,8 +89,9 @@ _HARMLESS = {
 }
 
 
-def load_file(file: Path, content: bytes | None = None) -> dict[str, Any]:
-    """The dictionary that Megatron saved in `file`; its tensors are memory-mapped. content: a part of it, to read that.
+def load_file(file: Path, content: bytes | None = None) -> Any:
+    """What Megatron saved in `file`, as a rule a dictionary; its tensors are memory-mapped. content: a part of it, to
+    read that.
 
     Raises UnsafeFileError if it names functions or classes that no checkpoint needs, OSError if it cannot be read."""
     source = lambda: file if content is None else io.BytesIO(content)
@@ -102,7 +103,7 @@ def load_file(file: Path, content: bytes | None = None) -> dict[str, Any]:
                 f"{file} is not loaded: it asks for {', '.join(refused)}, which no checkpoint needs, and could run any "
                 "command that way. Do not use this file; get the checkpoint again from a source that you trust"
             )
-        known = [(_HARMLESS.get(name) or type("StandIn", (_StandIn,), {}), name) for name in names]
+        known: list[Any] = [(_HARMLESS.get(name) or type("StandIn", (_StandIn,), {}), name) for name in names]
         with torch.serialization.safe_globals(known):
             return torch.load(source(), map_location="cpu", weights_only=True, mmap=content is None)
     except UnsafeFileError:
@@ -115,7 +116,8 @@ def bridge_settings(config: Mapping[str, Any]) -> argparse.Namespace:
     """Megatron-LM's arguments that say what Megatron-Bridge's `run_config.yaml` says of model and tokenizer.
 
     Raises ValueError for what they cannot say."""
-    model = {_BRIDGE_NAMES.get(name, name): value for name, value in dict(config["model"]).items()}
+    given: dict[str, Any] = dict(config["model"])
+    model: dict[str, Any] = {_BRIDGE_NAMES.get(name, name): value for name, value in given.items()}
     activation, is_gated = str(_target(model.get("activation_func"), "gelu")), bool(model.get("gated_linear_unit"))
     kind = activation.rsplit(".", 1)[-1]
     if (kind, is_gated) not in (("silu", True), ("gelu", False), ("openai_gelu", False)):
@@ -150,7 +152,11 @@ def model_config(settings: argparse.Namespace) -> ModelConfig:
     """The model that Megatron-LM's arguments describe, without the rows of its vocabulary.
 
     Raises ValueError with all settings that change its function and that ours does not know."""
-    get = lambda name, default=None: default if getattr(settings, name, None) is None else getattr(settings, name)
+
+    def get(name: str, default: Any = None) -> Any:
+        value = getattr(settings, name, None)
+        return default if value is None else value
+
     _check_supported(get)
     base = get("rotary_base", 10000)
     if base != int(base):
@@ -189,10 +195,9 @@ def model_config(settings: argparse.Namespace) -> ModelConfig:
     )
 
 
-def _position_embeddings(get: Callable[..., Any]) -> str:
-    if get("use_rotary_position_embeddings", False):
-        return "rope"
-    return get("position_embedding_type", "learned_absolute")
+def _position_embeddings(get: Callable[..., Any]) -> Literal["learned_absolute", "rope"]:
+    is_rope = get("use_rotary_position_embeddings", False) or get("position_embedding_type") == "rope"
+    return "rope" if is_rope else "learned_absolute"
 
 
 def _check_supported(get: Callable[..., Any]) -> None:

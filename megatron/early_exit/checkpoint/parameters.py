@@ -12,12 +12,12 @@ Shapes = dict[str, tuple[int, ...]]
 def expected_shapes(model: ModelConfig, exits: ExitConfig) -> Shapes:
     """Shapes of all our parameters by name. model: with `padded_vocab_size`, and `max_position_embeddings` if these are
     learned."""
-    h, rows = model.hidden_size, model.padded_vocab_size
+    h, rows = model.hidden_size, _known(model.padded_vocab_size)
     shapes: Shapes = {"embedding.word_embeddings.weight": (rows, h)} | _below(
         "decoder.final_layernorm.", _norm(model, h)
     )
     if model.position_embedding_type == "learned_absolute":
-        shapes["embedding.position_embeddings.weight"] = (model.max_position_embeddings, h)
+        shapes["embedding.position_embeddings.weight"] = (_known(model.max_position_embeddings), h)
     if model.untie_embeddings_and_output_weights:
         shapes["output_layer.weight"] = (rows, h)
     for index in range(model.num_layers):
@@ -40,6 +40,11 @@ def check_parameters(tensors: Tensors, model: ModelConfig, exits: ExitConfig) ->
     if problems:
         more = f"; and {len(problems) - 5} more such" if len(problems) > 5 else ""
         raise ValueError(f"the parameters do not fit the settings of the model: {'; '.join(problems[:5])}{more}")
+
+
+def _known(size: int | None) -> int:
+    assert size is not None, "a model that has weights has a number of them"
+    return size
 
 
 def _below(prefix: str, shapes: Shapes) -> Shapes:
@@ -86,5 +91,5 @@ def _head(model: ModelConfig, kind: ExitHeadKind) -> Shapes:
     if kind.norm:
         head |= _below("norm.", _norm(model, model.hidden_size))
     if kind.untied_output:
-        head["output_layer.weight"] = (model.padded_vocab_size, model.hidden_size)
+        head["output_layer.weight"] = (_known(model.padded_vocab_size), model.hidden_size)
     return head

@@ -14,6 +14,8 @@ from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 
+NO_EXITS = ExitConfig()
+
 # b sequences, s tokens, h hidden size, n heads, g groups of heads with one key and value, d head size
 
 
@@ -22,7 +24,7 @@ def head_logits(
     model: ModelConfig,
     tokens: Tensor,
     positions: Tensor,
-    exits: ExitConfig | None = None,
+    exits: ExitConfig = NO_EXITS,
     exit_layer: int | None = None,
 ) -> Tensor:
     """[b, s, rows of the output weight] in fp32, of the final head or of the exit named `exit_layer`.

@@ -8,13 +8,14 @@ read as `torch.load(weights_only=True)` does. Everything that reads such a folde
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import pathlib
 import pickle
 import zipfile
 from enum import Enum, EnumType
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, filesystem, metadata, planner
@@ -113,7 +114,7 @@ def read_metadata(folder: Path) -> Metadata:
     Checksums.read(folder).check_file(folder, METADATA_FILE)
     try:
         with file.open("rb") as stream:
-            read = _MetadataUnpickler(stream, file).load()
+            read: Metadata = _MetadataUnpickler(stream, file).load()
         paths = {info.relative_path for info in read.storage_data.values()}
         dict(read.state_dict_metadata)
     except OSError:
@@ -176,29 +177,31 @@ class SafeReader(FileSystemReader):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        self._metadata: Metadata | None = None
-        self._checksums: Checksums | None = None
+
+    @functools.cached_property
+    def _content(self) -> tuple[Metadata, Checksums]:
+        return read_metadata(Path(self.path)), Checksums.read(Path(self.path))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = read_metadata(Path(self.path))
-            self._checksums = Checksums.read(Path(self.path))
-        return self._metadata
+        return self._content[0]
 
     def _slice_file(self, file: BinaryIO, sinfo: Any) -> Any:
         """Called by PyTorch for each tensor or object that is read."""
-        if self._checksums.is_damaged(file, Extent(sinfo.relative_path, sinfo.offset, sinfo.length)):
+        _, checksums = self._content
+        if checksums.is_damaged(file, Extent(sinfo.relative_path, sinfo.offset, sinfo.length)):
             name = next(index.fqn for index, info in self.storage_data.items() if info == sinfo)
             path = Path(self.path) / sinfo.relative_path
             raise DamagedFileError(f"{path} is damaged: the bytes of {name} are not those that were written")
         return super()._slice_file(file, sinfo)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        return super().read_data(plan, _SafeObjects(planner, self))
+        # It has all methods of a planner: those that it has not itself are the other's.
+        return super().read_data(plan, cast(LoadPlanner, _SafeObjects(planner, self)))
 
     def file_of(self, item: ReadItem) -> Path:
         """The file in which `item` lies."""
-        return Path(self.path) / self.storage_data[item.storage_index].relative_path
+        name: str = self.storage_data[item.storage_index].relative_path
+        return Path(self.path) / name
 
 
 class _SafeObjects:

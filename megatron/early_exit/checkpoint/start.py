@@ -23,6 +23,7 @@ from megatron.early_exit.config.description import MismatchError, architecture_d
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.saved_description import read_description
 from megatron.early_exit.config.serialize import load_run_config
+from megatron.early_exit.config.settings import RunSettings
 
 _SHOWN = 3
 """Names in a message; of the others only the number."""
@@ -119,7 +120,7 @@ def _missing_files(folder: Path) -> list[str]:
     return [name for name in names if not (folder / name).exists()]
 
 
-def optimizer_mismatch(config: RunConfig, saved: RunConfig) -> str | None:
+def optimizer_mismatch(config: RunSettings, saved: RunSettings) -> str | None:
     """Why the optimizer of a run with `config` cannot take the state of one with `saved`, or None if it can.
 
     The text follows the words 'the optimizer state is'."""
@@ -137,11 +138,11 @@ def optimizer_mismatch(config: RunConfig, saved: RunConfig) -> str | None:
     return None
 
 
-def _is_half(config: RunConfig) -> bool:
+def _is_half(config: RunSettings) -> bool:
     return config.training.bf16 or config.training.fp16
 
 
-def _precision(config: RunConfig) -> str:
+def _precision(config: RunSettings) -> str:
     if config.training.bf16:
         return "bf16 (--bf16)"
     return "fp16 (--fp16)" if config.training.fp16 else "fp32 (neither --bf16 nor --fp16)"

@@ -303,7 +303,8 @@ def link_rest(target: Path, base: Path) -> Checksums:
     Returns the checksums of what it has from there."""
     present = read_metadata(target).state_dict_metadata
     _, tensors = read_checkpoint(base)
-    return _link(target, {name: tensor.origin for name, tensor in tensors.items() if key_of(name) not in present})
+    absent = {name: tensor.origin for name, tensor in tensors.items() if key_of(name) not in present}
+    return _link(target, {name: origin for name, origin in absent.items() if origin is not None})
 
 
 def _link(target: Path, linked: dict[str, Origin]) -> Checksums:

@@ -115,7 +115,8 @@ def _read_tensor(file: Path, name: str) -> torch.Tensor:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)
+        tensor: torch.Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def _read_pickled(file: Path) -> Tensors:

@@ -16,7 +16,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -150,7 +150,7 @@ class StampedGPTDataset(GPTDataset):
     def __init__(self, indexed_dataset: IndexedDataset, dataset_path: str | None, *arguments: Any) -> None:
         super().__init__(indexed_dataset, dataset_path, *arguments)
         self._masks: StampedGPTDataset | None = None
-        if has_mask(dataset_path):
+        if dataset_path is not None and has_mask(dataset_path):
             masks = copy.copy(self)  # the same samples of other files
             masks.dataset = IndexedDataset(mask_prefix(dataset_path))
             self._masks = masks
@@ -442,16 +442,25 @@ class ReplicaSampler(Sampler[list[int]]):
 def collate(samples: list[Batch]) -> Batch:
     """Stack samples along a new first dimension."""
 
-    def stack(fields: Sequence[Any]) -> Any:
+    def stack(fields: list[Any]) -> Any:
         if isinstance(fields[0], dict):
             return {name: stack([field[name] for field in fields]) for name in fields[0]}
         return None if fields[0] is None else torch.stack(fields)
 
-    return Batch(*map(stack, zip(*samples, strict=True)))
+    return Batch(*(stack(list(fields)) for fields in zip(*samples, strict=True)))
+
+
+class Samples(Protocol):
+    """What microbatches are made of."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch:
+        """Without the batch dimension. Raises ValueError or OSError for what the user can mend."""
 
 
 def build_iterator(
-    dataset: Dataset,
+    dataset: Samples,
     *,
     consumed_samples: int = 0,
     micro_batch_size: int,
@@ -484,7 +493,7 @@ def build_iterator(
 class _ErrorsAsValues(Dataset):
     """A dataset that returns what the user can mend, which processes that load data can raise as tracebacks only."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Samples) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -498,7 +507,12 @@ class _ErrorsAsValues(Dataset):
 
 
 def _collate_or_error(samples: list[Batch | Exception]) -> Batch | Exception:
-    return next((sample for sample in samples if isinstance(sample, Exception)), None) or collate(samples)
+    batches = []
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+        batches.append(sample)
+    return collate(batches)
 
 
 def _begin_to_load(trainer: int, worker: int) -> None:

@@ -13,9 +13,12 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 from megatron.early_exit.data.text_files import decode, parse_json, split_lines
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 InputFormat = Literal["auto", "jsonl", "text"]
 SplitBy = Literal["file", "blank-line", "line"]
@@ -171,7 +174,7 @@ class _CountedFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: bytearray) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         count = self._raw.readinto(buffer) or 0
         self.num_read_bytes += count
         return count
@@ -180,17 +183,18 @@ class _CountedFile(io.RawIOBase):
 class _Rejoined(io.RawIOBase):
     """A stream whose first bytes have been read already; a pipe cannot be read twice."""
 
-    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
+    def __init__(self, head: bytes, rest: io.BufferedIOBase) -> None:
         self._head, self._rest = head, rest
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: bytearray) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         if not self._head:
             return self._rest.readinto(buffer)
-        count = min(len(buffer), len(self._head))
-        buffer[:count], self._head = self._head[:count], self._head[count:]
+        target = memoryview(buffer)
+        count = min(len(target), len(self._head))
+        target[:count], self._head = self._head[:count], self._head[count:]
         return count
 
 
@@ -224,7 +228,7 @@ def _opened(path: Path) -> Iterator[_Source]:
             raise ValueError(f"{path}: not a whole gzip file ({error})") from error
 
 
-def _peek(stream: IO[bytes]) -> tuple[bytes, IO[bytes]]:
+def _peek(stream: io.BufferedIOBase) -> tuple[bytes, io.BufferedReader]:
     """The first bytes of `stream`, and the whole of it again."""
     head = stream.read(_HEAD_BYTES)
     return head, io.BufferedReader(_Rejoined(head, stream), _BUFFER_BYTES)
@@ -240,7 +244,8 @@ def _read_lines(source: _Source, is_json: bool) -> Iterator[Document]:
 
 
 def _read_paragraphs(source: _Source) -> Iterator[Document]:
-    position, location, lines = 0, "", []
+    position, location = 0, ""
+    lines: list[bytes] = []
     for line in split_lines(source.stream, source.path):
         if not line.is_blank:
             location = location if lines else line.location

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import multiprocessing
 import os
 import signal
@@ -158,8 +159,8 @@ def preprocess(config: PreprocessConfig) -> list[PreprocessResult]:
             _remove_left_behind(prefix)
 
     documents = (doc for path in files for doc in read_documents(path, config.input_format, config.split_by))
-    sizes = [file_bytes(path) for path in files]
-    progress = Progress(None if None in sizes else sum(sizes), config.log_interval_sec)
+    known_sizes = [size for path in files if (size := file_bytes(path)) is not None]
+    progress = Progress(sum(known_sizes) if len(known_sizes) == len(files) else None, config.log_interval_sec)
     with _partial_outputs(prefixes, tokenizer.vocab_size) as writers:
         num_answer_tokens = 0
         for chunk in _encode_all(chunks_of(documents), config, encoder):
@@ -226,7 +227,7 @@ class Encoder:
     def encode_document(self, document: Document) -> dict[str, np.ndarray]:
         """Ids of each key. Raises ValueError with the location."""
         return {
-            key: self.encode(lambda text=text: self.tokenizer.tokenize(text), document.location)
+            key: self.encode(functools.partial(self.tokenizer.tokenize, text), document.location)
             for key, text in document_texts(document, self.keys).items()
         }
 
@@ -255,7 +256,7 @@ class ChatEncoder(Encoder):
 
     def encode_document(self, document: Document) -> dict[str, np.ndarray]:
         value = parse_json(document.content, document.location)
-        messages = value.get(MESSAGES) if isinstance(value, dict) else None
+        messages: Any = value.get(MESSAGES) if isinstance(value, dict) else None
         if problem := messages_problem(messages):
             raise ValueError(f"{document.location}: {problem}")
         try:

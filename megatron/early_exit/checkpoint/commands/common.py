@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron.early_exit.checkpoint.tensors import Tensors
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron.early_exit.config.description import ModelDescription
     from megatron.early_exit.config.exits import ExitConfig
     from megatron.early_exit.config.model import ModelConfig
+    from megatron.early_exit.config.optimization import Dtype
 
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -125,7 +126,7 @@ def tokenizer_of(args: argparse.Namespace, theirs: argparse.Namespace) -> Tokeni
     Raises ValueError if it is not here."""
     from megatron.early_exit.config.data import TokenizerConfig
 
-    kind = args.tokenizer_type or getattr(theirs, "tokenizer_type", None)
+    kind: Any = args.tokenizer_type or getattr(theirs, "tokenizer_type", None)
     path = args.tokenizer_model or getattr(theirs, "tokenizer_model", None)
     size = args.vocab_size or getattr(theirs, "vocab_size", None)
     if kind == "NullTokenizer":
@@ -148,7 +149,7 @@ def describe(
 
     if model.padded_vocab_size is None:
         model = replace(model, padded_vocab_size=padded_rows(args, tensors))
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    names: dict[torch.dtype, Dtype] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     return ModelDescription(model, exits, tokenizer, names.get(next(iter(tensors.values())).dtype, "fp32"))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.checkpoint.commands.common import add_source, add_target, read, save
 
@@ -26,7 +26,7 @@ def _truth(word: str) -> bool:
     return word == "true"
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     one = commands.add_parser("add-exits", help="add early exits, ready to be tuned")
     add_source(one)
     add_target(one, "--save", with_dtype=False)
@@ -69,12 +69,13 @@ def wanted_exits(args: argparse.Namespace) -> ExitConfig:
     layers = args.exit_layer_nums
     order = sorted(range(len(layers)), key=layers.__getitem__)
     in_order = lambda values: tuple(values[i] for i in order) if len(values) == len(order) else tuple(values)
-    parts = {name: getattr(args, name) for name in _PARTS}
+    given = {name: values for name in _PARTS if (values := getattr(args, name)) is not None}
+    parts: dict[str, Any] = {name: in_order(values or [True]) for name, values in given.items()}
     return ExitConfig(
         exit_layer_nums=in_order(layers),
         pre_exit=args.pre_exit,
         exit_uses=in_order(args.exit_uses),
-        **{name: in_order(values or [True]) for name, values in parts.items() if values is not None},
+        **parts,
     )
 
 

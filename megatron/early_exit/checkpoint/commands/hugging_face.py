@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from megatron.early_exit.config.description import ModelDescription
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     one = commands.add_parser("from-hf", help="a model of Hugging Face transformers -> ours")
     one.add_argument("--input", type=Path, required=True, metavar="DIR", help="local folder, or a GGUF file")
     add_target(one, "--save")
@@ -87,7 +87,7 @@ def _rows_for(tokenizer: Path, rows: int) -> int:
     without_row = {token: index for token, index in library.get_vocab().items() if index >= rows}
     if not without_row:
         return rows
-    num_ids = max(without_row.values()) + 1
+    num_ids: int = max(without_row.values()) + 1
     if without_row.keys() - library.get_added_vocab().keys():
         raise ValueError(
             f"the tokenizer has {num_ids} ids, but the model's embedding has {rows} rows: it is that of another "

@@ -16,7 +16,7 @@ from megatron.early_exit.checkpoint.commands.common import (
 )
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     one = commands.add_parser(
         "reshard", help="pad the vocabulary for a tensor-parallel size (nothing else depends on it)"
     )

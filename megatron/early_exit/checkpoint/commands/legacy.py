@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron.early_exit.config.description import ModelDescription
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     one = commands.add_parser("from-legacy", help="a checkpoint of the original EE-LLM -> ours")
     add_source(one)
     add_target(one, "--save")

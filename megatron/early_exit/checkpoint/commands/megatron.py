@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from megatron.early_exit.config.data import TokenizerConfig
 
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     one = commands.add_parser("from-megatron", help="a GPT or Llama of Megatron-LM or Megatron-Bridge -> ours")
     add_source(one)
     add_target(one, "--save")

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,15 @@ class ExitHead(nn.Module):
         super().__init__()
         config, settings = model.config, model.config.early_exits
         # Each part is one of a layer's, whatever the architecture calls its classes and settings.
-        new_layer = lambda: type(model.decoder_layers[0])(config, layer_idx=0)
+        layer_class: Any = type(model.decoder_layers[0])
+        new_layer = lambda: layer_class(config, layer_idx=0)
         self.block = new_layer() if settings["block"][index] else None
         self.mlp = new_layer().mlp if settings["mlp"][index] else None
         self.norm = model.mlp_norm_of(new_layer()) if settings["norm"][index] else None
         own_output = settings["own_output"][index]
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if own_output else None
-        for module in self.modules():
+        modules: list[Any] = list(self.modules())
+        for module in modules:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = len(model.decoder_layers) + index  # its cache lies behind those of the layers
 
@@ -71,11 +73,13 @@ class EarlyExitForCausalLM(Base):
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
-        return self.get_submodule(self.config.early_exits["modules"]["layers"])
+        layers: nn.ModuleList = self.get_submodule(self.config.early_exits["modules"]["layers"])
+        return layers
 
     @property
     def final_norm(self) -> nn.Module:
-        return self.get_submodule(self.config.early_exits["modules"]["final_norm"])
+        norm: nn.Module = self.get_submodule(self.config.early_exits["modules"]["final_norm"])
+        return norm
 
     def mlp_norm_of(self, layer: nn.Module) -> nn.Module:
         """The norm before its MLP."""
@@ -170,7 +174,8 @@ class EarlyExitForCausalLM(Base):
         return self.get_output_embeddings()(self.final_norm(hidden[:, -1])), len(layers)
 
     def _embed(self, ids: Tensor, state: DecodeState) -> Tensor:
-        hidden, positions = self.get_input_embeddings()(ids), self._module("positions")
+        hidden: Tensor = self.get_input_embeddings()(ids)
+        positions = self._module("positions")
         return hidden if positions is None else hidden + positions(_position_ids(hidden, state))
 
     def _run(self, layers: Sequence[nn.Module], hidden: Tensor, state: DecodeState) -> tuple[Tensor, Tensor]:
@@ -203,7 +208,7 @@ class EarlyExitForCausalLM(Base):
 
     def _ask(self, index: int, hidden: Tensor, residual: Tensor, state: DecodeState) -> Tensor:
         """[1, vocabulary]: logits of an exit for the last row. All rows are new to its block, and run through it."""
-        head, settings = self.exits[index], self.config.early_exits
+        head, settings = cast(ExitHead, self.exits[index]), self.config.early_exits
         if head.block is not None:
             hidden, _ = self._run([head.block], hidden, state)
         states = hidden[:, -1]
@@ -213,7 +218,8 @@ class EarlyExitForCausalLM(Base):
         if head.norm is not None:
             states = head.norm(states)
         output = self.get_output_embeddings() if head.output is None else head.output
-        return output(states).float() / settings["temperatures"][index]
+        logits: Tensor = output(states).float() / settings["temperatures"][index]
+        return logits
 
 
 def _position_ids(hidden: Tensor, state: DecodeState) -> Tensor:
