@@ -24,8 +24,8 @@ import torch
 
 from benchmarks import common
 from megatron.early_exit.checkpoint.parameters import expected_shapes
-from megatron.early_exit.checkpoint.store import write_checkpoint
 from megatron.early_exit.checkpoint.tensors import LazyTensor
+from megatron.early_exit.checkpoint.writing import write_checkpoint
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig

@@ -20,7 +20,7 @@ import torch
 from megatron.core.enums import ModelType
 from torch import Tensor
 
-from megatron.early_exit.checkpoint.legacy import _read_file as read_file
+from megatron.early_exit.checkpoint.legacy_files import read_file
 
 _ARCHIVES = Path(__file__).resolve().parent / "fixtures" / "legacy"
 VOCAB_SIZE = 128

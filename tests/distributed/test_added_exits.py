@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron.early_exit.checkpoint import store
+from megatron.early_exit.checkpoint import writing
 from megatron.early_exit.checkpoint.convert_command import main
 from megatron.early_exit.checkpoint.store import read_checkpoint
 from megatron.early_exit.checkpoint.tensors import Tensors
@@ -240,10 +240,10 @@ def test_what_cannot_be_converted_leaves_nothing_behind(
     assert "the tokenizer has 501 ids, but the model's embedding has 93 rows" in refused(small)
     assert "takes sequences of 1 to 64 tokens" in refused(tmp_path / "good", "--max-position-embeddings", 65)
     with monkeypatch.context() as patch:
-        patch.setattr(store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+        patch.setattr(writing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
         assert "GiB free, the checkpoint takes" in refused(tmp_path / "good")
     with monkeypatch.context() as patch:
-        patch.setattr(store, "save_description", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(writing, "save_description", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run("from-hf", "--input", tmp_path / "good", "--save", tmp_path / "ours") == 130
         assert not any((tmp_path / "ours").iterdir())
     capsys.readouterr()
@@ -263,7 +263,7 @@ def test_a_conversion_that_breaks_off_leaves_what_was_there(tmp_path: Path, rais
     plain(tmp_path / "plain")
     description, tensors = read_checkpoint(checkpoint_folder(tmp_path / "plain"))
     tensors = {name: replace(tensor, origin=None) for name, tensor in tensors.items()}
-    store.write_checkpoint(tmp_path / "x", description, tensors)
+    writing.write_checkpoint(tmp_path / "x", description, tensors)
     before = stored(tmp_path / "x")
 
     def read() -> torch.Tensor:
@@ -272,12 +272,12 @@ def test_a_conversion_that_breaks_off_leaves_what_was_there(tmp_path: Path, rais
     name = "decoder.final_layernorm.weight"
     broken = tensors | {name: replace(tensors[name], read=read)}
     with pytest.raises(type(raised), match=str(raised)):
-        store.write_checkpoint(tmp_path / "x", description, broken, force=True)
+        writing.write_checkpoint(tmp_path / "x", description, broken, force=True)
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
         "iter_0000000", "latest_checkpointed_iteration.txt",
     ]  # fmt: skip
     assert stored(tmp_path / "x") == before
-    store.write_checkpoint(tmp_path / "x", description, tensors, force=True)
+    writing.write_checkpoint(tmp_path / "x", description, tensors, force=True)
     assert stored(tmp_path / "x") == before and len(list((tmp_path / "x").iterdir())) == 2
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.early_exit.checkpoint.store import write_checkpoint
+from megatron.early_exit.checkpoint.writing import write_checkpoint
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.inference.engine.engine import Engine

@@ -144,7 +144,7 @@ def test_a_full_disk_is_said_by_conversions(
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
         raise RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0\nframe #0: pages")
 
-    monkeypatch.setattr("megatron.early_exit.checkpoint.store.torch.save", save)
+    monkeypatch.setattr("megatron.early_exit.checkpoint.writing.torch.save", save)
     assert main(["remove-exits", "--load", str(trained), "--save", str(tmp_path / "more")]) == 2
     said = capsys.readouterr().err
     assert "no space is left on its disk" in said and "frame" not in said

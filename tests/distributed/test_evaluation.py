@@ -19,7 +19,7 @@ import torch
 import transformers
 from sklearn.metrics import roc_auc_score
 
-from megatron.early_exit.checkpoint.store import write_checkpoint
+from megatron.early_exit.checkpoint.writing import write_checkpoint
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.evaluation import decoding

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.early_exit.checkpoint.store import write_checkpoint
+from megatron.early_exit.checkpoint.writing import write_checkpoint
 from megatron.early_exit.config.checkpoint_files import PROBES_FILE
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.run import RunConfig

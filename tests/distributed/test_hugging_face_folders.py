@@ -14,17 +14,14 @@ import torch
 from megatron.early_exit.checkpoint.accounting import _size
 from megatron.early_exit.checkpoint.comparison import Head, compare_logits, compare_tokenizers
 from megatron.early_exit.checkpoint.convert_command import main
-from megatron.early_exit.checkpoint.families import (
-    FAMILIES,
-    _llama_ours,
-    _llama_theirs,
-    llama3_factors,
-    standard_model_type,
-)
+from megatron.early_exit.checkpoint.families import FAMILIES, standard_model_type
 from megatron.early_exit.checkpoint.gguf import complete_gguf_config
 from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
-from megatron.early_exit.checkpoint.store import read_checkpoint, write_checkpoint
+from megatron.early_exit.checkpoint.llama_family import llama_to_ours, ours_to_llama
+from megatron.early_exit.checkpoint.rotary import llama3_factors
+from megatron.early_exit.checkpoint.store import read_checkpoint
 from megatron.early_exit.checkpoint.tensors import LazyTensor
+from megatron.early_exit.checkpoint.writing import write_checkpoint
 from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.model import ModelConfig
 from tests.distributed.test_conversion import (
@@ -532,7 +529,7 @@ def test_what_went_wrong_is_not_called_done(
 
         return tensor.then(tensor.shape, damage)
 
-    theirs, ours = _llama_theirs, _llama_ours
+    theirs, ours = ours_to_llama, llama_to_ours
     lossy = {
         "theirs": lambda tensors, model: (found := theirs(tensors, model)) | {name: damaged(found[name])},
         "ours": lambda tensors, model: ours(tensors | {name: damaged(tensors[name])}, model),

@@ -13,6 +13,7 @@ import torch
 
 from megatron.early_exit.checkpoint.convert_command import main
 from megatron.early_exit.checkpoint.legacy import read_legacy
+from megatron.early_exit.checkpoint.legacy_settings import model_config
 from tests.distributed.engines import head_logits
 from tests.distributed.workers import run_distributed
 from tests.legacy_files import VOCAB_SIZE, LegacyModel, legacy_checkpoint
@@ -107,13 +108,11 @@ def test_the_fused_gelu_is_an_approximation() -> None:
     """As the original's kernel of bias and GELU computes it."""
     from megatron.core.fusions.fused_bias_gelu import bias_gelu
 
-    from megatron.early_exit.checkpoint.legacy import _model_config
-
     args = LegacyModel.of_fixture("norm").args
     args.swiglu, args.add_bias_linear, args.bias_gelu_fusion = False, True, True
-    assert _model_config(args).openai_gelu
+    assert model_config(args).openai_gelu
     args.bias_gelu_fusion = False
-    assert not _model_config(args).openai_gelu
+    assert not model_config(args).openai_gelu
     values = torch.linspace(-4, 4, 101)
     fused = bias_gelu(torch.zeros(()), values)
     gelu = torch.nn.functional.gelu

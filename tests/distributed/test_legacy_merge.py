@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.early_exit.checkpoint import store
+from megatron.early_exit.checkpoint import writing
 from megatron.early_exit.checkpoint.convert_command import main
 from megatron.early_exit.checkpoint.legacy import _flatten, read_partial
-from megatron.early_exit.checkpoint.legacy import _read_file as read_file
+from megatron.early_exit.checkpoint.legacy_files import read_file
 from megatron.early_exit.checkpoint.legacy_merge import merge_partial
 from megatron.early_exit.checkpoint.store import read_checkpoint
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
@@ -408,15 +408,15 @@ def test_nothing_is_left_of_a_merge_that_breaks_off(
     original = LegacyModel.of_fixture("norm")
     partial = original.tune_exits([2]).save(tmp_path / "tuned", 2, 1)
     written: list[str] = []
-    resolve = store._StreamingPlanner.resolve_data
+    resolve = writing._StreamingPlanner.resolve_data
 
-    def break_off(self: store._StreamingPlanner, item: object) -> object:
+    def break_off(self: writing._StreamingPlanner, item: object) -> object:
         written.append(item.index.fqn)
         if len(written) == 5:
             raise OSError("the disk is gone")
         return resolve(self, item)
 
-    monkeypatch.setattr(store._StreamingPlanner, "resolve_data", break_off)
+    monkeypatch.setattr(writing._StreamingPlanner, "resolve_data", break_off)
     said = refusal(capsys, "--load", partial, "--base", legacy_checkpoint("norm"), "--save", tmp_path / "merged")
     assert "the disk is gone" in said and len(written) == 5
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.early_exit.checkpoint.store import write_checkpoint
+from megatron.early_exit.checkpoint.writing import write_checkpoint
 from megatron.early_exit.config.checkpoint_files import LATEST_FILE
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.inference.executor import distributed

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron.early_exit.checkpoint.store import write_checkpoint
+from megatron.early_exit.checkpoint.writing import write_checkpoint
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.inference.engine.engine import Engine
 from megatron.early_exit.server import engine_process

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from megatron.early_exit.checkpoint.read_model import fingerprint, read_model
-from megatron.early_exit.checkpoint.store import write_checkpoint
+from megatron.early_exit.checkpoint.writing import write_checkpoint
 from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.inference import loading

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.early_exit.checkpoint.store import write_checkpoint
+from megatron.early_exit.checkpoint.writing import write_checkpoint
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.data.conversations import MarkedTokens, prompt_and_answer
 from megatron.early_exit.evaluation.own_answers import Answer, AnswersFolder

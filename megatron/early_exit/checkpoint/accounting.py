@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron.early_exit.checkpoint.families import THEIR_OUTPUT, Family
+from megatron.early_exit.checkpoint.family import THEIR_OUTPUT, Family
 from megatron.early_exit.checkpoint.tensors import Tensors
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron.early_exit.checkpoint.families import model_output_weight
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, below
+from megatron.early_exit.checkpoint.vocabulary import model_output_weight
 from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind, exit_kind_problems, head_settings
 from megatron.early_exit.config.model import ModelConfig
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.checkpoint.accounting import THEIR_EXITS
-from megatron.early_exit.checkpoint.families import Family, model_output_weight, without_exits
-from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
+from megatron.early_exit.checkpoint.family import Family
+from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below, without_exits
+from megatron.early_exit.checkpoint.vocabulary import model_output_weight
 from megatron.early_exit.checkpoint.weight_files import read_safetensors
 from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind
 

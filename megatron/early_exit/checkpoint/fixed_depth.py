@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from megatron.early_exit.checkpoint.families import model_output_weight, without_exits
-from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors, below
+from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors, below, without_exits
+from megatron.early_exit.checkpoint.vocabulary import model_output_weight
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron.early_exit.checkpoint.families import LLAMA3_ROPE, llama3_factors
+from megatron.early_exit.checkpoint.rotary import LLAMA3_ROPE, llama3_factors
 from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors
 
 if TYPE_CHECKING:

@@ -23,18 +23,13 @@ from megatron.early_exit.checkpoint.accounting import (
     with_base_prefix,
 )
 from megatron.early_exit.checkpoint.exits_in_transformers import exits_for_transformers, read_exits, write_exit_class
-from megatron.early_exit.checkpoint.families import (
-    Family,
-    family_of,
-    pad_vocabulary,
-    standard_model_type,
-    vocabulary_rows,
-    without_exits,
-)
+from megatron.early_exit.checkpoint.families import family_of, standard_model_type
+from megatron.early_exit.checkpoint.family import Family
 from megatron.early_exit.checkpoint.gguf import complete_gguf_config, read_gguf
-from megatron.early_exit.checkpoint.store import Progress
-from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, with_rows
+from megatron.early_exit.checkpoint.tensors import LazyTensor, Tensors, with_rows, without_exits
+from megatron.early_exit.checkpoint.vocabulary import pad_vocabulary, vocabulary_rows
 from megatron.early_exit.checkpoint.weight_files import INDEX, WEIGHTS, read_json, read_weight_files
+from megatron.early_exit.checkpoint.writing import Progress
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.data.tokenizer import present_files

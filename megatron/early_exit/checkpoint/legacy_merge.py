@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 
 from megatron.early_exit.checkpoint.exits import exits_of_layers, merged_exits
-from megatron.early_exit.checkpoint.families import vocabulary_rows
 from megatron.early_exit.checkpoint.legacy import PartialCheckpoint
-from megatron.early_exit.checkpoint.store import Progress
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, LazyTensor, Tensors
+from megatron.early_exit.checkpoint.vocabulary import vocabulary_rows
+from megatron.early_exit.checkpoint.writing import Progress
 from megatron.early_exit.config.description import ModelDescription, architecture_differences
 from megatron.early_exit.config.exits import ExitConfig
 

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron.early_exit.checkpoint.safe_pickle import read_metadata
 from megatron.early_exit.checkpoint.start import check_holds_model, tensor_mismatches
-from megatron.early_exit.checkpoint.store import CONTENT_METADATA
+from megatron.early_exit.checkpoint.writing import CONTENT_METADATA
 from megatron.early_exit.config.description import MismatchError
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.model.key_names import stored_key

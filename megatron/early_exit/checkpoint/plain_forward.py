@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron.early_exit.checkpoint.families import model_output_weight, rotary_frequencies
+from megatron.early_exit.checkpoint.rotary import rotary_frequencies
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
+from megatron.early_exit.checkpoint.vocabulary import model_output_weight
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
 

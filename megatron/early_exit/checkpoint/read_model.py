@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from megatron.early_exit.checkpoint.families import OUTPUT_WEIGHT
 from megatron.early_exit.checkpoint.parameters import expected_shapes
 from megatron.early_exit.checkpoint.safe_pickle import read_metadata
 from megatron.early_exit.checkpoint.start import check_holds_model, check_is_whole, reading
 from megatron.early_exit.checkpoint.store import read_checkpoint
 from megatron.early_exit.checkpoint.tensors import Tensors
+from megatron.early_exit.checkpoint.vocabulary import OUTPUT_WEIGHT
 from megatron.early_exit.config.checkpoint_files import CHECKSUMS_FILE, DESCRIPTION_FILE, METADATA_FILE, RUN_CONFIG_FILE
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.saved_description import read_description

@@ -86,3 +86,14 @@ def with_rows(tensor: LazyTensor, rows: int) -> LazyTensor:
         return torch.cat([value[:rows], value.new_zeros(max(rows - value.size(0), 0), *value.shape[1:])])
 
     return tensor.then((rows, *tensor.shape[1:]), resize)
+
+
+def without_exits(tensors: Tensors) -> Tensors:
+    """The parameters of the plain model."""
+    return {name: tensor for name, tensor in tensors.items() if EXIT_HEAD not in name}
+
+
+def merge_gate_and_up(*parts: Tensor) -> Tensor:
+    """The gate, then up, of an MLP of which every tensor-parallel rank has its part of the gate, then of up."""
+    halves = [part.chunk(2) for part in parts]
+    return torch.cat([half[0] for half in halves] + [half[1] for half in halves])

@@ -51,3 +51,13 @@ def check_keys(stored: Iterable[str], folder: Path) -> None:
             f"{folder} was trained with --transformer-impl transformer_engine by a version in which an exit's MLP "
             "branch had a norm of its own there, and is not supported: branches share the norm of their layer"
         )
+
+
+def has_extra_state(key: str) -> bool:
+    """Whether core's module asks for a state beside the parameter of this key, which is empty but for FP8."""
+    return key.endswith(".weight") and key.split(".")[-2].startswith("linear_")
+
+
+def extra_state_key(key: str) -> str:
+    """Where that state lies."""
+    return f"{key.removesuffix('.weight')}._extra_state/shard_0_1"

@@ -11,8 +11,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron.early_exit.checkpoint.load_model import sharded_weights
-from megatron.early_exit.checkpoint.store import CONTENT_METADATA
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
+from megatron.early_exit.checkpoint.writing import CONTENT_METADATA
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.training.random_states import sharded_random_states
 from megatron.early_exit.training.state import TrainingState

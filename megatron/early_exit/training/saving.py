@@ -22,11 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron.early_exit.checkpoint import folders
 from megatron.early_exit.checkpoint.checksums import Checksums
 from megatron.early_exit.checkpoint.core_saving import ShardedSave
-from megatron.early_exit.checkpoint.store import (
-    CONTENT_METADATA,
-    link_rest,
-    write_checksums,
-)
+from megatron.early_exit.checkpoint.links import link_rest
+from megatron.early_exit.checkpoint.writing import CONTENT_METADATA, write_checksums
 from megatron.early_exit.config.checkpoint_files import RUN_CONFIG_FILE, TOKENIZER_FOLDER
 from megatron.early_exit.config.run import ResolvedConfig
 from megatron.early_exit.config.saved_description import save_description

@@ -60,8 +60,9 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def read(args: argparse.Namespace) -> tuple[ModelDescription, Tensors, Path]:
-    from megatron.early_exit.checkpoint.legacy import holds_legacy
-    from megatron.early_exit.checkpoint.store import check_target, read_checkpoint
+    from megatron.early_exit.checkpoint.legacy_files import holds_legacy
+    from megatron.early_exit.checkpoint.store import read_checkpoint
+    from megatron.early_exit.checkpoint.writing import check_target
     from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 
     if hasattr(args, "save"):
@@ -83,9 +84,9 @@ def save(
     check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint as the flags say. check: see `write_checkpoint`."""
-    from megatron.early_exit.checkpoint.families import pad_vocabulary
     from megatron.early_exit.checkpoint.parameters import check_parameters
-    from megatron.early_exit.checkpoint.store import write_checkpoint
+    from megatron.early_exit.checkpoint.vocabulary import pad_vocabulary
+    from megatron.early_exit.checkpoint.writing import write_checkpoint
     from megatron.early_exit.data.tokenizer import build_tokenizer
 
     if args.save.is_file():
@@ -109,7 +110,7 @@ def save(
 
 def padded_rows(args: argparse.Namespace, tensors: Tensors) -> int:
     """Rows of the vocabulary for the ranks that the flags name."""
-    from megatron.early_exit.checkpoint.families import vocabulary_rows
+    from megatron.early_exit.checkpoint.vocabulary import vocabulary_rows
 
     multiple = getattr(args, "make_vocab_size_divisible_by", 128) * getattr(args, "tensor_model_parallel_size", 1)
     if multiple < 1:

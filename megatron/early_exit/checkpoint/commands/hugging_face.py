@@ -60,9 +60,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def from_hugging_face(args: argparse.Namespace) -> None:
-    from megatron.early_exit.checkpoint.families import pad_vocabulary
     from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
-    from megatron.early_exit.checkpoint.store import check_target
+    from megatron.early_exit.checkpoint.vocabulary import pad_vocabulary
+    from megatron.early_exit.checkpoint.writing import check_target
     from megatron.early_exit.config.data import TokenizerConfig
 
     check_target(args.save, args.force)
@@ -105,8 +105,9 @@ def _rows_for(tokenizer: Path, rows: int) -> int:
 def _compare_import(made: Path, source: Source, tokenizer: Path) -> str:
     """What was compared. Raises ValueError if the checkpoint in `made` is not the model of `source`."""
     from megatron.early_exit.checkpoint.comparison import Head, compare_logits, compare_tokenizers, compare_weights
-    from megatron.early_exit.checkpoint.families import family_of, without_exits
+    from megatron.early_exit.checkpoint.families import family_of
     from megatron.early_exit.checkpoint.store import read_checkpoint
+    from megatron.early_exit.checkpoint.tensors import without_exits
     from megatron.early_exit.config.checkpoint_files import TOKENIZER_FOLDER
 
     _, tensors = read_checkpoint(made)
@@ -172,8 +173,9 @@ def _compare_export(
         compare_logits,
         compare_weights,
     )
-    from megatron.early_exit.checkpoint.families import pad_vocabulary, without_exits
     from megatron.early_exit.checkpoint.hugging_face import read_hugging_face
+    from megatron.early_exit.checkpoint.tensors import without_exits
+    from megatron.early_exit.checkpoint.vocabulary import pad_vocabulary
 
     again = read_hugging_face(made)
     rows = again.config.vocab_size
@@ -192,7 +194,7 @@ def _compare_export(
 def _ids_of(tokenizer: Path, description: ModelDescription, tensors: Tensors) -> dict[str, Any]:
     """What `write_hugging_face` must be told of the ids of a model that did not come from transformers, or whose
     tokenizer has got further tokens since, with which it was trained."""
-    from megatron.early_exit.checkpoint.families import model_output_weight
+    from megatron.early_exit.checkpoint.vocabulary import model_output_weight
     from megatron.early_exit.checkpoint.weight_files import read_json
     from megatron.early_exit.data.tokenizer import load_tokenizer
 

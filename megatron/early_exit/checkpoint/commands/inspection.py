@@ -41,9 +41,10 @@ def reshard(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    from megatron.early_exit.checkpoint.families import standard_model_type, vocabulary_rows
+    from megatron.early_exit.checkpoint.families import standard_model_type
     from megatron.early_exit.checkpoint.store import has_training_state, verify_checkpoint
     from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
+    from megatron.early_exit.checkpoint.vocabulary import vocabulary_rows
 
     description, tensors, folder = read(args)
     verified = verify_checkpoint(folder) if args.verify else None

@@ -40,8 +40,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def from_legacy(args: argparse.Namespace) -> None:
-    from megatron.early_exit.checkpoint.legacy import find_legacy, read_legacy
-    from megatron.early_exit.checkpoint.store import check_target
+    from megatron.early_exit.checkpoint.legacy import read_legacy
+    from megatron.early_exit.checkpoint.legacy_files import find_legacy
+    from megatron.early_exit.checkpoint.writing import check_target
 
     check_target(args.save, args.force)
     folder = find_legacy(args.load, args.load_iteration)
@@ -68,7 +69,8 @@ def _merge_legacy(args: argparse.Namespace, folder: Path) -> None:
 def _read_base(args: argparse.Namespace, settings: argparse.Namespace) -> tuple[ModelDescription, Tensors]:
     """The model of --base with the tokenizer of the flags, else its own. settings: of the checkpoint it is for, whose
     tokenizer is that of a legacy base."""
-    from megatron.early_exit.checkpoint.legacy import find_legacy, holds_legacy, read_legacy
+    from megatron.early_exit.checkpoint.legacy import read_legacy
+    from megatron.early_exit.checkpoint.legacy_files import find_legacy, holds_legacy
     from megatron.early_exit.checkpoint.store import read_checkpoint
     from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
     from megatron.early_exit.config.checkpoint_files import names_latest

@@ -43,7 +43,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def from_megatron(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.comparison import compare_weights
     from megatron.early_exit.checkpoint.megatron import find_megatron, read_megatron
-    from megatron.early_exit.checkpoint.store import check_target, read_checkpoint
+    from megatron.early_exit.checkpoint.store import read_checkpoint
+    from megatron.early_exit.checkpoint.writing import check_target
     from megatron.early_exit.config.exits import ExitConfig
 
     check_target(args.save, args.force)
@@ -70,8 +71,9 @@ def _tokenizer(args: argparse.Namespace, settings: argparse.Namespace, folder: P
 
 def to_megatron(args: argparse.Namespace) -> None:
     from megatron.early_exit.checkpoint.comparison import compare_weights
-    from megatron.early_exit.checkpoint.families import without_exits
-    from megatron.early_exit.checkpoint.megatron import check_target, read_megatron, write_megatron
+    from megatron.early_exit.checkpoint.megatron import read_megatron
+    from megatron.early_exit.checkpoint.megatron_writing import check_target, write_megatron
+    from megatron.early_exit.checkpoint.tensors import without_exits
 
     check_target(args.output, args.force)
     description, tensors, _ = read(args)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron.early_exit.checkpoint.families import OUTPUT_WEIGHT, WORD_EMBEDDING, rotary_frequencies
 from megatron.early_exit.checkpoint.parameters import Shapes, expected_shapes
+from megatron.early_exit.checkpoint.rotary import rotary_frequencies
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD, Tensors, below
+from megatron.early_exit.checkpoint.vocabulary import OUTPUT_WEIGHT, WORD_EMBEDDING
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
