@@ -12,9 +12,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
 
 from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.data.batches import collate
 from megatron.early_exit.data.conversations import marked_conversation, prompt_and_answer
-from megatron.early_exit.data.datasets import build_datasets, collate
-from megatron.early_exit.data.preprocess import PreprocessConfig, preprocess
+from megatron.early_exit.data.datasets import build_datasets
+from megatron.early_exit.data.preprocess import preprocess
+from megatron.early_exit.data.preprocess_config import PreprocessConfig
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from tests.data_files import write_documents
 from tests.unit.test_text_of_tokenizers import byte_pairs, save, special

@@ -19,7 +19,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron.early_exit.config.data import DataConfig
 from megatron.early_exit.data import token_files
-from megatron.early_exit.data.datasets import DataExhaustedError, TokenDataset, build_datasets, build_iterator
+from megatron.early_exit.data.batches import DataExhaustedError, build_iterator
+from megatron.early_exit.data.core_datasets import TokenDataset
+from megatron.early_exit.data.datasets import build_datasets
 from megatron.early_exit.data.token_files import check_token_file
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 
@@ -553,7 +555,7 @@ def test_a_program_ends_while_processes_load_data() -> None:
     """They ignore the signal by which Python ends them."""
     program = """
 import torch
-from megatron.early_exit.data.datasets import Batch, build_iterator
+from megatron.early_exit.data.batches import Batch, build_iterator
 class Samples(torch.utils.data.Dataset):
     def __len__(self): return 8
     def __getitem__(self, index): return Batch(*[torch.zeros(2)] * 4, None)

@@ -19,7 +19,7 @@ from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.model import ModelConfig
 from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.saved_description import save_description
-from megatron.early_exit.data.tokenizer import save_tokenizer
+from megatron.early_exit.data.tokenizer_files import save_tokenizer
 from megatron.early_exit.server.command_line import build_parser as build_server_parser
 from megatron.early_exit.server.command_line import server_config
 from megatron.early_exit.training.dry_run import describe, stages

@@ -22,7 +22,7 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.config.saved_description import checkpoint_description, save_description
 from megatron.early_exit.config.serialize import from_dict, load_run_config, save_run_config, to_dict
 from megatron.early_exit.config.values import type_name
-from megatron.early_exit.data.tokenizer import save_tokenizer
+from megatron.early_exit.data.tokenizer_files import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

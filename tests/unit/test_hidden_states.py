@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.early_exit.data.datasets import Batch, collate
+from megatron.early_exit.data.batches import Batch, collate
 from megatron.early_exit.data.hidden_states import CacheContent, CachedSamples, HiddenStateCache
 
 CONTENT = CacheContent(

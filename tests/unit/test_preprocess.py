@@ -20,11 +20,13 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron.early_exit.config.data import DataConfig
-from megatron.early_exit.data import preprocess as preprocess_module
+from megatron.early_exit.data import encoding, token_file_writer
 from megatron.early_exit.data.corpus import docstrings_and_comments, write_stdlib_corpus
 from megatron.early_exit.data.corpus import main as corpus_main
 from megatron.early_exit.data.loss_masks import has_mask, mask_prefix
-from megatron.early_exit.data.preprocess import PreprocessConfig, Progress, preprocess
+from megatron.early_exit.data.preprocess import preprocess
+from megatron.early_exit.data.preprocess_config import PreprocessConfig
+from megatron.early_exit.data.preprocess_progress import Progress
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.early_exit.data.train_tokenizer import train_tokenizer
 
@@ -38,7 +40,7 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> str:
     return str(path)
 
 
-def run(tmp_path: Path, *inputs: str, **options) -> list[preprocess_module.PreprocessResult]:
+def run(tmp_path: Path, *inputs: str, **options) -> list[token_file_writer.PreprocessResult]:
     settings = {"data": BYTES, **options}
     return preprocess(PreprocessConfig(input=inputs, output_prefix=str(tmp_path / "out"), **settings))
 
@@ -81,7 +83,7 @@ def test_ids_above_65500_are_kept(tmp_path: Path) -> None:
 
 
 def test_workers_do_not_change_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess_module, "CHUNK_DOCUMENTS", 3)
+    monkeypatch.setattr(encoding, "CHUNK_DOCUMENTS", 3)
     path = write_jsonl(tmp_path / "a.jsonl", [f"document {i} " * (i % 7) for i in range(100)])
     contents = []
     for workers in (1, 2, 3):
@@ -236,7 +238,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preprocess_module.PairWriter, "add", fail)
+    monkeypatch.setattr(token_file_writer.PairWriter, "add", fail)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path, write_jsonl(tmp_path / "a.jsonl", ["x"] * 1000), workers=2)
     assert leftovers(tmp_path) == []
@@ -316,13 +318,13 @@ def test_errors_of_the_disk_say_where_and_what(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot write .*file: File exists"):
         preprocess(PreprocessConfig(input=(source,), output_prefix=str(tmp_path / "file" / "out"), data=BYTES))
-    add = preprocess_module.PairWriter.add
+    add = token_file_writer.PairWriter.add
 
-    def add_on_a_full_disk(self: preprocess_module.PairWriter, *args: object) -> None:
+    def add_on_a_full_disk(self: token_file_writer.PairWriter, *args: object) -> None:
         self.builder.data_file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
         add(self, *args)
 
-    monkeypatch.setattr(preprocess_module.PairWriter, "add", add_on_a_full_disk)
+    monkeypatch.setattr(token_file_writer.PairWriter, "add", add_on_a_full_disk)
     with pytest.raises(OSError, match=r"cannot write .*out_text_document.partial-\d+.bin: no space left on the disk"):
         run(tmp_path, source)
     assert leftovers(tmp_path) == []

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron.early_exit.config.data import DataConfig
-from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, save_tokenizer
+from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from megatron.early_exit.data.tokenizer_files import save_tokenizer
 from megatron.early_exit.inference.text import TextStream, pieces
 
 CORPUS = ["a small model reads lines of text, and writes another line: it is not here .\n"] * 30

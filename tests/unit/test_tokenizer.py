@@ -10,15 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron.early_exit.config.data import DataConfig
-from megatron.early_exit.data.tokenizer import (
-    build_tokenizer,
-    check_ids_fit,
-    load_tokenizer,
-    read_tokenizer_files,
-    save_tokenizer,
-    write_tokenizer,
-)
+from megatron.early_exit.data.tokenizer import build_tokenizer, check_ids_fit, load_tokenizer
 from megatron.early_exit.data.tokenizer_comparison import check_tokenizer_of_checkpoint, tokenizer_differences
+from megatron.early_exit.data.tokenizer_files import read_tokenizer_files, save_tokenizer, write_tokenizer
 from megatron.early_exit.data.train_tokenizer import train_tokenizer
 
 CORPUS = ["the quick brown fox jumps over the lazy dog\n", "def f(x):\n    return x + 1\n"] * 20

@@ -32,7 +32,7 @@ from megatron.early_exit.checkpoint.weight_files import INDEX, WEIGHTS, read_jso
 from megatron.early_exit.checkpoint.writing import Progress
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.model import ModelConfig
-from megatron.early_exit.data.tokenizer import present_files
+from megatron.early_exit.data.tokenizer_files import present_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

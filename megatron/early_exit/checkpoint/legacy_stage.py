@@ -22,7 +22,6 @@ _LAYER = {
     "self_attention.linear_proj": ("self_attention.dense", 1),
     "pre_mlp_layernorm": ("post_attention_norm", None),
 }
-
 _MLP = {"linear_fc1": ("dense_h_to_4h", 0), "linear_fc2": ("dense_4h_to_h", 1)}
 
 

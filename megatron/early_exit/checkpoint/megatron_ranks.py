@@ -20,7 +20,6 @@ _SPLIT_ROWS = (
     "word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight",
     "linear_fc1.bias",
 )  # fmt: skip
-
 _SPLIT_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
 
 

@@ -1,7 +1,7 @@
 """Reads the weights of our checkpoints tensor by tensor, without building a model or starting processes.
 
-The files are those that `training/saving.py` writes: core's `torch_dist` format, that is PyTorch's distributed checkpoint with a
-metadata file of core. `writing.py` writes such checkpoints, of weights alone.
+The files are those that `training/saving.py` writes: core's `torch_dist` format, that is PyTorch's distributed
+checkpoint with a metadata file of core. `writing.py` writes such checkpoints, of weights alone.
 """
 
 from __future__ import annotations

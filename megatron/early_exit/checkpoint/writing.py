@@ -33,7 +33,7 @@ from megatron.early_exit.config.checkpoint_files import (
 )
 from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.saved_description import save_description
-from megatron.early_exit.data.tokenizer import save_tokenizer
+from megatron.early_exit.data.tokenizer_files import save_tokenizer
 from megatron.early_exit.model.key_names import extra_state_key, has_extra_state, key_of
 from megatron.early_exit.platform.folder_lock import FolderLock
 

@@ -83,7 +83,7 @@ def save_description(description: ModelDescription, folder: Path) -> None:
 
 
 def saved_tokenizer(folder: str | Path) -> TokenizerConfig:
-    """Settings of the tokenizer that `data.tokenizer.save_tokenizer` wrote into `folder`.
+    """Settings of the tokenizer that `data.tokenizer_files.save_tokenizer` wrote into `folder`.
 
     Raises ConfigError if there is none, or it is damaged."""
     folder = Path(folder)

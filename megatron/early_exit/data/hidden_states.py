@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron.early_exit.data.datasets import Batch
+from megatron.early_exit.data.batches import Batch
 
 _DESCRIPTION = "cache.json"
 

@@ -9,39 +9,25 @@ import hashlib
 import importlib.util
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
-from megatron.early_exit.config.checkpoint_files import SENTENCEPIECE_FILE, TOKENIZER_SETTINGS_FILE
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.config.saved_description import saved_tokenizer
-
-SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-
-# A Hugging Face folder often holds a model's weights too. These say what model it is, and make up its tokenizer.
-MODEL_FILES = ("config.json", "generation_config.json")
-HUGGING_FACE_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-_MORE_TEMPLATES = "additional_chat_templates/*.jinja"
-
-
-class Library(Protocol):
-    """What one kind of tokenizer does with text. Ids are the library's own, never looked up by a token's spelling."""
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Ids of `text`, with what begins (or ends) every text for a model if `add_special_tokens`."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; special tokens leave no text."""
-
-    def spelling(self, token: int) -> str:
-        """An id as the vocabulary writes it, special tokens too. Bytes that are no text: `<0xE2>`, or in the alphabet
-        of byte-level vocabularies."""
+from megatron.early_exit.data.tokenizer_files import (
+    MODEL_FILES,
+    SENTENCEPIECE_TYPES,
+    existing_model,
+    hugging_face_files,
+)
+from megatron.early_exit.data.tokenizer_libraries import (
+    ByteLibrary,
+    HuggingFaceLibrary,
+    Library,
+    NumberLibrary,
+    SentencePieceLibrary,
+    render_chat,
+)
 
 
 class Tokenizer:
@@ -117,7 +103,7 @@ class Tokenizer:
         if template and isinstance(self.library, HuggingFaceLibrary):
             return self.library.chat(messages, template, add_generation_prompt)
         if template:
-            return self.encode_prompt(_render(template, messages, add_generation_prompt), add_special_tokens)
+            return self.encode_prompt(render_chat(template, messages, add_generation_prompt), add_special_tokens)
         text = "\n".join(message["content"] for message in messages) + "\n"
         return self.encode_prompt(text, add_special_tokens)
 
@@ -125,119 +111,6 @@ class Tokenizer:
     def unique_identifiers(self) -> OrderedDict:
         """What core's cached sample indices depend on: the content of the tokenizer, not where it lies."""
         return OrderedDict(fingerprint=self.fingerprint, vocab_size=self.vocab_size, eod=self.eod)
-
-
-class ByteLibrary:
-    """UTF-8 bytes as ids 0..255, and 256 for the end of a document.
-
-    Not core's byte-level class: there, bytes 0 and 1 also mean end of document and padding, and decoding drops final
-    white space.
-    """
-
-    eod = 256
-    vocab_size = 257
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(text.encode("utf-8"))
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(token for token in ids if token < self.eod).decode("utf-8", errors="replace")
-
-    def spelling(self, token: int) -> str:
-        return f"<0x{token:02X}>" if token < self.eod else "<eod>"
-
-
-class NumberLibrary:
-    """Text that is numbers between spaces."""
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return [int(number) for number in text.split()]
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids))
-
-    def spelling(self, token: int) -> str:
-        return str(token)
-
-
-class SentencePieceLibrary:
-    """A SentencePiece model. The begin of text is added to prompts with `Llama2Tokenizer` alone, as Megatron and
-    transformers do for Llama; the file itself does not say."""
-
-    def __init__(self, path: Path, adds_bos: bool) -> None:
-        import sentencepiece
-
-        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self._adds_bos = adds_bos and self.model.bos_id() >= 0
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self.model.encode(text, add_bos=self._adds_bos and add_special_tokens)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
-
-    def spelling(self, token: int) -> str:
-        return self.model.id_to_piece(token)
-
-
-class HuggingFaceLibrary:
-    """A tokenizer of `transformers`.
-
-    Not core's wrapper of it: that looks ids up by the spelling of tokens, which added tokens with lstrip, rstrip or
-    normalized do not have in a text, and empties the list of special tokens."""
-
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
-        self.cleans_up_spaces = self._cleans_up_spaces()
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def spelling(self, token: int) -> str:
-        return self.tokenizer.convert_ids_to_tokens(token) or f"<{token}>"  # ids may have holes
-
-    @property
-    def chat_template(self) -> str | None:
-        templates = self.tokenizer.chat_template
-        return templates.get("default") if isinstance(templates, dict) else templates
-
-    def chat(self, messages: list[dict[str, str]], template: str, add_generation_prompt: bool) -> list[int]:
-        """Ids of a conversation. Raises ValueError if the template refuses it."""
-        with _refusals_of_template():
-            return list(
-                self.tokenizer.apply_chat_template(
-                    messages, chat_template=template, add_generation_prompt=add_generation_prompt, return_dict=False
-                )
-            )
-
-    def _cleans_up_spaces(self) -> bool:
-        # Asked by example: the setting alone does not say, since transformers ignores it for some models.
-        ids = self.tokenizer.encode("a . a , a", add_special_tokens=False)
-        kept = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return self.tokenizer.decode(ids) != kept
-
-
-def _render(template: str, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    with _refusals_of_template():
-        rendered, _ = render_jinja_template(
-            [messages], chat_template=template, add_generation_prompt=add_generation_prompt
-        )
-        return rendered[0]
-
-
-@contextmanager
-def _refusals_of_template() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a template is a program of its own
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
 def build_tokenizer(data: TokenizerConfig) -> Tokenizer:
@@ -251,9 +124,9 @@ def build_tokenizer(data: TokenizerConfig) -> Tokenizer:
     if data.tokenizer_type == "ByteLevelTokenizer":
         return Tokenizer(ByteLibrary(), vocab_size=257, eod=256, bos=None, fingerprint="utf-8 bytes, eod 256")
     if data.tokenizer_type == "HuggingFaceTokenizer":
-        return _build_hugging_face(_existing_model(data))
+        return _build_hugging_face(existing_model(data))
     if data.tokenizer_type in SENTENCEPIECE_TYPES:
-        return _build_sentencepiece(_existing_model(data), data.tokenizer_type == "Llama2Tokenizer")
+        return _build_sentencepiece(existing_model(data), data.tokenizer_type == "Llama2Tokenizer")
     raise ValueError(
         f"--tokenizer-type {data.tokenizer_type} is not known; use HuggingFaceTokenizer, ByteLevelTokenizer, "
         f"NullTokenizer or one of {', '.join(SENTENCEPIECE_TYPES)}"
@@ -281,79 +154,13 @@ def check_ids_fit(vocab_size: int, padded_vocab_size: int) -> None:
         )
 
 
-def save_tokenizer(data: TokenizerConfig, folder: str | Path) -> None:
-    """Copy the tokenizer of `data` into `folder` (made if missing), so that a checkpoint can be used on its own.
-
-    `load_tokenizer(folder)` reads it back.
-    """
-    write_tokenizer(read_tokenizer_files(data), folder)
-
-
-def read_tokenizer_files(data: TokenizerConfig) -> dict[str, bytes]:
-    """What `save_tokenizer` writes, by name. A run reads it once: later the files may be others, or be gone with a
-    checkpoint that they lay in."""
-    files = {}
-    if data.tokenizer_model and _needs_model(data):
-        source = _existing_model(data)
-        if data.tokenizer_type == "HuggingFaceTokenizer":
-            files = {str(path.relative_to(source)): path.read_bytes() for path in _hugging_face_files(source)}
-        else:
-            files = {SENTENCEPIECE_FILE: source.read_bytes()}
-    settings = {
-        "tokenizer_type": data.tokenizer_type, "vocab_size": data.vocab_size,
-        "has_model": bool(data.tokenizer_model) and _needs_model(data),
-    }  # fmt: skip
-    return {**files, TOKENIZER_SETTINGS_FILE: (json.dumps(settings, indent=2) + "\n").encode()}
-
-
-def write_tokenizer(files: Mapping[str, bytes], folder: str | Path) -> None:
-    """Write what `read_tokenizer_files` read into `folder` (made if missing)."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        path = Path(folder) / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-
-
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `save_tokenizer` wrote into `folder`."""
     return build_tokenizer(saved_tokenizer(folder))
 
 
-def _needs_model(data: TokenizerConfig) -> bool:
-    return data.tokenizer_type == "HuggingFaceTokenizer" or data.tokenizer_type in SENTENCEPIECE_TYPES
-
-
-def _existing_model(data: TokenizerConfig) -> Path:
-    wants_folder = data.tokenizer_type == "HuggingFaceTokenizer"
-    kind = "a Hugging Face folder" if wants_folder else "a SentencePiece .model file"
-    if not data.tokenizer_model:
-        raise ValueError(f"--tokenizer-type {data.tokenizer_type} needs --tokenizer-model: {kind}")
-    path = Path(data.tokenizer_model)
-    if not path.exists():
-        raise ValueError(f"--tokenizer-model {path} does not exist; {data.tokenizer_type} reads {kind} from disk")
-    if path.is_dir() != wants_folder:
-        raise ValueError(
-            f"--tokenizer-model {path} is a {'folder' if path.is_dir() else 'file'}; {data.tokenizer_type} needs {kind}"
-        )
-    return path
-
-
-def present_files(folder: Path) -> list[Path]:
-    """Files in a folder of transformers that make up its tokenizer, or say what model it is."""
-    names = [folder / name for name in (*HUGGING_FACE_FILES, *MODEL_FILES)]
-    return [path for path in (*names, *sorted(folder.glob(_MORE_TEMPLATES))) if path.is_file()]
-
-
-def _hugging_face_files(folder: Path) -> list[Path]:
-    files = present_files(folder)
-    if not any(path.name not in MODEL_FILES for path in files):
-        raise ValueError(f"--tokenizer-model {folder} holds no tokenizer (tokenizer.json, vocab.json, tokenizer.model)")
-    return files
-
-
 def _build_hugging_face(folder: Path) -> Tokenizer:
-    files = _hugging_face_files(folder)
+    files = hugging_face_files(folder)
     _require("transformers")
     try:
         library = HuggingFaceLibrary(folder)

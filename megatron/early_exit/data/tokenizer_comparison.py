@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron.early_exit.config.checkpoint_files import TOKENIZER_SETTINGS_FILE
-from megatron.early_exit.data.tokenizer import HuggingFaceLibrary, SentencePieceLibrary, Tokenizer, load_tokenizer
+from megatron.early_exit.data.tokenizer import Tokenizer, load_tokenizer
+from megatron.early_exit.data.tokenizer_libraries import HuggingFaceLibrary, SentencePieceLibrary
 
 SAMPLE_TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs. It's 12345.67 o'clock!",

@@ -187,7 +187,7 @@ def per_prompt(
 
 def table(rows: Sequence[Row]) -> str:
     """For a terminal; columns that no row has are left out."""
-    from megatron.early_exit.inference.report import aligned
+    from megatron.early_exit.platform.columns import aligned
 
     columns = {
         "way": lambda row: row["name"],

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron.early_exit.evaluation.rows import Row
 from megatron.early_exit.inference.costs import StepCosts
-from megatron.early_exit.inference.report import aligned
+from megatron.early_exit.platform.columns import aligned
 
 REST = "rest"
 PARTS = ("layers", "final head", REST)

@@ -11,6 +11,7 @@ from typing import Any
 from megatron.early_exit.data.tokenizer import Tokenizer
 from megatron.early_exit.inference.results import GeneratedToken, RequestResult
 from megatron.early_exit.inference.text_engine import RequestOutput
+from megatron.early_exit.platform.columns import aligned
 
 # Colours (of 256) from the first layer to the last; the final head's text keeps the terminal's own colour.
 _SHADES = (46, 118, 190, 226, 214, 208, 203)
@@ -123,10 +124,3 @@ def _number(value: float | None) -> str:
 
 def _head(exit_layer: int | None, is_final: bool) -> str:
     return "final" if is_final else str(exit_layer)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)

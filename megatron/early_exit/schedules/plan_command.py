@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron.early_exit.config.errors import ConfigError
+from megatron.early_exit.platform.columns import aligned
 from megatron.early_exit.platform.command_line import run_program
 from megatron.early_exit.platform.program_flags import flags_of
 from megatron.early_exit.schedules.cases import case_named, given_number, layout_flags, setup_from_flags
@@ -211,7 +212,7 @@ def rank_table(variant: Variant, setup: Setup | None = None) -> str:
             str(rank), layers, exits or "-", *milliseconds,
             f"{variant.timeline.idle_share(rank):.1%}", f"{variant.peak_bytes[rank] / GIB:.2f}",
         ])  # fmt: skip
-    return f"ranks under '{variant.name}'\n" + aligned([header, *rows])
+    return f"ranks under '{variant.name}'\n" + aligned([header, *rows], to_the_right=True)
 
 
 def variant_table(variants: Sequence[Variant]) -> str:
@@ -227,17 +228,7 @@ def variant_table(variants: Sequence[Variant]) -> str:
             f"{idle:.1%}", f"{peak / GIB:.2f}", f"{peak / base_peak - 1:+.2%}" if base_peak else "-",
             f"{plan.num_fill_warmup} + {plan.num_fill_cooldown}",
         ])  # fmt: skip
-    return aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of words, the first one to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        others = (text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))
-        lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
-    return "\n".join(lines)
+    return aligned(rows, to_the_right=True)
 
 
 # Files

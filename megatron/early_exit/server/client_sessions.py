@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron.early_exit.inference import report
 from megatron.early_exit.inference.results import GeneratedToken
+from megatron.early_exit.platform.columns import aligned
 from megatron.early_exit.server.client import Client, RequestFailed
 from megatron.early_exit.server.client_flags import ClientFlags
 
@@ -103,7 +104,7 @@ class MegatronSession:
         if self._flags.print_max_prob:
             heads = [_predictions(one) for one in answer["predictions"][0]]
             rows = [(*row, more) for row, more in zip(rows, ["predictions of the heads", *heads], strict=True)]
-        print(report.aligned(rows) + f"\n\n{answer['request_time']:.2f} s; stopped by {answer['finish_reasons'][0]}\n")
+        print(aligned(rows) + f"\n\n{answer['request_time']:.2f} s; stopped by {answer['finish_reasons'][0]}\n")
 
     def _body(self, prompt: str) -> dict[str, Any]:
         flags = self._flags
@@ -167,4 +168,4 @@ def _usage_table(usage: dict[str, Any], finish_reason: str | None) -> str:
     drafted = f"; drafted {exits['drafted']}, accepted {exits['accepted']}" if exits["drafted"] else ""
     promise = f", certified {exits['certified']:g}" if exits["certified"] else ""
     saved = f"{exits['mode']}{promise}: {exits['runs_saved']:.1%} of the layer runs saved{drafted}"
-    return f"{report.aligned(rows)}\n{saved}; {usage['completion_tokens']} tokens; stopped by {finish_reason}"
+    return f"{aligned(rows)}\n{saved}; {usage['completion_tokens']} tokens; stopped by {finish_reason}"

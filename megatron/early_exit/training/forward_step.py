@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.early_exit.data.datasets import Batch
+from megatron.early_exit.data.batches import Batch
 
 
 def forward_step(data_iterator: Iterator[Batch] | None, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-    """Core's forward-step function. data_iterator: batches (`data.datasets.Batch`), or None on a stage that neither
+    """Core's forward-step function. data_iterator: batches (`data.batches.Batch`), or None on a stage that neither
     embeds, nor computes a loss, nor needs a mask.
 
     The loss function returns (sum of losses, tokens, nothing): core divides the sum by the microbatch's tokens and by

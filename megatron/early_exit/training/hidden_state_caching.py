@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.data.datasets import Batch, TokenDataset, build_iterator
+from megatron.early_exit.data.batches import Batch, build_iterator
+from megatron.early_exit.data.core_datasets import TokenDataset
 from megatron.early_exit.data.hidden_states import CacheContent, CachedSamples, HiddenStateCache
 from megatron.early_exit.model.build import Model, params_dtype
 from megatron.early_exit.model.exit_losses import FINAL

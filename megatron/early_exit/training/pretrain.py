@@ -22,7 +22,9 @@ from megatron.early_exit.config.run import ResolvedConfig, RunConfig
 from megatron.early_exit.config.saved_description import read_description
 from megatron.early_exit.config.settings import normalised
 from megatron.early_exit.config.validate import check_outputs, validate
-from megatron.early_exit.data.datasets import Batch, TokenDataset, build_datasets, build_iterator
+from megatron.early_exit.data.batches import Batch, build_iterator
+from megatron.early_exit.data.core_datasets import TokenDataset
+from megatron.early_exit.data.datasets import build_datasets
 from megatron.early_exit.data.tokenizer import build_tokenizer, check_ids_fit
 from megatron.early_exit.data.tokenizer_comparison import check_tokenizer_of_checkpoint
 from megatron.early_exit.model.build import Model, build_model

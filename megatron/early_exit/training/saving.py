@@ -28,7 +28,7 @@ from megatron.early_exit.config.checkpoint_files import RUN_CONFIG_FILE, TOKENIZ
 from megatron.early_exit.config.run import ResolvedConfig
 from megatron.early_exit.config.saved_description import save_description
 from megatron.early_exit.config.serialize import save_run_config
-from megatron.early_exit.data.tokenizer import read_tokenizer_files, write_tokenizer
+from megatron.early_exit.data.tokenizer_files import read_tokenizer_files, write_tokenizer
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.platform.folder_lock import FolderLock

@@ -214,7 +214,7 @@ def _ids_of(tokenizer: Path, description: ModelDescription, tensors: Tensors) ->
 @contextmanager
 def tokenizer_folder(path: Path, their_config: Any) -> Iterator[Path]:
     """A folder with the tokenizer's files; of a GGUF file, made for the while."""
-    from megatron.early_exit.data.tokenizer import MODEL_FILES, present_files
+    from megatron.early_exit.data.tokenizer_files import MODEL_FILES, present_files
 
     if path.is_dir() and any(file.name not in MODEL_FILES for file in present_files(path)):
         yield path

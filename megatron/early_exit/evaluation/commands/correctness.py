@@ -99,7 +99,7 @@ def _compared(args: argparse.Namespace, check: CorrectnessCheck, theirs: Transfo
 
 
 def _text(outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]], tolerance: float, hf: Path | None) -> str:
-    from megatron.early_exit.inference.report import aligned
+    from megatron.early_exit.platform.columns import aligned
 
     table = [("way", "prompts", "identical", "tokens", "largest gap", "verdict")]
     details = []

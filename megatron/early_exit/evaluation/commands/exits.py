@@ -146,7 +146,7 @@ def evaluated_heads(
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    from megatron.early_exit.inference.report import aligned
+    from megatron.early_exit.platform.columns import aligned
 
     lines = [("head", "loss", "perplexity", "accuracy", "agreement", "confidence", "ECE", "AUROC", "cost in layers")]
     for row in rows:
@@ -162,7 +162,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _table_of_used(rows: Sequence[dict[str, Any]]) -> str:
-    from megatron.early_exit.inference.report import aligned
+    from megatron.early_exit.platform.columns import aligned
 
     lines = [("certified", "decided by", "perplexity", "/ final head's", "given by exits")]
     for row in rows:

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    from megatron.early_exit.inference.report import aligned
+    from megatron.early_exit.platform.columns import aligned
 
     risks = list(rows[0]["probe"]["leaving"])
     lines = [("held-out decisions", "agreement", "AUROC", "ECE", *(f"leave at {float(one):.0%}" for one in risks))]

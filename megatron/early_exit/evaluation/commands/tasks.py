@@ -60,7 +60,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 class _List(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
         from megatron.early_exit.evaluation.lm_eval.offline_tasks import offline_tasks
-        from megatron.early_exit.inference.report import aligned
+        from megatron.early_exit.platform.columns import aligned
 
         rows = [("task", "package", "there", "licence of the questions", "what")]
         for task in offline_tasks().values():
@@ -198,7 +198,7 @@ def _by_layer(lm: Any) -> dict[str, float]:
 
 
 def _print(results: dict[str, Any]) -> None:
-    from megatron.early_exit.inference.report import aligned
+    from megatron.early_exit.platform.columns import aligned
 
     rows = [("task", "questions", "metric", "mode", "value", "stderr", "minus full", "95% interval", "McNemar p")]
     for name, task in results["tasks"].items():

@@ -26,7 +26,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from megatron.early_exit.data.tokenizer import HuggingFaceLibrary
+from megatron.early_exit.data.tokenizer_libraries import HuggingFaceLibrary
 from megatron.early_exit.evaluation.lm_eval.model_arguments import ModelArguments
 from megatron.early_exit.evaluation.lm_eval.modes import FULL, DecodingMode
 from megatron.early_exit.inference.llm import LLM
