@@ -14,6 +14,7 @@ import pytest
 
 from megatron.early_exit.checkpoint import folders
 from megatron.early_exit.checkpoint.checksums import Checksums, DamagedFileError, Extent
+from megatron.early_exit.config import checkpoint_files
 from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.checkpoint_files import CHECKSUMS_FILE, LOCK_FILE, finished_iterations
 from megatron.early_exit.config.errors import ConfigError
@@ -27,6 +28,25 @@ def finished(save: Path, iteration: int, content: str = "") -> Path:
     folders.begin(save, iteration)
     (folders.partial_folder(save, iteration) / "run_config.yaml").write_text(content)
     return folders.publish(folders.partial_folder(save, iteration), iteration)
+
+
+def test_the_tree_shows_every_name() -> None:
+    names = {value for name, value in vars(checkpoint_files).items() if name.isupper() and isinstance(value, str)}
+    assert len(names) > 15
+    assert [name for name in sorted(names) if name not in (checkpoint_files.__doc__ or "")] == []
+
+
+def test_the_latest_checkpoint_of_any_writer(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"holds no checkpoint: {LATEST} is missing"):
+        checkpoint_files.chosen_folder(tmp_path, None)
+    assert checkpoint_files.chosen_folder(tmp_path, 3) == tmp_path / "iter_0000003"
+    for text, name in (("12\n", "iter_0000012"), ("release", "release"), ("12345678", "iter_12345678")):
+        (tmp_path / LATEST).write_text(text)
+        assert checkpoint_files.chosen_folder(tmp_path, None) == tmp_path / name
+    assert checkpoint_files.chosen_folder(tmp_path, 0) == tmp_path / "iter_0000000"
+    assert checkpoint_files.iteration_of(tmp_path / "iter_0000012.replaced") == 12
+    with pytest.raises(ValueError, match="release is not named as the checkpoint of an iteration is"):
+        checkpoint_files.iteration_of(tmp_path / "release")
 
 
 def test_a_missing_target_names_the_newest_checkpoint(tmp_path: Path) -> None:
