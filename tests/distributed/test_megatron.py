@@ -22,7 +22,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
-from megatron.early_exit.checkpoint import megatron
+from megatron.early_exit.checkpoint import megatron_writing
 from megatron.early_exit.checkpoint.convert_command import main as convert
 from megatron.early_exit.checkpoint.megatron import find_megatron, read_megatron
 from megatron.early_exit.checkpoint.megatron_settings import load_file, model_config
@@ -311,13 +311,13 @@ def test_what_is_written_is_compared_with_its_source(
 ) -> None:
     """Layers that change places on their way are found, and nothing is left."""
     assert from_megatron(sharded, tmp_path / "ours") == 0
-    piece_of = megatron._piece
+    piece_of = megatron_writing._piece
 
     def moved(name: str, tensor: LazyTensor, num_layers: int) -> Any:
         piece = piece_of(name, tensor, num_layers)
         return piece._replace(layer=3 - piece.layer) if "linear_fc2" in name else piece
 
-    monkeypatch.setattr(megatron, "_piece", moved)
+    monkeypatch.setattr(megatron_writing, "_piece", moved)
     words = ["to-megatron", "--load", str(tmp_path / "ours"), "--output", str(tmp_path / "back")]
     assert convert(words) == 2
     assert "differs from its source" in capsys.readouterr().err
