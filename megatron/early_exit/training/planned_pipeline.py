@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 
 from megatron.early_exit.config.pipeline import ITERATIONS_UNTIL_MEASURED
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.data.datasets import Batch
+from megatron.early_exit.data.batches import Batch
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.platform.distributed import on_rank_zero
 from megatron.early_exit.schedules.fill import PassTimes

@@ -10,7 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron.early_exit.data.datasets import Batch
+from megatron.early_exit.data.batches import Batch
 from megatron.early_exit.model.build import Model
 from megatron.early_exit.model.exit_losses import ExitStrategy
 from megatron.early_exit.model.exit_strategies import Deferred, Tuning
