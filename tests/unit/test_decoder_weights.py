@@ -141,9 +141,8 @@ def test_a_stage_has_what_it_needs_and_nothing_else(is_tied: bool, has_own_outpu
     assert exits == [[(0, 1, 1), (1, 2, 2)], [], [(2, 4, 4)]]
     assert [one.embedding is not None for one in (first, middle, last)] == [True, False, False]
     assert [one.final is not None for one in (first, middle, last)] == [False, False, True]
-    assert [one.output is not None for one in (first, middle, last)] == [False, False, True]
     assert (first.exits[0].output is first.exits[1].output) != has_own_outputs
-    assert (last.exits[0].output is last.output) != has_own_outputs
+    assert (last.exits[0].output is last.final.output) != has_own_outputs
     # What no head reads is not read.
     opened.clear()
     decoder_weights(tensors, reference_description(cfg), layers=range(2, 3))
@@ -227,9 +226,9 @@ def test_ranks_have_the_parts_of_the_whole(style: str, size: int) -> None:
             of_one = lambda one, name=name: getattr(one if name == "projection_bias" else one.mlp, name)
             biases = [of_one(one) for one in (layer, *of_ranks)]
             assert all(bias is None for bias in biases) or all(torch.equal(bias, biases[0]) for bias in biases)
-    assert torch.equal(torch.cat([rank.embedding for rank in ranks]), whole.embedding)
+    assert torch.equal(torch.cat([rank.embedding.words for rank in ranks]), whole.embedding.words)
     x = torch.randn(3, m.hidden_size)
-    assert torch.allclose(torch.cat([rank.output(x) for rank in ranks], 1), whole.output(x), atol=1e-6)
+    assert torch.allclose(torch.cat([rank.final.output(x) for rank in ranks], 1), whole.final.output(x), atol=1e-6)
     assert {rank.num_output_rows for rank in ranks} == {VOCAB_SIZE}
 
 
@@ -252,7 +251,7 @@ def test_a_vocabulary_that_ranks_do_not_divide_is_padded_with_zeros() -> None:
     tensors[word] = tensors[word].then((95, 48), lambda tensor: tensor[:95])
     ranks = [decoder_weights(tensors, description, tp=Rank(rank, 3), make_linear=DenseLinear) for rank in range(3)]
     assert [rank.vocab_rows for rank in ranks] == [32, 32, 32]
-    table = torch.cat([rank.embedding for rank in ranks])
+    table = torch.cat([rank.embedding.words for rank in ranks])
     assert torch.equal(table[:95], tensors[word].read()) and not table[95:].any()
 
 
