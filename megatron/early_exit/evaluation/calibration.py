@@ -152,7 +152,9 @@ def calibrate(
     settings.check_prompts(len(prompts.prompts))
     llm.engine.checks.check(GenerationParams(observe_exits=True, exit_score=settings.exit_score))
     if settings.exit_score == "probe":
-        check_unseen(prompts.prompts, loaded.checkpoint.probes.about.prompts)
+        probes = loaded.checkpoint.probes
+        assert probes is not None, "the engine refuses the score of probes that there are not"
+        check_unseen(prompts.prompts, probes.about.prompts)
     return _Calibrator(llm, loaded, prompts, settings, show).run()
 
 
@@ -360,7 +362,7 @@ class _Calibrator:
         return np.array([certified[0].thresholds.get(layer, NEVER) for layer in self._layers])
 
     def _per_prompt(self, levels: Sequence[tuple[Certificate, Any, np.ndarray | None]]) -> list[dict[str, Any]]:
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"name": prompt.name, "domain": prompt.domain, "tokens": len(record.tokens), "split": None, "loss": {}}
             for prompt, record in zip(self._prompts.prompts, self._records, strict=True)
         ]

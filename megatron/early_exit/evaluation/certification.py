@@ -135,7 +135,7 @@ def p_value(of_prompts: np.ndarray, alpha: float, risk: Risk, seed: int) -> floa
     """Of "the risk is above alpha". of_prompts: [prompts] losses."""
     if risk == "B":
         return binomial_p_value(int(of_prompts.sum()), len(of_prompts), alpha)
-    return betting_p_value(of_prompts, alpha, seed)
+    return float(betting_p_value(of_prompts, alpha, seed))
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ def first_exits(record: PromptRecord, thresholds: np.ndarray) -> np.ndarray:
 
     thresholds: [exits]"""
     reaches = np.column_stack([record.scores >= thresholds, np.ones(len(record.tokens), bool)])
-    return reaches.argmax(1)
+    first: np.ndarray = reaches.argmax(1)
+    return first
 
 
 def exit_shares(records: Sequence[PromptRecord], thresholds: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ def compare(
     found: dict[int, dict[str, Measurement]] = {}
     for batch in settings.batches:
         ids = [prompt.ids for prompt in prompts[: settings.prompts_at(batch)]]
-        ways = ours | beside(batch)
+        ways: dict[str, Way] = {**ours, **beside(batch)}
         found[batch] = measure(ways, ids, batch, settings.rounds, show_progress(f"batch {batch}"))
     answers = {
         (batch, name): [(prompt.ids, answer) for prompt, answer in zip(prompts, of_way[name].answers, strict=False)]

@@ -19,7 +19,12 @@ from megatron.early_exit.evaluation.statistics.intervals import clopper_pearson
 from megatron.early_exit.evaluation.variants import drafting
 from megatron.early_exit.inference.engine.request_checks import RequestChecks
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import GenerationParams, SamplingSettings, ScoreParams
+from megatron.early_exit.inference.params import (
+    DraftSourceChoice,
+    GenerationParams,
+    SamplingSettings,
+    ScoreParams,
+)
 from megatron.early_exit.inference.results import RequestResult
 from megatron.early_exit.inference.worker.sampling import noise_of
 
@@ -46,7 +51,7 @@ class Case:
     def settings(self) -> Row:
         """What distinguishes it."""
         params = self.params
-        changed = {"batch": self.batch}
+        changed: Row = {"batch": self.batch}
         if params.mode == "self_speculative":
             changed |= {
                 "draft_source": params.draft_source,
@@ -55,7 +60,9 @@ class Case:
                 "speculation": params.speculation,
             }
         if params.mode == "early_exit":
-            changed |= {"thresholds": list(params.exit_thresholds), "max_deferred": params.max_deferred}
+            given = params.exit_thresholds
+            thresholds = list(given) if isinstance(given, tuple) else str(given)
+            changed |= {"thresholds": thresholds, "max_deferred": params.max_deferred}
         if not params.sampling.is_greedy:
             changed |= {"temperature": params.sampling.temperature, "seed": params.sampling.seed}
         if params.observe_exits:
@@ -100,7 +107,7 @@ def _speculative(
                 replace(answers, mode="self_speculative", draft_exit=layer, draft_length=length, speculation=kind)
                 for length in lengths
             ]
-    sources = ("ngram", "both") if checks.exits.drafting_layers else ("ngram",)
+    sources: tuple[DraftSourceChoice, ...] = ("ngram", "both") if checks.exits.drafting_layers else ("ngram",)
     return found + [
         replace(answers, mode="self_speculative", draft_source=source, draft_length=length)
         for source in sources for length in lengths
@@ -237,7 +244,8 @@ class CorrectnessCheck:
     def _results(self, case: Case) -> list[RequestResult]:
         engine = self.llm.engine
         engine.prepare(case.params)
-        usual, results = engine.prefill_chunk, []
+        usual = engine.prefill_chunk
+        results: list[RequestResult] = []
         engine.prefill_chunk = case.prefill_chunk or usual
         try:
             answer = functools.partial(decode, engine, case.params, keep_prefixes=case.keep_prefixes)

@@ -65,7 +65,7 @@ def decode(engine: Engine, params: GenerationParams, prompts: Sequence[Ids], *, 
                 fastest = min(fastest or ended - before, ended - before)
         before = ended
         waiting -= {event.request_id for event in events}
-        results |= {event.request_id: event.result for event in events if event.result is not None}
+        results |= {event.request_id: event.result for event in events if isinstance(event.result, RequestResult)}
         if all_begun is None and not waiting:
             all_begun = ended
     if engine.failure is not None:
@@ -75,6 +75,7 @@ def decode(engine: Engine, params: GenerationParams, prompts: Sequence[Ids], *, 
     if failed is not None:
         raise ValueError(f"a prompt could not be answered: {failed.error}")
     answers = tuple(tuple(one.token_ids) for one in in_order)
+    assert all_begun is not None, "all have ended without a failure, so all have begun"
     return Run(answers, num_tokens, ended - all_begun, in_order, all_begun - begun, fastest)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron.early_exit.evaluation.probes import probe_scores
+from megatron.early_exit.evaluation.probes import layer_and_states, probe_scores
 from megatron.early_exit.evaluation.rows import Row, share_interval
 from megatron.early_exit.evaluation.statistics.exit_metrics import auroc, expected_calibration_error, reliability
 from megatron.early_exit.inference.costs import StepCosts
@@ -41,7 +41,10 @@ class HeadScores:
 
     def scores_of(self, score: ExitScore) -> np.ndarray:
         """[positions]: what thresholds are compared with."""
-        return np.concatenate(self.scores if score == "head" else self.probe_scores)
+        if score == "head":
+            return np.concatenate(self.scores)
+        assert self.probe_scores is not None, "scores of probes are those of exits that have one"
+        return np.concatenate(self.probe_scores)
 
     def at(self, counted: Sequence[Sequence[bool]]) -> HeadScores:
         """Those of some positions of each sequence."""
@@ -50,8 +53,14 @@ class HeadScores:
 
     def _each(self, some: Callable[[tuple[np.ndarray, ...]], tuple[np.ndarray, ...]]) -> HeadScores:
         """With `some` of each field's arrays."""
-        fields = {name: getattr(self, name) for name in ("log_probs", "scores", "is_right", "agrees", "probe_scores")}
-        return replace(self, **{name: some(values) for name, values in fields.items() if values is not None})
+        return replace(
+            self,
+            log_probs=some(self.log_probs),
+            scores=some(self.scores),
+            is_right=some(self.is_right),
+            agrees=some(self.agrees),
+            probe_scores=None if self.probe_scores is None else some(self.probe_scores),
+        )
 
 
 def head_scores(
@@ -69,10 +78,10 @@ def head_scores(
     for index, result in llm.stream_scores([list(ids) for ids in sequences], params):
         *exits, final = result.check().heads
         if probes is not None:
+            states = dict(map(layer_and_states, exits))
             of_probes[index] = {
-                head.exit_layer: probe_scores(probes.networks[head.exit_layer], head.states)
-                for head in exits if head.exit_layer in probes.networks
-            }  # fmt: skip
+                layer: probe_scores(probes.networks[layer], states[layer]) for layer in states.keys() & probes.networks
+            }
         found[index] = [*(replace(head, states=None) for head in exits), final]
         progress(len(found), len(sequences))
     numbers = range(len(sequences))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.early_exit.evaluation.answer_quality import answer_quality
 from megatron.early_exit.evaluation.prompts import EvalPrompt
@@ -11,7 +11,7 @@ from megatron.early_exit.evaluation.recording import Progress, full_params, outp
 from megatron.early_exit.inference.certificates import AnswerSettings
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import ExitScore, GenerationParams
-from megatron.early_exit.inference.results import Statistics
+from megatron.early_exit.inference.results import RequestResult, Statistics
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ def early_exit_params(
     if not thresholds:
         return full_params(answers)
     layers, values = zip(*sorted(thresholds.items()), strict=True)
-    return full_params(answers, mode="early_exit", exit_layers=layers, exit_thresholds=values, exit_score=score)
+    return replace(
+        full_params(answers), mode="early_exit", exit_layers=layers, exit_thresholds=values, exit_score=score
+    )
 
 
 def free_running(
@@ -43,13 +45,14 @@ def free_running(
     score: ExitScore = "head",
 ) -> list[FreeAnswer]:
     """Answers in the order of prompts, each compared with the final head behind its own tokens."""
-    params, outputs = early_exit_params(thresholds, answers, score), {}
+    params = early_exit_params(thresholds, answers, score)
+    results: dict[int, RequestResult] = {}
     for output in outputs_as_they_end(llm, [prompt.ids for prompt in prompts], params):
-        outputs[output.prompt_index] = output
-        progress(len(outputs), len(prompts))
-    answered = [(prompt.ids, tuple(outputs[number].result.token_ids)) for number, prompt in enumerate(prompts)]
+        results[output.prompt_index] = output.check()
+        progress(len(results), len(prompts))
+    answered = [(prompt.ids, tuple(results[number].token_ids)) for number, prompt in enumerate(prompts)]
     quality = answer_quality(llm, answered)
     return [
-        FreeAnswer(answer, quality[ids, answer].disagreement, outputs[number].result.statistics)
+        FreeAnswer(answer, quality[ids, answer].disagreement, results[number].statistics)
         for number, (ids, answer) in enumerate(answered)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ class AnswersFolder:
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Write a part."""
-        of_items = {
+        of_items: dict[str, Sequence[Any]] = {
             "numbers": [one.number for one in answers], "finish_reasons": [one.finish_reason for one in answers],
         }  # fmt: skip
         write_part(self.folder, "numbers", of_items, {"ids": [np.array(one.ids, np.int64) for one in answers]})
@@ -92,7 +93,7 @@ def take_answers(
     with Parts(folder.add, _ANSWERS_PER_PART, _SECONDS_PER_PART) as parts:
         each = [params[number] for number in missing]
         for output in outputs_as_they_end(llm, [prompts[number] for number in missing], each):
-            number, result = missing[output.prompt_index], output.result
+            number, result = missing[output.prompt_index], output.check()
             done[number] = Answer(number, tuple(result.token_ids), str(result.finish_reason))
             parts.add(done[number])
             show(len(done), len(prompts), len(result.token_ids))

@@ -27,6 +27,7 @@ from megatron.early_exit.inference.engine_loading import LoadedEngine
 from megatron.early_exit.inference.exit_probes import RMS_EPSILON, AboutProbes, ExitProbes, ProbeNetwork
 from megatron.early_exit.inference.llm import LLM
 from megatron.early_exit.inference.params import GenerationParams, ScoreParams
+from megatron.early_exit.inference.results import ScoredHead
 
 _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 512, 1e-3, 1e-2
 _RISKS = (0.01, 0.02, 0.05, 0.1)
@@ -171,12 +172,11 @@ def take_samples(
     found: dict[int, dict[int, ExitSamples]] = {}
     for number, result in llm.stream_scores(sequences, wanted):
         *exits, final = result.check().heads
-        found[number] = {
-            head.exit_layer: ExitSamples(
-                head.states, np.array(head.tokens) == np.array(final.tokens), np.array(head.confidences)
-            )
-            for head in exits
-        }
+        found[number] = {}
+        for head in exits:
+            layer, states = layer_and_states(head)
+            agrees = np.array(head.tokens) == np.array(final.tokens)
+            found[number][layer] = ExitSamples(states, agrees, np.array(head.confidences))
         progress(len(found), len(sequences))
     in_order = [found[number] for number in range(len(sequences))]
     join = lambda layer: ExitSamples(*(np.concatenate(parts) for parts in zip(*(one[layer] for one in in_order))))
@@ -186,6 +186,12 @@ def take_samples(
     )
 
 
+def layer_and_states(head: ScoredHead) -> tuple[int, np.ndarray]:
+    """Of an exit of which both were wanted (`ScoreParams.states`)."""
+    assert head.exit_layer is not None and head.states is not None, "an exit has a layer, and its states were wanted"
+    return head.exit_layer, head.states
+
+
 def train_probe(
     samples: ExitSamples, is_held_out: np.ndarray, settings: ProbeSettings, progress: Progress
 ) -> tuple[ProbeNetwork, dict[str, Any]]:
@@ -193,10 +199,10 @@ def train_probe(
     [decisions]"""
     generator = torch.Generator().manual_seed(settings.seed)
     features, labels = _normalised(samples.states), torch.from_numpy(samples.agrees).float()
-    is_held_out = torch.from_numpy(is_held_out)
-    mean, deviation = features[~is_held_out].mean(0), features[~is_held_out].std(0, correction=0).clamp(min=1e-3)
+    is_held = torch.from_numpy(is_held_out)
+    mean, deviation = features[~is_held].mean(0), features[~is_held].std(0, correction=0).clamp(min=1e-3)
     features = (features - mean) / deviation
-    training, held_out = torch.nonzero(~is_held_out).squeeze(1), torch.nonzero(is_held_out).squeeze(1)
+    training, held_out = torch.nonzero(~is_held).squeeze(1), torch.nonzero(is_held).squeeze(1)
     parameters = _initial(features.size(1), settings.width, float(labels[training].mean()), generator)
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     held_out_loss = lambda: float(_loss(parameters, features[held_out], labels[held_out]))
@@ -225,8 +231,8 @@ def train_probe(
 
 def _normalised(states: np.ndarray) -> torch.Tensor:
     """[decisions, h], as `ProbeNetwork` has it."""
-    states = torch.from_numpy(states)
-    return states / (states.pow(2).mean(-1, keepdim=True).sqrt() + RMS_EPSILON)
+    values = torch.from_numpy(states)
+    return values / (values.pow(2).mean(-1, keepdim=True).sqrt() + RMS_EPSILON)
 
 
 def _initial(hidden_size: int, width: int, share: float, generator: torch.Generator) -> list[torch.Tensor]:

@@ -168,7 +168,8 @@ def _check_numbers(args: argparse.Namespace, longest: int, room: int) -> None:
 
 def prompt_length(args: argparse.Namespace) -> int:
     """Tokens of each beginning of a document."""
-    return args.default_length if args.prompt_length is None else args.prompt_length
+    length: int = args.default_length if args.prompt_length is None else args.prompt_length
+    return length
 
 
 def _drawn(
@@ -307,7 +308,8 @@ class _Lines:
 
     def _ids(self, line: _Line) -> Sequence[int]:
         if line.key == "ids":
-            return line.value
+            ids: list[int] = line.value  # `_parsed` has checked it
+            return ids
         if line.key == "messages":
             return self._tokenizer.chat(line.value, template=self.template)
         return self._tokenizer.encode_prompt(line.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,16 +40,16 @@ def leaving_layers(loaded: LoadedEngine, purpose: str) -> tuple[int, ...]:
     )
 
 
-def full_params(answers: AnswerSettings, **more: object) -> GenerationParams:
+def full_params(answers: AnswerSettings) -> GenerationParams:
     """Greedy answers of the full model, as they are certified."""
-    return GenerationParams(max_tokens=answers.max_tokens, ignore_eod=answers.ignore_eod, **more)
+    return GenerationParams(max_tokens=answers.max_tokens, ignore_eod=answers.ignore_eod)
 
 
 def outputs_as_they_end(
     llm: LLM, prompts: Sequence[Sequence[int]], params: GenerationParams | Sequence[GenerationParams]
 ) -> Iterator[RequestOutput]:
     """Answers of a model that has many at once, in the order in which they end. params: of all, or of each. Raises
-    ValueError if one fails."""
+    ValueError if one fails; so each has a result."""
     for delta in llm.stream([list(ids) for ids in prompts], params):
         if delta.is_finished:
             if delta.output.error is not None:
@@ -64,7 +64,8 @@ def take_records(
     interruption keeps what has been taken."""
     records = {record.prompt: record for record in folder.open()}
     missing = [number for number in range(len(prompts)) if number not in records]
-    params = full_params(folder.about.answers, observe_exits=True, exit_score=folder.about.fingerprint.score)
+    score = folder.about.fingerprint.score
+    params = replace(full_params(folder.about.answers), observe_exits=True, exit_score=score)
     start = time.perf_counter()
     progress(len(records), len(prompts))
     with Parts(folder.add, _PROMPTS_PER_PART, _SECONDS_PER_PART) as parts:
@@ -77,7 +78,7 @@ def take_records(
 
 
 def _record(number: int, output: RequestOutput) -> PromptRecord:
-    tokens = output.result.tokens
+    tokens = output.check().tokens
     exits = [[one for one in token.predictions if one.exit_layer is not None] for token in tokens]
     return PromptRecord(
         number,
@@ -125,7 +126,7 @@ def rounding_floor(
     text_losses, text = [], llm.tokenizer.detokenize
     for number, (prompt, record) in enumerate(zip(prompts, records, strict=True), start=1):
         (output,) = outputs_as_they_end(llm, [prompt.ids], full_params(answers))
-        alone = np.array(output.result.token_ids)
+        alone = np.array(output.check().token_ids)
         common = min(len(alone), len(record.tokens))
         differs = np.flatnonzero(alone[:common] != record.tokens[:common])
         num_differing += bool(differs.size)

@@ -47,8 +47,8 @@ class TransformersModel:
         `generate`."""
         longest = max(map(len, prompts))
         padded = [[0] * (longest - len(ids)) + list(ids) for ids in prompts]
-        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        ids, mask = (torch.tensor(rows, device=device()) for rows in (padded, mask))
+        counted = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        ids, mask = (torch.tensor(rows, device=device()) for rows in (padded, counted))
         answered = self.model.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, **settings)
         return tuple(self._cut(answer) for answer in answered[:, longest:].tolist())
 

@@ -86,8 +86,8 @@ def _variant(params: GenerationParams, checks: RequestChecks) -> Variant:
         length = "adaptive" if params.draft_length is None else str(params.draft_length)
         return Variant(f"draft with {drafting(params)}, length {length}", params, draft_exit=params.draft_exit)
     thresholds = {checks.model.exits[one.exit].layer_number: one.threshold for one in checks.thresholds(params)}
-    if params.certified_level is not None:
-        name = f"certified {params.certified_level:g}"
+    if isinstance(params.exit_thresholds, CertifiedThresholds):
+        name = f"certified {params.exit_thresholds.level:g}"
     else:
         of_exits = f", exit {' '.join(map(str, params.exit_layers))}" if params.exit_layers else ""
         name = f"threshold {params.exit_thresholds[0]:g}{of_exits}"

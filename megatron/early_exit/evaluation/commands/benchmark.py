@@ -23,6 +23,7 @@ from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompt
 from megatron.early_exit.platform.command_line import show_progress
 
 if TYPE_CHECKING:
+    from megatron.early_exit.evaluation.commands.common import Commands
     from megatron.early_exit.evaluation.decoding import Way
     from megatron.early_exit.inference.engine_loading import LoadedEngine
     from megatron.early_exit.inference.llm import LLM
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 TRANSFORMERS = "transformers"
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
+def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands, "benchmark", "speed of modes at several batch sizes",
         "Answer prompts in all modes at several batch sizes, in turn: tokens a second of decoding against our full "

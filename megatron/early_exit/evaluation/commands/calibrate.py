@@ -14,12 +14,13 @@ from megatron.early_exit.platform.command_line import show_progress
 
 if TYPE_CHECKING:
     from megatron.early_exit.evaluation.calibration import Calibration, CalibrationSettings
+    from megatron.early_exit.evaluation.commands.common import Commands
     from megatron.early_exit.evaluation.prompts import PromptSet
     from megatron.early_exit.inference.engine_loading import LoadedEngine
     from megatron.early_exit.inference.llm import LLM
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
+def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands, "calibrate", "thresholds with a guarantee",
         "Let the full model answer prompts while every exit is evaluated, and certify thresholds on what they say: "

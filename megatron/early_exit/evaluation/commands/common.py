@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from megatron.early_exit.inference.engine_loading import LoadedEngine
     from megatron.early_exit.inference.llm import LLM
 
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-def add_parser(
-    commands: argparse._SubParsersAction, name: str, words: str, description: str
-) -> argparse.ArgumentParser:
+
+def add_parser(commands: Commands, name: str, words: str, description: str) -> argparse.ArgumentParser:
     """The parser of a command that loads one model and writes one document, `NAME.json`."""
     parser = commands.add_parser(name, help=words, description=description)
     add_model_flags(parser)

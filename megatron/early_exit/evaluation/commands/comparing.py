@@ -110,11 +110,15 @@ def comparison_settings(args: argparse.Namespace) -> ComparisonSettings:
 def grid_of(args: argparse.Namespace) -> Grid:
     from megatron.early_exit.evaluation.variants import Grid
 
-    several = lambda values: None if values is None else tuple(dict.fromkeys(values))
+    once = lambda values: tuple(dict.fromkeys(values))
     return Grid(
-        several(args.thresholds), args.exits, several(args.certified), several(args.draft_exits),
-        several(args.draft_lengths), several(args.draft_sources),
-    )  # fmt: skip
+        thresholds=once(args.thresholds),
+        exits=args.exits,
+        certified=None if args.certified is None else once(args.certified),
+        draft_exits=None if args.draft_exits is None else once(args.draft_exits),
+        draft_lengths=once(args.draft_lengths),
+        draft_sources=once(args.draft_sources),
+    )
 
 
 def load_for(args: argparse.Namespace, most_at_once: int, **overrides: Any) -> tuple[LLM, LoadedEngine]:

@@ -15,6 +15,7 @@ from megatron.early_exit.platform.command_line import show_progress
 if TYPE_CHECKING:
     import torch
 
+    from megatron.early_exit.evaluation.commands.common import Commands
     from megatron.early_exit.evaluation.correctness import CorrectnessCheck, Difference, Outcome
     from megatron.early_exit.evaluation.transformers_models import TransformersModel
     from megatron.early_exit.inference.llm import LLM
@@ -26,7 +27,7 @@ _SHOWN = 5
 """Differences of a row that are printed."""
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
+def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands, "correctness", "whether lossless ways to decode give the full model's answers",
         "Answer prompts in all ways that must give the full model's answers (other batches, prompts in pieces, "
@@ -91,7 +92,8 @@ def _transformers(args: argparse.Namespace, llm: LLM, dtype: torch.dtype) -> Tra
 
 def _compared(args: argparse.Namespace, check: CorrectnessCheck, theirs: TransformersModel) -> Outcome:
     """Their greedy answers, one prompt after the other, beside ours."""
-    progress, answers = show_progress("transformers"), []
+    progress = show_progress("transformers")
+    answers: list[tuple[int, ...]] = []
     for number, prompt in enumerate(check.prompts, start=1):
         answers += theirs.answers([prompt.ids], args.answer_tokens)
         progress(number, len(check.prompts))

@@ -11,6 +11,7 @@ from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompt
 from megatron.early_exit.platform.command_line import show_progress
 
 if TYPE_CHECKING:
+    from megatron.early_exit.evaluation.commands.common import Commands
     from megatron.early_exit.evaluation.prompts import EvalPrompt, PromptSet
     from megatron.early_exit.inference.engine_loading import LoadedEngine
     from megatron.early_exit.inference.exit_probes import ExitProbes
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_LENGTH = 256
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
+def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands, "exits", "loss, agreement and calibration of every exit on a text",
         "Run a text through a model, all exits and the final head at every position: losses, how often an exit says "

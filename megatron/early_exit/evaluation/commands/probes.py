@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.evaluation.commands.common import add_parser, finish, load
 from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompts
 from megatron.early_exit.platform.command_line import show_progress
 
+if TYPE_CHECKING:
+    from megatron.early_exit.evaluation.commands.common import Commands
 
-def add_command(commands: argparse._SubParsersAction) -> None:
+
+def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands, "probes", "small networks that decide before exits' heads",
         "Let the full model answer prompts, and train for each exit a small network that says from the hidden states "

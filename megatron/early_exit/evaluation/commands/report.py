@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron.early_exit.evaluation.report.folder import PAGE, write_report
 
+if TYPE_CHECKING:
+    from megatron.early_exit.evaluation.commands.common import Commands
 
-def add_command(commands: argparse._SubParsersAction) -> None:
+
+def add_command(commands: Commands) -> None:
     parser = commands.add_parser(
         "report", help="a page of all results, with tables and plots",
         description=f"Make one page, {PAGE}, and the plots apart as PNG files, of result documents. The page needs "

@@ -4,6 +4,7 @@ model in the same run."""
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from megatron.early_exit.evaluation.commands.common import add_parser, finish
 from megatron.early_exit.evaluation.commands.comparing import (
@@ -19,8 +20,11 @@ from megatron.early_exit.evaluation.commands.comparing import (
 from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompts
 from megatron.early_exit.platform.command_line import show_progress
 
+if TYPE_CHECKING:
+    from megatron.early_exit.evaluation.commands.common import Commands
 
-def add_command(commands: argparse._SubParsersAction) -> None:
+
+def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands, "sweep", "speed against quality of many settings",
         "Answer prompts with many settings of early exit and self-speculation, each against the full model in the same "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.early_exit.evaluation.commands.common import add_parser, check_output, finish, load
 
 if TYPE_CHECKING:
+    from megatron.early_exit.evaluation.commands.common import Commands
     from megatron.early_exit.evaluation.lm_eval.modes import DecodingMode
     from megatron.early_exit.evaluation.lm_eval.task_runs import Run, Tasks, TaskSettings
     from megatron.early_exit.inference.engine_loading import LoadedEngine
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DISABLE_MULTIPROC": "1"}
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
+def add_command(commands: Commands) -> None:
     parser = add_parser(
         commands, "tasks", "standard benchmarks, by lm-eval",
         "Evaluate a model on tasks of lm-eval in several modes of decoding. The tasks that come with the program need "
@@ -120,8 +121,9 @@ def _evaluate(
         models["full"].apply_chat_template([{"role": "user", "content": "?"}])
     for name in names:
         arguments = tasks.generation_arguments(name, settings)
-        for lm in models.values() if arguments is not None else ():
-            lm.check_answers(arguments)
+        if arguments is not None:
+            for lm in models.values():
+                lm.check_answers(arguments)
     runs = _runs(args, tasks, names, models, settings, loaded)
     results = _results(tasks, runs, models, settings)
     _print(results)

@@ -104,7 +104,7 @@ class EarlyExitLM(TemplateLM):
         )
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> EarlyExitLM:
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> EarlyExitLM:
         return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
 
     def _thresholds(self) -> dict[int, float]:
@@ -156,11 +156,12 @@ class EarlyExitLM(TemplateLM):
             "continue_final_message": not add_generation_prompt,
         }
         try:
-            return self.tokenizer.apply_chat_template(chat_history, **settings)
+            text: str = self.tokenizer.apply_chat_template(chat_history, **settings)
         except jinja2.exceptions.TemplateError:
             log.warning("the chat template refuses a conversation; trying it without the system message")
             rest = [message for message in chat_history if message["role"] != "system"]
-            return self.tokenizer.apply_chat_template(rest, **settings)
+            text = self.tokenizer.apply_chat_template(rest, **settings)
+        return text
 
     def get_model_info(self) -> dict[str, Any]:
         """What a table of results should say beside the numbers."""
@@ -189,20 +190,23 @@ class EarlyExitLM(TemplateLM):
     # Likelihoods.
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+        answers: list[tuple[float, bool]] = super().loglikelihood(
+            requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty()
+        )
+        return answers
 
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether it is what greedy decoding would give) of each continuation."""
         whole = self._cut([(context, continuation) for _, context, continuation in requests])
-        starts = [len(ids) - len(continuation) - 1 for ids, (_, _, continuation) in zip(whole, requests, strict=True)]
+        starts = [len(ids) - len(request[2]) - 1 for ids, request in zip(whole, requests, strict=True)]
         params = [replace(self.mode.score_params, score_from=start) for start in starts]
         answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm or None, desc="Running loglikelihood requests") as bar:
             for index, result in self.llm.stream_scores(whole, params):
                 (head,) = result.check().heads
-                texts, _, continuation = requests[index]
+                texts, continuation = requests[index][0], requests[index][2]
                 answers[index] = math.fsum(head.log_probs), list(head.tokens) == continuation
                 if texts is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, answers[index])
@@ -273,7 +277,7 @@ class EarlyExitLM(TemplateLM):
                 if output.error is not None:
                     raise ValueError(f"a prompt could not be answered: {output.error}")
                 index = output.prompt_index
-                texts[index] = prepared[index].text(output.result.token_ids)
+                texts[index] = prepared[index].text(output.check().token_ids)
                 self.cache_hook.add_partial("generate_until", asked[index], texts[index])
                 bar.update()
         return texts
@@ -328,7 +332,9 @@ class _Answer:
 
     def text(self, ids: list[int]) -> str:
         """The answer, without what ended it."""
-        return postprocess_generated_text(self._lm.llm.tokenizer.detokenize(ids), self._ends, think_end_token=None)
+        whole = self._lm.llm.tokenizer.detokenize(ids)
+        text: str = postprocess_generated_text(whole, self._ends, think_end_token=None)
+        return text
 
 
 def _sampling(arguments: dict[str, Any]) -> SamplingSettings:

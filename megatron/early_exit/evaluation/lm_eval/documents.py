@@ -76,7 +76,8 @@ def truthfulqa_prompt(doc: dict[str, Any]) -> str:
     """The prompt of lm-eval's own task, with the questions and answers that stand before each."""
     from lm_eval.utils import apply_template
 
-    return apply_template(_task_of_lm_eval("truthfulqa/truthfulqa_mc1.yaml")["doc_to_text"], doc)
+    prompt: str = apply_template(_task_of_lm_eval("truthfulqa/truthfulqa_mc1.yaml")["doc_to_text"], doc)
+    return prompt
 
 
 def mmlu_dev(**_: Any) -> Splits:
@@ -160,7 +161,8 @@ IgnoringLoader.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 @functools.cache
 def _task_of_lm_eval(path: str) -> dict[str, Any]:
-    return yaml.load(_file(LM_EVAL, f"lm_eval/tasks/{path}", None), Loader=IgnoringLoader)
+    content: dict[str, Any] = yaml.load(_file(LM_EVAL, f"lm_eval/tasks/{path}", None), Loader=IgnoringLoader)
+    return content
 
 
 def _worked_examples() -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.evaluation.lm_eval.modes import DecodingMode
 from megatron.early_exit.inference import checked
-from megatron.early_exit.inference.params import MODES, GenerationParams
+from megatron.early_exit.inference.params import MODES, DraftSourceChoice, GenerationParams
 from megatron.early_exit.platform.device import device
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MOST_POSITIONS = 8192
 _OF_LM_EVAL = ("batch_size", "max_batch_size", "device", "trust_remote_code")
 """What users give to other models. The engine batches whatever runs, on the device that is there."""
 
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "auto": None}
+_DTYPES: dict[str, str | None] = {"float32": "fp32", "bfloat16": "bf16", "auto": None}
 """Names that users of `hf` know."""
 
 
@@ -42,7 +42,7 @@ class ModelArguments:
     """early_exit: exits that may be evaluated; several between slashes."""
     exit_layer: int | None = None
     """The model ends behind this exit: its head gives all likelihoods and all tokens."""
-    draft_source: str | None = None
+    draft_source: DraftSourceChoice | None = None
     """exit, ngram or both."""
     draft_exit: int | None = None
     """self_speculative: the exit that drafts; default: the one that promises most."""
@@ -107,9 +107,11 @@ class ModelArguments:
                 exit_thresholds=_several(0.8 if self.exit_thresholds is None else self.exit_thresholds),
                 exit_layers=_several(self.exit_layers or ()),
             )
+        elif self.mode == "full":
+            params = GenerationParams()
         else:
             params = GenerationParams(
-                mode=self.mode, draft_source=self.draft_source or "exit", draft_exit=self.draft_exit,
+                mode="self_speculative", draft_source=self.draft_source or "exit", draft_exit=self.draft_exit,
                 draft_length=self.draft_length,
             )  # fmt: skip
         return DecodingMode(self.mode, params)
@@ -123,7 +125,7 @@ class ModelArguments:
             iteration=self.iteration,
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
-            dtype=_DTYPES.get(self.dtype, self.dtype),
+            dtype=None if self.dtype is None else _DTYPES.get(self.dtype, self.dtype),
             max_requests=self.max_requests,
             max_length=self.max_length or default_max_length(self.pretrained, self.iteration),
             kv_cache_gib=self.kv_cache_gib,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.early_exit.inference.params import GenerationParams, ScoreParams
+from megatron.early_exit.inference.params import CertifiedThresholds, GenerationParams, ScoreParams
 
 WORDS = "full, early_exit:THRESHOLD[,THRESHOLD...], certified:LEVEL, self_speculative[:EXIT], exit:EXIT"
 
@@ -86,7 +86,7 @@ def _early_exit(words: str, value: str) -> DecodingMode:
 
 
 def _certified(words: str, value: str) -> DecodingMode:
-    return DecodingMode(words, GenerationParams(mode="early_exit", exit_thresholds=words))
+    return DecodingMode(words, GenerationParams(mode="early_exit", exit_thresholds=CertifiedThresholds.parse(words)))
 
 
 def _self_speculative(words: str, value: str) -> DecodingMode:

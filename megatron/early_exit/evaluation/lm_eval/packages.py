@@ -67,7 +67,8 @@ class DataPackage:
         """The wheel of our version if it is there, else the last one by name."""
         wheels = sorted(data_folder.glob(self._wheels))
         ours = [path for path in wheels if path.name.split("-")[1] == self.version]
-        return (ours or wheels or [None])[-1]
+        found = ours or wheels
+        return found[-1] if found else None
 
     def _distribution(self) -> importlib.metadata.Distribution | None:
         try:

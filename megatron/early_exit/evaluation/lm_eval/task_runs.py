@@ -72,7 +72,8 @@ class Tasks:
             if list(self._loaded[name]["tasks"]) != [name]:
                 raise ValueError(f"{name} is a group of tasks; name them one by one")
             self.digests[name] = _digest(json.dumps(self.task(name).dump_config(), sort_keys=True, default=str))
-        return self._loaded[name]
+        loaded: dict[str, Any] = self._loaded[name]
+        return loaded
 
     def task(self, name: str) -> Any:
         return self.load(name)["tasks"][name]
@@ -86,7 +87,7 @@ class Tasks:
 
     def uses_likelihoods(self, name: str) -> bool:
         """Whether answers are compared by their likelihoods, rather than generated."""
-        return self.task(name).OUTPUT_TYPE != "generate_until"
+        return bool(self.task(name).OUTPUT_TYPE != "generate_until")
 
     def main_metric(self, name: str, run: Run) -> str:
         """The metric that modes are compared by: what the task says, or its first."""
@@ -196,12 +197,16 @@ def compare(tasks: Tasks, name: str, full: Run, other: Run, settings: TaskSettin
     }
 
 
-def _difference(values: np.ndarray, aggregate: Callable[[list], float]) -> float:
+Aggregate = Callable[[list[Any]], float]
+"""Of lm-eval: a task's metric of the scores of its questions."""
+
+
+def _difference(values: np.ndarray, aggregate: Aggregate) -> float:
     ours, theirs = (aggregate(values[:, side].tolist()) for side in (0, 1))
     return float(ours - theirs)
 
 
-def _interval(values: np.ndarray, aggregate: Callable, is_mean: bool, seed: int) -> Interval | None:
+def _interval(values: np.ndarray, aggregate: Aggregate, is_mean: bool, seed: int) -> Interval | None:
     if len(values) < 2:
         return None
     if is_mean:

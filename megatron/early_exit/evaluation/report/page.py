@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 
+from megatron.early_exit.evaluation.report.document import AnyDocument
 from megatron.early_exit.evaluation.report.images import png
 from megatron.early_exit.evaluation.report.markup import Content, Markup, element, markup
 from megatron.early_exit.evaluation.report.plots.base import Plot
 from megatron.early_exit.evaluation.report.plots.models import models as compared
-from megatron.early_exit.evaluation.report.schema import Document
+from megatron.early_exit.evaluation.report.schema import Exits
 from megatron.early_exit.evaluation.report.sections import (
     answers,
     certificates,
@@ -27,11 +28,11 @@ from megatron.early_exit.evaluation.report.sections import (
     tasks,
 )
 from megatron.early_exit.evaluation.report.sections import reproducibility as repeat
-from megatron.early_exit.evaluation.report.sections.base import Section
+from megatron.early_exit.evaluation.report.sections.base import AnySection
 from megatron.early_exit.evaluation.report.sections.summary import summary
 from megatron.early_exit.evaluation.report.sources import Evaluated, warnings
 
-SECTIONS: tuple[Section, ...] = (
+SECTIONS: tuple[AnySection, ...] = (
     certificates.SECTION, speed.SECTION, exits.SECTION, probes.SECTION, coverage.SECTION, domains.SECTION,
     tasks.SECTION, correctness.SECTION, answers.SECTION, steps.SECTION,
 )  # fmt: skip
@@ -104,19 +105,22 @@ def _warnings(models: Sequence[Evaluated]) -> Content:
 
 def _glance(models: Sequence[Evaluated], pictures: dict[str, bytes]) -> Markup:
     plot = compared({
-        model.name: [head for document in model.of_kind("exits") for head in document.results.heads] for model in models
+        model.name: [head for document in model.with_results(Exits) for head in document.results.heads]
+        for model in models
     })  # fmt: skip
     figure = _figure(plot, plot.name, pictures) if plot else None
     return element("section", element("h2", "At a glance"), summary(models), figure, id="glance")
 
 
-def _section(section: Section, models: Sequence[Evaluated], pictures: dict[str, bytes]) -> Markup:
+def _section(section: AnySection, models: Sequence[Evaluated], pictures: dict[str, bytes]) -> Markup:
     heading, reading = element("h2", section.title), element("p", section.reading, class_="reading")
     inner = [_of_model(section, model, models, pictures) for model in models]
     return element("section", heading, reading, inner, id=section.anchor)
 
 
-def _of_model(section: Section, model: Evaluated, models: Sequence[Evaluated], pictures: dict[str, bytes]) -> Content:
+def _of_model(
+    section: AnySection, model: Evaluated, models: Sequence[Evaluated], pictures: dict[str, bytes]
+) -> Content:
     documents = model.of_kind(*section.kinds)
     parts: list[Content] = [element("h3", model.name)] if len(models) > 1 else []
     if not documents:
@@ -129,7 +133,7 @@ def _of_model(section: Section, model: Evaluated, models: Sequence[Evaluated], p
     return parts
 
 
-def _of_document(section: Section, document: Document, prefix: str, pictures: dict[str, bytes]) -> list[Content]:
+def _of_document(section: AnySection, document: AnyDocument, prefix: str, pictures: dict[str, bytes]) -> list[Content]:
     parts = [
         _figure(part, f"{prefix}_{part.name}" if prefix else part.name, pictures) if isinstance(part, Plot) else part
         for part in section.parts(document)
@@ -138,7 +142,7 @@ def _of_document(section: Section, document: Document, prefix: str, pictures: di
     return parts or [element("p", lacking, class_="missing")]
 
 
-def _missing(section: Section, model: Evaluated) -> Markup:
+def _missing(section: AnySection, model: Evaluated) -> Markup:
     commands = [
         element("code", f"tools/evaluate.py {kind} --load {model.model.checkpoint}") for kind in section.kinds
     ]  # fmt: skip

@@ -1,15 +1,13 @@
-"""What the report needs of each kind of result document. Keys beside these are left alone; layers are counted from 1.
+"""What the report needs of the results of each kind of document. Keys beside these are left alone; layers are counted
+from 1.
 
 A key without a default must be there; numbers that are unknown are None."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
-
-from megatron.early_exit.evaluation.documents import read_document
 
 Number = float | None
 Interval = tuple[Number, Number] | None
@@ -317,77 +315,3 @@ class Tasks(msgspec.Struct):
 
     tasks: dict[str, Task]
     modes: dict[str, Any] = {}
-
-
-class Model(msgspec.Struct):
-    """Which model was measured, and how it was loaded."""
-
-    checkpoint: str
-    num_layers: int
-    exit_layers: list[int]
-    fingerprint: str | None = None
-    tokenizer: str | None = None
-    iteration: int | None = None
-    dtype: str | None = None
-    quantize: str | None = None
-    tensor_parallel_size: int | None = None
-    pipeline_parallel_size: int | None = None
-    num_slots: int | None = None
-    threads: int | None = None
-
-
-class Machine(msgspec.Struct):
-    """Where it was measured."""
-
-    cpu: str | None = None
-    cpu_cores: int | None = None
-    memory_bytes: int | None = None
-    gpus: list[str] = []
-    system: str | None = None
-    load_average_1min: Number = None
-    """Before the run."""
-
-
-RESULTS: dict[str, type[msgspec.Struct]] = {
-    "exits": Exits, "probes": Probes, "calibrate": Calibration, "sweep": Speed, "correctness": Correctness,
-    "benchmark": Speed, "tasks": Tasks,
-}  # fmt: skip
-"""By kind of document, in the order of the commands."""
-
-
-class Document(msgspec.Struct):
-    """Facts of a document, with its results still as they stand in the file."""
-
-    kind: str
-    model: Model
-    results: Any
-    date: str | None = None
-    command: str | None = None
-    commit: str | None = None
-    versions: dict[str, str | None] = {}
-    machine: Machine = msgspec.field(default_factory=Machine)
-    settings: dict[str, Any] = {}
-    data: dict[str, str | None] = {}
-    path: Any = None
-    """Of its file."""
-
-
-def load_document(path: Path) -> Document:
-    """A document with typed results. Raises ValueError if it is broken or of no known kind, OSError if it cannot be
-    read."""
-    content = read_document(path)
-    kind = content["kind"]
-    if not isinstance(kind, str) or kind not in RESULTS:
-        raise ValueError(f"{path} is of kind {kind!r}, which the report does not know; known are {', '.join(RESULTS)}")
-    document = _convert(content, Document, "$", path)
-    document.path = path
-    document.results = _convert(content["results"], RESULTS[kind], "$.results", path)
-    return document
-
-
-def _convert(content: Any, to: type[Any], place: str, path: Path) -> Any:
-    try:
-        return msgspec.convert(content, to)
-    except msgspec.ValidationError as error:
-        words = str(error).replace("`$", f"`{place}") if "`$" in str(error) else f"{error} - at `{place}`"
-        raise ValueError(f"{path} is a broken result document: {words}") from None

@@ -9,7 +9,15 @@ from typing import Any
 
 from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
 from megatron.early_exit.config.checkpoint_files import RESULTS_FOLDER
-from megatron.early_exit.evaluation.report.schema import RESULTS, Document, Model, load_document
+from megatron.early_exit.evaluation.report.document import (
+    KINDS,
+    AnyDocument,
+    Document,
+    Model,
+    Results,
+    load_document,
+)
+from megatron.early_exit.evaluation.report.schema import Calibration, Speed
 
 
 @dataclass(frozen=True)
@@ -17,10 +25,13 @@ class Evaluated:
     """A model with all documents that are of it, in the order of the commands."""
 
     name: str
-    documents: tuple[Document, ...]
+    documents: tuple[AnyDocument, ...]
 
-    def of_kind(self, *kinds: str) -> list[Document]:
+    def of_kind(self, *kinds: str) -> list[AnyDocument]:
         return [document for document in self.documents if document.kind in kinds]
+
+    def with_results(self, results: type[Results]) -> list[Document[Results]]:
+        return [document for document in self.documents if isinstance(document.results, results)]
 
     @property
     def model(self) -> Model:
@@ -37,12 +48,12 @@ def evaluated_models(loads: Sequence[str], results: Sequence[str]) -> list[Evalu
         *((*split_name(word), _files_of_checkpoint) for word in loads),
         *((*split_name(word), _files) for word in results),
     ]
-    groups: dict[str | None, list[Document]] = {}
+    groups: dict[str | None, list[AnyDocument]] = {}
     for name, place, files_of in places:
         groups.setdefault(name, []).extend(load_document(path) for path in files_of(Path(place)))
     for name, documents in groups.items():
         _check_one_model(name, documents)
-    by_kind = list(RESULTS).index
+    by_kind = list(KINDS).index
     return [
         Evaluated(name or _name_of(documents[0].model), tuple(sorted(documents, key=lambda one: by_kind(one.kind))))
         for name, documents in groups.items()
@@ -83,7 +94,7 @@ def _name_of(model: Model) -> str:
     return parts[-1] if parts else model.checkpoint
 
 
-def _check_one_model(name: str | None, documents: Sequence[Document]) -> None:
+def _check_one_model(name: str | None, documents: Sequence[AnyDocument]) -> None:
     first = documents[0]
     for other in documents[1:]:
         if _is_same_model(first.model, other.model):
@@ -97,8 +108,8 @@ def _is_same_model(one: Model, other: Model) -> bool:
     """The same weights, or another iteration of the same training (about which the page warns)."""
     if one.fingerprint and one.fingerprint == other.fingerprint:
         return True
-    same = lambda of: of(one) == of(other)
-    return same(lambda model: (model.checkpoint, model.num_layers, model.exit_layers, model.tokenizer))
+    facts = lambda model: (model.checkpoint, model.num_layers, model.exit_layers, model.tokenizer)
+    return bool(facts(one) == facts(other))
 
 
 def _in_words(model: Model) -> str:
@@ -115,7 +126,7 @@ def warnings(model: Evaluated) -> list[str]:
     ]  # fmt: skip
 
 
-_MUST_BE_EQUAL: dict[str, Callable[[Document], Any]] = {
+_MUST_BE_EQUAL: dict[str, Callable[[AnyDocument], Any]] = {
     "commits of the code": lambda one: one.commit and one.commit[:12],
     "iterations of the checkpoint": lambda one: one.model.iteration,
     "weights or settings of the checkpoint (fingerprints)": lambda one: (
@@ -130,7 +141,7 @@ _MUST_BE_EQUAL: dict[str, Callable[[Document], Any]] = {
 }
 
 
-def _differences(documents: Iterable[Document]) -> list[str]:
+def _differences(documents: Iterable[AnyDocument]) -> list[str]:
     found = []
     for what, of in _MUST_BE_EQUAL.items():
         names: dict[str, list[str]] = {}
@@ -142,12 +153,12 @@ def _differences(documents: Iterable[Document]) -> list[str]:
     return found
 
 
-def _changed_code(documents: Iterable[Document]) -> list[str]:
+def _changed_code(documents: Iterable[AnyDocument]) -> list[str]:
     files = [document.path.name for document in documents if (document.commit or "").endswith("+changes")]
     return [f"The code had changes that are in no commit: {', '.join(files)}."] if files else []
 
 
-def _busy_machine(documents: Iterable[Document]) -> list[str]:
+def _busy_machine(documents: Iterable[AnyDocument]) -> list[str]:
     """Speeds are suspect if others computed as well."""
     return [
         f"The machine was busy when {document.path.name} was begun: a load of "
@@ -160,14 +171,14 @@ def _busy_machine(documents: Iterable[Document]) -> list[str]:
 
 def _other_certificates(model: Evaluated) -> list[str]:
     """Certified ways whose thresholds are not those of the cards."""
-    cards = [card for document in model.of_kind("calibrate") for card in document.results.certificates]
+    cards = [card for document in model.with_results(Calibration) for card in document.results.certificates]
     thresholds = {card.level: card.thresholds for card in cards if card.status == "certified"}
     if not cards:
         return []
     found = []
-    for document in model.of_kind("sweep", "benchmark"):
-        rows = [row for row in document.results.rows if row.level is not None]
-        others = {row.name for row in rows if row.thresholds != thresholds.get(row.level)}
+    for document in model.with_results(Speed):
+        rows = document.results.rows
+        others = {one.name for one in rows if one.level is not None and one.thresholds != thresholds.get(one.level)}
         if others:
             found.append(
                 f"{', '.join(sorted(others))} in {document.path.name}: measured with other thresholds than the "

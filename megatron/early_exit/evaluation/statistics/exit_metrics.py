@@ -10,12 +10,14 @@ El-Yaniv, Selective classification for deep neural networks, arXiv:1705.08500 (c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 
-class ReliabilityBin(NamedTuple):
+@dataclass(frozen=True)
+class ReliabilityBin:
     """Decisions with scores in one part of [0, 1]."""
 
     score: float

@@ -110,8 +110,8 @@ def mcnemar(a_right_b_wrong: int, a_wrong_b_right: int) -> float:
     return min(1.0, 2 * binomial_cdf(min(a_right_b_wrong, a_wrong_b_right), differing, 0.5))
 
 
-def _checked(values: Any) -> np.ndarray:
-    values = np.asarray(values, dtype=float)
+def _checked(given: Any) -> np.ndarray:
+    values: np.ndarray = np.asarray(given, dtype=float)
     if values.ndim == 0 or len(values) < 2:
         raise ValueError(f"{values.shape[0] if values.ndim else 1} prompts have no interval; take at least 2")
     if not np.isfinite(values).all():

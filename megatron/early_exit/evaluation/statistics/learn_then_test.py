@@ -70,11 +70,13 @@ def betting_log_wealth(losses: np.ndarray, alpha: float) -> np.ndarray:
     gap = np.maximum(alpha - mean, 0.0)
     # The variance stays above 0: PRIOR_LOSSES have one.
     bets = np.minimum(gap / (variance + gap**2), HIGHEST_BET / (1.0 - alpha))
-    return np.cumsum(np.log1p(bets * (alpha - losses)), axis=-1)
+    log_wealth: np.ndarray = np.cumsum(np.log1p(bets * (alpha - losses)), axis=-1)
+    return log_wealth
 
 
 def _sum_before(values: np.ndarray) -> np.ndarray:
-    return np.cumsum(values, axis=-1) - values
+    before: np.ndarray = np.cumsum(values, axis=-1) - values
+    return before
 
 
 def fixed_sequence(p_values: Sequence[float] | np.ndarray, delta: float) -> int | None:
@@ -160,8 +162,8 @@ def _prompts_until_success(draw: Callable[[int], np.ndarray], alpha: float, delt
         losses = np.concatenate([losses, draw(min(len(losses), MOST_PROMPTS - len(losses)))])
 
 
-def _checked(losses: Any) -> np.ndarray:
-    losses = np.asarray(losses, dtype=float)
+def _checked(given: Any) -> np.ndarray:
+    losses: np.ndarray = np.asarray(given, dtype=float)
     if losses.ndim == 0 or losses.shape[-1] == 0:
         raise ValueError("no losses: a test needs at least one prompt")
     if not ((losses >= 0) & (losses <= 1)).all():  # also false for NaN

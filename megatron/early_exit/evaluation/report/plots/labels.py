@@ -103,7 +103,8 @@ def _words_alone(text: Annotation) -> Bbox:
 
 
 def _holds(outer: Bbox, inner: Bbox) -> bool:
-    return outer.x0 <= inner.x0 and outer.y0 <= inner.y0 and inner.x1 <= outer.x1 + 2 and inner.y1 <= outer.y1 + 2
+    begins_inside = outer.x0 <= inner.x0 and outer.y0 <= inner.y0
+    return bool(begins_inside and inner.x1 <= outer.x1 + 2 and inner.y1 <= outer.y1 + 2)
 
 
 def label_ends(axes: Axes, labels: Sequence[Label], gap: float = 10.0) -> None:

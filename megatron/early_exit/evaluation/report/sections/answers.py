@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from megatron.early_exit.evaluation.report.document import Document
 from megatron.early_exit.evaluation.report.markup import Content
 from megatron.early_exit.evaluation.report.numbers import number, percent, seconds
-from megatron.early_exit.evaluation.report.schema import Calibration, Document
+from megatron.early_exit.evaluation.report.schema import Calibration
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import facts
 
 
-def _parts(document: Document) -> Parts:
-    results: Calibration = document.results
+def _parts(document: Document[Calibration]) -> Parts:
+    results = document.results
     rows: list[tuple[Content, Content]] = []
     if text := results.text:
         rows += [

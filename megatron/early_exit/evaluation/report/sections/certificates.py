@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from megatron.early_exit.evaluation.report.document import Document, Model
 from megatron.early_exit.evaluation.report.markup import Content, Markup, element
 from megatron.early_exit.evaluation.report.numbers import number, p_value, percent, plain_percent, with_interval
 from megatron.early_exit.evaluation.report.plots.base import Plot
 from megatron.early_exit.evaluation.report.plots.certificate_path import certificate_path
-from megatron.early_exit.evaluation.report.schema import Calibration, Certificate, Document, Model
+from megatron.early_exit.evaluation.report.schema import Calibration, Certificate
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import facts
 
@@ -34,8 +35,8 @@ NOT_FOR_SOME_EXITS = (
 )
 
 
-def _parts(document: Document) -> Parts:
-    results: Calibration = document.results
+def _parts(document: Document[Calibration]) -> Parts:
+    results = document.results
     parts: list[Content | Plot] = []
     for card in results.certificates:
         parts.append(_card(card, document))
@@ -45,7 +46,7 @@ def _parts(document: Document) -> Parts:
     return parts
 
 
-def _card(card: Certificate, document: Document) -> Markup:
+def _card(card: Certificate, document: Document[Calibration]) -> Markup:
     word = "certified" if card.is_certified else "refused"
     return element(
         "article",
@@ -79,7 +80,7 @@ def _not_promised(card: Certificate) -> list[str]:
     return [*NOT_PROMISED, NOT_FOR_SOME_EXITS if is_both else NOT_FREE_RUNNING]
 
 
-def _facts(card: Certificate, document: Document) -> list[tuple[Content, Content]]:
+def _facts(card: Certificate, document: Document[Calibration]) -> list[tuple[Content, Content]]:
     rows: list[tuple[Content, Content]] = [
         ("Risk that is bounded", card.risk),
         ("Thresholds", _thresholds(card.thresholds)),
@@ -127,7 +128,7 @@ def _prompts(prompts: dict[str, int | None]) -> Content:
     ]
 
 
-def _data(document: Document) -> Content:
+def _data(document: Document[Calibration]) -> Content:
     if not document.data:
         return "not said"
     return [

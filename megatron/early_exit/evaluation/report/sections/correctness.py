@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from megatron.early_exit.evaluation.report.document import Document
 from megatron.early_exit.evaluation.report.markup import Content, element
 from megatron.early_exit.evaluation.report.numbers import UNKNOWN, number, percent, with_interval
-from megatron.early_exit.evaluation.report.schema import Comparison, Correctness, Difference, Document
+from megatron.early_exit.evaluation.report.schema import Comparison, Correctness, Difference
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import table
 
@@ -13,8 +14,8 @@ DIFFERENCES = ("Way to decode", "Prompt", "Position", "Full model", "Here", "Gap
 MOST_DIFFERENCES = 20
 
 
-def _parts(document: Document) -> Parts:
-    results: Correctness = document.results
+def _parts(document: Document[Correctness]) -> Parts:
+    results = document.results
     if not results.rows:
         return []
     differences = [(row, one) for row in results.rows for one in row.first_differences]

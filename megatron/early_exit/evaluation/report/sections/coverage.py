@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from megatron.early_exit.evaluation.report.document import Document
 from megatron.early_exit.evaluation.report.markup import Content
 from megatron.early_exit.evaluation.report.plots.base import Plot
 from megatron.early_exit.evaluation.report.plots.coverage_risk import coverage_risk
 from megatron.early_exit.evaluation.report.plots.exit_share import exit_share
-from megatron.early_exit.evaluation.report.schema import Calibration, Document
+from megatron.early_exit.evaluation.report.schema import Calibration
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 
 
-def _parts(document: Document) -> Parts:
-    results: Calibration = document.results
+def _parts(document: Document[Calibration]) -> Parts:
+    results = document.results
     plots: list[Content | Plot | None] = [
         coverage_risk(results.coverage_risk),
         exit_share(results.exit_share_by_position),

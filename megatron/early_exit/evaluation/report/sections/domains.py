@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from megatron.early_exit.evaluation.report.document import Document
 from megatron.early_exit.evaluation.report.markup import Content
 from megatron.early_exit.evaluation.report.numbers import number, percent, with_interval
-from megatron.early_exit.evaluation.report.schema import Document, Exits
+from megatron.early_exit.evaluation.report.schema import Exits
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.sections.exits import head_name
 from megatron.early_exit.evaluation.report.tables import table
 
 
-def _parts(document: Document) -> Parts:
-    results: Exits = document.results
+def _parts(document: Document[Exits]) -> Parts:
+    results = document.results
     if not results.by_domain:
         return []
     heads = next(iter(results.by_domain.values()))

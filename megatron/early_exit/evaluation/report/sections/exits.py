@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron.early_exit.evaluation.report.document import Document
 from megatron.early_exit.evaluation.report.markup import Content, Markup
 from megatron.early_exit.evaluation.report.numbers import decimals, number, percent, with_interval
 from megatron.early_exit.evaluation.report.plots.reliability import reliability
-from megatron.early_exit.evaluation.report.schema import Document, Exits, Head
+from megatron.early_exit.evaluation.report.schema import Exits, Head
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import table
 
@@ -38,8 +39,8 @@ def _row(head: Head) -> list[Content]:
     ]
 
 
-def _parts(document: Document) -> Parts:
-    results: Exits = document.results
+def _parts(document: Document[Exits]) -> Parts:
+    results = document.results
     if not results.heads:
         return []
     plot = reliability(results)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from megatron.early_exit.evaluation.report.document import Document
 from megatron.early_exit.evaluation.report.markup import Content
 from megatron.early_exit.evaluation.report.numbers import UNKNOWN, number, percent
-from megatron.early_exit.evaluation.report.schema import Document, ProbedExit, Probes, ScoreQuality
+from megatron.early_exit.evaluation.report.schema import ProbedExit, Probes, ScoreQuality
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import table
 
@@ -12,8 +13,8 @@ SHARES = ("0.01", "0.05")
 """Of decisions that may differ."""
 
 
-def _parts(document: Document) -> Parts:
-    results: Probes = document.results
+def _parts(document: Document[Probes]) -> Parts:
+    results = document.results
     scores = ("probe", "head")
     columns = [
         "Exit", "Agrees with the full model", *(f"AUROC, {score}" for score in scores),

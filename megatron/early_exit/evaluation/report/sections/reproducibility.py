@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from megatron.early_exit.evaluation.report.document import AnyDocument
 from megatron.early_exit.evaluation.report.markup import Content, Markup, element
 from megatron.early_exit.evaluation.report.numbers import UNKNOWN
-from megatron.early_exit.evaluation.report.schema import Document
 from megatron.early_exit.evaluation.report.tables import facts
 
 ANCHOR, TITLE = "reproducibility", "How to repeat this"
@@ -20,7 +20,7 @@ READING = (
 )
 
 
-def reproducibility(documents: Sequence[Document]) -> list[Markup]:
+def reproducibility(documents: Sequence[AnyDocument]) -> list[Markup]:
     """What all documents share in one table, and a table for each with the rest."""
     described = [_facts(document) for document in documents]
     common = {
@@ -35,7 +35,7 @@ def reproducibility(documents: Sequence[Document]) -> list[Markup]:
     return tables
 
 
-def _facts(document: Document) -> dict[str, str]:
+def _facts(document: AnyDocument) -> dict[str, str]:
     model, machine = document.model, document.machine
     found: dict[str, Any] = {
         "Command": document.command,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron.early_exit.evaluation.report.document import Document
 from megatron.early_exit.evaluation.report.markup import Content, Markup, element
 from megatron.early_exit.evaluation.report.numbers import (
     UNKNOWN,
@@ -18,7 +19,7 @@ from megatron.early_exit.evaluation.report.plots.base import Plot
 from megatron.early_exit.evaluation.report.plots.draft_heat_map import draft_heat_map
 from megatron.early_exit.evaluation.report.plots.pareto import pareto
 from megatron.early_exit.evaluation.report.plots.throughput_latency import throughput_latency
-from megatron.early_exit.evaluation.report.schema import Document, Row, Speed
+from megatron.early_exit.evaluation.report.schema import Row, Speed
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import table
 
@@ -38,8 +39,8 @@ def overhead(row: Row) -> float | None:
     return 1 - row.speedup / row.layer_run_speedup
 
 
-def _parts(document: Document) -> Parts:
-    results: Speed = document.results
+def _parts(document: Document[Speed]) -> Parts:
+    results = document.results
     rows = sorted(results.rows, key=lambda row: row.batch)
     if not rows:
         return []

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from megatron.early_exit.evaluation.report.document import Document
 from megatron.early_exit.evaluation.report.markup import Content
 from megatron.early_exit.evaluation.report.numbers import UNKNOWN, number, percent, seconds
 from megatron.early_exit.evaluation.report.plots.step_parts import step_parts
-from megatron.early_exit.evaluation.report.schema import Document, Speed, StepPart
+from megatron.early_exit.evaluation.report.schema import Speed, StepPart
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import table
 from megatron.early_exit.evaluation.step_parts import REST, within_step
 
 
-def _parts(document: Document) -> Parts:
-    results: Speed = document.results
+def _parts(document: Document[Speed]) -> Parts:
+    results = document.results
     steps = _steps(results.step)
     if not steps:
         return []

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from megatron.early_exit.evaluation.report.markup import Content, Markup
 from megatron.early_exit.evaluation.report.numbers import UNKNOWN, number, percent, plain_percent, times, with_interval
-from megatron.early_exit.evaluation.report.schema import Row
+from megatron.early_exit.evaluation.report.schema import Calibration, Exits, Row, Speed
 from megatron.early_exit.evaluation.report.sources import Evaluated
 from megatron.early_exit.evaluation.report.tables import table
 
@@ -21,7 +21,7 @@ def summary(models: Sequence[Evaluated]) -> Markup:
 
 
 def _row(model: Evaluated) -> list[Content]:
-    rows = [row for document in model.of_kind("sweep", "benchmark") for row in document.results.rows]
+    rows = [row for document in model.with_results(Speed) for row in document.results.rows]
     return [
         f"{model.name} ({model.model.num_layers} layers)",
         _exits(model),
@@ -32,12 +32,12 @@ def _row(model: Evaluated) -> list[Content]:
 
 
 def _exits(model: Evaluated) -> Content:
-    heads = [head for document in model.of_kind("exits") for head in document.results.heads if not head.is_final]
+    heads = [head for document in model.with_results(Exits) for head in document.results.heads if not head.is_final]
     return _joined([f"exit {head.layer}: ", number(head.agreement, percent)] for head in heads)
 
 
 def _certificates(model: Evaluated) -> Content:
-    cards = [card for document in model.of_kind("calibrate") for card in document.results.certificates]
+    cards = [card for document in model.with_results(Calibration) for card in document.results.certificates]
     return _joined(f"{plain_percent(card.level)} {card.status}" for card in cards)
 
 

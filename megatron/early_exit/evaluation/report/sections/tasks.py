@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from megatron.early_exit.evaluation.report.document import Document
 from megatron.early_exit.evaluation.report.markup import Content
 from megatron.early_exit.evaluation.report.numbers import UNKNOWN, number, p_value
-from megatron.early_exit.evaluation.report.schema import Document, Paired, Score, Task, Tasks, known_interval
+from megatron.early_exit.evaluation.report.schema import Paired, Score, Task, Tasks, known_interval
 from megatron.early_exit.evaluation.report.sections.base import Parts, Section
 from megatron.early_exit.evaluation.report.tables import facts, table
 
 COLUMNS = ("Task", "Items", "Metric", "Mode", "Score ± stderr", "Difference to full (95%)", "McNemar p")
 
 
-def _parts(document: Document) -> Parts:
-    results: Tasks = document.results
+def _parts(document: Document[Tasks]) -> Parts:
+    results = document.results
     rows = [row for name, task in results.tasks.items() for row in _rows(name, task)]
     if not rows:
         return []
