@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from megatron.early_exit.evaluation.calibration import CalibrationSettings, calibrate
+from megatron.early_exit.evaluation.calibration import calibrate
+from megatron.early_exit.evaluation.calibration_settings import CalibrationSettings
 from megatron.early_exit.evaluation.commands import calibrate as command
 from megatron.early_exit.evaluation.commands.common import load
 from megatron.early_exit.evaluation.prompts import EvalPrompt

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import common, smollm2
 from megatron.early_exit.evaluation.decoding import Measurement, Way, decode, measure
-from megatron.early_exit.evaluation.prompts import EvalPrompt, add_prompt_flags, load_prompts
+from megatron.early_exit.evaluation.prompt_flags import add_prompt_flags, load_prompts
+from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.evaluation.statistics.intervals import bootstrap
 from megatron.early_exit.evaluation.statistics.text_metrics import is_loop
 from megatron.early_exit.evaluation.transformers_models import TransformersModel

@@ -25,7 +25,8 @@ from megatron.early_exit.config.run import RunConfig
 from megatron.early_exit.evaluation import decoding
 from megatron.early_exit.evaluation.command_line import main
 from megatron.early_exit.evaluation.comparison import ComparisonSettings, compare
-from megatron.early_exit.evaluation.correctness import Case, CorrectnessCheck, lossless_cases
+from megatron.early_exit.evaluation.correctness import CorrectnessCheck
+from megatron.early_exit.evaluation.correctness_cases import Case, lossless_cases
 from megatron.early_exit.evaluation.decoding import decode
 from megatron.early_exit.evaluation.documents import read_document
 from megatron.early_exit.evaluation.prompts import EvalPrompt

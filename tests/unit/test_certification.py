@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron.early_exit.evaluation.calibration import CalibrationSettings
+from megatron.early_exit.evaluation.calibration_settings import CalibrationSettings
 from megatron.early_exit.evaluation.certification import (
     NEVER,
     Split,

@@ -12,7 +12,8 @@ import transformers
 
 from megatron.early_exit.config.data import TokenizerConfig
 from megatron.early_exit.data.tokenizer import Tokenizer, build_tokenizer
-from megatron.early_exit.evaluation.prompts import PromptSet, add_prompt_flags, load_prompts
+from megatron.early_exit.evaluation.prompt_flags import add_prompt_flags, load_prompts
+from megatron.early_exit.evaluation.prompts import PromptSet
 from megatron.early_exit.inference.protocol import WorkerDescription
 from tests.data_files import write_documents
 from tests.unit.test_text_of_tokenizers import begin, byte_pairs, save, special

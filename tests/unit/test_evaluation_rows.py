@@ -13,7 +13,8 @@ from scipy import stats
 
 from megatron.early_exit.config.exits import ExitConfig, ExitUse
 from megatron.early_exit.evaluation.comparison import ComparisonSettings
-from megatron.early_exit.evaluation.correctness import Difference, first_difference, lossless_cases
+from megatron.early_exit.evaluation.correctness import Difference, first_difference
+from megatron.early_exit.evaluation.correctness_cases import lossless_cases
 from megatron.early_exit.evaluation.decoding import Measurement, Run, measure
 from megatron.early_exit.evaluation.rows import share_interval, speed_columns, speed_over, table, write_csv
 from megatron.early_exit.evaluation.step_parts import step_parts

@@ -17,7 +17,8 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 
 from megatron.early_exit.config.exits import ExitConfig
-from megatron.early_exit.evaluation.calibration import CalibrationSettings, calibrate
+from megatron.early_exit.evaluation.calibration import calibrate
+from megatron.early_exit.evaluation.calibration_settings import CalibrationSettings
 from megatron.early_exit.evaluation.probes import (
     ExitSamples,
     ProbeSettings,

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from megatron.early_exit.config.checkpoint_files import CHECKSUMS_FILE
+from megatron.early_exit.evaluation.calibration_results import calibration_text, card_of, description_of
+from megatron.early_exit.evaluation.calibration_settings import CalibrationSettings
 from megatron.early_exit.evaluation.certification import (
     NAMED_GRID,
     NEVER,
     LineTest,
     Split,
     ThresholdLine,
-    first_exits,
     layers_saved,
     losses,
     p_value,
@@ -25,77 +26,15 @@ from megatron.early_exit.evaluation.certification import (
 )
 from megatron.early_exit.evaluation.free_running import FreeAnswer, free_running
 from megatron.early_exit.evaluation.prompts import PromptSet, check_unseen
-from megatron.early_exit.evaluation.recording import Progress, leaving_layers, rounding_floor, take_records
-from megatron.early_exit.evaluation.statistics.exit_metrics import coverage_risk
+from megatron.early_exit.evaluation.recording import ShowProgress, leaving_layers, rounding_floor, take_records
 from megatron.early_exit.evaluation.statistics.intervals import loss_interval
-from megatron.early_exit.evaluation.statistics.learn_then_test import least_prompts, prompts_needed
-from megatron.early_exit.evaluation.statistics.text_metrics import distinct_n, is_loop, text_loss
-from megatron.early_exit.inference.certificates import AnswerSettings, Certificate, FreeRunningCertificate, Risk
+from megatron.early_exit.evaluation.statistics.learn_then_test import prompts_needed
+from megatron.early_exit.evaluation.statistics.text_metrics import text_loss
+from megatron.early_exit.inference.certificates import AnswerSettings, Certificate, FreeRunningCertificate
 from megatron.early_exit.inference.engine_loading import LoadedEngine
 from megatron.early_exit.inference.exit_records import AboutRecords, PromptRecord, RecordsFolder
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import ExitScore, GenerationParams
-
-ShowProgress = Callable[[str], Progress]
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """What is certified. Impossible values raise ValueError."""
-
-    answer_tokens: int = 64
-    ignore_eod: bool = False
-    levels: tuple[float, ...] = (0.99,)
-    delta: float = 0.05
-    risk: Risk = "A-max"
-    grid: tuple[float, ...] | None = None
-    """Thresholds for all exits alike; None: those of the tuning split, with risks B and C `NAMED_GRID`."""
-    with_free_running: bool = False
-    rounding_prompts: int = 16
-    seed: int = 1234
-    exit_score: ExitScore = "head"
-    """What thresholds are compared with."""
-
-    def __post_init__(self) -> None:
-        if self.answer_tokens < 1:
-            raise ValueError(f"--answer-tokens is {self.answer_tokens}; it must be at least 1")
-        for level in self.levels:
-            if not 0.0 < level < 1.0:
-                raise ValueError(f"--levels has {level:g}; a level lies between 0 and 1, as 0.99")
-        if not 0.0 < self.delta < 1.0:
-            raise ValueError(f"--delta is {self.delta:g}; it must lie between 0 and 1")
-        if self.rounding_prompts < 0:
-            raise ValueError(f"--rounding-prompts is {self.rounding_prompts}; it must be 0 or more")
-        if self.grid is not None:
-            ThresholdLine.named(self.grid, 1)
-
-    @property
-    def delta_of_test(self) -> float:
-        """For each of the tests that a level needs."""
-        return self.delta / 2 if self.with_free_running else self.delta
-
-    def check_prompts(self, num_prompts: int) -> None:
-        """Raise ValueError if a level could not be certified with so many prompts, whatever exits do."""
-        if num_prompts < 10:
-            raise ValueError(f"{num_prompts} prompts leave less than 2 to test on; give at least 10 (--prompts 10)")
-        for level in self.levels:
-            least = least_prompts(1.0 - level, self.delta_of_test)
-            if _smallest_test(num_prompts, self) >= least:
-                continue
-            parts = 2 if self.with_free_running else 1
-            needed = max(num_prompts, 5 * (parts * least - 2) // 3)  # three fifths of less cannot be enough
-            while _smallest_test(needed, self) < least:
-                needed += 1
-            raise ValueError(
-                f"{num_prompts} prompts cannot support level {level}: its test needs {least} prompts even if no "
-                f"decision differs, and gets {_smallest_test(num_prompts, self)} of them; give "
-                f"{needed - num_prompts} more (--prompts {needed}), or ask for a lower level"
-            )
-
-
-def _smallest_test(num_prompts: int, settings: CalibrationSettings) -> int:
-    rest = num_prompts - 2 * (num_prompts // 5)  # as `Split.draw` has it
-    return rest // 2 if settings.with_free_running else rest
+from megatron.early_exit.inference.params import GenerationParams
 
 
 @dataclass
@@ -108,31 +47,7 @@ class Calibration:
 
     def text(self) -> str:
         """The certificates and what the test split says of them, for people."""
-        blocks = []
-        for card in self.results["certificates"]:
-            by = ", probes" if card["exit_score"] == "probe" else ""
-            title = f"certified:{card['level']:g} ({card['risk']}, delta {card['delta']:g}{by}): {card['status']}"
-            lines = [title] if card["reason"] is None else [f"{title}: {card['reason']}"]
-            if card["status"] == "certified":
-                thresholds = ", ".join(f"exit {layer}: {value:.4f}" for layer, value in card["thresholds"].items())
-                low, high = card["test_risk_interval"]
-                lines += [
-                    f"  thresholds: {thresholds}",
-                    f"  calibration: risk {card['calibration_risk']:.3%} on {card['prompts']['calibration']} prompts, "
-                    f"p-value {card['p_value']:.2g}",
-                    f"  test: risk {card['test_risk']:.3%} ({low:.3%} to {high:.3%}) on {card['prompts']['test']} "
-                    f"prompts; along its own answers {card['free_running']['test_risk']:.3%}",
-                    f"  layer runs saved: {card['expected_runs_saved']:.1%}",
-                ]
-                if card["free_running"]["p_value"] is not None:
-                    one = card["free_running"]
-                    verdict = "certified" if one["is_certified"] else "not certified"
-                    lines.append(f"  its own answers: {verdict}, risk {one['risk']:.3%}, p-value {one['p_value']:.2g}")
-            blocks.append("\n".join(lines))
-        rounding = self.results["rounding"]
-        if rounding["decisions"]:
-            blocks.append(f"the full model alone and in batches: {rounding['batch_1_vs_n']:.3%} of decisions differ")
-        return "\n\n" + "\n".join(blocks)
+        return calibration_text(self.results)
 
 
 def calibrate(
@@ -197,7 +112,7 @@ class _Calibrator:
         found = Calibration([certificate for certificate, _, _ in levels])
         found.results = {
             "certificates": cards,
-            **_description(self._records_of(self._split.test), self._layers, self._chosen(levels)),
+            **description_of(self._records_of(self._split.test), self._layers, self._chosen(levels)),
             "rounding": {"batch_1_vs_n": self._rounding.rate, "decisions": self._rounding.num_decisions},
             "cost": {
                 "record_seconds": record_seconds,
@@ -230,7 +145,7 @@ class _Calibrator:
             calibration_risk=tested.risks[last], num_prompts=self._split.sizes, free_running=second,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
-        return certificate, self._card(certificate, line, tested), chosen
+        return certificate, card_of(certificate, line, tested, self._layers), chosen
 
     def _test(self, certificate: Certificate, chosen: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """([prompts] losses of the test split, what the card says of it). chosen: [exits] thresholds"""
@@ -323,37 +238,6 @@ class _Calibrator:
             return "with every exit that may be taken, too many decisions differ; tune exits longer, or ask for less"
         return None
 
-    def _card(self, one: Certificate, line: ThresholdLine, tested: LineTest) -> dict[str, Any]:
-        return {
-            "level": one.level,
-            "delta": one.delta,
-            "risk": one.risk,
-            "exit_score": one.score,
-            "status": "certified" if one.refusal is None else "refused",
-            "reason": one.refusal,
-            "thresholds": {str(layer): value for layer, value in one.thresholds.items()},
-            "max_tokens": one.answers.max_tokens,
-            "prompts": one.num_prompts,
-            "p_value": one.p_value,
-            "calibration_risk": one.calibration_risk,
-            "test_risk": None,
-            "test_risk_interval": None,
-            "free_running": None,
-            "expected_runs_saved": None,
-            "path": [
-                {
-                    "budget": line.names[point],
-                    "thresholds": {
-                        str(layer): None if value == NEVER else float(value)
-                        for layer, value in zip(self._layers, line.thresholds[point])
-                    },
-                    "p_value": tested.p_values[point],
-                    "risk": tested.risks[point],
-                }
-                for point in range(len(tested.p_values))
-            ],
-        }
-
     def _chosen(self, levels: Sequence[tuple[Certificate, Any, Any]]) -> np.ndarray | None:
         """[exits]: the thresholds of the lowest level that is certified."""
         certified = [one for one, _, _ in levels if one.refusal is None]
@@ -384,37 +268,3 @@ class _Calibrator:
 def _runs_saved(answers: Sequence[FreeAnswer]) -> float:
     full = sum(one.statistics.full_layer_passes for one in answers)
     return 1.0 - sum(one.statistics.layer_runs for one in answers) / full if full else 0.0
-
-
-def _description(
-    records: Sequence[PromptRecord], layers: Sequence[int], thresholds: np.ndarray | None
-) -> dict[str, Any]:
-    """Curves and texts of the test split. thresholds: [exits] of the shares by position; None: there are none."""
-    curves = {}
-    for index, layer in enumerate(layers):
-        scores = np.concatenate([one.scores[:, index] for one in records])
-        is_right = ~np.concatenate([one.is_wrong[:, index] for one in records])
-        curves[str(layer)] = [point._asdict() for point in coverage_risk(scores, is_right)]
-    answers = [one.tokens.tolist() for one in records]
-    return {
-        "coverage_risk": curves,
-        "exit_share_by_position": [] if thresholds is None else _shares_by_position(records, layers, thresholds),
-        "text": {
-            "loop_rate": float(np.mean([is_loop(answer) for answer in answers])),
-            "distinct_1": float(np.mean([distinct_n(answer, 1) for answer in answers])),
-            "distinct_2": float(np.mean([distinct_n(answer, 2) for answer in answers if len(answer) > 1] or [0.0])),
-        },
-    }
-
-
-def _shares_by_position(
-    records: Sequence[PromptRecord], layers: Sequence[int], thresholds: np.ndarray
-) -> list[dict[str, Any]]:
-    taken = [first_exits(one, thresholds) for one in records]
-    names = [*map(str, layers), "final"]
-    rows = []
-    for position in range(max(map(len, taken))):
-        here = np.array([one[position] for one in taken if position < len(one)])
-        shares = np.bincount(here, minlength=len(names)) / len(here)
-        rows.append({"position": position, "count": len(here), "shares": dict(zip(names, shares.tolist()))})
-    return rows

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from megatron.early_exit.evaluation.answer_quality import answer_quality
 from megatron.early_exit.evaluation.decoding import Measurement, Way, decode, measure
 from megatron.early_exit.evaluation.prompts import EvalPrompt
+from megatron.early_exit.evaluation.recording import ShowProgress
 from megatron.early_exit.evaluation.rows import Row, Variant, per_prompt, row_of, speed_columns
 from megatron.early_exit.inference.llm import LLM
-
-ShowProgress = Callable[[str], Callable[[int, int], None]]
-"""From words for what is done to a function of (done, total)."""
 
 
 @dataclass(frozen=True)

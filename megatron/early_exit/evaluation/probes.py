@@ -17,10 +17,9 @@ import torch
 from torch.nn import functional as F
 
 from megatron.early_exit.config.checkpoint_files import CHECKSUMS_FILE, PROBE_ANSWERS_FOLDER
-from megatron.early_exit.evaluation.calibration import ShowProgress
 from megatron.early_exit.evaluation.own_answers import AnswersFolder, take_answers
 from megatron.early_exit.evaluation.prompts import EvalPrompt, PromptSet, prompt_digest
-from megatron.early_exit.evaluation.recording import Progress, full_params, leaving_layers
+from megatron.early_exit.evaluation.recording import Progress, ShowProgress, full_params, leaving_layers
 from megatron.early_exit.evaluation.statistics.exit_metrics import auroc, expected_calibration_error, leaving_share
 from megatron.early_exit.inference.certificates import AnswerSettings
 from megatron.early_exit.inference.engine_loading import LoadedEngine

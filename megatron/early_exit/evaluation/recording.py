@@ -21,6 +21,10 @@ from megatron.early_exit.platform.part_files import Parts
 _PROMPTS_PER_PART, _SECONDS_PER_PART = 64, 120.0
 
 Progress = Callable[[int, int], None]
+"""Is called with what is done and what is to be done."""
+
+ShowProgress = Callable[[str], Progress]
+"""Makes one for a kind of work, in words."""
 
 
 def leaving_layers(loaded: LoadedEngine, purpose: str) -> tuple[int, ...]:

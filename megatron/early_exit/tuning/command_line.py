@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron.early_exit.checkpoint.commands.exits import add_exit_flags
-from megatron.early_exit.evaluation.prompts import add_prompt_flags
+from megatron.early_exit.evaluation.prompt_flags import add_prompt_flags
 from megatron.early_exit.inference.executor.base import ExecutorError
 from megatron.early_exit.inference.model_flags import ModelFlags, add_model_flags
 from megatron.early_exit.platform.command_line import (

@@ -32,7 +32,8 @@ from megatron.early_exit.config.description import ModelDescription
 from megatron.early_exit.config.exits import ExitConfig
 from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.saved_description import read_description
-from megatron.early_exit.evaluation.prompts import EvalPrompt, load_prompts
+from megatron.early_exit.evaluation.prompt_flags import load_prompts
+from megatron.early_exit.evaluation.prompts import EvalPrompt
 from megatron.early_exit.inference.model_flags import engine_settings
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.protocol import WorkerDescription

@@ -19,7 +19,7 @@ from megatron.early_exit.evaluation.commands.comparing import (
     load_for,
     settings_of,
 )
-from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompts
+from megatron.early_exit.evaluation.prompt_flags import add_prompt_flags, load_prompts
 from megatron.early_exit.platform.command_line import show_progress
 
 if TYPE_CHECKING:

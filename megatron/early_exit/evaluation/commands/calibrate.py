@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.evaluation.commands.common import add_parser, finish, load
-from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompts
+from megatron.early_exit.evaluation.prompt_flags import add_prompt_flags, load_prompts
 from megatron.early_exit.platform.command_line import show_progress
 
 if TYPE_CHECKING:
-    from megatron.early_exit.evaluation.calibration import Calibration, CalibrationSettings
+    from megatron.early_exit.evaluation.calibration import Calibration
+    from megatron.early_exit.evaluation.calibration_settings import CalibrationSettings
     from megatron.early_exit.evaluation.commands.common import Commands
     from megatron.early_exit.evaluation.prompts import PromptSet
     from megatron.early_exit.inference.engine_loading import LoadedEngine
@@ -107,7 +108,7 @@ def prompts_of(args: argparse.Namespace, llm: LLM, loaded: LoadedEngine) -> Prom
 
 
 def settings_of(args: argparse.Namespace) -> CalibrationSettings:
-    from megatron.early_exit.evaluation.calibration import CalibrationSettings
+    from megatron.early_exit.evaluation.calibration_settings import CalibrationSettings
 
     return CalibrationSettings(
         answer_tokens=args.answer_tokens, ignore_eod=args.ignore_eod, levels=tuple(sorted(set(args.levels))),

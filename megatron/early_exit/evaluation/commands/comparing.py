@@ -140,7 +140,7 @@ def _max_length(args: argparse.Namespace) -> dict[str, int]:
     """Prompts from documents have one length: keys and values need no more room."""
     from megatron.early_exit.config.checkpoint_choice import checkpoint_folder
     from megatron.early_exit.config.saved_description import read_description
-    from megatron.early_exit.evaluation.prompts import prompt_length
+    from megatron.early_exit.evaluation.prompt_flags import prompt_length
 
     if args.max_length is not None or not args.data_path:
         return {}
@@ -150,7 +150,7 @@ def _max_length(args: argparse.Namespace) -> dict[str, int]:
 
 def settings_of(args: argparse.Namespace, *parts: Any) -> dict[str, Any]:
     """Those of the document, from dataclasses and the flags of prompts."""
-    from megatron.early_exit.evaluation.prompts import prompt_length
+    from megatron.early_exit.evaluation.prompt_flags import prompt_length
 
     merged: dict[str, Any] = {}
     for part in parts:

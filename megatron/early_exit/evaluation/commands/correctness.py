@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.evaluation.commands.common import add_parser, finish
 from megatron.early_exit.evaluation.commands.comparing import add_answer_flags, answers_of, load_for
-from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompts, prompt_length
+from megatron.early_exit.evaluation.prompt_flags import add_prompt_flags, load_prompts, prompt_length
 from megatron.early_exit.platform.command_line import show_progress
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron.early_exit.evaluation.commands.common import add_parser, finish, load
-from megatron.early_exit.evaluation.prompts import add_prompt_flags, load_prompts
+from megatron.early_exit.evaluation.prompt_flags import add_prompt_flags, load_prompts
 from megatron.early_exit.platform.command_line import show_progress
 
 if TYPE_CHECKING:

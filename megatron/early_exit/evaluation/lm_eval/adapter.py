@@ -23,27 +23,19 @@ from typing import TYPE_CHECKING, Any
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
 from megatron.early_exit.data.tokenizer_libraries import HuggingFaceLibrary
+from megatron.early_exit.evaluation.lm_eval.answers import AnswerRequest
 from megatron.early_exit.evaluation.lm_eval.model_arguments import ModelArguments
 from megatron.early_exit.evaluation.lm_eval.modes import FULL, DecodingMode
+from megatron.early_exit.evaluation.lm_eval.texts import TextRules
 from megatron.early_exit.inference.llm import LLM
-from megatron.early_exit.inference.params import (
-    MAX_STOP_CHARACTERS,
-    MAX_STOP_STRINGS,
-    GenerationParams,
-    SamplingSettings,
-)
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 log = logging.getLogger(__name__)
-
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-"""Generation arguments of tasks that say how tokens are drawn."""
 
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """(texts, ids of the context, ids of the continuation), as lm-eval passes them."""
@@ -73,7 +65,8 @@ class EarlyExitLM(TemplateLM):
             llm.engine.checks.check(mode.params)
         mode.score_params.heads(llm.exits)
         self.llm, self.mode = llm, mode
-        self._tokenizer, self._add_bos_token, self._prefix_token_id = llm.tokenizer, add_bos_token, prefix_token_id
+        self._tokenizer = llm.tokenizer
+        self.texts = TextRules(llm.tokenizer, add_bos_token, prefix_token_id)
         self._model_info = dict(model_info or {})
         library = llm.tokenizer.library
         self.tokenizer = library.tokenizer if isinstance(library, HuggingFaceLibrary) else None
@@ -117,7 +110,7 @@ class EarlyExitLM(TemplateLM):
 
     def check_answers(self, arguments: Mapping[str, Any]) -> None:
         """Raise ValueError if the model cannot answer with these generation arguments, whatever the prompt."""
-        self.llm.engine.checks.check(_Answer(self, "", arguments).params)
+        self.llm.engine.checks.check(self._answer("", arguments).params)
 
     # What lm-eval asks about the model.
 
@@ -128,9 +121,7 @@ class EarlyExitLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What a text without context is conditioned on."""
-        if self._prefix_token_id is not None:
-            return self._prefix_token_id
-        return self._tokenizer.eod if self._tokenizer.bos is None else self._tokenizer.bos
+        return self.texts.prefix_token_id
 
     @property
     def max_length(self) -> int:
@@ -173,19 +164,8 @@ class EarlyExitLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text. By default with what the tokenizer begins texts with, unless the text spells it already."""
         if add_special_tokens is None:
-            return self._encode(string, begins_with=self.prefix_token_id)
+            return self.texts.encode(string, begins_with=self.prefix_token_id)
         return self._tokenizer.encode_prompt(string, add_special_tokens)
-
-    def _encode(self, text: str, begins_with: int | None) -> list[int]:
-        if begins_with is not None and text.startswith(self._spelling(begins_with)):
-            return self._tokenizer.encode_prompt(text, add_special_tokens=False)
-        if self._add_bos_token is None:
-            return self._tokenizer.encode_prompt(text)
-        begin = [self._tokenizer.bos] if self._add_bos_token and self._tokenizer.bos is not None else []
-        return begin + self._tokenizer.tokenize(text)
-
-    def _spelling(self, token: int) -> str:
-        return self._tokenizer.library.spelling(token)
 
     # Likelihoods.
 
@@ -255,10 +235,14 @@ class EarlyExitLM(TemplateLM):
 
     # Answers.
 
+    def _answer(self, context: str, arguments: Mapping[str, Any]) -> AnswerRequest:
+        """Raises ValueError for generation arguments that are not known."""
+        return AnswerRequest(self.texts, self.mode.params, context, arguments, self.max_length, self.max_gen_toks)
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text of each answer, up to the first of the task's stop strings or the end of text."""
         asked = [request.args[:2] for request in requests]
-        prepared = [_Answer(self, context, arguments) for context, arguments in asked]
+        prepared = [self._answer(context, arguments) for context, arguments in asked]
         for room in {one.room for one in prepared}:
             self._warn_of_cuts([one.prompt_length for one in prepared if one.room == room], room)
         # A task that asks the same several times wants several samples.
@@ -281,71 +265,3 @@ class EarlyExitLM(TemplateLM):
                 self.cache_hook.add_partial("generate_until", asked[index], texts[index])
                 bar.update()
         return texts
-
-    def end_strings(self, until: Sequence[str] | str | None) -> list[str]:
-        """Where the text of an answer ends: what the task says, and the spelling of the end of text."""
-        strings = list(until) if isinstance(until, list | tuple) else until
-        return [text for text in handle_stop_sequences(strings, eos=self._spelling(self.eot_token_id)) if text]
-
-    def end_tokens(self, strings: Sequence[str]) -> tuple[int, ...]:
-        """Special tokens that these strings spell. They leave no text in which a string could be found."""
-        tokens = {self.eot_token_id}
-        for text in strings:
-            ids = self._tokenizer.tokenize(text)
-            if len(ids) == 1 and self._spelling(ids[0]) == text and not self._tokenizer.detokenize(ids):
-                tokens.add(ids[0])
-        return tuple(sorted(tokens))
-
-    def room(self, max_tokens: int) -> int:
-        """Tokens of a prompt beside which the answer fits. Raises ValueError if there is none."""
-        if max_tokens >= self.max_length:
-            raise ValueError(
-                f"an answer may have {max_tokens} tokens (max_gen_toks), but the model takes {self.max_length} in all "
-                "(max_length); it needs a model of longer sequences, or a task with a smaller max_gen_toks"
-            )
-        return self.max_length - max_tokens
-
-    def prompt_ids(self, text: str) -> list[int]:
-        return self._encode(text, begins_with=self._tokenizer.bos) or [self.prefix_token_id]
-
-
-class _Answer:
-    """One request for an answer, as the engine takes it, and its text."""
-
-    def __init__(self, lm: EarlyExitLM, context: str, arguments: Mapping[str, Any]) -> None:
-        """Raises ValueError for generation arguments that are not known."""
-        given = dict(normalize_gen_kwargs(dict(arguments), lm.max_gen_toks))
-        self._lm, self._ends = lm, lm.end_strings(given.pop("until", None))
-        max_tokens = given.pop("max_gen_toks")
-        self.room = lm.room(max_tokens)
-        ids = lm.prompt_ids(context)
-        self.prompt, self.prompt_length = ids[-self.room :], len(ids)
-        # Of more strings or longer ones than the engine looks for, the rest is found in the finished text.
-        watched = [text for text in self._ends if len(text) <= MAX_STOP_CHARACTERS][:MAX_STOP_STRINGS]
-        self.params: GenerationParams = replace(
-            lm.mode.params,
-            max_tokens=max_tokens,
-            sampling=_sampling(given),
-            stop=tuple(watched),
-            stop_tokens=lm.end_tokens(self._ends),
-        )
-
-    def text(self, ids: list[int]) -> str:
-        """The answer, without what ended it."""
-        whole = self._lm.llm.tokenizer.detokenize(ids)
-        text: str = postprocess_generated_text(whole, self._ends, think_end_token=None)
-        return text
-
-
-def _sampling(arguments: dict[str, Any]) -> SamplingSettings:
-    """Raises ValueError for arguments that are not known."""
-    values = {name: arguments.pop(name) for name in _SAMPLING if name in arguments}
-    if not arguments.pop("do_sample"):
-        values["temperature"] = 0.0
-    if arguments:
-        names = ", ".join(f"{name}={value}" for name, value in arguments.items())
-        raise ValueError(
-            f"generation arguments that the model early-exit does not know: {names}; it knows until, max_gen_toks, "
-            f"do_sample, {', '.join(_SAMPLING)}"
-        )
-    return SamplingSettings(**values)
