@@ -23,8 +23,10 @@ LANDING = ROOT / "docs/api.md"
 PACKAGE = "megatron.early_exit"
 
 TEMPLATES = {
-    # Without a root module, whose page would be the first one, pages link to the index.
-    "module.html.jinja2": '{% set root_module_name = false %}{% extends "default/module.html.jinja2" %}',
+    # Without a root module, whose page would be the first one, pages link to the index. Loggers are nobody's business.
+    "module.html.jinja2": """{% set root_module_name = false %}
+{% macro is_public(doc) %}{% if doc.name != "log" %}{{ default_is_public(doc) }}{% endif %}{% endmacro %}
+{% extends "default/module.html.jinja2" %}""",
     "landing.html.jinja2": """{% extends "frame.html.jinja2" %}
 {% block title %}megatron-early-exit{% endblock %}
 {% block nav %}
@@ -78,7 +80,9 @@ def _write(path: Path, text: str) -> None:
 
 def _landing(names: list[str], output: Path) -> str:
     """The page that leads: what is public, the folders, the guides."""
-    guides = [(page.read_text(encoding="utf-8").partition("\n")[0].lstrip("# "), page) for page in _guides()]
+    guides = [
+        (page.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").replace("`", ""), page) for page in _guides()
+    ]
     depth = PACKAGE.count(".") + 1
     return pdoc.render.env.get_template("landing.html.jinja2").render(
         text=pdoc.render_helpers.to_html(_with_links(LANDING.read_text(encoding="utf-8"), names, output)),
