@@ -80,15 +80,16 @@ def _write(path: Path, text: str) -> None:
 
 def _landing(names: list[str], output: Path) -> str:
     """The page that leads: what is public, the folders, the guides."""
-    guides = [
-        (page.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").replace("`", ""), page) for page in _guides()
-    ]
     depth = PACKAGE.count(".") + 1
     return pdoc.render.env.get_template("landing.html.jinja2").render(
         text=pdoc.render_helpers.to_html(_with_links(LANDING.read_text(encoding="utf-8"), names, output)),
         rooms=[(name, _page(name)) for name in names if name.count(".") == depth],
-        guides=[(title, os.path.relpath(page, output)) for title, page in guides],
+        guides=[(_title(page), os.path.relpath(page, output)) for page in _guides()],
     )
+
+
+def _title(page: Path) -> str:
+    return page.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").replace("`", "")
 
 
 def _guides() -> list[Path]:

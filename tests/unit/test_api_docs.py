@@ -73,7 +73,7 @@ def test_modules_that_cannot_be_imported_are_named(
     package = tmp_path / "some_api_package"
     package.mkdir()
     (package / "__init__.py").write_text('"""A package."""\n')
-    (package / "whole.py").write_text('"""A module."""\n')
+    (package / "whole.py").write_text('"""A module."""\nimport logging\nlog, limit = logging.getLogger("a"), 3\n')
     (package / "lacking.py").write_text('"""A module."""\nimport no_such_package\n')
     monkeypatch.syspath_prepend(str(tmp_path))
     left_out = program.build(tmp_path / "docs", "some_api_package")
@@ -81,3 +81,5 @@ def test_modules_that_cannot_be_imported_are_named(
     assert {path.name for path in (tmp_path / "docs").rglob("*.html")} == {
         "index.html", "some_api_package.html", "whole.html"
     }  # fmt: skip
+    page = (tmp_path / "docs/some_api_package/whole.html").read_text(encoding="utf-8")
+    assert 'id="limit"' in page and "Logger" not in page
