@@ -208,6 +208,7 @@ def test_certified_thresholds(chat: EarlyExitLM, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=r"certified:0\.9 needs a certificate"):
         in_mode(chat, "certified:0.9")
     monkeypatch.setattr(chat.llm.engine, "checks", checks)
+    monkeypatch.setattr(chat.llm.engine._planner, "_checks", checks)
     lm, questions = in_mode(chat, "certified:0.9"), [(text, {"max_gen_toks": 12}) for text in ("a small", "it is")]
     answers = lm.generate_until(instances("generate_until", questions))
     assert answers == in_mode(chat, "early_exit:0.1,0.2").generate_until(instances("generate_until", questions))
