@@ -73,7 +73,7 @@ def test_modules_that_cannot_be_imported_are_named(
     package = tmp_path / "some_api_package"
     package.mkdir()
     (package / "__init__.py").write_text('"""A package."""\n')
-    (package / "whole.py").write_text('"""A module."""\nimport logging\nlog, limit = logging.getLogger("a"), 3\n')
+    (package / "whole.py").write_text('"""A module."""\nimport logging\nlog = logging.getLogger("a")\nlimit = 3\n')
     (package / "lacking.py").write_text('"""A module."""\nimport no_such_package\n')
     monkeypatch.syspath_prepend(str(tmp_path))
     left_out = program.build(tmp_path / "docs", "some_api_package")
