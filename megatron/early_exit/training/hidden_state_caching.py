@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.early_exit.checkpoint.tensors import EXIT_HEAD
 from megatron.early_exit.config.run import RunConfig
-from megatron.early_exit.data.batches import Batch, build_iterator
+from megatron.early_exit.data.batches import Batch, Samples, build_iterator
 from megatron.early_exit.data.core_datasets import TokenDataset
 from megatron.early_exit.data.hidden_states import CacheContent, CachedSamples, HiddenStateCache
 from megatron.early_exit.model.build import Model, params_dtype
@@ -70,7 +70,7 @@ class HiddenStateCaching:
         )  # fmt: skip
         return self._iterator(samples, consumed_samples)
 
-    def _iterator(self, samples: torch.utils.data.Dataset[Batch], consumed_samples: int) -> Iterator[Batch]:
+    def _iterator(self, samples: Samples, consumed_samples: int) -> Iterator[Batch]:
         return build_iterator(
             samples,
             consumed_samples=consumed_samples,

@@ -34,10 +34,11 @@ from megatron.early_exit.config.flags import parse_run_config
 from megatron.early_exit.config.saved_description import read_description
 from megatron.early_exit.evaluation.prompt_flags import load_prompts
 from megatron.early_exit.evaluation.prompts import EvalPrompt
-from megatron.early_exit.inference.model_flags import engine_settings
+from megatron.early_exit.inference.model_flags import ModelFlags, engine_settings
 from megatron.early_exit.inference.params import GenerationParams, SamplingSettings
 from megatron.early_exit.inference.protocol import WorkerDescription
 from megatron.early_exit.platform.command_line import is_main_rank
+from megatron.early_exit.platform.program_flags import flags_of
 from megatron.early_exit.platform.world import world_size
 from megatron.early_exit.tuning.answer_progress import AnswerProgress
 from megatron.early_exit.tuning.manifest import Facts, Manifest, Step
@@ -316,7 +317,7 @@ class Recipe:
 
     def _engine_settings(self, longest: int) -> dict[str, Any]:
         """longest: sequence that is run; for shorter ones more requests fit into memory."""
-        settings = engine_settings(self.args) | {"worker_timeout": self.args.worker_timeout}
+        settings = engine_settings(flags_of(ModelFlags, self.args)) | {"worker_timeout": self.args.worker_timeout}
         settings["max_length"] = min(self.args.max_length or longest, longest)
         return settings if self.is_ours else settings | {"iteration": None}
 
