@@ -3,7 +3,7 @@
 # make test-fast  set up, then run what takes no more than minutes: unit tests, and every program once
 # make test       set up, then run all tests; like the fast ones, two files at a time (TEST_PROCESSES=2)
 # make coverage   set up, then say which lines the fast tests run (COVERAGE_TESTS=tests for all); see below
-# make lint       formatting, imports, spelling
+# make lint       formatting, imports, spelling, types
 # make hooks      set up, then have git run the checks of `make lint` before every commit (.pre-commit-config.yaml)
 # make docs       set up, then write pages of all modules from their docstrings (build/docs/index.html)
 # make bench      benchmarks (quick form); full ones: benchmarks/README.md
@@ -61,6 +61,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/mypy
 
 hooks: setup
 	$(BIN)/python -m pre_commit install
