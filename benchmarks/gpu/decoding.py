@@ -10,7 +10,6 @@ question for trained models; here it is what the machinery costs and gains at th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,8 +37,6 @@ _TOY = {
 _DEEP_SCALE, _NORM_SCALE = 0.1, 10.0
 _EXIT_SHARES = (0.3, 0.6, 0.9)
 """Shares of tokens that leave at an exit when thresholds are chosen by them."""
-_FEW_DEFERRED = 15
-"""And the row that completes them: the most rows of a slot that `graphs` holds."""
 _PROMPT_TOKENS, _TOKENS, _ROUNDS = 64, 64, 3
 _TOY_TOKENS, _TOY_ROUNDS = 6, 1
 _BATCHES, _TOY_BATCHES = (1, 16, 64), (1, 2)
@@ -164,9 +161,6 @@ def _exits(run: Decoding, batch: int, record: Record) -> None:
         variants[f"early exit, {share:.0%} leave"] = run.params(
             mode="early_exit", exit_thresholds=(threshold,), exit_layers=(leaving,)
         )
-    # So few that the pass which completes them fits into a CUDA graph.
-    all_leave = variants[f"early exit, {_EXIT_SHARES[-1]:.0%} leave"]
-    variants[f"early exit, {_EXIT_SHARES[-1]:.0%} leave, few deferred"] = replace(all_leave, max_deferred=_FEW_DEFERRED)
     for layer in run.exit_layers:
         variants[f"speculation, exit {layer}"] = run.params(mode="self_speculative", draft_exit=layer)
     last: dict[str, list[RequestResult]] = {}

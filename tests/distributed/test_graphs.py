@@ -206,6 +206,15 @@ def test_answers_are_the_same_with_graphs_and_without() -> None:
         assert [t.log_prob for t in ours.tokens] == pytest.approx([t.log_prob for t in theirs.tokens], rel=1e-4)
 
 
+def test_no_more_rows_are_deferred_than_a_graph_completes() -> None:
+    request = ([5, 3], GenerationParams(max_tokens=30, mode="early_exit", exit_thresholds=(0.0,), max_deferred=32))
+    cfg = decoding_config(exit_layer_nums=(2,))
+    (with_graphs, without) = run_distributed(1, answers_with_and_without, cfg=cfg, requests=[request])[0]
+    assert [result.token_ids for result in with_graphs] == [result.token_ids for result in without]
+    caught_up = [[number for number, one in enumerate(a[0].tokens) if one.caught_up] for a in (with_graphs, without)]
+    assert caught_up == [[15], []]
+
+
 def run_gpu_test_on_cpu(head: str) -> None:
     from tests.gpu import test_decoding
 

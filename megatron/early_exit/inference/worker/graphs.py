@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 # Most steps have one row per slot. Several come with drafts that are verified and with rows that were deferred. A slot
 # has more of those at most once in as many steps, or has a prompt, whose kernels are long enough.
 _ROWS_PER_SLOT = (1, 4, 16)
+MOST_ROWS_PER_SLOT = _ROWS_PER_SLOT[-1]
 # From about this many rows on a GPU computes longer than it reads weights, and filling a batch costs time.
 _MAX_ROWS = 256
 # Key counts grow by four: masked keys are read too, but even this many, of all slots, are read in the time in which a

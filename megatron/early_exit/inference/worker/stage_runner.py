@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron.early_exit.inference.protocol import FINAL_HEAD, Prediction, RowsOutput
 from megatron.early_exit.inference.worker.attention import AttentionMetadata
 from megatron.early_exit.inference.worker.decoder import Decoder
+from megatron.early_exit.inference.worker.graphs import MOST_ROWS_PER_SLOT
 from megatron.early_exit.inference.worker.head_output import AnyOutput, HeadOutput
 from megatron.early_exit.inference.worker.head_reports import (
     check_finite,
@@ -31,6 +32,7 @@ from megatron.early_exit.inference.worker.head_reports import (
     score,
 )
 from megatron.early_exit.inference.worker.scheduled_rows import ExitRow, HeadRow, ScheduledRows
+from megatron.early_exit.inference.worker.slot_state import SlotState
 from megatron.early_exit.platform.device import to_device
 
 log = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class StageRunner:
         self._exits = [one.index for one in sorted(decoder.exits, key=lambda one: (one.depth, one.index))]
         self._is_last = decoder.last_layer == decoder.num_layers
         self._is_alone = decoder.weights.tp.size == 1
+        # With more rows the pass that completes a slot's deferred ones would run kernel by kernel. No token changes.
+        self._most_deferred = None if decoder.graphs is None else MOST_ROWS_PER_SLOT - 1
         self._fill_budget, self._fill_min_rows = 0, 1
         self._answer: Answer | None = None
 
@@ -297,12 +301,16 @@ class StageRunner:
                 rows.is_answered = True
                 if not is_end and not rows.is_draft:
                     rows.goes_on = self._may_fill(index, rows)
-                    may_defer = slot.num_deferred + rows.num_rows <= slot.request.max_deferred
+                    may_defer = slot.num_deferred + rows.num_rows <= self._max_deferred(slot)
                     rows.is_catching_up = not rows.goes_on and not may_defer
                     rows.goes_on |= rows.is_catching_up
             rows.tokens.append(drawn_token(one, output, index, token, log_prob))
             answered.append(rows)
         return answered
+
+    def _max_deferred(self, slot: SlotState) -> int:
+        wanted = slot.request.max_deferred
+        return wanted if self._most_deferred is None else min(wanted, self._most_deferred)
 
     def _run_block(self, index: int, batch: _Batch, offsets: list[int]) -> Tensor:
         """Run the exit's block over the rows of all slots that may evaluate this exit, now or later; deferred rows that
