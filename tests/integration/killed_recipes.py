@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from megatron.early_exit.evaluation import own_answers
-from megatron.early_exit.tuning import command_line, training_process
+from megatron.early_exit.tuning import command_line, recipe
 
 RENAMES_BETWEEN_KILLS = 6
 SECONDS_FOR_ORPHANS = 5
@@ -88,7 +88,7 @@ def _kill_at_a_rename() -> None:
         rename(*names)
 
     os.replace = replace
-    training_process.run_training = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    recipe.run_training = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _kill_when(is_due: Callable[[], bool], number: int = signal.SIGKILL) -> None:

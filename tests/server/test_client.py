@@ -87,7 +87,7 @@ def test_the_prompts_of_ee_llm_through_its_api(
 def test_chat_keeps_the_conversation(
     server: RunningServer, offline: LLM, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a small model\nreads\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a small model\nreads\n")))
     assert run(server, "--chat", "--json", "--mode", "full", "--tokens-to-generate", "6") == 0
     answers = [json.loads(line)["message"]["content"] for line in capsys.readouterr().out.splitlines()]
     messages = []
