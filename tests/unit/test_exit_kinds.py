@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron.early_exit.config import exits as exits_module
 from megatron.early_exit.config.data import DataConfig
+from megatron.early_exit.config.description import EXIT_STRUCTURE_FIELDS
 from megatron.early_exit.config.errors import ConfigError
 from megatron.early_exit.config.exits import ExitConfig, ExitHeadKind, exit_kind_problems, head_settings
 from megatron.early_exit.config.flags import parse_run_config
@@ -23,7 +25,8 @@ from megatron.early_exit.server.openai_api import models
 
 BASE = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 8 --lr 1e-3 --train-iters 1 --mock-data"
 KINDS = [
-    ExitHeadKind(*parts) for parts in itertools.product((False, True), repeat=4) if not (parts[1] and parts[2])
+    kind for parts in itertools.product((False, True), repeat=len(dataclasses.fields(ExitHeadKind)))
+    if not ((kind := ExitHeadKind(*parts)).mlp and kind.block)
 ]  # fmt: skip
 
 
@@ -120,3 +123,8 @@ def test_what_a_server_says_of_uses() -> None:
     assert (of_page.exit_layers, of_page.leaving_layers, of_page.drafting_layers) == ([1, 2], [2], [1])
     assert (of_page.defaults.exit_layers, of_page.defaults.draft_exit) == ([2], 1)
     assert "exits 1 (draft), 2 (leave)" in run._in_words(loaded, "m")
+
+
+def test_every_part_of_a_head_is_compared_with_a_checkpoint_s() -> None:
+    assert {*exits_module._SETTING_OF_PART} == {field.name for field in dataclasses.fields(ExitHeadKind)}
+    assert {*exits_module._SETTING_OF_PART.values()} <= set(EXIT_STRUCTURE_FIELDS)

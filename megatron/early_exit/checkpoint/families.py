@@ -60,9 +60,6 @@ def standard_model_type(model: ModelConfig) -> str:
     )
 
 
-# Llama and what is like it
-
-
 FAMILIES = (
     Family(
         model_types=("llama", "mistral", "qwen2", "qwen3"),

@@ -8,6 +8,7 @@ nor core.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron.early_exit.config.exits import ExitHeadKind, num_sampled_tokens
 from megatron.early_exit.config.run import ResolvedConfig, RunConfig
@@ -223,7 +224,7 @@ def tuned_exit_flops_per_token(config: RunConfig, exit_index: int, vocab_size: i
     Its output projection's logits, the gradients of what is its own, and the final head's logits if it distils, are of
     the tokens that it learns from. No gradient is taken of an output weight that is the model's."""
     head, fraction = config.exits.head_of(exit_index), config.exits.token_fraction_of(exit_index)
-    has_more = head.norm or head.mlp or head.block
+    has_more = replace(head, untied_output=False).has_parameters
     products = 1 + has_more + head.untied_output + (distillation_share > 0)
     output = fraction * products * output_flops_per_token(config, vocab_size) / 3
     return output + branch_flops_per_token(config, head)
