@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.smoke.test_programs import ROOT
+from tests.smoke.programs import ROOT, results_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,16 +78,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, dict]:
     """Of all steps up to the first that failed."""
-    programs = [[word.replace("F/", f"{folder}/") for word in step.split()] for step in STEPS.values()]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONWARNINGS", "RANK")}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.smoke.programs", str(folder / "log.jsonl")], cwd=ROOT, env=environment,
-        input="\n".join(map(json.dumps, programs)), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    assert lines, process.stderr
-    return dict(zip(STEPS, map(json.loads, lines)))
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return results_of(STEPS, folder, 300, PYTHONPATH=path)
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -12,10 +12,30 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def results_of(steps: Mapping[str, str], folder: Path, timeout: float, **variables: str) -> dict[str, dict]:
+    """Of all steps up to the first that failed, by their names. steps: command lines, in which F/ stands for `folder`;
+    variables: of the environment."""
+    programs = [[word.replace("F/", f"{folder}/") for word in step.split()] for step in steps.values()]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONWARNINGS", "RANK")}
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.smoke.programs", str(folder / "log.jsonl")], cwd=ROOT,
+        env=environment | variables, input="\n".join(map(json.dumps, programs)), capture_output=True, text=True,
+        timeout=timeout, check=False,
+    )  # fmt: skip
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    assert lines, process.stderr
+    return dict(zip(steps, map(json.loads, lines)))
 
 
 def run(words: list[str]) -> dict:

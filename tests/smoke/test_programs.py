@@ -6,15 +6,12 @@ Whether what they do is right is for the other tests.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.smoke.programs import ROOT, results_of
+
 TRAIN = "pretrain_early_exit_gpt.py"
 LENGTH = "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3 --num-workers 0"
 MODEL = (
@@ -89,16 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, dict]:
     """Of all steps up to the first that failed."""
-    programs = [[word.replace("F/", f"{folder}/") for word in step.split()] for step in STEPS.values()]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONWARNINGS", "RANK")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.smoke.programs", str(folder / "log.jsonl")], cwd=ROOT, env=environment,
-        input="\n".join(map(json.dumps, programs)), capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    assert lines, process.stderr
-    return dict(zip(STEPS, map(json.loads, lines)))
+    return results_of(STEPS, folder, 400, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.parametrize("step", STEPS)
